@@ -1,0 +1,113 @@
+"""The `xtuner` command: finds the subcommand, runs it, turns its end into an exit status.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`; it is imported only when it is called, so
+that `xtuner --help` costs nothing. Exit status: 0 done, 1 failed, 2 wrong call, 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xtuner import __version__
+from xtuner.errors import UsageError, XTunerError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module that carries it and its line in `--help`."""
+
+    module: str
+    text: str
+
+
+# A name with a space is a command of a group: `xtuner convert merge`.
+COMMANDS = {
+    'list-cfg': Command('xtuner.cli.list_cfg', 'list the configs that come with xtuner'),
+    'copy-cfg': Command('xtuner.cli.copy_cfg', 'write a config as one flat, commented file to edit'),
+    'print-config': Command('xtuner.cli.print_config', 'show a config as training will see it'),
+    'train': Command('xtuner.cli.train', 'fine-tune a model'),
+    'convert merge': Command('xtuner.cli.convert.merge', 'merge an adapter into its base model'),
+    'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status; prints at most one line of error, unless `--debug`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = '--debug' in words
+    try:
+        return _run(words)
+    except XTunerError as error:
+        _report(error, debug=debug)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print('xtuner: interrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing is left to say
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        _report(error, debug=debug, unexpected=True)
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ('-h', '--help', 'help'):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] in ('-V', '--version', 'version'):
+        print(f'xtuner {__version__}')
+        return 0
+    name, rest = _command(words)
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = _Parser(prog=f'xtuner {name}', description=module.__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    module.add_arguments(parser)
+    parser.add_argument('--debug', action='store_true', help='print the traceback of an error')
+    return int(module.run(parser.parse_args(rest)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a wrong call as an exception: one line, exit status 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f'{message}; see `{self.prog} --help`')
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """Splits the words into a command's name, of one or two words, and its arguments."""
+    for length in (2, 1):
+        name = ' '.join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            return name, words[length:]
+    group = [name for name in COMMANDS if name.startswith(f'{words[0]} ')]
+    if group:
+        print(_overview(group))
+        if words[1:2] in (['-h'], ['--help']):
+            raise SystemExit(0)
+        raise UsageError(f'`xtuner {words[0]}` needs one of: {", ".join(name.split()[1] for name in group)}')
+    raise UsageError(f'unknown command {words[0]!r}{nearest(words[0], COMMANDS)} see `xtuner --help`')
+
+
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    width = max(map(len, COMMANDS)) + 2
+    rows = '\n'.join(f'  {name:{width}}{COMMANDS[name].text}' for name in names)
+    return f'usage: xtuner COMMAND ...\n\n{rows}\n\n`xtuner COMMAND --help` explains one; --debug prints tracebacks.'
+
+
+def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
+    if debug:
+        traceback.print_exception(error)
+    text = ' '.join(str(error).split())
+    if unexpected:
+        text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
+    print(f'xtuner: error: {text}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Everything a config may say: each section, field, default, unit and check, in one place.
+
+A config file is plain Python whose top-level names are the fields of `TrainConfig`. `load.py` turns the file into
+these classes, `flatten.py` prints them back with the field's text as a comment, and the error for an unknown key
+takes its suggestions from here. This module imports nothing heavy, so that a wrong config fails within a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtuner.errors import ConfigError
+
+_REQUIRED = object()
+
+
+def option(text: str, default: Any = _REQUIRED, *, allowed: Sequence[Any] = (), minimum: float | None = None) -> Any:
+    """A dataclass field with its comment, its allowed values and its least value (checked where not None)."""
+    metadata = {'text': text, 'allowed': tuple(allowed), 'minimum': minimum}
+    if default is _REQUIRED:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model, its tokenizer and its prompt template: written once, handed to whoever needs them."""
+
+    path: str = option('local folder, Hugging Face id, or modelscope:OWNER/NAME')
+    template: str = option('prompt template; from_tokenizer takes the one in the tokenizer', 'from_tokenizer')
+    revision: str | None = option('revision of a hub model; None takes the newest', None)
+    dtype: str = option(
+        'compute dtype; auto: bf16 where the GPU has it, else fp16 with loss scaling, fp32 on CPU',
+        'auto', allowed=('auto', 'bf16', 'fp16', 'fp32'))  # fmt: skip
+    attention: str = option(
+        'attention implementation', 'auto', allowed=('auto', 'sdpa', 'eager', 'flash_attention_2'))  # fmt: skip
+    trust_remote_code: bool = option('run code that comes with the model; never needed for InternLM', False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the frozen base is held in memory (QLoRA, arXiv:2305.14314)."""
+
+    bits: int = option('bits a frozen weight', 4, allowed=(4, 8))
+    quant_type: str = option('4-bit data type', 'nf4', allowed=('nf4', 'fp4'))
+    double_quant: bool = option('quantise the 4-bit scales as well', True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Where the conversations come from and how they become token ids."""
+
+    source: Any = option('hub id, file or folder')
+    map_fn: Any = option('map function: a registered name, a function, or module:function; None detects it', None)
+    max_length: int = option('tokens a pack', 2048, minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How long, how much at a time, and how the learning rate moves."""
+
+    max_epochs: float = option('passes over the data', 3, minimum=0)
+    max_steps: int | None = option('optimizer steps; None: as max_epochs says', None, minimum=1)
+    batch_size: int = option('packs (or samples) a device and micro-batch', 1, minimum=1)
+    accumulative_counts: int = option('micro-batches an optimizer step', 16, minimum=1)
+    warmup_ratio: float = option('share of the steps in which the learning rate rises from 0', 0.03, minimum=0)
+    decay: str = option('what follows the warm-up', 'cosine', allowed=('cosine', 'linear', 'constant'))
+    min_lr_ratio: float = option('learning rate at the end, as a share of its peak', 0.0, minimum=0)
+    max_norm: float | None = option('clip the gradient to this L2 norm; None: never', 1.0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the adapter is written and how many are kept."""
+
+    interval: int = option('optimizer steps between two checkpoints; the last step is always saved', 100, minimum=1)
+    max_keep: int = option('how many checkpoints are kept; -1: all', 2, minimum=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported while training. `metrics.jsonl` is always written."""
+
+    interval: int = option('optimizer steps between two log lines', 1, minimum=1)
+    trackers: list[str] = option('further places for the metrics', ['tensorboard'], allowed=('tensorboard', 'wandb'))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Prompts answered before, during and after training, for a person to read. They never change the run."""
+
+    prompts: list[str] = option('the prompts; none: no samples', [])
+    system: str = option('system message of each', '')
+    interval: int = option('optimizer steps between two rounds', 100, minimum=1)
+    max_new_tokens: int = option('tokens an answer may have', 100, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """The rest: seed, memory and speed."""
+
+    seed: int = option('seed of data order, adapter initialisation and dropout', 42, minimum=0)
+    activation_checkpointing: bool = option('keep one activation a layer and compute the rest again', True)
+    num_workers: int = option('processes that read batches', 0, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. The fields are the top-level names of a config file."""
+
+    model: ModelConfig = option('the base model')
+    dataset: DatasetConfig = option('the conversations')
+    optimizer: dict[str, Any] = option('the optimizer: type and its own arguments')
+    quantization: QuantizationConfig | None = option('None: the base stays in its own precision', None)
+    adapter: dict[str, Any] | None = option('a peft config: type and its arguments; None trains all weights', None)
+    schedule: ScheduleConfig = option('steps, batches and learning rate', ScheduleConfig())
+    checkpoint: CheckpointConfig = option('checkpoints', CheckpointConfig())
+    log: LogConfig = option('logging', LogConfig())
+    samples: SamplesConfig = option('sample generation', SamplesConfig())
+    runtime: RuntimeConfig = option('seed, memory and speed', RuntimeConfig())
+    hooks: list[dict[str, Any]] = option('further mmengine hooks: type and its arguments', [])
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.adapter is None:
+            raise ConfigError('`quantization` needs an `adapter`: quantised weights cannot be trained; '
+                              'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`')  # fmt: skip

@@ -1,0 +1,44 @@
+"""What a user can cause, one class a kind; `assert` and every other exception mean a bug of ours.
+
+A message is one line: what is wrong, where (file, line, field, value), and what to do next.
+Each class also inherits the built-in exception that callers of a library would expect to catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class XTunerError(Exception):
+    """Base of all errors that a user can cause and mend. The command line prints it and exits 1."""
+
+
+class UsageError(XTunerError, ValueError):
+    """The command was called wrongly. The command line exits 2."""
+
+
+class ConfigError(XTunerError, ValueError):
+    """A config file, or a value in it, is wrong."""
+
+
+class DataError(XTunerError, ValueError):
+    """A data set, or a record of it, is wrong."""
+
+
+class ModelError(XTunerError, ValueError):
+    """A model folder, a tokenizer or their weights are wrong or missing."""
+
+
+class CheckpointError(XTunerError, ValueError):
+    """A checkpoint or an adapter is torn, missing or belongs to something else."""
+
+
+class TrainingError(XTunerError, RuntimeError):
+    """A run cannot go on: no gradient, no target, too many non-finite steps."""
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """Returns a hint such as `; did you mean 'a' or 'b'?` for a misspelt `name`, or '' where nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''
