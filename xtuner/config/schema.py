@@ -128,3 +128,16 @@ class TrainConfig:
         if self.quantization is not None and self.adapter is None:
             raise ConfigError('`quantization` needs an `adapter`: quantised weights cannot be trained; '
                               'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`')  # fmt: skip
+
+
+# Comments for the arguments of the open sections that users change most.
+ARGUMENT_TEXTS = {
+    'type': 'any class or function; the other keys are its arguments',
+    'lr': 'peak learning rate',
+    'betas': 'decay of the two moments',
+    'weight_decay': 'decoupled weight decay',
+    'r': 'rank of the adapter, typically 8 to 64',
+    'lora_alpha': 'the adapter counts lora_alpha / r',
+    'lora_dropout': 'share of adapter inputs dropped in training',
+    'target_modules': 'all-linear: every linear layer of the blocks; or a list of names',
+}

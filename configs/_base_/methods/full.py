@@ -1,0 +1,3 @@
+# Every weight is trained, in float32 under autocast.
+quantization = None
+adapter = None

@@ -1,0 +1,9 @@
+# InternLM-7B, every weight trained on OpenAssistant conversations.
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.models.internlm_7b import *
+    from .._base_.methods.full import *
+    from .._base_.datasets.oasst1 import *
+    from .._base_.schedules.full_3e import *
+    from .._base_.runtime.default import *

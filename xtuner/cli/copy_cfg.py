@@ -1,0 +1,34 @@
+"""Writes a config as one flat, self-contained, commented file that can be edited and trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
+    parser.add_argument('folder', type=Path, help='where to write NAME_copy.py; made where it is missing')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file, never over an existing one, and prints its path."""
+    from xtuner.config.find import find_config
+    from xtuner.config.flatten import flatten
+    from xtuner.config.load import load_config
+    from xtuner.errors import ConfigError
+
+    name = find_config(args.config).stem
+    source = flatten(load_config(args.config), title=f'A copy of {name}.')
+    target = args.folder / f'{name}_copy.py'
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with target.open('x', encoding='utf-8') as file:
+            file.write(source)
+    except FileExistsError as error:
+        raise ConfigError(f'{target} exists; nothing was written: name another folder or remove it') from error
+    except OSError as error:
+        raise ConfigError(f'cannot write {target}: {error.strerror}') from error
+    print(target)
+    return 0

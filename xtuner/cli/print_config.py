@@ -1,0 +1,23 @@
+"""Shows a config as training will see it: flat, with every default filled in."""
+
+from __future__ import annotations
+
+import argparse
+
+from xtuner.cli.options import add_config_arguments, config_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the flat source, which is itself a config file."""
+    from xtuner.config.find import find_config
+    from xtuner.config.flatten import flatten
+    from xtuner.config.load import load_config
+
+    config = load_config(args.config, config_overrides(args))
+    print(flatten(config, title=f'{find_config(args.config).stem}, flat.'), end='')
+    return 0

@@ -1,0 +1,38 @@
+"""Config names to files. Imports nothing heavy: `xtuner list-cfg` runs on this alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xtuner
+from xtuner.errors import ConfigError, nearest
+
+
+def config_root() -> Path:
+    """The folder of shipped configs: inside the installed package, or at the top of a source checkout."""
+    package = Path(xtuner.__file__).parent
+    installed, checkout = package / 'configs', package.parent / 'configs'
+    return installed if installed.is_dir() else checkout
+
+
+def list_configs(pattern: str = '') -> dict[str, Path]:
+    """Names and files of the shipped configs whose name contains `pattern`, sorted; fragments are left out."""
+    files = (f for f in config_root().rglob('*.py') if '_base_' not in f.parts)
+    return {f.stem: f for f in sorted(files, key=lambda f: f.stem) if pattern in f.stem}
+
+
+def find_config(name: str) -> Path:
+    """The file of a shipped name such as `internlm_7b_qlora_oasst1`, or of a path to a .py file.
+
+    Raises:
+        ConfigError: there is neither; the message names the nearest shipped configs.
+    """
+    shipped = list_configs()
+    if name in shipped:
+        return shipped[name]
+    path = Path(name)
+    if path.suffix == '.py' and path.is_file():
+        return path
+    hint = nearest(path.stem, shipped) or '; `xtuner list-cfg` shows all'
+    kind = 'config file' if path.suffix == '.py' else 'config'
+    raise ConfigError(f'no {kind} {name!r}{hint}')

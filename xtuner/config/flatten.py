@@ -1,0 +1,72 @@
+"""A checked config to the source of one flat file, every key with its comment: what `xtuner copy-cfg` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.config.schema import ARGUMENT_TEXTS, TrainConfig
+from xtuner.registry import reference
+
+_COMMENT_COLUMN = 44
+_WIDTH = 120
+
+
+def flatten(config: TrainConfig, *, title: str) -> str:
+    """Python source that loads to an equal `TrainConfig`, with imports, sections and comments.
+
+    Example of a line: `    max_length=2048,                      # tokens a pack`
+    """
+    imports: set[tuple[str, str]] = set()
+    sections = [_section(field, getattr(config, field.name), imports) for field in dataclasses.fields(config)]
+    lines = [f'# {title}', '# Edit what you like; `xtuner train THIS_FILE` runs it.', '']
+    lines += [f'from {module} import {name}' for module, name in sorted(imports)]
+    return '\n'.join([*lines, *sections]).rstrip() + '\n'
+
+
+def _section(field: dataclasses.Field[Any], value: Any, imports: set[tuple[str, str]]) -> str:
+    text = field.metadata['text']
+    if dataclasses.is_dataclass(value):
+        rows = [(f.name, getattr(value, f.name), _comment(f)) for f in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        rows = [(key, item, ARGUMENT_TEXTS.get(key, '')) for key, item in value.items()]
+    else:
+        return f'\n# {text}\n{field.name} = {_source(value, imports)}'
+    lines = (f'    {k}={_source(v, imports, is_type=_is_import(k, v))},' for k, v, _ in rows)
+    body = '\n'.join(_row(line, comment) for line, (_, _, comment) in zip(lines, rows, strict=True))
+    return f'\n# {text}\n{field.name} = dict(\n{body}\n)'
+
+
+def _comment(field: dataclasses.Field[Any]) -> str:
+    allowed = field.metadata['allowed']
+    return field.metadata['text'] + (f' ({", ".join(map(str, allowed))})' if allowed else '')
+
+
+def _row(code: str, comment: str) -> str:
+    if not comment:
+        return code
+    if len(code) + len(comment) + 4 > _WIDTH or len(code) > _COMMENT_COLUMN - 2:
+        return f'    # {comment}\n{code}'
+    return f'{code:{_COMMENT_COLUMN}}# {comment}'
+
+
+def _is_import(key: str, value: Any) -> bool:
+    return callable(value) or (key == 'type' and isinstance(value, str) and ':' in value)
+
+
+def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False) -> str:
+    """The expression for a value; a `type` such as 'peft:LoraConfig' becomes its name, noted in `imports`."""
+    if isinstance(value, Mapping):
+        inner = (f'{k}={_source(v, imports, is_type=_is_import(k, v))}' for k, v in value.items())
+        return 'dict(' + ', '.join(inner) + ')'
+    if isinstance(value, (list, tuple)):
+        inner = ', '.join(_source(v, imports) for v in value)
+        if isinstance(value, list):
+            return f'[{inner}]'
+        return f'({inner},)' if len(value) == 1 else f'({inner})'
+    if value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and not is_type):
+        return repr(value)
+    module, name = reference(value).split(':')
+    imports.add((module, name))
+    return name

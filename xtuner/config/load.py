@@ -1,0 +1,186 @@
+"""A config file, and the options given beside it, to a checked `TrainConfig`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import traceback
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xtuner.config.find import find_config
+from xtuner.config.schema import TrainConfig
+from xtuner.errors import ConfigError, UsageError, nearest
+
+# Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
+OPEN_SECTIONS = ('optimizer', 'adapter')
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Reads a shipped config or a file, applies dotted overrides such as `{'dataset.max_length': 512}`, checks all.
+
+    Raises:
+        ConfigError: no such config, a file that does not run, an unknown key (with the nearest known one), a wrong
+            value; all faults of a file come in one message.
+    """
+    path = find_config(name)
+    values = read_file(path)
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    faults: list[str] = []
+    config = _build(TrainConfig, values, '', faults)
+    if faults:
+        raise ConfigError(f'{path}: ' + '; '.join(faults))
+    return typing.cast(TrainConfig, config)
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Reads `--cfg-options` words: `a.b=1` gives `{'a.b': 1}`; what is no Python literal is taken as text.
+
+    Raises:
+        UsageError: a word without `=`.
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition('=')
+        if not equals or not key:
+            raise UsageError(f'--cfg-options takes KEY=VALUE, got {option!r}')
+        try:
+            parsed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[key] = text
+    return parsed
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Runs a config file and returns its top-level names; an imported object is not imported, but named as 'module:name'.
+
+    Raises:
+        ConfigError: the file has a syntax error or fails while it runs, with file and line.
+    """
+    from mmengine.config import Config
+
+    try:
+        ast.parse(path.read_text(encoding='utf-8'), filename=str(path))
+        config = Config.fromfile(path, lazy_import=True)
+    except SyntaxError as error:
+        raise ConfigError(f'{path}:{error.lineno}: {error.msg}') from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start})') from error
+    except Exception as error:
+        raise ConfigError(f'{_origin(error, path)}: {error}') from error
+    values = _without_lazy(config._cfg_dict._to_lazy_dict())
+    # Names with a leading underscore are a file's own helpers; modules and imports are not values of the config.
+    hidden = set(config._imported_names)
+    return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
+
+
+def _without_lazy(value: Any) -> Any:
+    """Writes mmengine's stand-ins for imported objects as 'module:name' text, which `xtuner.registry` resolves."""
+    from mmengine.config.lazy import LazyAttr, LazyObject
+
+    if isinstance(value, LazyObject):
+        return f'{value.module}:{value}' if value._imported else value.module
+    if isinstance(value, LazyAttr):
+        return f'{value.module}:{value.name}'
+    if isinstance(value, dict):
+        return {k: _without_lazy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_lazy(v) for v in value)
+    return value
+
+
+def _origin(error: BaseException, path: Path) -> str:
+    """`file:line` where the config's own code failed, also when mmengine has wrapped the error."""
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if frame.filename.endswith('.py') and ('configs' in Path(frame.filename).parts or frame.filename == str(path)):
+                return f'{frame.filename}:{frame.lineno}'
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(path)
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split('.')
+    here: Any = values
+    for section in sections:
+        if here.get(section) is None:
+            here[section] = {}
+        here = here[section]
+        if not isinstance(here, dict):
+            raise ConfigError(f'`{key}` cannot be set: `{section}` is a {type(here).__name__}, not a section')
+    here[last] = value
+
+
+def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
+    """Makes one dataclass of a mapping, collecting what is wrong with it in `faults`."""
+    if not isinstance(values, Mapping):
+        faults.append(f'`{where}` must be a dict, got {values!r}')
+        return None
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    faults.extend(_unknown(name, where, known) for name in values if name not in known)
+    hints = typing.get_type_hints(cls)
+    made: dict[str, Any] = {}
+    for name, field in known.items():
+        path = f'{where}.{name}' if where else name
+        if name in values:
+            made[name] = _value(hints[name], values[name], path, field, faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            faults.append(f'`{path}` is missing: {field.metadata["text"]}')
+    if faults:
+        return None
+    try:
+        return cls(**made)
+    except ConfigError as error:  # a check across fields
+        faults.append(str(error))
+        return None
+
+
+def _unknown(name: str, where: str, known: Mapping[str, Any]) -> str:
+    path = f'{where}.{name}' if where else name
+    hint = nearest(name, known) or f'; known: {", ".join(known)}'
+    helper = '' if where else ' (a helper variable of the file begins with an underscore)'
+    return f'unknown key `{path}`{hint}{helper if not nearest(name, known) else ""}'
+
+
+def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faults: list[str]) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    section = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+    if value is None and type(None) in kinds:
+        return None
+    if section is not None:
+        return value if isinstance(value, section) else _build(section, value, path, faults)
+    allowed, minimum = field.metadata['allowed'], field.metadata['minimum']
+    if not _fits(kinds, value):
+        faults.append(f'`{path}` must be {_names(kinds)}, got {value!r}')
+    elif allowed and not all(v in allowed for v in (value if isinstance(value, list) else [value])):
+        faults.append(f'`{path}` must be one of {", ".join(map(repr, allowed))}, got {value!r}')
+    elif minimum is not None and value < minimum:
+        faults.append(f'`{path}` must be at least {minimum}, got {value!r}')
+    elif path in OPEN_SECTIONS and 'type' not in value:
+        faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
+    return value
+
+
+def _fits(kinds: Sequence[Any], value: Any) -> bool:
+    for kind in kinds:
+        base = typing.get_origin(kind) or kind
+        if base is Any:
+            return True
+        if base is list and isinstance(value, list):
+            inner = typing.get_args(kind)
+            return not inner or all(_fits(inner, v) for v in value)
+        if base is float and isinstance(value, int) and not isinstance(value, bool):
+            return True
+        if isinstance(value, base) and not (base is int and isinstance(value, bool)):
+            return True
+    return False
+
+
+def _names(kinds: Sequence[Any]) -> str:
+    words = {'str': 'text', 'dict': 'a dict', 'int': 'a whole number', 'float': 'a number', 'bool': 'True or False',
+             'NoneType': 'None', 'list': 'a list'}  # fmt: skip
+    return ' or '.join(words.get((typing.get_origin(k) or k).__name__, str(k)) for k in kinds)
