@@ -11,11 +11,15 @@ from collections.abc import Iterable
 
 
 class XTunerError(Exception):
-    """Base of all errors that a user can cause and mend. The command line prints it and exits 1."""
+    """Base of all errors that a user can cause and mend. The command line prints it and exits with `exit_status`."""
+
+    exit_status = 1
 
 
 class UsageError(XTunerError, ValueError):
-    """The command was called wrongly. The command line exits 2."""
+    """The command was called wrongly."""
+
+    exit_status = 2
 
 
 class ConfigError(XTunerError, ValueError):
@@ -36,6 +40,14 @@ class CheckpointError(XTunerError, ValueError):
 
 class TrainingError(XTunerError, RuntimeError):
     """A run cannot go on: no gradient, no target, too many non-finite steps."""
+
+
+class Interrupted(XTunerError):
+    """A signal ended the run, which saved first. The command line exits with 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except XTunerError as error:
         _report(error, debug=debug)
-        return 2 if isinstance(error, UsageError) else 1
+        return error.exit_status
     except KeyboardInterrupt:
         print('xtuner: interrupted', file=sys.stderr)
         return 130
@@ -65,8 +65,12 @@ def _run(words: list[str]) -> int:
         return 0
     name, rest = _command(words)
     module = importlib.import_module(COMMANDS[name].module)
-    parser = _Parser(prog=f'xtuner {name}', description=module.__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(
+        prog=f'xtuner {name}',
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     parser.add_argument('--debug', action='store_true', help='print the traceback of an error')
     return int(module.run(parser.parse_args(rest)))

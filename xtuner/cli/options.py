@@ -9,11 +9,18 @@ from typing import Any
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and what replaces parts of it."""
     parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
-    parser.add_argument('--model', help='base model in place of the config\'s: a folder, a hub id or modelscope:ID')
-    parser.add_argument('--data', help='data in place of the config\'s: a hub id, a file or a folder; '
-                                       'its format is detected')  # fmt: skip
-    parser.add_argument('--cfg-options', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
-                        help='further values, such as schedule.batch_size=2')  # fmt: skip
+    parser.add_argument('--model', help="base model in place of the config's: a folder, a hub id or modelscope:ID")
+    parser.add_argument(
+        '--data', help="data in place of the config's: a hub id, a file or a folder; its format is detected"
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help='further values, such as schedule.batch_size=2',
+    )
 
 
 def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -31,13 +38,15 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How an answer is drawn. The defaults are those of InternLM's model card."""
     parser.add_argument('--max-new-tokens', type=positive_int, default=1024, help='tokens an answer may have (1024)')
-    parser.add_argument('--temperature', type=non_negative_float, default=0.8, help='0: always the likeliest token (0.8)')
+    parser.add_argument(
+        '--temperature', type=non_negative_float, default=0.8, help='0: always the likeliest token (0.8)'
+    )
     parser.add_argument('--top-p', type=share, default=0.8, help='draw from the likeliest tokens of this mass (0.8)')
     parser.add_argument('--seed', type=int, help='makes the draws repeatable')
 
 
 def positive_int(text: str) -> int:
-    """argparse type: a whole number from 1."""
+    """Argparse type: a whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
@@ -45,7 +54,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """argparse type: a finite number from 0."""
+    """Argparse type: a finite number from 0."""
     value = float(text)
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'must be 0 or more, got {text}')
@@ -53,7 +62,7 @@ def non_negative_float(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """argparse type: a number above 0, at most 1."""
+    """Argparse type: a number above 0, at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text}')

@@ -46,7 +46,7 @@ def _comment(field: dataclasses.Field[Any]) -> str:
 def _row(code: str, comment: str) -> str:
     if not comment:
         return code
-    if len(code) + len(comment) + 4 > _WIDTH or len(code) > _COMMENT_COLUMN - 2:
+    if len(code) > _COMMENT_COLUMN - 2 or _COMMENT_COLUMN + len(comment) + 2 > _WIDTH:
         return f'    # {comment}\n{code}'
     return f'{code:{_COMMENT_COLUMN}}# {comment}'
 

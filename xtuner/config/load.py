@@ -25,6 +25,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     Raises:
         ConfigError: no such config, a file that does not run, an unknown key (with the nearest known one), a wrong
             value; all faults of a file come in one message.
+
     """
     path = find_config(name)
     values = read_file(path)
@@ -42,6 +43,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: a word without `=`.
+
     """
     parsed: dict[str, Any] = {}
     for option in options:
@@ -56,10 +58,11 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Runs a config file and returns its top-level names; an imported object is not imported, but named as 'module:name'.
+    """Runs a config file and returns its top-level names; what it imports is not imported, but named 'module:name'.
 
     Raises:
         ConfigError: the file has a syntax error or fails while it runs, with file and line.
+
     """
     from mmengine.config import Config
 
@@ -97,7 +100,9 @@ def _origin(error: BaseException, path: Path) -> str:
     """`file:line` where the config's own code failed, also when mmengine has wrapped the error."""
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if frame.filename.endswith('.py') and ('configs' in Path(frame.filename).parts or frame.filename == str(path)):
+            if frame.filename.endswith('.py') and (
+                'configs' in Path(frame.filename).parts or frame.filename == str(path)
+            ):
                 return f'{frame.filename}:{frame.lineno}'
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return str(path)
@@ -181,6 +186,13 @@ def _fits(kinds: Sequence[Any], value: Any) -> bool:
 
 
 def _names(kinds: Sequence[Any]) -> str:
-    words = {'str': 'text', 'dict': 'a dict', 'int': 'a whole number', 'float': 'a number', 'bool': 'True or False',
-             'NoneType': 'None', 'list': 'a list'}  # fmt: skip
+    words = {
+        'str': 'text',
+        'dict': 'a dict',
+        'int': 'a whole number',
+        'float': 'a number',
+        'bool': 'True or False',
+        'NoneType': 'None',
+        'list': 'a list',
+    }
     return ' or '.join(words.get((typing.get_origin(k) or k).__name__, str(k)) for k in kinds)

@@ -35,9 +35,10 @@ class ModelConfig:
     revision: str | None = option('revision of a hub model; None takes the newest', None)
     dtype: str = option(
         'compute dtype; auto: bf16 where the GPU has it, else fp16 with loss scaling, fp32 on CPU',
-        'auto', allowed=('auto', 'bf16', 'fp16', 'fp32'))  # fmt: skip
-    attention: str = option(
-        'attention implementation', 'auto', allowed=('auto', 'sdpa', 'eager', 'flash_attention_2'))  # fmt: skip
+        'auto',
+        allowed=('auto', 'bf16', 'fp16', 'fp32'),
+    )
+    attention: str = option('attention implementation', 'auto', allowed=('auto', 'sdpa', 'eager', 'flash_attention_2'))
     trust_remote_code: bool = option('run code that comes with the model; never needed for InternLM', False)
 
 
@@ -106,6 +107,8 @@ class RuntimeConfig:
     seed: int = option('seed of data order, adapter initialisation and dropout', 42, minimum=0)
     activation_checkpointing: bool = option('keep one activation a layer and compute the rest again', True)
     num_workers: int = option('processes that read batches', 0, minimum=0)
+    max_nonfinite_steps: int = option('stop after so many steps in a row without a finite gradient', 10, minimum=1)
+    fast: bool = option('use the fused training path where model and device allow it', True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.adapter is None:
-            raise ConfigError('`quantization` needs an `adapter`: quantised weights cannot be trained; '
-                              'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`')  # fmt: skip
+            raise ConfigError(
+                '`quantization` needs an `adapter`: quantised weights cannot be trained; '
+                'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`'
+            )
 
 
 # Comments for the arguments of the open sections that users change most.

@@ -1,0 +1,8 @@
+"""Hooks: what happens beside the loop, one class a file."""
+
+from xtuner.engine.hooks.checkpoint import CheckpointHook
+from xtuner.engine.hooks.dataset_info import DatasetInfoHook
+from xtuner.engine.hooks.evaluate_chat import EvaluateChatHook
+from xtuner.engine.hooks.log import LogHook
+
+__all__ = ['CheckpointHook', 'DatasetInfoHook', 'EvaluateChatHook', 'LogHook']

@@ -1,0 +1,27 @@
+"""Where log lines go: the project's own to stderr, other libraries' chatter to nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def start_logging() -> None:
+    """Sends `xtuner` log lines to stderr and quiets what the libraries below say of themselves.
+
+    Call it before torch and transformers are imported: some of them speak on import.
+    """
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # its own warning after a fork
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
+    project = logging.getLogger('xtuner')
+    project.setLevel(logging.INFO)
+    project.handlers = [handler]
+    project.propagate = False
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', message='Paged optimizers are not supported on CPU')
+    warnings.filterwarnings('ignore', category=FutureWarning, module=r'(torch|transformers|peft|mmengine)\.')

@@ -1,0 +1,92 @@
+"""Answers fixed prompts before, during and after training, for a person to read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+
+from xtuner.dataset.conversation import Message
+from xtuner.dataset.template import Template
+from xtuner.dataset.tokenize import encode_prompt
+from xtuner.model.generate import Sampling, generate
+
+logger = logging.getLogger('xtuner')
+
+
+class EvaluateChatHook(Hook):
+    """Prints greedy answers and appends them to `work_dir/samples.jsonl`.
+
+    It never changes the run: the loop seeds every step anew, the model's mode is put back, and an error in generating
+    is reported and left behind.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_template: The template that training uses.
+        evaluation_inputs: The prompts.
+        system: System message of each prompt; '' for none.
+        every_n_iters: Optimizer steps between two rounds.
+        max_new_tokens: Tokens an answer may have.
+
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_template: Template,
+        evaluation_inputs: Sequence[str],
+        *,
+        system: str = '',
+        every_n_iters: int,
+        max_new_tokens: int = 100,
+    ) -> None:
+        self._tokenizer, self._template, self._prompts = tokenizer, prompt_template, list(evaluation_inputs)
+        self._system, self._interval = system, every_n_iters
+        self._sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
+
+    def before_train(self, runner: Any) -> None:
+        """The first round, unless the run was resumed."""
+        if runner.iter == 0:
+            self._round(runner, 0)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """A round each `every_n_iters` steps; the last step's belongs to `after_train`."""
+        step = runner.iter + 1
+        if step % self._interval == 0 and step < runner.max_iters:
+            self._round(runner, step)
+
+    def after_train(self, runner: Any) -> None:
+        """The last round."""
+        self._round(runner, runner.iter)
+
+    def _round(self, runner: Any, step: int) -> None:
+        if not self._prompts or runner.rank != 0:
+            return
+        model = runner.model.module if hasattr(runner.model, 'module') else runner.model
+        training = model.training
+        model.eval()
+        try:
+            for prompt in self._prompts:
+                self._answer(model.llm, prompt, step, Path(runner.work_dir))
+        except (RuntimeError, ValueError) as error:  # out of memory, an odd generation config: not worth a run
+            logger.warning('no sample at step %d, training goes on: %s', step, error)
+        finally:
+            model.train(training)
+
+    def _answer(self, llm: Any, prompt: str, step: int, work_dir: Path) -> None:
+        system = [Message('system', self._system)] if self._system else []
+        ids = encode_prompt([*system, Message('user', prompt)], self._tokenizer, self._template)
+        autocast = torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32)
+        with autocast:
+            answer_ids = generate(llm, ids, stop_ids=self._template.stop_ids(self._tokenizer), sampling=self._sampling)
+        stop_ids = set(self._template.stop_ids(self._tokenizer))
+        answer = self._tokenizer.decode([i for i in answer_ids if i not in stop_ids])
+        logger.info('sample at step %d\n  > %s\n  %s', step, prompt, answer.strip())
+        record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
+        with (work_dir / 'samples.jsonl').open('a', encoding='utf-8') as file:
+            file.write(json.dumps(record, ensure_ascii=False) + '\n')

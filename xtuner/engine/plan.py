@@ -1,0 +1,108 @@
+"""How many steps a run has, which items each step takes, and the learning rate at each: functions of the step alone.
+
+Nothing here has a state, so a resumed run is exact by construction: it goes on at `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Sampler
+
+from xtuner.config.schema import ScheduleConfig
+from xtuner.dataset.sampler import EpochSampler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run.
+
+    Items (packs or samples) form one endless stream: epoch after epoch, each in its own order. A step takes the next
+    `batch_size * accumulative_counts * world_size` of them, also across the end of an epoch; the last step takes what
+    is left.
+    """
+
+    num_items: int
+    schedule: ScheduleConfig
+    world_size: int = 1
+
+    @property
+    def items_per_micro_batch(self) -> int:
+        """Items of one micro-batch on all ranks together."""
+        return self.schedule.batch_size * self.world_size
+
+    @property
+    def items_per_step(self) -> int:
+        """Items of one whole optimizer step on all ranks together."""
+        return self.items_per_micro_batch * self.schedule.accumulative_counts
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the whole run on each rank."""
+        if self.schedule.max_steps is not None:
+            return self.schedule.max_steps * self.schedule.accumulative_counts
+        return math.ceil(self.schedule.max_epochs * self.num_items / self.items_per_micro_batch)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.num_micro_batches / self.schedule.accumulative_counts)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return math.ceil(self.schedule.warmup_ratio * self.num_steps)
+
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches of one step on each rank: `accumulative_counts`, or what is left for the last."""
+        each = self.schedule.accumulative_counts
+        return min(each, self.num_micro_batches - step * each)
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, as a share of its peak.
+
+        It rises linearly over the warm-up, whose first step already learns, then decays to `min_lr_ratio`, reached
+        at the end of the last step:
+
+            warm-up of 2 of 6 steps, cosine to 0:   0.5, 1.0, 1.0, 0.854, 0.5, 0.146
+        """
+        warmup, floor = self.num_warmup_steps, self.schedule.min_lr_ratio
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule.decay == 'constant':
+            return 1.0
+        done = (step - warmup) / max(1, self.num_steps - warmup)
+        shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule.decay == 'cosine' else 1 - done
+        return floor + (1 - floor) * shape
+
+
+class StepSampler(Sampler[list[int]]):
+    """Yields the item indices of one rank's micro-batches, from `start_step` to the end of the run.
+
+    A batch sampler for `DataLoader`. Micro-batch m on rank r takes the stream's items
+    `[(m * world_size + r) * batch_size, ... + batch_size)`.
+    """
+
+    def __init__(self, order: EpochSampler, plan: Plan, *, rank: int = 0, start_step: int = 0) -> None:
+        self._order, self._plan, self._rank = order, plan, rank
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan, size = self._plan, self._plan.schedule.batch_size
+        first = self.start_step * plan.schedule.accumulative_counts
+        items = self._stream(first * plan.items_per_micro_batch)
+        for _ in range(first, plan.num_micro_batches):
+            together = [next(items) for _ in range(plan.items_per_micro_batch)]
+            yield together[self._rank * size : (self._rank + 1) * size]
+
+    def __len__(self) -> int:
+        return self._plan.num_micro_batches - self.start_step * self._plan.schedule.accumulative_counts
+
+    def _stream(self, position: int) -> Iterator[int]:
+        epoch, skip = divmod(position, self._plan.num_items)
+        while True:
+            self._order.set_epoch(epoch, skip=skip)
+            yield from self._order
+            epoch, skip = epoch + 1, 0

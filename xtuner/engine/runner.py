@@ -1,0 +1,146 @@
+"""mmengine's runner, fitted to fine-tuning: our loop, our checkpoints, and nothing written that nobody reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmengine.runner
+import torch
+from mmengine.hooks import Hook, RuntimeInfoHook
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
+from torch.utils.data import DataLoader
+
+from xtuner.engine.checkpoints import read_state
+from xtuner.engine.loop import TrainLoop
+from xtuner.errors import CheckpointError
+from xtuner.model.adapter import trainable_parameters
+
+logger = logging.getLogger('xtuner')
+
+_TRACKERS = {'tensorboard': TensorboardVisBackend, 'wandb': WandbVisBackend}
+
+
+class Runner(mmengine.runner.Runner):
+    """Holds model, optimizer, loop and hooks of one run.
+
+    Args:
+        model: A `SupervisedFinetune` on its device.
+        optimizer: Over the trainable parameters.
+        dataloader: Micro-batches in the plan's order.
+        hooks: Ours and the user's, called by priority.
+        work_dir: Where everything is written.
+        seed: Base seed.
+        trackers: 'tensorboard', 'wandb'.
+        launcher: 'none', 'pytorch' or 'slurm'.
+        write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder.
+
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataloader: DataLoader,
+        *,
+        hooks: Sequence[Hook],
+        work_dir: Path,
+        seed: int,
+        trackers: Sequence[str],
+        launcher: str,
+        write_model: Callable[[Path], None],
+    ) -> None:
+        self.write_model = write_model
+        self._trackers = list(trackers)
+        super().__init__(
+            model=model,
+            work_dir=str(work_dir),
+            train_dataloader=dataloader,
+            train_cfg={'type': TrainLoop},
+            optim_wrapper=OptimWrapper(optimizer),
+            default_hooks=None,
+            custom_hooks=[RuntimeInfoHook(), *hooks],
+            launcher=launcher,
+            randomness={'seed': seed},
+            experiment_name=work_dir.resolve().name,
+            cfg={},
+        )
+        self._remove_empty_log_dir()
+
+    def set_loop(self, **arguments: Any) -> None:
+        """Puts a `TrainLoop` with these arguments in place of mmengine's loops."""
+        self._train_loop = TrainLoop(self, self._train_dataloader, **arguments)
+
+    def trainer_state(self, step: int) -> dict[str, Any]:
+        """What a resumed run needs beside the weights, after `step` optimizer steps."""
+        loop = self.train_loop
+        return {
+            'step': step,
+            'num_items': loop.plan.num_items,
+            'items_per_step': loop.plan.items_per_step,
+            'num_steps': loop.plan.num_steps,
+            'parameters': list(trainable_parameters(self.model)),
+            'optimizer': self.optim_wrapper.optimizer.state_dict(),
+            'scaler': loop.scaler.state_dict(),
+        }
+
+    def restore(self, folder: Path) -> None:
+        """Sets optimizer, scaler and step to a checkpoint's; its weights were loaded with the model.
+
+        Raises:
+            CheckpointError: the checkpoint is of a run over other data, other batches or other parameters.
+
+        """
+        state, loop = read_state(folder), self.train_loop
+        now = self.trainer_state(state['step'])
+        for key in ('num_items', 'items_per_step', 'num_steps', 'parameters'):
+            if state[key] != now[key]:
+                raise CheckpointError(
+                    f'{folder}: cannot resume, {_difference(key, state[key], now[key])}; '
+                    'use the data and config it was written with'
+                )
+        self.optim_wrapper.optimizer.load_state_dict(state['optimizer'])
+        loop.scaler.load_state_dict(state['scaler'])
+        loop.step = state['step']
+
+    # mmengine's runner does these too, for other kinds of project; what is overridden here would only make noise.
+    def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """Mmengine's own logger, for its warnings only; the project logs through `logging.getLogger('xtuner')`."""
+        return MMLogger.get_instance(self._experiment_name, log_level='WARNING')
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """The trackers the config named, writing below the work folder."""
+        backends = [_TRACKERS[name](save_dir=str(Path(self.work_dir) / name)) for name in self._trackers]
+        return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
+        """DistributedDataParallel where there are ranks; else the model as it is, which is on its device already."""
+        return super().wrap_model(model_wrapper_cfg, model) if self.distributed else model
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """`xtuner doctor` tells the environment."""
+
+    def register_default_hooks(self, hooks: Any = None) -> None:
+        """None: every hook of ours is named in `train.py`."""
+
+    def get_hooks_info(self) -> str:
+        """Mmengine logs this; the order of hooks is in their priorities."""
+        return ''
+
+    def dump_config(self) -> None:
+        """The flat config is written by `train.py`, before the model is loaded."""
+
+    def _remove_empty_log_dir(self) -> None:
+        folder = Path(self._log_dir)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    if isinstance(then, list):
+        return f'the trainable parameters are not the same ({len(then)} then, {len(now)} now)'
+    return f'{key.replace("_", " ")} was {then} and is now {now}'

@@ -1,0 +1,109 @@
+"""Drawing an answer, token by token, and its text as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer, the stop token included.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Tokens are drawn from the smallest set that has this share of the probability.
+        seed: Makes the draws repeatable; None leaves torch's generator as it is.
+
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.8
+    top_p: float = 0.8
+    seed: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The keywords for transformers' `generate`."""
+        if self.temperature == 0:
+            return {'do_sample': False, 'temperature': None, 'top_p': None, 'top_k': None}
+        return {'do_sample': True, 'temperature': self.temperature, 'top_p': self.top_p, 'top_k': 0}
+
+
+class TextStream:
+    """Turns ids into text as they come: a transformers streamer that never shows half a character.
+
+    Args:
+        tokenizer: Decodes the ids.
+        on_text: Called with each new piece of text.
+        stop_ids: Not shown.
+
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
+        self.ids: list[int] = []
+        self._shown = ''
+        self._prompt_seen = False
+        self._tokenizer, self._on_text, self._stop_ids = tokenizer, on_text, frozenset(stop_ids)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt once, then ids as they are drawn."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.ids += [i for i in value.reshape(-1).tolist() if i not in self._stop_ids]
+        text = self._tokenizer.decode(self.ids)
+        if not text.endswith(_UNFINISHED):
+            self._show(text)
+
+    def end(self) -> None:
+        """Shows what was held back because it might have been half a character."""
+        self._show(self._tokenizer.decode(self.ids))
+
+    def _show(self, text: str) -> None:
+        new = text[len(self._shown) :]
+        self._shown = text
+        if new:
+            self._on_text(new)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    prompt_ids: Sequence[int],
+    *,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    streamer: TextStream | None = None,
+) -> list[int]:
+    """Continues a prompt.
+
+    Args:
+        model: A transformers or peft causal language model.
+        prompt_ids: Token ids that end where the answer begins.
+        stop_ids: Ids that end the answer.
+        sampling: How to draw.
+        streamer: Receives the ids as they come.
+
+    Returns:
+        The answer's ids, with the stop id where one was drawn.
+
+    """
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        streamer=streamer,
+        **sampling.arguments(),
+    )
+    return output[0, len(prompt_ids) :].tolist()

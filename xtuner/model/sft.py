@@ -1,0 +1,62 @@
+"""The training loss: cross entropy summed over target tokens.
+
+Shapes: B rows, S tokens a row, N = B * (S - 1) predictions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SupervisedFinetune(nn.Module):
+    """A causal language model whose forward pass is the training loss.
+
+    The loss is a sum, not a mean: only the loop knows over how many targets the whole optimizer step (accumulated, on
+    all ranks) has to be averaged.
+    """
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+        """Sums the negative log-likelihood of the targets.
+
+        Args:
+            input_ids: int64 (B, S).
+            labels: int64 (B, S), unshifted; -100 where nothing is learnt.
+            position_ids: int64 (B, S); 0 where a sample begins, which is what separates the samples of a pack.
+
+        Returns:
+            float32 scalar; 0 with a gradient where there is no target.
+
+        """
+        base = self.llm.get_base_model() if hasattr(self.llm, 'get_base_model') else self.llm
+        hidden_BSH = base.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        targets_N = labels[:, 1:].reshape(-1)
+        hidden_NH = hidden_BSH[:, :-1].reshape(-1, hidden_BSH.shape[-1])
+        return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N)
+
+    def train_step(self, *args: object) -> None:
+        """Present because mmengine's runner asks for the name; `TrainLoop` does the step."""
+        raise AssertionError('TrainLoop computes the step; nothing calls train_step')
+
+
+def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Tensor:
+    """Sum over targets of `-log softmax(head(hidden))[target]`, computed for the target positions only.
+
+    Args:
+        hidden_NH: Last hidden states, any float dtype.
+        head: The output projection, H to V.
+        targets_N: int64; -100 is left out.
+
+    Returns:
+        float32 scalar.
+
+    """
+    kept = (targets_N != -100).nonzero().squeeze(1)
+    logits = head(hidden_NH[kept]).float()
+    return functional.cross_entropy(logits, targets_N[kept], reduction='sum')
