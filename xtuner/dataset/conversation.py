@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtuner.errors import DataError
+
+# Names under which data sets write the roles.
+ROLES = {
+    'system': 'system', 'developer': 'system',
+    'user': 'user', 'human': 'user', 'prompter': 'user',
+    'assistant': 'assistant', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant',
+    'model': 'assistant', 'bot': 'assistant', 'function_call': 'assistant',
+    'tool': 'tool', 'function': 'tool', 'observation': 'tool', 'function_response': 'tool',
+    'thoughts': 'thoughts', 'commands': 'commands', 'text': 'text',
+}  # fmt: skip
+
+# Roles whose text the model writes. 'thoughts' and 'commands' come before an answer of MOSS; 'text' is a bare document.
+MODEL_ROLES = frozenset({'assistant', 'thoughts', 'commands', 'text'})
 
 
 @dataclass(frozen=True)
@@ -10,19 +28,167 @@ class Message:
     """One message.
 
     Attributes:
-        role: 'system', 'user', 'assistant' or 'tool'.
+        role: 'system', 'user', 'assistant' or 'tool'; 'thoughts' and 'commands' for what MOSS writes before an answer;
+            'text' for a bare document to continue, which no template touches.
         content: The text, as the user wrote it; never parsed for control tokens.
-        loss: Whether an assistant message is trained; None leaves it to `dataset.train_on`.
+        loss: Whether the message is trained; None leaves it to `dataset.train_on`.
+        extra: Whatever else the record says of it (`tool_calls`, `name`), for the tokenizer's own chat template.
     """
 
     role: str
     content: str
     loss: bool | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, with `origin` ('file:line' or 'dataset[row]') for error messages."""
+    """Messages in order, with `origin` ('file:line' or 'dataset[row]') for error messages and the tools on offer."""
 
     messages: tuple[Message, ...]
     origin: str = ''
+    tools: tuple[Any, ...] = ()
+
+
+def to_conversation(record: Any, origin: str = '') -> Conversation:
+    """Turns what a map function returned into a checked conversation.
+
+    Args:
+        record: `{'conversation': [{'system'?, 'input', 'output', 'loss'?}, ...]}` or `{'messages': [{'role', 'content',
+            'loss'?}, ...], 'tools'?}`, or a `Conversation` itself. `'plain': True` beside `conversation` means that the
+            outputs are bare documents (pretraining).
+        origin: Where the record came from, for messages.
+
+    Raises:
+        DataError: On a missing or wrong field, an unknown role, or roles out of order; names origin and field.
+    """
+    if isinstance(record, Conversation):
+        return _checked(Conversation(record.messages, record.origin or origin, record.tools))
+    if not isinstance(record, Mapping):
+        raise DataError(f'{origin}: the map function returned {type(record).__name__}, not a dict with `conversation` '
+                        'or `messages`')  # fmt: skip
+    if 'messages' in record:
+        messages = _from_messages(record['messages'], origin)
+    elif 'conversation' in record:
+        messages = _from_turns(record['conversation'], origin, plain=record.get('plain') is True)
+    else:
+        raise DataError(f'{origin}: the map function returned the keys {sorted(map(str, record))}; it must return '
+                        '`conversation` or `messages`')  # fmt: skip
+    return _checked(Conversation(messages, origin, _tools(record.get('tools'), origin)))
+
+
+def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str:
+    """Returns `value` where it is text (None becomes ''); raises DataError naming `origin` and `name` otherwise."""
+    if value is None and empty:
+        return ''
+    if not isinstance(value, str):
+        raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {_short(value)}')
+    if not empty and not value.strip():
+        raise DataError(f'{origin}: `{name}` is empty')
+    return value
+
+
+def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
+    """Reads the input/output form. An empty `output` is only allowed in the last turn: a prompt without answer."""
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {_short(turns)}')
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        name = f'conversation[{index}]'
+        if not isinstance(turn, Mapping) or 'output' not in turn:
+            raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {_short(turn)}')
+        output = text_field(turn['output'], f'{name}.output', origin, empty=False)
+        loss = _loss(turn.get('loss', turn.get('output_with_loss')), f'{name}.loss', origin)
+        if plain:
+            messages.append(Message('text', output, loss))
+            continue
+        if turn.get('system') is not None:
+            messages.append(Message('system', text_field(turn['system'], f'{name}.system', origin)))
+        messages.append(Message('user', text_field(turn.get('input'), f'{name}.input', origin)))
+        messages.append(Message('assistant', output, loss))
+    return tuple(messages)
+
+
+def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
+    if not isinstance(raw, (list, tuple)) or not raw:
+        raise DataError(f'{origin}: `messages` must be a list with at least one message, got {_short(raw)}')
+    messages = []
+    for index, item in enumerate(raw):
+        name = f'messages[{index}]'
+        if isinstance(item, Message):
+            messages.append(item)
+            continue
+        if not isinstance(item, Mapping) or 'role' not in item:
+            raise DataError(f'{origin}: `{name}` must be a dict with `role` and `content`, got {_short(item)}')
+        role = ROLES.get(item['role']) if isinstance(item['role'], str) else None
+        if role is None:
+            raise DataError(f'{origin}: `{name}.role` is {_short(item["role"])}; known: {", ".join(ROLES)}')
+        extra = {key: value for key, value in item.items() if key not in ('role', 'content', 'loss') and value}
+        loss = _loss(item.get('loss', item.get('train')), f'{name}.loss', origin)
+        optional = role in ('system', 'user') or bool(extra.get('tool_calls'))
+        content = _parts(item.get('content'), f'{name}.content', origin)
+        messages.append(Message(role, text_field(content, f'{name}.content', origin, empty=optional), loss, extra))
+    return tuple(messages)
+
+
+def _parts(content: Any, name: str, origin: str) -> Any:
+    """Joins the parts of a content given as `[{'type': 'text', 'text': ...}]`; other kinds of parts are refused."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get('type') != 'text' or not isinstance(part.get('text'), str):
+            raise DataError(f'{origin}: `{name}` holds a part that is not text: {_short(part)}; only text is trained')
+        texts.append(part['text'])
+    return ''.join(texts)
+
+
+def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise DataError(f'{origin}: `tools` is text that is not JSON: {_short(tools)}') from None
+    if not tools:
+        return ()
+    if not isinstance(tools, (list, tuple)):
+        raise DataError(f'{origin}: `tools` must be a list, got {type(tools).__name__}')
+    return tuple(tools)
+
+
+def _loss(value: Any, name: str, origin: str) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if value in (0, 1):
+        return bool(value)
+    raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {_short(value)}')
+
+
+# What may come before each role; None stands for the beginning.
+_BEFORE = {
+    'system': {None, 'system', 'assistant'},
+    'user': {None, 'system', 'assistant', 'tool'},
+    'assistant': {'user', 'system', 'tool', 'thoughts', 'commands', 'assistant'},
+    'tool': {'assistant', 'tool', 'commands'},
+    'thoughts': {'user'},
+    'commands': {'thoughts', 'user'},
+    'text': {None, 'text'},
+}
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    previous: Message | None = None
+    for index, message in enumerate(conversation.messages):
+        before = previous.role if previous else None
+        # Two answers in a row are one turn only where the first one called a tool.
+        twice = before == message.role == 'assistant' and not (previous and previous.extra.get('tool_calls'))
+        if message.role not in _BEFORE or before not in _BEFORE[message.role] or twice:
+            what = f'follows {before!r}' if before else 'comes first'
+            raise DataError(f'{conversation.origin}: roles out of order: message {index + 1}, {message.role!r}, {what}')
+        previous = message
+    return conversation
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + '…'

@@ -1,0 +1,58 @@
+"""Small tokenizers whose ids can be looked at: byte-level and, like Llama's, with a space put before each text."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from xtuner.dataset.template import TEMPLATES
+
+_TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
+          'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick brown fox', '你好，世界'] * 4  # fmt: skip
+
+
+def all_markers() -> list[str]:
+    """Every control token of every template."""
+    names = (marker for t in TEMPLATES.module_dict.values() for marker in (*t.markers, *t.stop))
+    return list(dict.fromkeys(names))
+
+
+def make_tokenizer(markers: list[str], *, bos: str | None = '<s>', eos: str = '</s>') -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 500 tokens whose control tokens are `markers`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ['<unk>', *filter(None, (bos, eos)), *markers]
+    trainer = trainers.BpeTrainer(vocab_size=300 + len(special), special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    backend.train_from_iterator(_TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
+
+
+def make_spaced_tokenizer(markers: list[str], *, scheme: str = 'first') -> PreTrainedTokenizerFast:
+    """A character BPE with byte fallback that, like Llama's, writes spaces as '▁' and puts one before a text."""
+    chars = sorted({char for text in _TEXTS for char in text.replace(' ', '▁')} - {'\n'})
+    bytes_ = [f'<0x{i:02X}>' for i in range(256)]
+    merges = [('▁', char) for char in chars if char != '▁'] + [('▁H', 'e'), ('l', 'l')]
+    pieces = ['<unk>', '<s>', '</s>', *bytes_, *chars, *(a + b for a, b in merges)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token='<unk>', byte_fallback=True, fuse_unk=True))
+    if scheme == 'normalizer':
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in ('<unk>', '<s>', '</s>', *markers)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+
+
+@pytest.fixture(scope='session')
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Knows the control tokens of every template; pad is eos."""
+    return make_tokenizer(all_markers())
+
+
+@pytest.fixture(scope='session')
+def internlm_like() -> PreTrainedTokenizerFast:
+    """Like InternLM's: `<eoh>` and `<eoa>` are tokens, `<|User|>` is text."""
+    return make_tokenizer(['<eoh>', '<eoa>'])

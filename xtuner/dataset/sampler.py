@@ -1,0 +1,103 @@
+"""The order of an epoch: a pure function of seed and epoch, so that a resumed run reads on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the indices of one epoch, shuffled by `(seed, epoch)`.
+
+    Ranks take turns in one common order, so that step for step they see together what one rank with a larger batch
+    would see. Where the items do not divide evenly, the order is filled up from its beginning: ranks stay in step and
+    nothing is left out, and at most `world_size - 1` items come twice.
+
+    Args:
+        num_items: Items of the data set.
+        seed: Seed of the order.
+        shuffle: Whether to shuffle at all.
+        rank: This process, from 0.
+        world_size: Processes that share the data.
+
+    Example: 5 items, unshuffled, 2 ranks: rank 0 yields 0, 2, 4 and rank 1 yields 1, 3, 0.
+    """
+
+    def __init__(self, num_items: int, *, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
+        self.num_items = num_items
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Chooses the epoch to iterate, and how many of this rank's items to leave out at its beginning."""
+        self.epoch = epoch
+        self.skip = skip
+
+    def order(self) -> np.ndarray:
+        """Returns the whole epoch's order over all ranks, int64 `(num_items,)`, before it is shared out."""
+        if not self.shuffle:
+            return np.arange(self.num_items)
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.num_items)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.resize(self.order(), len(self) * self.world_size)
+        yield from order[self.rank :: self.world_size][self.skip :].tolist()
+
+    def __len__(self) -> int:
+        """Items of a whole epoch on this rank, whatever is skipped."""
+        return -(-self.num_items // self.world_size)
+
+
+class LengthGroupedEpochSampler(EpochSampler):
+    """Like `EpochSampler`, with items of similar length in a batch, so that little is padded.
+
+    The shuffled order is cut into stretches of `batches_in_group` batches (over all ranks), each sorted by length and
+    cut into batches, and the batches are shuffled. The longest comes first: if it fits into memory, so do the others.
+
+    Args:
+        lengths: Tokens of each item.
+        batch_size: Items of a rank's micro-batch.
+        seed: Seed of the order.
+        shuffle: Whether to shuffle before grouping.
+        rank: This process, from 0.
+        world_size: Processes that share the data.
+        batches_in_group: Batches a stretch: more pads less and mixes less.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        batches_in_group: int = 50,
+    ) -> None:
+        super().__init__(len(lengths), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        self.lengths = np.asarray(lengths)
+        self.batch = batch_size * world_size
+        self.group = self.batch * batches_in_group
+
+    def order(self) -> np.ndarray:
+        """Returns the whole epoch's order over all ranks, int64 `(num_items,)`."""
+        order = super().order()
+        groups = [order[start : start + self.group] for start in range(0, len(order), self.group)]
+        ordered = [group[np.argsort(-self.lengths[group], kind='stable')] for group in groups]
+        batches = [group[i : i + self.batch] for group in ordered for i in range(0, len(group), self.batch)]
+        # A last batch that is not full stays last, so that all batches before it stay whole on every rank.
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch else []
+        places = np.random.default_rng([self.seed, self.epoch, 1]).permutation(len(batches)).tolist()
+        if places:
+            places.sort(key=lambda index: index != self._longest(batches))
+        return np.concatenate([*(batches[index] for index in places), *last]) if batches or last else order
+
+    def _longest(self, batches: list[np.ndarray]) -> int:
+        return max(range(len(batches)), key=lambda index: int(self.lengths[batches[index]].max()))
