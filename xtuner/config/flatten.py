@@ -26,16 +26,15 @@ def flatten(config: TrainConfig, *, title: str) -> str:
 
 
 def _section(field: dataclasses.Field[Any], value: Any, imports: set[tuple[str, str]]) -> str:
-    text = field.metadata['text']
+    title = field.metadata['text']
     if dataclasses.is_dataclass(value):
         rows = [(f.name, getattr(value, f.name), _comment(f)) for f in dataclasses.fields(value)]
     elif isinstance(value, Mapping):
         rows = [(key, item, ARGUMENT_TEXTS.get(key, '')) for key, item in value.items()]
     else:
-        return f'\n# {text}\n{field.name} = {_source(value, imports)}'
-    lines = (f'    {k}={_source(v, imports, is_type=_is_import(k, v))},' for k, v, _ in rows)
-    body = '\n'.join(_row(line, comment) for line, (_, _, comment) in zip(lines, rows, strict=True))
-    return f'\n# {text}\n{field.name} = dict(\n{body}\n)'
+        return f'\n# {title}\n{field.name} = {_source(value, imports)}'
+    body = '\n'.join(_row(f'    {k}={_source(v, imports, is_type=_is_import(k, v))},', text) for k, v, text in rows)
+    return f'\n# {title}\n{field.name} = dict(\n{body}\n)'
 
 
 def _comment(field: dataclasses.Field[Any]) -> str:

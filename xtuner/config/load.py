@@ -153,7 +153,7 @@ def _unknown(name: str, where: str, known: Mapping[str, Any]) -> str:
 
 def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faults: list[str]) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    section = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+    section: type | None = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
     if value is None and type(None) in kinds:
         return None
     if section is not None:

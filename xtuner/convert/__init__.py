@@ -1,0 +1,1 @@
+"""From an adapter on disk to weights that other tools load."""

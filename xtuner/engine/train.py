@@ -159,14 +159,12 @@ def _prepare_for_training(model: Any, config: TrainConfig) -> None:
 
 
 def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
+    parameters = list(model.parameters())
     # A 4-bit weight is stored as packed bytes; its logical size is in its quantisation state.
-    total = sum(
-        p.quant_state.shape.numel() if getattr(p, 'quant_state', None) else p.numel() for p in model.parameters()
-    )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = (
-        f'{config.quantization.bits} bit' if config.quantization else str(next(model.parameters()).dtype).split('.')[1]
-    )
+    states = [getattr(p, 'quant_state', None) for p in parameters]
+    total = sum(p.numel() if s is None else s.shape.numel() for p, s in zip(parameters, states, strict=True))
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    held = f'{config.quantization.bits} bit' if config.quantization else dtype_name(parameters[0].dtype)
     logger.info(
         'model: %s, %.4g M parameters (base in %s), %.4g M trained (%.2f %%), loaded in %.1f s',
         config.model.path,
@@ -236,7 +234,8 @@ def _hooks(config: TrainConfig, material: Material) -> list[Any]:
 
 def _write_model(material: Material, folder: Path) -> None:
     """The adapter, or the whole model, with its tokenizer and generation settings."""
-    llm, stop_ids = material.model.llm, material.template.stop_ids(material.tokenizer)
+    llm: Any = material.model.llm
+    stop_ids = material.template.stop_ids(material.tokenizer)
     llm.generation_config.eos_token_id = stop_ids
     llm.save_pretrained(folder, safe_serialization=True)
     llm.generation_config.save_pretrained(folder)

@@ -65,7 +65,8 @@ class LogHook(Hook):
         scalars = {k: v for k, v in numbers.items() if k != 'step'}
         runner.visualizer.add_scalars(scalars, step=step)
         first = self._seconds is None
-        self._seconds = result.seconds if first else _SMOOTHING * self._seconds + (1 - _SMOOTHING) * result.seconds
+        before = result.seconds if self._seconds is None else self._seconds
+        self._seconds = _SMOOTHING * before + (1 - _SMOOTHING) * result.seconds
         if first or step % self._interval == 0 or step == last or result.skipped:
             epoch = step * runner.train_loop.plan.items_per_step / runner.train_loop.plan.num_items
             place = f'step {step:{len(str(last))}}/{last} · epoch {epoch:.2f}'

@@ -1,0 +1,74 @@
+"""What to chat with: a model, or a base and its adapter, and the template that belongs to it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from xtuner.chat.session import ChatSession
+from xtuner.config.schema import QuantizationConfig
+from xtuner.dataset.template import get_template
+from xtuner.model.adapter import check_adapter, load_adapter, read_provenance
+from xtuner.model.generate import Sampling
+from xtuner.model.loading import load_model, load_tokenizer, resolve_model
+from xtuner.model.precision import compute_dtype, default_device
+from xtuner.model.weights import fingerprint, open_weights
+
+logger = logging.getLogger('xtuner')
+
+
+def open_session(
+    llm: str,
+    *,
+    adapter: Path | None = None,
+    template: str | None = None,
+    system: str = '',
+    bits: int | None = None,
+    sampling: Sampling,
+    trust_remote_code: bool = False,
+) -> ChatSession:
+    """Loads everything a chat needs.
+
+    Args:
+        llm: A model's folder or hub id.
+        adapter: A checkpoint of `xtuner train`, or any peft adapter.
+        template: Name of the prompt template; None takes the one the adapter or the merged model was tuned with, or
+            else the tokenizer's own.
+        system: System message; '' for none.
+        bits: 4 or 8 quantises the base; None leaves it as the adapter was trained, or in half precision.
+        sampling: How answers are drawn.
+        trust_remote_code: Whether code in the model's folder may run.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        CheckpointError: the adapter is of another base, or none.
+        DataError: no template is known.
+    """
+    folder = resolve_model(llm)
+    source = folder
+    provenance = read_provenance(folder)
+    if adapter is not None:
+        provenance = check_adapter(adapter, fingerprint(open_weights(folder)))
+        source = adapter if (adapter / 'tokenizer_config.json').is_file() else folder
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    name = template or (provenance.template if provenance else 'from_tokenizer')
+    device = default_device()
+    quantization = QuantizationConfig(bits=bits) if bits else None
+    if bits is None and adapter is not None and provenance and provenance.quantization:
+        quantization = QuantizationConfig(**provenance.quantization)  # the base as the adapter saw it
+        logger.info('base in %d bit, as the adapter was trained; --bits changes that', quantization.bits)
+    model: Any = load_model(
+        folder,
+        dtype=compute_dtype('auto', device),
+        quantization=quantization,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    max_length = getattr(model.config, 'max_position_embeddings', 2048)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    model.eval()
+    return ChatSession(
+        model, tokenizer, get_template(name, tokenizer), system=system, sampling=sampling, max_length=max_length
+    )
