@@ -35,8 +35,10 @@ def resolve(target: Any) -> Callable[..., Any]:
     if not colon:
         found = BUILDER.get(target)
         if found is None:
-            raise ConfigError(f'no registered type {target!r}{nearest(target, BUILDER.module_dict)}; '
-                              'a type that is not registered is written "module:name"')  # fmt: skip
+            raise ConfigError(
+                f'no registered type {target!r}{nearest(target, BUILDER.module_dict)}; '
+                'a type that is not registered is written "module:name"'
+            )
         return found
     try:
         found = getattr(importlib.import_module(module_name), name)

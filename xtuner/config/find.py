@@ -26,7 +26,6 @@ def find_config(name: str) -> Path:
 
     Raises:
         ConfigError: there is neither; the message names the nearest shipped configs.
-
     """
     shipped = list_configs()
     if name in shipped:

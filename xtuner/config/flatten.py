@@ -60,10 +60,10 @@ def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False)
         inner = (f'{k}={_source(v, imports, is_type=_is_import(k, v))}' for k, v in value.items())
         return 'dict(' + ', '.join(inner) + ')'
     if isinstance(value, (list, tuple)):
-        inner = ', '.join(_source(v, imports) for v in value)
+        items = ', '.join(_source(v, imports) for v in value)
         if isinstance(value, list):
-            return f'[{inner}]'
-        return f'({inner},)' if len(value) == 1 else f'({inner})'
+            return f'[{items}]'
+        return f'({items},)' if len(value) == 1 else f'({items})'
     if value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and not is_type):
         return repr(value)
     module, name = reference(value).split(':')

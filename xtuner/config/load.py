@@ -25,7 +25,6 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     Raises:
         ConfigError: no such config, a file that does not run, an unknown key (with the nearest known one), a wrong
             value; all faults of a file come in one message.
-
     """
     path = find_config(name)
     values = read_file(path)
@@ -43,7 +42,6 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: a word without `=`.
-
     """
     parsed: dict[str, Any] = {}
     for option in options:
@@ -62,7 +60,6 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file has a syntax error or fails while it runs, with file and line.
-
     """
     from mmengine.config import Config
 
@@ -153,7 +150,7 @@ def _unknown(name: str, where: str, known: Mapping[str, Any]) -> str:
 
 def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faults: list[str]) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    section: type | None = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+    section: Any = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
     if value is None and type(None) in kinds:
         return None
     if section is not None:

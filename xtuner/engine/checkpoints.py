@@ -58,7 +58,6 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the file system refuses; what was there before is untouched.
-
     """
     final = work_dir / f'{_PREFIX}{step:08d}'
     partial = work_dir / f'{_PARTIAL}{final.name}'
@@ -89,7 +88,6 @@ def verify_checkpoint(folder: Path) -> None:
 
     Raises:
         CheckpointError: a file is missing, torn or altered; names it.
-
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding='utf-8'))
@@ -111,7 +109,6 @@ def newest_checkpoint(work_dir: Path, *, warn: Callable[[str], None]) -> Path:
 
     Raises:
         CheckpointError: there is none.
-
     """
     for folder in reversed(list_checkpoints(work_dir)):
         try:
@@ -128,7 +125,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a file is missing or cannot be understood.
-
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))

@@ -31,7 +31,6 @@ class StepResult:
         num_tokens: Tokens computed, padding included.
         seconds: Wall time, data loading included.
         skipped: The gradient was not finite, so no weight was changed.
-
     """
 
     loss: float
@@ -57,7 +56,6 @@ class TrainLoop(BaseLoop):
         seed: Each step seeds torch's generators anew from this, the step and the rank. So dropout needs no saved state,
             and nothing that draws between two steps (a sample generation, a user's hook) can change the run.
         max_nonfinite_steps: The run ends after so many steps in a row without a finite gradient.
-
     """
 
     def __init__(

@@ -38,7 +38,6 @@ class Runner(mmengine.runner.Runner):
         trackers: 'tensorboard', 'wandb'.
         launcher: 'none', 'pytorch' or 'slurm'.
         write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder.
-
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class Runner(mmengine.runner.Runner):
 
         Raises:
             CheckpointError: the checkpoint is of a run over other data, other batches or other parameters.
-
         """
         state, loop = read_state(folder), self.train_loop
         now = self.trainer_state(state['step'])

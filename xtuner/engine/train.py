@@ -63,7 +63,6 @@ def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = No
 
     Raises:
         XTunerError: anything a user can mend, before or during the run.
-
     """
     _check_open_sections(config)
     checkpoint = _find_checkpoint(work_dir, resume)

@@ -33,7 +33,6 @@ class Provenance:
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
-
     """
 
     base: str
@@ -54,7 +53,6 @@ def read_provenance(folder: Path) -> Provenance | None:
 
     Raises:
         CheckpointError: the file is there and cannot be understood.
-
     """
     path = folder / PROVENANCE_FILE
     if not path.is_file():
@@ -77,7 +75,6 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
 
     Raises:
         ConfigError: the section does not fit its type, no module matches, or nothing would be trained.
-
     """
     from peft import get_peft_model
 
@@ -111,7 +108,6 @@ def load_adapter(
 
     Raises:
         CheckpointError: no adapter there, weights that do not fit, or an adapter of another base.
-
     """
     from peft import PeftModel
 
@@ -127,7 +123,6 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
 
     Raises:
         CheckpointError: a file is missing, or the fingerprints differ.
-
     """
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder / name).is_file():
@@ -149,7 +144,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         ModelError: there are none, or one is not float32 (a half-precision one would lose small updates).
-
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:

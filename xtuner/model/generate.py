@@ -20,7 +20,6 @@ class Sampling:
         temperature: 0 takes the likeliest token each time.
         top_p: Tokens are drawn from the smallest set that has this share of the probability.
         seed: Makes the draws repeatable; None leaves torch's generator as it is.
-
     """
 
     max_new_tokens: int = 1024
@@ -42,7 +41,6 @@ class TextStream:
         tokenizer: Decodes the ids.
         on_text: Called with each new piece of text.
         stop_ids: Not shown.
-
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
@@ -92,7 +90,6 @@ def generate(
 
     Returns:
         The answer's ids, with the stop id where one was drawn.
-
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)

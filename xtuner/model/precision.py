@@ -24,7 +24,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Raises:
         ConfigError: float16 asked on a CPU, where training with it is neither fast nor stable.
-
     """
     if name == 'auto':
         if device.type != 'cuda':

@@ -30,7 +30,6 @@ class SupervisedFinetune(nn.Module):
 
         Returns:
             float32 scalar; 0 with a gradient where there is no target.
-
         """
         base = self.llm.get_base_model() if hasattr(self.llm, 'get_base_model') else self.llm
         hidden_BSH = base.get_decoder()(
@@ -55,7 +54,6 @@ def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Te
 
     Returns:
         float32 scalar.
-
     """
     kept = (targets_N != -100).nonzero().squeeze(1)
     logits = head(hidden_NH[kept]).float()

@@ -22,7 +22,6 @@ class CheckpointHook(Hook):
     Args:
         interval: Optimizer steps between two checkpoints.
         max_keep: How many are kept; -1 keeps all.
-
     """
 
     priority = 'VERY_LOW'
@@ -41,7 +40,6 @@ class CheckpointHook(Hook):
 
         Raises:
             Interrupted: a signal came; the checkpoint is written.
-
         """
         step = runner.iter + 1
         if self._signal is not None or step % self._interval == 0 or step == runner.max_iters:

@@ -17,7 +17,6 @@ class DatasetInfoHook(Hook):
         dataset: The prepared data set; its `summary` prints as text.
         tokenizer: Decodes the first item.
         max_chars: Where the printed text is cut.
-
     """
 
     def __init__(self, dataset: Any, tokenizer: Any, *, max_chars: int = 600) -> None:

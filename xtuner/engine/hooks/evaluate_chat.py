@@ -32,7 +32,6 @@ class EvaluateChatHook(Hook):
         system: System message of each prompt; '' for none.
         every_n_iters: Optimizer steps between two rounds.
         max_new_tokens: Tokens an answer may have.
-
     """
 
     def __init__(

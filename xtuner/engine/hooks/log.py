@@ -23,7 +23,6 @@ class LogHook(Hook):
 
     Args:
         interval: Optimizer steps between two console lines; the file gets every step.
-
     """
 
     priority = 'BELOW_NORMAL'
