@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a fresh machine with python3 and make needs.
+PYTHON ?= python3
+VENV   ?= .venv
+# Named first and exactly, so that pip looks for no other build of torch afterwards.
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test check style clean
+
+help:           ## list the verbs
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo    ## train a tiny InternLM, tune it in 4 bit, merge it, compare the answers (CPU, minutes)
+	$(BIN)/python demo/demo.py
+
+test: $(VENV)/.test    ## run the tests in their own environment
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test   ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.test   ## mend lint and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:          ## remove the environment and what the demo made
+	rm -rf $(VENV) work_dirs/demo
+
+$(VENV)/.demo: pyproject.toml
+	@echo "making an environment in $(VENV) (once, a few minutes) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@

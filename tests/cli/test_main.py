@@ -1,0 +1,99 @@
+"""The command line: exit statuses, one line of error, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xtuner import __version__
+from xtuner.cli.main import COMMANDS, main
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, '-m', 'xtuner.cli.main', *words], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize('words', [['--help'], ['list-cfg'], ['copy-cfg', '--help'], ['train', '--help']])
+def test_light_commands_never_import_torch(words: list[str]) -> None:
+    code = (
+        'import sys; from xtuner.cli.main import main\n'
+        f'try: status = main({words!r})\n'
+        'except SystemExit as end: status = end.code\n'
+        "heavy = {'torch', 'transformers', 'mmengine', 'datasets', 'numpy'} & set(sys.modules)\n"
+        'print(status, sorted(heavy), file=sys.stderr)'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == '0 []'
+
+
+@pytest.mark.parametrize('name', sorted(COMMANDS))
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*name.split(), '--help'])
+    assert end.value.code == 0
+    assert f'xtuner {name}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('words', 'status', 'message'),
+    [
+        ([], 2, ''),
+        (['lisst-cfg'], 2, "unknown command 'lisst-cfg'; did you mean 'list-cfg'"),
+        (['convert'], 2, '`xtuner convert` needs one of: merge'),
+        (['train'], 2, 'the following arguments are required: config'),
+        (['train', 'internlm_7b_qlora_oasst1', '--max-steps', '0'], 2, '--max-steps: must be at least 1'),
+        (['train', 'internlm_7b_qlora_oasst1', '--cfg-options', 'x'], 2, '--cfg-options takes KEY=VALUE'),
+        (['train', 'internlm_7b_qlora_oast1'], 1, "no config 'internlm_7b_qlora_oast1'; did you mean"),
+        (['chat', 'x', '--temperature', '-1'], 2, '--temperature: must be 0 or more'),
+        (['chat', 'x', '--top-p', '0'], 2, '--top-p: must be above 0'),
+        (['convert', 'merge', 'a', 'b', 'c', '--max-shard-size', 'big'], 2, "'big' is no size"),
+        (['print-config', 'internlm_7b_qlora_oasst1', '--cfg-options', 'model.pth=x'], 1, "did you mean 'path'"),
+        (['list-cfg', '-p', 'qwenn'], 1, "no config has 'qwenn' in its name"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    words: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count('\n') <= 1
+
+
+def test_the_exit_status_is_the_process_s_own() -> None:
+    assert run('nonsense').returncode == 2
+    assert run('train', 'nonsense').returncode == 1
+    assert run('--version').stdout == f'xtuner {__version__}\n'
+
+
+def test_debug_adds_the_traceback() -> None:
+    assert 'Traceback' not in run('train', 'nonsense').stderr
+    assert 'Traceback' in run('train', 'nonsense', '--debug').stderr
+
+
+def test_list_cfg_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['list-cfg', '-p', 'chat_7b_qlora']) == 0
+    assert capsys.readouterr().out == 'internlm_chat_7b_qlora_oasst1\n'
+
+
+def test_copy_cfg_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(tmp_path / 'new')]) == 0
+    written = Path(capsys.readouterr().out.strip())
+    before = written.read_text(encoding='utf-8')
+    written.write_text(before + '# edited\n', encoding='utf-8')
+    assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(tmp_path / 'new')]) == 1
+    assert 'exists; nothing was written' in capsys.readouterr().err
+    assert written.read_text(encoding='utf-8').endswith('# edited\n')
+
+
+def test_print_config_shows_what_was_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ['print-config', 'internlm_7b_qlora_oasst1', '--model', 'here', '--cfg-options', 'optimizer.lr=1e-3']
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "path='here'" in out
+    assert 'lr=0.001' in out

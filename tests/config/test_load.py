@@ -1,0 +1,159 @@
+"""Configs: every shipped one loads and is small; every fault is named with its place and its nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xtuner.config.find import config_root, find_config, list_configs
+from xtuner.config.flatten import flatten
+from xtuner.config.load import load_config, parse_options
+from xtuner.config.schema import TrainConfig
+from xtuner.errors import ConfigError, UsageError
+from xtuner.registry import check_arguments
+
+FLAGSHIP = 'internlm_7b_qlora_oasst1'
+
+
+def write(folder: Path, text: str, name: str = 'mine.py') -> str:
+    path = folder / name
+    path.write_text(text, encoding='utf-8')
+    return str(path)
+
+
+@pytest.mark.parametrize('name', sorted(list_configs()))
+def test_every_shipped_config_loads_and_its_open_sections_fit_what_they_name(name: str) -> None:
+    config = load_config(name)
+    check_arguments(config.optimizer, 'optimizer', given=('params',))
+    if config.adapter is not None:
+        check_arguments(config.adapter, 'adapter')
+
+
+@pytest.mark.parametrize('name', sorted(list_configs()))
+def test_every_leaf_is_short_and_says_what_it_is(name: str) -> None:
+    lines = list_configs()[name].read_text(encoding='utf-8').splitlines()
+    assert lines[0].startswith('# ')
+    assert len(lines) <= 25
+
+
+def test_shipped_names_are_unique() -> None:
+    leaves = [f.stem for f in config_root().rglob('*.py') if '_base_' not in f.parts]
+    assert sorted(leaves) == sorted(set(leaves))
+
+
+def test_the_flagship_is_the_recipe_it_claims_to_be() -> None:
+    config = load_config(FLAGSHIP)
+    assert config.model.path == 'internlm/internlm-7b'
+    assert config.model.template == 'internlm_chat'
+    assert (config.quantization.bits, config.quantization.quant_type, config.quantization.double_quant) == (
+        4,
+        'nf4',
+        True,
+    )
+    adapter = {k: config.adapter[k] for k in ('r', 'lora_alpha', 'lora_dropout', 'target_modules')}
+    assert adapter == {'r': 64, 'lora_alpha': 16, 'lora_dropout': 0.1, 'target_modules': 'all-linear'}
+    assert config.dataset.max_length == 2048
+    assert config.optimizer['type'] == 'bitsandbytes.optim:PagedAdamW32bit'
+    assert config.optimizer['lr'] == 2e-4
+    schedule = config.schedule
+    assert (schedule.batch_size, schedule.accumulative_counts, schedule.max_epochs) == (1, 16, 3)
+    assert (schedule.warmup_ratio, schedule.decay, schedule.max_norm) == (0.03, 'cosine', 1.0)
+
+
+@pytest.mark.parametrize('name', [FLAGSHIP, 'internlm_7b_full_oasst1', 'internlm_chat_7b_lora_oasst1'])
+def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    flat = flatten(config, title='flat')
+    assert load_config(write(tmp_path, flat)) == config
+    assert '# peak learning rate' in flat
+    assert 'read_base' not in flat
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('dataset.max_lenght', 512, "unknown key `dataset.max_lenght`; did you mean 'max_length'"),
+        ('schedul.max_epochs', 1, "unknown key `schedul`; did you mean 'schedule'"),
+        ('nonsense', 1, 'unknown key `nonsense`; known: model, dataset'),
+        ('schedule.batch_size', 0, '`schedule.batch_size` must be at least 1, got 0'),
+        ('schedule.batch_size', 'two', "`schedule.batch_size` must be a whole number, got 'two'"),
+        ('schedule.batch_size', True, '`schedule.batch_size` must be a whole number, got True'),
+        ('schedule.decay', 'cosin', "`schedule.decay` must be one of 'cosine', 'linear', 'constant', got 'cosin'"),
+        ('quantization.bits', 5, '`quantization.bits` must be one of 4, 8, got 5'),
+        ('log.trackers', ['tensorbord'], '`log.trackers` must be one of'),
+        ('model', 3, '`model` must be a dict, got 3'),
+        ('model.path.x', 3, '`model.path.x` cannot be set: `path` is a str'),
+        ('adapter', None, '`quantization` needs an `adapter`'),
+        ('optimizer', {}, '`optimizer` needs a `type`'),
+    ],
+)
+def test_a_wrong_value_is_named(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(FLAGSHIP, {key: value})
+    assert message in str(caught.value)
+
+
+def test_all_faults_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(FLAGSHIP, {'dataset.max_lenght': 1, 'schedule.batch_size': 0, 'quantization.bits': 3})
+    assert str(caught.value).count(';') >= 2
+    for part in ('max_lenght', 'batch_size', 'quantization.bits'):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('model = dict(path="x"', ':1: '),
+        ('model = dict(path=undefined)', "name 'undefined' is not defined"),
+        ('from peft import LoraConfig\nmodel = 1 / 0', ':2: '),
+        ('lr = 1', 'unknown key `lr`'),
+        ('', '`model` is missing: the base model'),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(path)
+    assert message in str(caught.value)
+
+
+def test_a_file_may_have_helpers_with_an_underscore(tmp_path: Path) -> None:
+    flat = flatten(load_config(FLAGSHIP), title='flat').replace('lr=0.0002', 'lr=_lr')
+    path = write(tmp_path, flat.replace('# the base model', '_lr = 3e-4\n', 1))
+    assert load_config(path).optimizer['lr'] == 3e-4
+
+
+def test_an_argument_that_a_type_lacks_is_named_with_the_nearest() -> None:
+    config = load_config(FLAGSHIP, {'optimizer.beta': (0.9, 0.99)})
+    with pytest.raises(ConfigError, match=r"unknown key `optimizer.beta` .*did you mean 'betas'"):
+        check_arguments(config.optimizer, 'optimizer', given=('params',))
+    with pytest.raises(ConfigError, match='cannot be imported'):
+        check_arguments({'type': 'no_such_module:Thing'}, 'optimizer')
+    with pytest.raises(ConfigError, match="has no 'AdamZ'"):
+        check_arguments({'type': 'torch.optim:AdamZ'}, 'optimizer')
+
+
+def test_an_unknown_name_gets_the_nearest_names() -> None:
+    with pytest.raises(ConfigError, match=f"no config 'internlm_7b_qlora_oast1'; did you mean '{FLAGSHIP}'"):
+        find_config('internlm_7b_qlora_oast1')
+    with pytest.raises(ConfigError, match='no config file'):
+        find_config('nowhere/mine.py')
+
+
+def test_options_are_literals_or_text() -> None:
+    assert parse_options(['a.b=1', 'c=None', 'd=[1, 2]', 'e=some text', 'f=']) == {
+        'a.b': 1,
+        'c': None,
+        'd': [1, 2],
+        'e': 'some text',
+        'f': '',
+    }
+    with pytest.raises(UsageError, match='KEY=VALUE'):
+        parse_options(['a.b'])
+
+
+def test_a_config_is_made_of_checked_classes() -> None:
+    assert isinstance(load_config(FLAGSHIP), TrainConfig)

@@ -1,0 +1,82 @@
+"""Steps, item order and learning rates: pure functions, checked against hand-worked cases and brute force."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+
+from xtuner.config.schema import ScheduleConfig
+from xtuner.dataset.sampler import EpochSampler
+from xtuner.engine.plan import Plan, StepSampler
+
+
+def plan(num_items: int, *, world_size: int = 1, **schedule: object) -> Plan:
+    return Plan(num_items, ScheduleConfig(**schedule), world_size)  # type: ignore[arg-type]
+
+
+def stream(p: Plan, *, rank: int = 0, start_step: int = 0) -> list[list[int]]:
+    return list(StepSampler(EpochSampler(p.num_items, seed=1), p, rank=rank, start_step=start_step))
+
+
+@pytest.mark.parametrize(
+    ('num_items', 'epochs', 'batch', 'accumulate', 'steps', 'last'),
+    [
+        (1, 1, 1, 16, 1, 1),  # one sample trains
+        (16, 1, 1, 16, 1, 16),
+        (17, 1, 1, 16, 2, 1),
+        (10, 3, 2, 4, 4, 3),  # 30 items, 15 micro-batches
+        (10, 0.5, 1, 2, 3, 1),
+    ],
+)
+def test_steps(num_items: int, epochs: float, batch: int, accumulate: int, steps: int, last: int) -> None:
+    p = plan(num_items, max_epochs=epochs, batch_size=batch, accumulative_counts=accumulate)
+    assert p.num_steps == steps
+    assert p.micro_batches_of(steps - 1) == last
+    assert sum(p.micro_batches_of(s) for s in range(steps)) == p.num_micro_batches == len(stream(p))
+
+
+def test_max_steps_counts_whole_steps() -> None:
+    p = plan(5, max_steps=7, batch_size=2, accumulative_counts=3)
+    assert (p.num_steps, p.num_micro_batches, p.micro_batches_of(6)) == (7, 21, 3)
+
+
+def test_each_epoch_sees_every_item_once_in_its_own_order() -> None:
+    p = plan(12, max_epochs=2, batch_size=1, accumulative_counts=5)
+    items = [i for batch in stream(p) for i in batch]
+    assert sorted(items[:12]) == sorted(items[12:]) == list(range(12))
+    assert items[:12] != items[12:]
+
+
+@pytest.mark.parametrize('start', range(5))
+def test_a_resumed_stream_is_the_rest_of_the_whole_one(start: int) -> None:
+    p = plan(7, max_epochs=3, batch_size=2, accumulative_counts=2)
+    whole = stream(p)
+    assert stream(p, start_step=start) == whole[start * 2 :]
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_ranks_share_a_step_of_the_same_items(world_size: int) -> None:
+    alone = plan(13, max_steps=6, batch_size=1, accumulative_counts=8)
+    together = plan(13, max_steps=6, batch_size=1, accumulative_counts=8 // world_size, world_size=world_size)
+    ranks = [stream(together, rank=r) for r in range(world_size)]
+    assert together.items_per_step == alone.items_per_step
+    for step in range(6):
+        ours = Counter(i for b in stream(alone)[step * 8 : step * 8 + 8] for i in b)
+        each = 8 // world_size
+        theirs = Counter(i for rank in ranks for b in rank[step * each : (step + 1) * each] for i in b)
+        assert ours == theirs
+
+
+def test_learning_rate_of_a_worked_example() -> None:
+    p = plan(6, max_epochs=1, accumulative_counts=1, warmup_ratio=2 / 6)
+    expected = [0.5, 1.0, 1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(math.pi * 3 / 4)) / 2]
+    assert [p.lr_factor(s) for s in range(6)] == pytest.approx(expected)
+
+
+def test_learning_rate_shapes() -> None:
+    linear = plan(10, max_epochs=1, accumulative_counts=1, warmup_ratio=0, decay='linear', min_lr_ratio=0.5)
+    assert [linear.lr_factor(s) for s in (0, 5, 9)] == pytest.approx([1.0, 0.75, 0.55])
+    constant = plan(10, max_epochs=1, accumulative_counts=1, warmup_ratio=0.2, decay='constant')
+    assert [constant.lr_factor(s) for s in (0, 1, 9)] == pytest.approx([0.5, 1.0, 1.0])
