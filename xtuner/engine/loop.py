@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from xtuner.model.adapter import trainable_parameters
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, over all ranks.
+    """What one optimizer step did, over all ranks. Hooks get it as the dict `outputs`.
 
     Attributes:
         loss: Mean negative log-likelihood, in nats a target token.
@@ -121,10 +121,7 @@ class TrainLoop(BaseLoop):
         self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
         result = self._optimize(micro_batches, start)
         self.runner.call_hook(
-            'after_train_iter',
-            batch_idx=self.step,
-            data_batch=micro_batches,
-            outputs={'log_vars': {'loss': result.loss}, 'step': result},
+            'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
         )
         self.step += 1
         self._stop_if_diverged(result)

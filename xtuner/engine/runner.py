@@ -66,6 +66,7 @@ class Runner(mmengine.runner.Runner):
             launcher=launcher,
             randomness={'seed': seed},
             experiment_name=work_dir.resolve().name,
+            default_scope=None,
             cfg={},
         )
         self._remove_empty_log_dir()

@@ -43,7 +43,7 @@ class LogHook(Hook):
         """Writes the step's line, and prints each `interval`-th, the first and the last."""
         if runner.rank != 0:
             return
-        result: StepResult = outputs['step']
+        result = StepResult(**outputs)
         step, last = runner.iter + 1, runner.max_iters
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         speed = result.num_tokens / result.seconds
