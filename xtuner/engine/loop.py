@@ -101,6 +101,10 @@ class TrainLoop(BaseLoop):
         """Passes over the data that the run will begin."""
         return math.ceil(self.plan.num_micro_batches * self.plan.items_per_micro_batch / self.plan.num_items)
 
+    def autocast(self) -> torch.autocast:
+        """The context that the model's forward pass runs in."""
+        return torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
+
     def run(self) -> torch.nn.Module:
         """Trains from `step` to the end of the plan and returns the model."""
         runner = self.runner
@@ -120,9 +124,7 @@ class TrainLoop(BaseLoop):
         micro_batches = [next(batches) for _ in range(self.plan.micro_batches_of(self.step))]
         self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
         result = self._optimize(micro_batches, start)
-        self.runner.call_hook(
-            'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
-        )
+        self.runner.call_hook('after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result))
         self.step += 1
         self._stop_if_diverged(result)
 
@@ -162,10 +164,9 @@ class TrainLoop(BaseLoop):
     def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
         """Adds up the gradients of all micro-batches; returns the step's mean loss over all ranks."""
         total = torch.zeros((), device=self.device)
-        autocast = torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
         for batch in micro_batches:
             on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            with autocast:
+            with self.autocast():
                 loss_sum = self.runner.model(**on_device)
             # DDP averages gradients over ranks; the sum is wanted.
             self.scaler.scale(loss_sum * (self.plan.world_size / num_targets)).backward()

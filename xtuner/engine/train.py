@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.sampler import EpochSampler
 from xtuner.dataset.template import Template, get_template
 from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkpoint, verify_checkpoint
-from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook
+from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.errors import CheckpointError
@@ -48,6 +49,7 @@ class Material:
     tokenizer: Any
     template: Template
     dataset: Any
+    validation: Any
     provenance: Provenance
     dtype: torch.dtype
 
@@ -114,6 +116,7 @@ def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
     template = get_template(source.template, tokenizer)
     tokenizer.chat_template = template.chat_template()
     dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template)
+    validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
     device = default_device()
     dtype = compute_dtype(source.dtype, device)
     started = time.perf_counter()
@@ -137,7 +140,7 @@ def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
         compute_dtype=dtype_name(dtype),
         quantization=asdict(config.quantization) if config.quantization else None,
     )
-    return Material(SupervisedFinetune(model), tokenizer, template, dataset, provenance, dtype)
+    return Material(SupervisedFinetune(model), tokenizer, template, dataset, validation, provenance, dtype)
 
 
 def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_fingerprint: str) -> Any:
@@ -184,7 +187,7 @@ def _make_runner(config: TrainConfig, material: Material, work_dir: Path, launch
         material.dataset,
         batch_sampler=StepSampler(order, plan),
         num_workers=runtime.num_workers,
-        collate_fn=lambda items: collate(items, pad_id=pad_id),
+        collate_fn=partial(collate, pad_id=pad_id),
         pin_memory=torch.cuda.is_available(),
     )
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
@@ -214,7 +217,13 @@ def _make_runner(config: TrainConfig, material: Material, work_dir: Path, launch
 
 
 def _hooks(config: TrainConfig, material: Material) -> list[Any]:
-    samples = config.samples
+    samples, interval = config.samples, config.checkpoint.interval
+    validation = []
+    if material.validation is not None:
+        pad_id = material.tokenizer.pad_token_id or 0
+        validation = [
+            ValidateHook(material.validation, pad_id=pad_id, batch_size=config.schedule.batch_size, interval=interval)
+        ]
     return [
         DatasetInfoHook(material.dataset, material.tokenizer),
         EvaluateChatHook(
@@ -226,7 +235,8 @@ def _hooks(config: TrainConfig, material: Material) -> list[Any]:
             max_new_tokens=samples.max_new_tokens,
         ),
         LogHook(config.log.interval),
-        CheckpointHook(config.checkpoint.interval, config.checkpoint.max_keep),
+        *validation,
+        CheckpointHook(interval, config.checkpoint.max_keep),
         *[build(hook, f'hooks[{i}]') for i, hook in enumerate(config.hooks)],
     ]
 

@@ -4,5 +4,6 @@ from xtuner.engine.hooks.checkpoint import CheckpointHook
 from xtuner.engine.hooks.dataset_info import DatasetInfoHook
 from xtuner.engine.hooks.evaluate_chat import EvaluateChatHook
 from xtuner.engine.hooks.log import LogHook
+from xtuner.engine.hooks.validate import ValidateHook
 
-__all__ = ['CheckpointHook', 'DatasetInfoHook', 'EvaluateChatHook', 'LogHook']
+__all__ = ['CheckpointHook', 'DatasetInfoHook', 'EvaluateChatHook', 'LogHook', 'ValidateHook']

@@ -11,10 +11,10 @@ logger = logging.getLogger('xtuner')
 
 
 class DatasetInfoHook(Hook):
-    """Prints the data set's counts and the first item's text, trained parts in brackets, before training.
+    """Prints the first item's text, trained parts in brackets, before training.
 
     Args:
-        dataset: The prepared data set; its `summary` prints as text.
+        dataset: The prepared data set.
         tokenizer: Decodes the first item.
         max_chars: Where the printed text is cut.
     """
@@ -26,7 +26,6 @@ class DatasetInfoHook(Hook):
         """Prints, on the first rank only."""
         if runner.rank != 0:
             return
-        logger.info('data: %s', self._dataset.summary)
         logger.info('first item, trained text in [[ ]]:\n%s', self.preview(self._dataset[0]))
 
     def preview(self, item: dict[str, Any]) -> str:

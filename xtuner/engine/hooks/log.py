@@ -59,8 +59,7 @@ class LogHook(Hook):
             'peak_memory_gib': round(memory, 3),
             'skipped': result.skipped,
         }
-        with (Path(runner.work_dir) / METRICS_FILE).open('a', encoding='utf-8') as file:
-            file.write(json.dumps(numbers) + '\n')
+        append_metrics(Path(runner.work_dir), numbers)
         scalars = {k: v for k, v in numbers.items() if k != 'step'}
         runner.visualizer.add_scalars(scalars, step=step)
         first = self._seconds is None
@@ -82,6 +81,12 @@ class LogHook(Hook):
                 _clock((last - step) * self._seconds),
                 skipped,
             )
+
+
+def append_metrics(work_dir: Path, numbers: dict[str, Any]) -> None:
+    """Adds one line to `metrics.jsonl`; `numbers` holds the `step` it belongs to."""
+    with (work_dir / METRICS_FILE).open('a', encoding='utf-8') as file:
+        file.write(json.dumps(numbers) + '\n')
 
 
 def _step_of(line: str) -> float:
