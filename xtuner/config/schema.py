@@ -55,9 +55,24 @@ class QuantizationConfig:
 class DatasetConfig:
     """Where the conversations come from and how they become token ids."""
 
-    source: Any = option('hub id, file or folder')
+    source: Any = option('file, folder, hub id, modelscope:OWNER/NAME, dict(path=..., weight=...), or a list of these')
     map_fn: Any = option('map function: a registered name, a function, or module:function; None detects it', None)
     max_length: int = option('tokens a pack', 2048, minimum=2)
+    on_long: str = option(
+        'a conversation longer than max_length: truncate cuts its end, truncate_left its beginning',
+        'truncate', allowed=('error', 'drop', 'truncate', 'truncate_left'))  # fmt: skip
+    on_bad_record: str = option('a record that cannot be used: stop, or leave it out and count it',
+                                'error', allowed=('error', 'skip'))  # fmt: skip
+    max_dropped: float = option('share of the conversations that may be left out before preparation fails', 0.2, minimum=0)
+    train_on: str = option('what is trained: assistant (all answers), last_turn (the last one), all (prompts too)',
+                           'assistant', allowed=('assistant', 'last_turn', 'all'))  # fmt: skip
+    packing: str = option('how conversations share packs; none: a pack each',
+                          'best_fit', allowed=('best_fit', 'first_fit', 'stream', 'none'))  # fmt: skip
+    group_by_length: bool = option('batches of similar length; for packing none', False)
+    val_ratio: float = option('share of the conversations kept for validation', 0.0, minimum=0)
+    val_file: Any = option('validation data: whatever source may be; None: none beside val_ratio', None)
+    unique_id: str | None = option('field that must differ between records that have it; None: not checked', 'id')
+    cache_dir: str | None = option('where prepared data is kept; None: XTUNER_CACHE, else ~/.cache/xtuner', None)
 
 
 @dataclass(frozen=True, kw_only=True)

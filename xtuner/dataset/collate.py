@@ -1,9 +1,9 @@
 """Items -> batches: rows of one length, whose positions start again at 0 with every sample.
 
-    row          sample A        sample B     padding        A, B and the padding are three samples
-    input_ids    a0 a1 a2 a3     b0 b1 b2     p  p           to the model: equal positions or a step back
-    labels       -  -  a2 a3     -  -  b2     -  -           begin a new one, and none sees another
-    positions    0  1  2  3      0  1  2      0  1
+row          sample A        sample B     padding        A, B and the padding are three samples
+input_ids    a0 a1 a2 a3     b0 b1 b2     p  p           to the model: equal positions or a step back
+labels       -  -  a2 a3     -  -  b2     -  -           begin a new one, and none sees another
+positions    0  1  2  3      0  1  2      0  1
 """
 
 from __future__ import annotations

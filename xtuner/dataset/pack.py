@@ -1,8 +1,8 @@
 """Samples -> packs of at most `max_length` tokens: which samples share a row. Nothing is cut, nothing is left over.
 
-    lengths   7 3 5 2 8 4      max_length 10
-    best fit  [8 2] [7 3] [5 4]                  3 packs, 97 % full
-    stream    [7 3] [5 2] [8] [4]                in the order of the data
+lengths   7 3 5 2 8 4      max_length 10
+best fit  [8 2] [7 3] [5 4]                  3 packs, 97 % full
+stream    [7 3] [5 2] [8] [4]                in the order of the data
 """
 
 from __future__ import annotations

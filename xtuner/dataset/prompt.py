@@ -237,7 +237,9 @@ def _jinja(template: Template) -> str:
     lines.append("{%- else -%}{{- raise_exception('no form for the role ' ~ message['role']) }}{%- endif -%}"
                  '{%- endfor -%}')  # fmt: skip
     if turns['assistant'].before:
-        lines.append(f'{{%- if add_generation_prompt -%}}{{{{- {_expression(turns["assistant"].before)} }}}}{{%- endif -%}}')
+        lines.append(
+            f'{{%- if add_generation_prompt -%}}{{{{- {_expression(turns["assistant"].before)} }}}}{{%- endif -%}}'
+        )
     return ''.join(lines)
 
 

@@ -74,7 +74,7 @@ def _instruction(name: str, default_system: str, answer: Turn, system_end: str =
     )
 
 
-_TASK = ('Below is an instruction that describes a task. Write a response that appropriately completes the request.')
+_TASK = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
 
 _ALL = [
     Template(

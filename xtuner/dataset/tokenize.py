@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +86,11 @@ class Encoder:
         self._texts = TextEncoder(tokenizer, template.marker_ids(tokenizer))
         self._strings = {'{bos}': tokenizer.bos_token or '', '{eos}': tokenizer.eos_token or ''}
 
+    @property
+    def begin_id(self) -> int | None:
+        """The id of the tokenizer's begin, which `truncate_left` keeps in front; None where it has none."""
+        return self._texts.controls.get(self._strings['{bos}'])
+
     def encode(self, conversations: Sequence[Conversation]) -> list[Sample]:
         """Encodes conversations, in order; raises DataError for the first that the template has no form for."""
         pieces = [self.template.render(conversation, train_on=self.train_on) for conversation in conversations]
@@ -108,7 +113,7 @@ class Encoder:
         ids = np.fromiter(chain.from_iterable(lists), np.int64, int(sizes.sum()))
         trained = np.repeat(np.fromiter((run.trained for run in runs), bool, len(runs)), sizes)
         cuts = np.concatenate([[0], np.cumsum(sizes)])[np.asarray([0, *ends])]
-        return [(ids[a:b], trained[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [(ids[a:b], trained[a:b]) for a, b in pairwise(cuts.tolist())]
 
     def _append_runs(self, pieces: Sequence[Piece], runs: list[_Run]) -> None:
         """Joins neighbouring texts into runs: between control tokens, starts of answers, and changes of training."""

@@ -1,0 +1,18 @@
+"""Map functions: one raw record in, one conversation (or a list of them, or None to leave it out) out.
+
+One file a format. To add one, add a file whose `<name>_map_fn(example)` carries `@map_fn(...)`; it is found here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from xtuner.dataset.map_fns.registration import detect_map_fn, formats, map_fn, nearest_format, resolve_map_fn
+
+__all__ = ['detect_map_fn', 'formats', 'map_fn', 'nearest_format', 'resolve_map_fn']
+
+for _info in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f'{__name__}.{_info.name}')
+    _functions = {name: value for name, value in vars(_module).items() if name.endswith('_map_fn') and callable(value)}
+    globals().update({name: value for name, value in _functions.items() if value.__module__ == _module.__name__})

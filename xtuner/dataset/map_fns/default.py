@@ -1,0 +1,13 @@
+"""The plain form: `input` and `output`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn
+
+
+@map_fn('input', 'output')
+def default_map_fn(example: dict[str, Any]) -> dict[str, Any]:
+    """The input is asked, the output is trained."""
+    return {'conversation': [{'input': example['input'], 'output': example['output']}]}

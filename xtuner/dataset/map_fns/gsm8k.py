@@ -1,0 +1,13 @@
+"""GSM8K, and every other set of `question` and `answer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn
+
+
+@map_fn('question', 'answer')
+def gsm8k_map_fn(example: dict[str, Any]) -> dict[str, Any]:
+    """The question is asked, the answer is trained."""
+    return {'conversation': [{'input': example['question'], 'output': example['answer']}]}

@@ -1,0 +1,70 @@
+"""OpenAssistant's original form: one tree of messages a record, replies nested and ranked.
+
+    prompt ─┬─ answer, rank 0 ── question ─┬─ answer, rank 1
+            └─ answer, rank 1              └─ answer, rank 0
+
+The best path takes the reply of the lowest rank at each step; `oasst_tree_all` takes every path to an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn, never
+from xtuner.errors import DataError
+
+_ROLES = {'prompter': 'user', 'assistant': 'assistant'}
+
+
+def _is_tree(record: Any) -> bool:
+    return isinstance(record.get('prompt'), Mapping) and 'replies' in record['prompt']
+
+
+@map_fn('prompt', detect=_is_tree)
+def oasst_tree_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the best-ranked path, without a last question that nobody answered; None where nobody answered at all."""
+    path = [_message(example['prompt'])]
+    node = example['prompt']
+    while replies := _replies(node):
+        node = min(replies, key=lambda reply: (reply.get('rank') is None, reply.get('rank') or 0))
+        path.append(_message(node))
+    if path[-1]['role'] == 'user':
+        path.pop()
+    return {'messages': path} if path else None
+
+
+@map_fn('prompt', detect=never)
+def oasst_tree_all_map_fn(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns every path to a last answer. An answer on several paths is trained in the first of them only."""
+    trained: set[int] = set()
+    conversations = []
+    for path in _paths(example['prompt'], []):
+        messages = []
+        for node in path:
+            messages.append({**_message(node), **({'loss': False} if id(node) in trained else {})})
+            trained.add(id(node))
+        conversations.append({'messages': messages})
+    return conversations
+
+
+def _paths(node: Mapping[str, Any], path: list[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    path = [*path, node]
+    below = [found for reply in _replies(node) for found in _paths(reply, path)]
+    if below:
+        yield from below
+    elif _message(node)['role'] == 'assistant':
+        yield path
+
+
+def _replies(node: Any) -> list[Mapping[str, Any]]:
+    replies = node.get('replies') or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise DataError('`replies` must be a list of messages')
+    return [reply for reply in replies if not reply.get('deleted') and reply.get('text')]
+
+
+def _message(node: Any) -> dict[str, Any]:
+    if not isinstance(node, Mapping) or node.get('role') not in _ROLES or not isinstance(node.get('text'), str):
+        raise DataError('a message of the tree must have a `text`, and the `role` prompter or assistant')
+    return {'role': _ROLES[node['role']], 'content': node['text']}

@@ -1,0 +1,109 @@
+"""How a map function is registered, looked up and detected."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from xtuner.errors import ConfigError, nearest
+from xtuner.registry import MAP_FUNC
+
+MapFn = Callable[[dict[str, Any]], Any]
+_SUFFIX = '_map_fn'
+
+
+def map_fn(*columns: str, detect: Callable[[Mapping[str, Any]], bool] | None = None) -> Callable[[MapFn], MapFn]:
+    """Registers `<name>_map_fn` as `<name>` and under its own name.
+
+    Args:
+        columns: The columns that the function reads and cannot do without.
+        detect: Whether a record is of this format, told from the record itself; None: where it has all the columns.
+            Formats that share their columns with others are never detected: `detect=never`.
+    """
+
+    def register(function: MapFn) -> MapFn:
+        name = function.__name__
+        function.columns = columns  # type: ignore[attr-defined]
+        function.detect = detect or (lambda record: all(column in record for column in columns))  # type: ignore[attr-defined]
+        MAP_FUNC.register_module(name=[name.removesuffix(_SUFFIX), name], module=function)
+        return function
+
+    return register
+
+
+def never(record: Mapping[str, Any]) -> bool:
+    """The `detect` of a format that shares its columns with another."""
+    return False
+
+
+def formats() -> dict[str, MapFn]:
+    """Returns all registered map functions by short name, the more specific before the less specific for detection."""
+    short = {name: function for name, function in _registry().items() if not name.endswith(_SUFFIX)}
+    return dict(sorted(short.items(), key=lambda item: -len(getattr(item[1], 'columns', ()))))
+
+
+def resolve_map_fn(value: Any) -> MapFn:
+    """Returns the map function that a config names.
+
+    Args:
+        value: A registered name (`alpaca` or `alpaca_map_fn`), a function, or `module:function`.
+
+    Raises:
+        ConfigError: Where there is no such function.
+    """
+    if callable(value):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f'`dataset.map_fn` must be a name, a function or `module:function`, got {value!r}')
+    if ':' in value:
+        return _imported(value)
+    found = _registry().get(value)
+    if found is None:
+        known = sorted(formats())
+        raise ConfigError(f'`dataset.map_fn` is {value!r}, which is no map function{nearest(value, known)}; known: '
+                          f'{", ".join(known)}; a function of your own is named `module:function`')  # fmt: skip
+    return found
+
+
+def detect_map_fn(record: Any, origin: str) -> MapFn:
+    """Returns the map function whose format `record` has.
+
+    Raises:
+        ConfigError: Where none or a record of no known format is found; names the columns found and the nearest format.
+    """
+    if isinstance(record, Mapping):
+        for function in formats().values():
+            if getattr(function, 'detect', never)(record):
+                return function
+        found = sorted(map(str, record))
+    else:
+        found = [type(record).__name__]
+    raise ConfigError(f'{origin}: no known format has the columns {", ".join(found)}; {nearest_format(found)}; name one '
+                      'with `dataset.map_fn` (`xtuner list-dataset-format` shows them), or a function of your own as '
+                      '`module:function`')  # fmt: skip
+
+
+def nearest_format(columns: Iterable[str]) -> str:
+    """Returns a hint such as "the nearest is `alpaca`, which needs instruction, output"."""
+    have = set(columns)
+    functions = {name: getattr(function, 'columns', ()) for name, function in formats().items()}
+    name = max(functions, key=lambda n: (len(have & set(functions[n])), -len(set(functions[n]) - have)))
+    return f'the nearest is `{name}`, which needs {", ".join(functions[name]) or "no column"}'
+
+
+def _registry() -> dict[str, MapFn]:
+    importlib.import_module('xtuner.dataset.map_fns')
+    return dict(MAP_FUNC.module_dict)
+
+
+def _imported(value: str) -> MapFn:
+    module_name, _, name = value.partition(':')
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f'`dataset.map_fn` {value!r} cannot be imported: {error}; the module must be importable from '
+                          'where the command runs (PYTHONPATH)') from None  # fmt: skip
+    if not callable(function):
+        raise ConfigError(f'`dataset.map_fn` {value!r} is a {type(function).__name__}, not a function')
+    return function

@@ -1,0 +1,191 @@
+"""The one way from a config's `dataset` section to packs: sources, map functions, encoding, lengths, packing, cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.cache import build_once, cache_root
+from xtuner.dataset.conversation import Conversation
+from xtuner.dataset.fingerprint import digest, fingerprint_code, fingerprint_function, fingerprint_tokenizer
+from xtuner.dataset.length import fit_length, num_targets
+from xtuner.dataset.map_fns import resolve_map_fn
+from xtuner.dataset.mapping import map_records
+from xtuner.dataset.pack import Packs, pack_samples
+from xtuner.dataset.prompt import Template
+from xtuner.dataset.sources import Source, open_sources
+from xtuner.dataset.split import content_hash, split_samples
+from xtuner.dataset.store import PreparedDataset, StoreWriter, is_complete
+from xtuner.dataset.summary import Summary
+from xtuner.dataset.tokenize import Encoder, Sample
+from xtuner.errors import ConfigError, DataError
+
+_CHUNK_CONVERSATIONS, _CHUNK_CHARACTERS = 512, 2**21  # encoded at a time: bounds the memory
+
+
+def prepare_dataset(
+    config: DatasetConfig, *, tokenizer: Any, template: Template, part: str = 'train'
+) -> PreparedDataset | None:
+    """Returns the packs of a config, prepared now or taken from the cache.
+
+    Call it on every rank, before or outside any collective: one process prepares, the others wait for its files.
+
+    Args:
+        config: The `dataset` section.
+        tokenizer: A transformers tokenizer.
+        template: The prompt format, from `get_template`.
+        part: 'train', or 'val' for the validation part.
+
+    Returns:
+        The packs; None for 'val' where the config asks for no validation.
+
+    Raises:
+        ConfigError: For a value of the section that cannot be.
+        DataError: For a bad record under `on_bad_record='error'`, a long one under `on_long='error'`, more losses than
+            `max_dropped`, or where nothing is left.
+    """
+    if config.val_file is not None and config.val_ratio:
+        raise ConfigError('`dataset.val_file` and `dataset.val_ratio` are both set; set one of them')
+    if config.val_ratio >= 1:
+        raise ConfigError(f'`dataset.val_ratio` must be below 1, got {config.val_ratio}')
+    if part == 'val' and config.val_file is not None:
+        config, part = replace(config, source=config.val_file, val_file=None), 'train'
+    elif part == 'val' and not config.val_ratio:
+        return None
+    folder = prepared_folder(config, tokenizer=tokenizer, template=template)
+    built = build_once(
+        folder,
+        lambda to: _build(to, config, tokenizer, template),
+        is_complete=is_complete,
+        waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
+    )
+    dataset = PreparedDataset(folder, part)
+    _say(f'{"prepared in" if built else "taken from"} {folder}', f'{part}: {len(dataset)} packs, {dataset.fill:.1%} full',
+         *dataset.summary.lines())  # fmt: skip
+    return dataset
+
+
+def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template) -> Path:
+    """Returns where the prepared data of a config is kept: a name that changes with anything that changes the tokens."""
+    sources = open_sources(config.source)
+    maps = [source.map_fn or config.map_fn for source in sources]
+    parts = (
+        fingerprint_code(), tokenizers.__version__, fingerprint_tokenizer(tokenizer), template.fingerprint(),
+        [(source.fingerprint(), source.weight) for source in sources],
+        [fingerprint_function(resolve_map_fn(fn)) if fn is not None else 'detected' for fn in maps],
+        config.max_length, config.on_long, config.on_bad_record, config.max_dropped, config.train_on, config.packing,
+        config.val_ratio, config.unique_id,
+    )  # fmt: skip
+    return cache_root(config.cache_dir) / 'datasets' / digest(parts)
+
+
+def encode_source(
+    source: Source, config: DatasetConfig, *, encoder: Encoder, summary: Summary
+) -> Iterator[list[tuple[Conversation, Sample]]]:
+    """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
+    begin_id = encoder.begin_id
+    for chunk in _chunks(map_records(source, config, summary)):
+        kept = []
+        for conversation, sample in _encoded(chunk, encoder, config, summary):
+            fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
+                                begin_id=begin_id)  # fmt: skip
+            if fitted is None:
+                summary.lose('too_long', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+                continue
+            targets = num_targets(fitted)
+            if not targets:
+                summary.lose('without_target', conversation.origin)
+                continue
+            if fitted is not sample:
+                summary.lose('cut', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+            summary.kept += 1
+            summary.tokens += len(fitted.input_ids)
+            summary.target_tokens += targets
+            kept.append((conversation, fitted))
+        yield kept
+
+
+def _encoded(
+    chunk: list[Conversation], encoder: Encoder, config: DatasetConfig, summary: Summary
+) -> Iterable[tuple[Conversation, Sample]]:
+    """Encodes a chunk at once; one by one only where one of it cannot be encoded."""
+    try:
+        return list(zip(chunk, encoder.encode(chunk), strict=True))
+    except DataError:
+        result = []
+        for conversation in chunk:
+            try:
+                result.append((conversation, encoder.encode([conversation])[0]))
+            except DataError as error:
+                if config.on_bad_record == 'error':
+                    raise
+                summary.lose('bad', str(error))
+        return result
+
+
+def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    chunk: list[Conversation] = []
+    characters = 0
+    for conversation in conversations:
+        chunk.append(conversation)
+        characters += sum(len(message.content) for message in conversation.messages)
+        if len(chunk) >= _CHUNK_CONVERSATIONS or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Template) -> None:
+    started = time.monotonic()
+    summary = Summary()
+    encoder = Encoder(tokenizer, template, train_on=config.train_on)
+    writer = StoreWriter(folder)
+    hashes = array('Q')
+    bounds = [0]
+    sources = open_sources(config.source)
+    try:
+        for source in sources:
+            for chunk in encode_source(source, config, encoder=encoder, summary=summary):
+                writer.append([sample for _, sample in chunk])
+                if config.val_ratio:
+                    hashes.extend(content_hash(sample) for _, sample in chunk)
+            bounds.append(writer.num_samples)
+        check_losses(summary, config)
+        parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=hashes,
+                              val_ratio=config.val_ratio)  # fmt: skip
+        packs = {name: _packed(numbers, writer.lengths, config) for name, numbers in parts.items()}
+        summary.seconds = time.monotonic() - started
+        writer.finish(packs, summary)
+    finally:
+        writer.close()
+
+
+def check_losses(summary: Summary, config: DatasetConfig) -> None:
+    """Raises DataError where more was lost than `max_dropped` allows, or nothing is left."""
+    total = summary.kept + summary.dropped
+    if summary.dropped > config.max_dropped * total or not summary.kept:
+        raise DataError(f'{summary.dropped} of {total} conversations would be dropped, and `dataset.max_dropped` is '
+                        f'{config.max_dropped:g}; ' + ' | '.join(summary.lines()))  # fmt: skip
+
+
+def _packed(numbers: np.ndarray, lengths: np.ndarray, config: DatasetConfig) -> Packs:
+    packs = pack_samples(lengths[numbers], config.max_length, packing=config.packing)
+    return Packs(numbers[packs.samples], packs.starts)
+
+
+def _say(*lines: str) -> None:
+    """Prints to stderr, on the first rank only."""
+    if os.environ.get('RANK', '0') == '0':
+        for line in lines:
+            print(f'data: {line}', file=sys.stderr, flush=True)

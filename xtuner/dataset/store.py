@@ -1,0 +1,145 @@
+"""Prepared data on disk: flat arrays of ids, read by memory map, and plans of which samples share a pack.
+
+ids.bin          int32 (T,)      all samples' ids, one behind the other
+trained.bin      bool  (T,)      which of them are trained
+offsets.npy      int64 (N + 1,)  where each sample begins
+train_samples.npy, train_starts.npy, val_...   the packs of each part (see `Packs`)
+meta.json        the summary, and the sizes by which a torn folder is told
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from xtuner.dataset.pack import Packs
+from xtuner.dataset.summary import Summary
+from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
+
+_META = 'meta.json'
+
+
+class StoreWriter:
+    """Writes samples into a folder as they come; `finish` adds the plans and makes the folder complete."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._ids = (folder / 'ids.bin').open('wb')
+        self._trained = (folder / 'trained.bin').open('wb')
+        self._offsets = array('q', [0])
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Adds samples."""
+        if not samples:
+            return
+        ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int32)
+        trained = np.concatenate([sample.labels for sample in samples]) != IGNORE_INDEX
+        self._ids.write(ids.tobytes())
+        self._trained.write(trained.tobytes())
+        ends = np.cumsum([len(sample.input_ids) for sample in samples]) + self._offsets[-1]
+        self._offsets.extend(ends.tolist())
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return len(self._offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample so far, int64 `(N,)`."""
+        return np.diff(np.array(self._offsets, dtype=np.int64))
+
+    def close(self) -> None:
+        """Closes the files; the folder stays incomplete without `finish`."""
+        self._ids.close()
+        self._trained.close()
+
+    def finish(self, parts: dict[str, Packs], summary: Summary) -> None:
+        """Writes the plans and, last, what makes the folder complete."""
+        self.close()
+        np.save(self.folder / 'offsets.npy', np.array(self._offsets, dtype=np.int64))
+        for part, packs in parts.items():
+            np.save(self.folder / f'{part}_samples.npy', packs.samples)
+            np.save(self.folder / f'{part}_starts.npy', packs.starts)
+        sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
+        meta = {'sizes': sizes, 'summary': summary.to_dict()}
+        (self.folder / _META).write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding='utf-8')
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds prepared data with every file of the size it was written with."""
+    try:
+        sizes = json.loads((folder / _META).read_text(encoding='utf-8'))['sizes']
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+class PreparedDataset(Dataset):
+    """Packs of a prepared folder, read from disk when asked for.
+
+    `dataset[i]` is a dict of `input_ids`, `labels` and `position_ids`, int64 tensors `(S,)`; positions start again at 0
+    with each sample of the pack.
+
+    Attributes:
+        lengths: Tokens of each pack, int64 `(len(self),)`, known without loading any.
+        summary: What became of the records.
+    """
+
+    def __init__(self, folder: Path, part: str = 'train') -> None:
+        self.folder = Path(folder)
+        self.part = part
+        self._open()
+
+    def _open(self) -> None:
+        meta = json.loads((self.folder / _META).read_text(encoding='utf-8'))
+        self.summary = Summary.from_dict(meta['summary'])
+        self._ids = np.memmap(self.folder / 'ids.bin', dtype=np.int32, mode='r')
+        self._trained = np.memmap(self.folder / 'trained.bin', dtype=np.bool_, mode='r')
+        self._offsets = np.load(self.folder / 'offsets.npy', mmap_mode='r')
+        self._packs = Packs(*(np.load(self.folder / f'{self.part}_{name}.npy', mmap_mode='r')
+                              for name in ('samples', 'starts')))  # fmt: skip
+        self.lengths = self._packs.lengths(np.diff(self._offsets))
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'item {index} of a data set of {len(self)}')
+        samples = [self.sample(int(number)) for number in self._packs[index % len(self)]]
+        return {
+            'input_ids': torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
+            'labels': torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+            'position_ids': torch.from_numpy(np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])),
+        }
+
+    def sample(self, number: int) -> Sample:
+        """Returns one conversation, whichever pack it is in."""
+        start, end = self._offsets[number : number + 2]
+        ids = self._ids[start:end].astype(np.int64)
+        return Sample(ids, np.where(self._trained[start:end], ids, IGNORE_INDEX))
+
+    @property
+    def sample_numbers(self) -> np.ndarray:
+        """The conversations of this part, in the order of the packs, int64 `(N,)`."""
+        return np.asarray(self._packs.samples)
+
+    @property
+    def fill(self) -> float:
+        """The share of the longest pack's tokens that a pack has on average."""
+        return float(self.lengths.mean() / self.lengths.max()) if len(self) else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'folder': self.folder, 'part': self.part}  # a worker maps the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state['folder'], state['part'])  # type: ignore[misc]
