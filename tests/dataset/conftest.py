@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from xtuner.dataset.template import TEMPLATES
 
 _TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
-          'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick brown fox', '你好，世界'] * 4  # fmt: skip
+          'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick fox', '你好'] * 4  # fmt: skip
 
 
 def all_markers() -> list[str]:

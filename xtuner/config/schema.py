@@ -63,7 +63,7 @@ class DatasetConfig:
         'truncate', allowed=('error', 'drop', 'truncate', 'truncate_left'))  # fmt: skip
     on_bad_record: str = option('a record that cannot be used: stop, or leave it out and count it',
                                 'error', allowed=('error', 'skip'))  # fmt: skip
-    max_dropped: float = option('share of the conversations that may be left out before preparation fails', 0.2, minimum=0)
+    max_dropped: float = option('share of the conversations that may be lost before preparation fails', 0.2, minimum=0)
     train_on: str = option('what is trained: assistant (all answers), last_turn (the last one), all (prompts too)',
                            'assistant', allowed=('assistant', 'last_turn', 'all'))  # fmt: skip
     packing: str = option('how conversations share packs; none: a pack each',

@@ -165,7 +165,7 @@ def _loss(value: Any, name: str, origin: str) -> bool | None:
 
 
 # What may come before each role; None stands for the beginning.
-_BEFORE = {
+_BEFORE: dict[str, set[str | None]] = {
     'system': {None, 'system', 'assistant'},
     'user': {None, 'system', 'assistant', 'tool'},
     'assistant': {'user', 'system', 'tool', 'thoughts', 'commands', 'assistant'},

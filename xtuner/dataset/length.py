@@ -30,8 +30,8 @@ def fit_length(
     if length <= max_length:
         return sample
     if on_long == 'error':
-        raise DataError(f'{origin}: the conversation has {length} tokens, `dataset.max_length` is {max_length}; raise it, '
-                        "or set `dataset.on_long` to 'drop', 'truncate' or 'truncate_left'")  # fmt: skip
+        raise DataError(f'{origin}: the conversation has {length} tokens, `dataset.max_length` is {max_length}; raise '
+                        "it, or set `dataset.on_long` to 'drop', 'truncate' or 'truncate_left'")  # fmt: skip
     if on_long == 'drop':
         return None
     if on_long == 'truncate':

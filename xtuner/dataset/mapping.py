@@ -76,8 +76,8 @@ def _explain(function: MapFn, record: Record, error: Exception) -> str:
     needed = getattr(function, 'columns', None)
     missing = [column for column in needed or () if column not in record.value]
     if missing:
-        return (f'{record.origin}: `{name}` needs the column{"s" if len(missing) > 1 else ""} {", ".join(missing)}; found '
-                f'{columns}; {nearest_format(record.value)}')  # fmt: skip
+        return (f'{record.origin}: `{name}` needs the column{"s" if len(missing) > 1 else ""} {", ".join(missing)}; '
+                f'found {columns}; {nearest_format(record.value)}')  # fmt: skip
     return (
         f'{record.origin}: `{name}` failed with {type(error).__name__}: {error}; the record has the columns {columns}'
     )

@@ -70,13 +70,13 @@ def prepare_dataset(
         waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
     )
     dataset = PreparedDataset(folder, part)
-    _say(f'{"prepared in" if built else "taken from"} {folder}', f'{part}: {len(dataset)} packs, {dataset.fill:.1%} full',
-         *dataset.summary.lines())  # fmt: skip
+    packs = f'{part}: {len(dataset)} packs, {dataset.fill:.1%} full'
+    _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
     return dataset
 
 
 def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template) -> Path:
-    """Returns where the prepared data of a config is kept: a name that changes with anything that changes the tokens."""
+    """Returns where a config's prepared data is kept: a name that changes with anything that changes the tokens."""
     sources = open_sources(config.source)
     maps = [source.map_fn or config.map_fn for source in sources]
     parts = (

@@ -1,8 +1,8 @@
-"""What a prompt template is: strings around each role's text, rendered into pieces, and written out as Jinja.
+r"""What a prompt template is: strings around each role's text, rendered into pieces, and written out as Jinja.
 
 A piece is text or a control token, and knows whether it is trained and whether the model starts to write with it:
 
-    <s>       <|User|>:   Hi        <eoh>     \\n<|Bot|>:   Hello     <eoa>
+    <s>       <|User|>:   Hi        <eoh>     \n <|Bot|>:   Hello     <eoa>
     control   text        text      control   text          text      control
                                                             starts
     -         -           -         -         -             trained   trained
@@ -188,9 +188,8 @@ class Template:
 
 def token_id(tokenizer: Any, text: str) -> int | None:
     """Returns the id of `text` where it is exactly one token of the vocabulary, else None."""
-    backend = getattr(tokenizer, 'backend_tokenizer', None)
-    if hasattr(backend, 'token_to_id'):
-        return backend.token_to_id(text)
+    if getattr(tokenizer, 'is_fast', False):
+        return tokenizer.backend_tokenizer.token_to_id(text)
     found = tokenizer.convert_tokens_to_ids(text)
     return None if found is None or found == tokenizer.unk_token_id else found
 

@@ -37,8 +37,8 @@ def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
     """Returns the sources that a config names.
 
     Args:
-        spec: A file, a folder, a hub id, `modelscope:OWNER/NAME`; a dict with `path` and, where wanted, `name`, `split`,
-            `revision`, `data_files`, `streaming`, `map_fn`, `weight`; a loaded data set; or a list of these.
+        spec: A file, a folder, a hub id, `modelscope:OWNER/NAME`; a dict with `path` and, where wanted, `name`,
+            `split`, `revision`, `data_files`, `streaming`, `map_fn`, `weight`; a loaded data set; or a list of these.
         field: The config's field, for messages.
 
     Raises:
@@ -157,8 +157,8 @@ def _hub(path: str, options: Mapping[str, Any]) -> Source:
     except Exception as error:  # the library raises a dozen kinds, some of them long
         reason = (str(error).splitlines() or [''])[0][:200]
         raise DataError(f'{path}: neither a local file or folder nor a data set that the hub gave us '
-                        f'({type(error).__name__}: {reason}); check the spelling, the network and HF_TOKEN, or download '
-                        'it and name the folder')  # fmt: skip
+                        f'({type(error).__name__}: {reason}); check the spelling, the network and HF_TOKEN, or '
+                        'download it and name the folder') from None  # fmt: skip
     name = f'{path}:{split}'
     loaded = _loaded(found, name)
     if not options.get('streaming'):

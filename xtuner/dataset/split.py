@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,11 +43,12 @@ def split_samples(
         unique = np.unique(values)
         count = max(1, round(val_ratio * len(unique)))
         if count >= len(unique):
-            raise DataError(f'`dataset.val_ratio` {val_ratio:g} of {len(unique)} different conversations leaves none to '
-                            'train; lower it, or use `val_file`')  # fmt: skip
+            raise DataError(f'`dataset.val_ratio` {val_ratio:g} of {len(unique)} different conversations leaves none '
+                            'to train; lower it, or use `val_file`')  # fmt: skip
         kept_out = np.isin(values, unique[:count])
-    train = [_weighted(np.flatnonzero(~kept_out[start:end]) + start, weight, index)
-             for index, (start, end, weight) in enumerate(zip(bounds[:-1], bounds[1:], weights, strict=True))]  # fmt: skip
+    train = []
+    for index, ((start, end), weight) in enumerate(zip(pairwise(bounds), weights, strict=True)):
+        train.append(_weighted(np.flatnonzero(~kept_out[start:end]) + start, weight, index))
     return {'train': np.concatenate(train), 'val': np.flatnonzero(kept_out)}
 
 

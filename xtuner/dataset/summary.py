@@ -48,7 +48,7 @@ class Summary:
 
     @property
     def dropped(self) -> int:
-        """Conversations and records that are lost: all kinds but `cut`, and what the map function meant to leave out."""
+        """What is lost: all kinds but `cut`, and what the map function meant to leave out."""
         return sum(count for kind, count in self.counts.items() if kind not in ('cut', 'left_out'))
 
     def lines(self) -> list[str]:

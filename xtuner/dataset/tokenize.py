@@ -1,11 +1,11 @@
-"""Pieces -> token ids and labels: the only place that masks.
+r"""Pieces -> token ids and labels: the only place that masks.
 
 Control tokens are inserted as ids. The text between two control tokens is encoded in one go, template text and content
 together, as the tokenizer itself would see it, except that a cut is made where the model starts to write: there the
 ids of what came before must be those that the model gets as its prompt. Ids of control tokens that the encoding of a
 text nevertheless contains came from the content; that text is encoded again so that they cannot.
 
-    <s>  <|User|>:Hi  <eoh>  \\n<|Bot|>:  |  Hello  <eoa>          | a cut, though no control token stands there
+    <s>  <|User|>:Hi  <eoh>  \n <|Bot|>:  |  Hello  <eoa>          | a cut, though no control token stands there
     id   one run      id     one run         run    id
 """
 

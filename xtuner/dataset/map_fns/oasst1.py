@@ -25,7 +25,7 @@ def oasst1_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(text, str) or not text.lstrip().startswith(_MARKERS[0]):
         raise DataError(f'`text` must begin with {_MARKERS[0]!r}, got {str(text)[:40]!r}')
     parts: list[str] = []
-    rest = text.lstrip().removeprefix(_MARKERS[0])
+    rest: str | None = text.lstrip().removeprefix(_MARKERS[0])
     while rest is not None:
         part, marker, behind = rest.partition(_MARKERS[(len(parts) + 1) % 2])
         parts.append(part.strip())

@@ -79,9 +79,9 @@ def detect_map_fn(record: Any, origin: str) -> MapFn:
         found = sorted(map(str, record))
     else:
         found = [type(record).__name__]
-    raise ConfigError(f'{origin}: no known format has the columns {", ".join(found)}; {nearest_format(found)}; name one '
-                      'with `dataset.map_fn` (`xtuner list-dataset-format` shows them), or a function of your own as '
-                      '`module:function`')  # fmt: skip
+    raise ConfigError(f'{origin}: no known format has the columns {", ".join(found)}; {nearest_format(found)}; '
+                      'name one with `dataset.map_fn` (`xtuner list-dataset-format` shows them), or a function of '
+                      'your own as `module:function`')  # fmt: skip
 
 
 def nearest_format(columns: Iterable[str]) -> str:
