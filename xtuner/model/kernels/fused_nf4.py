@@ -1,0 +1,53 @@
+"""A Triton kernel that turns a 4-bit weight with quantised scales into floats, at the memory's speed.
+
+bitsandbytes takes two kernels and a temporary for the scales; this is one, and it writes into rows of a wider buffer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xtuner.model.kernels import plain
+from xtuner.model.kernels.quantized import QuantizedWeight
+
+_BLOCKS = 32  # quantisation blocks a program
+
+
+@triton.jit
+def _dequantize(
+    packed, table, absmax, absmax_table, absmax_scale, offset, out, num_blocks, row_blocks, out_row,
+    NESTED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    if NESTED:
+        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        fine = tl.load(absmax_table + code)
+        scale = fine * tl.load(absmax_scale + block // COARSE, mask=inside, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=inside, other=0.0)
+    byte = tl.arange(0, HALF)
+    pair = tl.load(packed + block[:, None] * HALF + byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    high = tl.load(table + (pair >> 4)) * scale[:, None]
+    low = tl.load(table + (pair & 15)) * scale[:, None]
+    values = tl.reshape(tl.join(high, low), (BLOCKS, 2 * HALF)).to(out.dtype.element_ty)
+    start = (block // row_blocks) * out_row + (block % row_blocks) * (2 * HALF)
+    column = tl.arange(0, 2 * HALF)
+    tl.store(out + start[:, None] + column[None, :], values, mask=inside[:, None])
+
+
+def dequantize_into(out_NK: Tensor, weight: QuantizedWeight) -> None:
+    """See `plain.dequantize_into`, which also takes the rare weight whose blocks straddle its rows."""
+    if weight.shape[1] % weight.block or weight.block & (weight.block - 1):
+        plain.dequantize_into(out_NK, weight)
+        return
+    nested = weight.absmax_table is not None
+    blocks = weight.shape[0] * weight.shape[1] // weight.block
+    _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
+        weight.packed, weight.table, weight.absmax, weight.absmax_table if nested else weight.table,
+        weight.absmax_scale if nested else weight.table, weight.offset if nested else weight.table, out_NK,
+        blocks, weight.shape[1] // weight.block, out_NK.stride(0), NESTED=nested, COARSE=weight.absmax_block,
+        HALF=weight.block // 2, BLOCKS=_BLOCKS, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""A 4-bit weight of bitsandbytes, taken apart into the tensors that a kernel reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The parts of a 4-bit weight; two values a byte, the first in the high half.
+
+    Attributes:
+        shape: (N, K).
+        packed: uint8, N * K / 2 bytes.
+        table: float32 (16,): the values of the 16 codes.
+        block: How many values share a scale.
+        absmax: The scale of each block: float32, or uint8 codes where the scales are quantised themselves.
+        absmax_table: float32 (256,), values of those codes; None for float32 scales.
+        absmax_scale: float32, one for each `absmax_block` scales.
+        absmax_block: How many scales share one.
+        offset: float32 scalar, the mean that was taken off the scales.
+
+    """
+
+    shape: tuple[int, int]
+    packed: Tensor
+    table: Tensor
+    block: int
+    absmax: Tensor
+    absmax_table: Tensor | None = None
+    absmax_scale: Tensor | None = None
+    absmax_block: int = 256
+    offset: Tensor | None = None
+
+    def scales(self) -> Tensor:
+        """The scale of each block in float32."""
+        if self.absmax_table is None or self.absmax_scale is None or self.offset is None:
+            return self.absmax.float()
+        coarse = self.absmax_scale.repeat_interleave(self.absmax_block)[: self.absmax.numel()]
+        return self.absmax_table[self.absmax.long()] * coarse + self.offset
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether a module is a bitsandbytes 4-bit linear layer with its weights already quantised."""
+    state = getattr(getattr(module, 'weight', None), 'quant_state', None)
+    return type(module).__name__ in ('Linear4bit', 'LinearNF4', 'LinearFP4') and state is not None
+
+
+def take_apart(module: nn.Module) -> QuantizedWeight:
+    """The parts of a bitsandbytes 4-bit linear layer's weight; nothing is copied."""
+    weight: Any = module.weight
+    state = weight.quant_state
+    packed = weight.data.view(torch.uint8).reshape(-1)
+    shape = (int(state.shape[0]), int(state.shape[1]))
+    if not state.nested:
+        return QuantizedWeight(shape, packed, state.code, state.blocksize, state.absmax)
+    inner = state.state2
+    return QuantizedWeight(
+        shape, packed, state.code, state.blocksize, state.absmax, inner.code, inner.absmax, inner.blocksize, state.offset
+    )
