@@ -1,0 +1,61 @@
+"""The loss on conversations that are not trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.hooks import Hook
+
+from xtuner.dataset.collate import collate
+from xtuner.engine.hooks.log import append_metrics
+
+logger = logging.getLogger('xtuner')
+
+
+class ValidateHook(Hook):
+    """Computes the mean loss a target token over a validation set, each so many steps and at the end.
+
+    The sum over all tokens is divided once, so the figure does not depend on batches or ranks.
+
+    Args:
+        dataset: Prepared validation items.
+        pad_id: Fills rows up.
+        batch_size: Items a forward pass.
+        interval: Optimizer steps between two validations.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, dataset: Any, *, pad_id: int, batch_size: int, interval: int) -> None:
+        self._dataset, self._pad_id, self._batch_size, self._interval = dataset, pad_id, batch_size, interval
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Validates when it is time."""
+        step = runner.iter + 1
+        if step % self._interval == 0 or step == runner.max_iters:
+            loss = self.evaluate(runner.model, runner.train_loop)
+            if runner.rank == 0:
+                logger.info('step %d · validation loss %.4f', step, loss)
+                append_metrics(Path(runner.work_dir), {'step': step, 'val_loss': loss})
+                runner.visualizer.add_scalars({'val_loss': loss}, step=step)
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module, loop: Any) -> float:
+        """The mean negative log-likelihood a target token, in nats, over all ranks."""
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=loop.device)
+        mine = range(get_rank(), len(self._dataset), get_world_size())
+        for start in range(0, len(mine), self._batch_size):
+            items = [self._dataset[i] for i in mine[start : start + self._batch_size]]
+            batch = collate(items, pad_id=self._pad_id)
+            with loop.autocast():
+                loss_sum = model(**{k: v.to(loop.device) for k, v in batch.items()})
+            sums += torch.stack([loss_sum.double(), (batch['labels'][:, 1:] != -100).sum().to(loss_sum)])
+        model.train(was_training)
+        all_reduce(sums)
+        return (sums[0] / sums[1]).item()
