@@ -51,8 +51,8 @@ class TokenizerTemplate(Template):
             if span is None and not (trained or everything):
                 continue
             if span is None:
-                raise DataError(f'{shown.origin}: the chat template of the tokenizer shows answer {index + 1} in another '
-                                "way once more follows; train the last one alone: `train_on = 'last_turn'`")  # fmt: skip
+                raise DataError(f'{shown.origin}: the chat template shows answer {index + 1} in '
+                                "another way once more follows; train the last one alone: `train_on = 'last_turn'`")  # fmt: skip
             start, end, behind = span
             pieces += self._split(text[done:start], hidden, everything)
             answer = self._split(text[start:end], hidden, trained)
@@ -81,7 +81,7 @@ class TokenizerTemplate(Template):
         return [name for name in self.marker_ids(self.tokenizer) if name]
 
     def _span(self, shown: _Renderer, index: int, text: str) -> tuple[int, int, int] | None:
-        """Returns where answer `index` begins and ends, and the end of the separator; None where it is not in `text`."""
+        """Returns where answer `index` begins, where it ends, where the separator ends; None where `text` differs."""
         before, upto = shown.text(index, prompt=True), shown.text(index + 1)
         if not (text.startswith(upto) and upto.startswith(before)):
             return None
@@ -141,7 +141,7 @@ class _Renderer:
                 self._texts[key] = self._tokenizer.apply_chat_template(
                     self._messages[:count], tools=self._tools, tokenize=False, add_generation_prompt=prompt)  # fmt: skip
             except Exception as error:  # Jinja raises many kinds, and templates raise their own
-                raise DataError(f'{self.origin}: the chat template of the tokenizer refuses the conversation: '
+                raise DataError(f'{self.origin}: the chat template refuses the conversation: '
                                 f'{str(error)[:200]}') from None  # fmt: skip
         return self._texts[key]
 
