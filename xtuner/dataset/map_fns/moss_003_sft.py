@@ -1,0 +1,52 @@
+"""MOSS-003 SFT with its plugins: `chat`, turn by turn, with thoughts, commands and results beside question and answer.
+
+    <|Human|>: ...<eoh>  <|Inner Thoughts|>: ...<eot>  <|Commands|>: ...<eoc>  <|Results|>: ...<eor>  <|MOSS|>: ...<eom>
+
+The markers stand in the texts of the record; they are taken off here and put on again, as ids, by the template
+`moss_sft`. Results are what a tool gave back, so they are not trained.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.errors import DataError
+
+_PARTS = (('Human', 'user'), ('Inner Thoughts', 'thoughts'), ('Commands', 'commands'), ('Tool Responses', 'tool'),
+          ('MOSS', 'assistant'))  # fmt: skip
+_MARKED = re.compile(r'\s*<\|[A-Z][A-Za-z ]*\|>: ?(.*?)(?:<eo[hcrtm]>)?\s*', re.DOTALL)
+_NOTHING = 'None'  # what a part without content holds
+
+
+@map_fn('chat')
+def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
+    """Yields all parts of all turns; those without content keep their `None`, which MOSS learned to write."""
+    chat = example['chat']
+    if not isinstance(chat, dict) or not chat:
+        raise DataError(f'`chat` must be a dict of turns, got {str(chat)[:60]!r}')
+    messages = []
+    if example.get('meta_instruction'):
+        messages.append({'role': 'system', 'content': example['meta_instruction']})
+    for name, turn in sorted(chat.items(), key=lambda item: _number(item[0])):
+        if not isinstance(turn, dict) or not {'Human', 'MOSS'} <= set(turn):
+            raise DataError(f'`chat.{name}` must hold `Human` and `MOSS`, got {str(turn)[:60]!r}')
+        for part, role in _PARTS:
+            if turn.get(part) is not None:
+                messages.append({'role': role, 'content': _content(turn[part], f'chat.{name}.{part}')})
+    return {'messages': messages}
+
+
+def _content(text: Any, name: str) -> str:
+    match = _MARKED.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise DataError(f'`{name}` must be `<|...|>: text<eo.>`, got {str(text)[:60]!r}')
+    return match.group(1).strip() or _NOTHING
+
+
+def _number(name: str) -> int:
+    match = re.fullmatch(r'turn_(\d+)', name)
+    if match is None:
+        raise DataError(f'`chat` holds {name!r}, which is not `turn_` and a number')
+    return int(match.group(1))

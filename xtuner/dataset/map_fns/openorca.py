@@ -1,0 +1,17 @@
+"""OpenOrca: `system_prompt`, `question`, `response`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn
+
+
+@map_fn('system_prompt', 'question', 'response')
+def openorca_map_fn(example: dict[str, Any]) -> dict[str, Any]:
+    """The question is asked under the record's own system message."""
+    return {
+        'conversation': [
+            {'system': example['system_prompt'], 'input': example['question'], 'output': example['response']}
+        ]
+    }
