@@ -1,4 +1,4 @@
-"""What each template makes of five conversations, as files to be read: `python -m tests.dataset.golden_templates` writes them.
+"""What each template makes of five conversations; `python -m tests.dataset.golden_templates` writes the files.
 
 In `shown`, what is trained stands between « and ».
 """

@@ -52,7 +52,7 @@ class TokenizerTemplate(Template):
                 continue
             if span is None:
                 raise DataError(f'{shown.origin}: the chat template shows answer {index + 1} in '
-                                "another way once more follows; train the last one alone: `train_on = 'last_turn'`")  # fmt: skip
+                                "another way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
             start, end, behind = span
             pieces += self._split(text[done:start], hidden, everything)
             answer = self._split(text[start:end], hidden, trained)
@@ -139,7 +139,8 @@ class _Renderer:
         if key not in self._texts:
             try:
                 self._texts[key] = self._tokenizer.apply_chat_template(
-                    self._messages[:count], tools=self._tools, tokenize=False, add_generation_prompt=prompt)  # fmt: skip
+                    self._messages[:count], tools=self._tools, tokenize=False, add_generation_prompt=prompt
+                )
             except Exception as error:  # Jinja raises many kinds, and templates raise their own
                 raise DataError(f'{self.origin}: the chat template refuses the conversation: '
                                 f'{str(error)[:200]}') from None  # fmt: skip

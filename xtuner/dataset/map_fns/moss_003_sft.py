@@ -34,7 +34,9 @@ def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
             raise DataError(f'`chat.{name}` must hold `Human` and `MOSS`, got {str(turn)[:60]!r}')
         for part, role in _PARTS:
             if turn.get(part) is not None:
-                messages.append({'role': role, 'content': _content(turn[part], f'chat.{name}.{part}')})
+                content = _content(turn[part], f'chat.{name}.{part}')
+                nothing = _NOTHING if role in ('thoughts', 'commands', 'tool') else ''
+                messages.append({'role': role, 'content': content or nothing})
     return {'messages': messages}
 
 
@@ -42,7 +44,7 @@ def _content(text: Any, name: str) -> str:
     match = _MARKED.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise DataError(f'`{name}` must be `<|...|>: text<eo.>`, got {str(text)[:60]!r}')
-    return match.group(1).strip() or _NOTHING
+    return match.group(1).strip()
 
 
 def _number(name: str) -> int:

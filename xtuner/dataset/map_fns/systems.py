@@ -4,8 +4,8 @@ from __future__ import annotations
 
 SYSTEM_TEMPLATE = {
     'alpaca': 'Read the instruction below, which describes a task, and answer with what completes it properly.\n',
-    'arxiv_gentile': 'You know the papers of arXiv well. Read the abstract of a paper below, delimited by <<< and >>>, '
-    'and answer with the title that suits it best.\n',
+    'arxiv_gentile': 'You know the papers of arXiv well. The user gives the abstract of a paper; '
+    'answer with the title that suits it best.\n',
     'colorist': 'You are a colour expert. The user describes a colour; answer with its hexadecimal code.\n',
     'coder': 'You are a programmer by profession. Write code that does what the user asks, and explain it where that '
     'helps.\n',
