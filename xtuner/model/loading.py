@@ -13,6 +13,7 @@ from xtuner.errors import ModelError
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM
 from xtuner.model.internlm.tokenization import build_tokenizer
+from xtuner.model.quantization import keep_plain_layout
 
 
 def register() -> None:
@@ -66,7 +67,7 @@ def load_model(
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         quantization_config=quantized,
@@ -74,3 +75,5 @@ def load_model(
         device_map={'': device or 'cpu'},
         trust_remote_code=trust_remote_code,
     )
+    keep_plain_layout(model)
+    return model

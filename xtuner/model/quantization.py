@@ -1,16 +1,16 @@
-"""What bitsandbytes needs to be told before its 4-bit layers are trained."""
+"""What bitsandbytes needs to be told about its 4-bit layers on a CPU."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
-def keep_trainable_layout(model: nn.Module) -> int:
-    """Keeps 4-bit layers on a CPU in the layout that training can differentiate.
+def keep_plain_layout(model: nn.Module) -> int:
+    """Keeps 4-bit layers on a CPU in the layout that they were quantised in.
 
     On processors with AVX512-BF16, bitsandbytes repacks a layer's weight at its first forward pass in evaluation mode.
-    The repacked layer computes in bfloat16, has no backward pass and does not turn back, so that a single sample
-    generated before or during training would end the run.
+    The repacked layer computes in bfloat16 whatever was asked, fails on widths that are no multiple of 64, has no
+    backward pass and does not turn back, so that a single sample generated during training would end the run.
 
     Args:
         model: Any model.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
 # Buffers that some published checkpoints carry although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
-_SAMPLE_BYTES = 1024
+_SAMPLE_LENGTH = 512  # elements of a row that the fingerprint takes
+# safetensors' names of the dtypes that published weights come in.
+_DTYPES = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
+    'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
+    'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
+}  # fmt: skip
 
 
 class WeightReader:
@@ -62,22 +69,39 @@ class WeightReader:
         Raises:
             ModelError: there is no such tensor, or its file is damaged.
         """
+        return self._look(name, lambda source: source.get_tensor(name), lambda tensor: tensor)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it; raises as `read`."""
+        return tuple(self._look(name, lambda source: source.get_slice(name).get_shape(), lambda tensor: tensor.shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, without reading it; raises as `read`."""
+        return self._look(name, lambda source: _DTYPES[source.get_slice(name).get_dtype()], lambda tensor: tensor.dtype)
+
+    def sample(self, name: str) -> Tensor:
+        """The beginnings of a tensor's first, middle and last row, flat: what the fingerprint looks at."""
+        shape = self.shape(name)
+        if not shape or 0 in shape:
+            return self.read(name).reshape(-1)
+        rows = sorted({0, shape[0] // 2, shape[0] - 1}) if len(shape) > 1 else [0]
+        inner = (slice(None),) * (len(shape) - 2) + (slice(0, _SAMPLE_LENGTH),)
+        parts = []
+        for row in rows:
+            index = (slice(row, row + 1), *inner) if len(shape) > 1 else inner
+            part = self._look(name, lambda source, i=index: source.get_slice(name)[i], lambda t, i=index: t[i])
+            parts.append(part.reshape(-1))
+        return torch.cat(parts)
+
+    def _look(self, name: str, in_safetensors: Callable[[Any], Any], in_bin: Callable[[Tensor], Any]) -> Any:
         path = self.file(name)
         try:
             source = self._source(path)
-            return source.get_tensor(name) if path.suffix == '.safetensors' else source[name]
+            return in_safetensors(source) if path.suffix == '.safetensors' else in_bin(source[name])
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
             raise ModelError(f'{path}: tensor {name!r} cannot be read: {error}') from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        path = self.file(name)
-        source = self._source(path)
-        return tuple(source.get_slice(name).get_shape() if path.suffix == '.safetensors' else source[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype."""
-        return self.read(name).dtype
 
     def _source(self, path: Path) -> Any:
         if path not in self._open:
@@ -141,29 +165,33 @@ def file_names(source: Any) -> list[str]:
 def fingerprint(reader: WeightReader) -> str:
     """A hash that tells one model's weights from another's in little time.
 
-    It takes every tensor's name, shape and dtype, and up to 1 KiB from each of its beginning, middle and end; so it is
-    the same for the same weights in `.bin` and `.safetensors`, in one file or many.
+    It takes every tensor's name, shape and dtype, and raw bytes from the beginnings of its first, middle and last row;
+    so it is the same for the same weights in `.bin` and `.safetensors`, in one file or many.
     """
     digest = hashlib.sha256()
     for name in sorted(reader.names()):
-        tensor = reader.read(name)
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-        flat = tensor.reshape(-1)
-        step = max(1, _SAMPLE_BYTES // tensor.element_size())
-        for start in sorted({0, flat.numel() // 2, max(0, flat.numel() - step)}):
-            digest.update(flat[start : start + step].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f'{name} {reader.shape(name)} {reader.dtype(name)}'.encode())
+        sample = reader.sample(name).contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b'')
     return digest.hexdigest()
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    """For each tensor its file, as the index says; tensors that it does not name are found all the same."""
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-    except (ValueError, KeyError, TypeError) as error:
+        files = {name: folder / Path(file).name for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f'{index} cannot be read: {error}') from error
-    files = {name: folder / Path(file).name for name, file in weight_map.items()}
     for path in sorted(set(files.values())):
-        held = set(file_names(open_file(path)))
-        missing = next((name for name, file in files.items() if file == path and name not in held), None)
-        if missing is not None:
-            raise ModelError(f'{path} lacks tensor {missing!r}, which {index.name} says it holds')
+        expected = [name for name, file in files.items() if file == path]
+        try:
+            held = file_names(open_file(path))
+        except ModelError as error:
+            raise ModelError(
+                f'{error}; {index.name} says it holds {expected[0]!r} and {len(expected) - 1} more'
+            ) from error
+        if missing := sorted(set(expected) - set(held)):
+            raise ModelError(f'{path} lacks tensor {missing[0]!r}, which {index.name} says it holds')
+        files |= dict.fromkeys((name for name in held if name not in files), path)
     return files
