@@ -31,6 +31,10 @@ COMMANDS = {
     'copy-cfg': Command('xtuner.cli.copy_cfg', 'write a config as one flat, commented file to edit'),
     'print-config': Command('xtuner.cli.print_config', 'show a config as training will see it'),
     'train': Command('xtuner.cli.train', 'fine-tune a model'),
+    'preprocess': Command('xtuner.cli.preprocess', 'prepare the data of a config ahead of training'),
+    'log-dataset': Command('xtuner.cli.log_dataset', 'show conversations as the model will see them'),
+    'check-custom-dataset': Command('xtuner.cli.check_custom_dataset', 'check a file of conversations, every record'),
+    'list-dataset-format': Command('xtuner.cli.list_dataset_format', 'list the data formats'),
     'convert merge': Command('xtuner.cli.convert.merge', 'merge an adapter into its base model'),
     'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
 }

@@ -51,8 +51,8 @@ class TokenizerTemplate(Template):
             if span is None and not (trained or everything):
                 continue
             if span is None:
-                raise DataError(f'{shown.origin}: the chat template shows answer {index + 1} in '
-                                "another way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
+                raise DataError(f'{shown.origin}: the chat template shows answer {index + 1} in another '
+                                "way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
             start, end, behind = span
             pieces += self._split(text[done:start], hidden, everything)
             answer = self._split(text[start:end], hidden, trained)

@@ -6,7 +6,9 @@ import os
 import sys
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,31 +95,44 @@ def encode_source(
     source: Source, config: DatasetConfig, *, encoder: Encoder, summary: Summary
 ) -> Iterator[list[tuple[Conversation, Sample]]]:
     """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
-    begin_id = encoder.begin_id
-    for chunk in _chunks(map_records(source, config, summary)):
-        kept = []
-        for conversation, sample in _encoded(chunk, encoder, config, summary):
-            fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
-                                begin_id=begin_id)  # fmt: skip
-            if fitted is None:
-                summary.lose('too_long', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
-                continue
-            targets = num_targets(fitted)
-            if not targets:
-                summary.lose('without_target', conversation.origin)
-                continue
-            if fitted is not sample:
-                summary.lose('cut', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
-            summary.kept += 1
-            summary.tokens += len(fitted.input_ids)
-            summary.target_tokens += targets
-            kept.append((conversation, fitted))
-        yield kept
+    chunks = _chunks(map_records(source, config, summary))
+    with ThreadPoolExecutor(max_workers=1) as pool:  # the next chunk is read and mapped while this one is encoded
+        waiting: deque[Future[list[tuple[Conversation, Sample]]]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_encoded, chunk, encoder, config, summary))
+            if len(waiting) > 1:
+                yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
+        while waiting:
+            yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
+
+
+def _fitted(
+    encoded: list[tuple[Conversation, Sample]], begin_id: int | None, config: DatasetConfig, summary: Summary
+) -> list[tuple[Conversation, Sample]]:
+    """Applies `on_long`, leaves out what has no target, and counts."""
+    kept = []
+    for conversation, sample in encoded:
+        fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
+                            begin_id=begin_id)  # fmt: skip
+        if fitted is None:
+            summary.lose('too_long', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+            continue
+        targets = num_targets(fitted)
+        if not targets:
+            summary.lose('without_target', conversation.origin)
+            continue
+        if fitted is not sample:
+            summary.lose('cut', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+        summary.kept += 1
+        summary.tokens += len(fitted.input_ids)
+        summary.target_tokens += targets
+        kept.append((conversation, fitted))
+    return kept
 
 
 def _encoded(
     chunk: list[Conversation], encoder: Encoder, config: DatasetConfig, summary: Summary
-) -> Iterable[tuple[Conversation, Sample]]:
+) -> list[tuple[Conversation, Sample]]:
     """Encodes a chunk at once; one by one only where one of it cannot be encoded."""
     try:
         return list(zip(chunk, encoder.encode(chunk), strict=True))

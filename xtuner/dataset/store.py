@@ -129,6 +129,11 @@ class PreparedDataset(Dataset):
         return Sample(ids, np.where(self._trained[start:end], ids, IGNORE_INDEX))
 
     @property
+    def sample_lengths(self) -> np.ndarray:
+        """Tokens of each conversation of both parts, by number, int64 `(N,)`."""
+        return np.diff(self._offsets)
+
+    @property
     def sample_numbers(self) -> np.ndarray:
         """The conversations of this part, in the order of the packs, int64 `(N,)`."""
         return np.asarray(self._packs.samples)

@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-_MOST_EXAMPLES = 5
 _REASONS = {
     'bad': 'could not be used',
     'left_out': 'left out by the map function',
@@ -38,12 +37,13 @@ class Summary:
     examples: dict[str, list[str]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    most_examples: int = 5
 
     def lose(self, kind: str, example: str) -> None:
         """Counts one loss of `kind`, and keeps `example` ('file:line', perhaps with the reason) of the first few."""
         self.counts[kind] += 1
         kept = self.examples.setdefault(kind, [])
-        if len(kept) < _MOST_EXAMPLES:
+        if len(kept) < self.most_examples:
             kept.append(example)
 
     @property

@@ -85,6 +85,11 @@ class Encoder:
         self.train_on = train_on
         self._texts = TextEncoder(tokenizer, template.marker_ids(tokenizer))
         self._strings = {'{bos}': tokenizer.bos_token or '', '{eos}': tokenizer.eos_token or ''}
+        controls = self._texts.controls
+        self._controls = {
+            **controls,
+            **{name: controls[text] for name, text in self._strings.items() if text in controls},
+        }
 
     @property
     def begin_id(self) -> int | None:
@@ -119,24 +124,17 @@ class Encoder:
         """Joins neighbouring texts into runs: between control tokens, starts of answers, and changes of training."""
         text, trained, before = '', False, _START
         for piece in pieces:
-            control = self._control(piece)
+            control = self._controls.get(piece.text) if piece.control else None
             if control is not None or piece.starts or piece.trained != trained:
                 before = _flush(runs, text, trained, before, control)
                 text = ''
             if control is not None:
-                runs.append(_Run('', control[1], piece.trained, control[1]))
-                before = control[1]
+                runs.append(_Run('', control, piece.trained, control))
+                before = control
             else:
                 text += self._strings.get(piece.text, piece.text)
             trained = piece.trained
         _flush(runs, text, trained, before, None)
-
-    def _control(self, piece: Piece) -> tuple[str, int] | None:
-        if not piece.control:
-            return None
-        text = self._strings.get(piece.text, piece.text)
-        id_ = self._texts.controls.get(text)
-        return None if id_ is None else (text, id_)
 
 
 _START, _MIDDLE = -1, -2  # what stands before a text: nothing, or more text; otherwise the id of a control token
@@ -152,10 +150,10 @@ class _Run(NamedTuple):
     next: int = _MIDDLE
 
 
-def _flush(runs: list[_Run], text: str, trained: bool, before: int, next_: tuple[str, int] | None) -> int:
+def _flush(runs: list[_Run], text: str, trained: bool, before: int, next_: int | None) -> int:
     if not text:
         return before
-    runs.append(_Run(text, before, trained, None, next_[1] if next_ else _MIDDLE))
+    runs.append(_Run(text, before, trained, None, _MIDDLE if next_ is None else next_))
     return _MIDDLE
 
 

@@ -1,0 +1,22 @@
+"""What the commands about data share: the config, its tokenizer and template, and no model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from xtuner.cli.options import config_overrides
+
+
+def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Returns the checked config of a command line, its tokenizer and its template; the model is not loaded."""
+    from xtuner.config.load import load_config
+
+    config = load_config(args.config, config_overrides(args))
+
+    from xtuner.dataset.template import get_template
+    from xtuner.model.loading import load_tokenizer
+
+    model = config.model
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config, tokenizer, get_template(model.template, tokenizer)

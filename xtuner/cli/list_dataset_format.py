@@ -1,0 +1,23 @@
+"""Lists the data formats: the name for `dataset.map_fn`, the columns it reads, and what it makes of them."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments: none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line a format on stdout."""
+    from xtuner.dataset.map_fns import formats
+
+    found = sorted(formats().items())
+    width = max(len(name) for name, _ in found)
+    columns = {name: ', '.join(getattr(function, 'columns', ())) for name, function in found}
+    column_width = max(map(len, columns.values()))
+    for name, function in found:
+        text = (function.__doc__ or '').strip().splitlines()
+        print(f'{name:{width}}  {columns[name]:{column_width}}  {text[0] if text else ""}')
+    return 0

@@ -1,0 +1,45 @@
+"""Shows conversations as the model will see them, trained tokens apart from the others, and how long they are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from xtuner.cli.options import add_config_arguments, positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument('--num', type=positive_int, default=3, help='how many conversations to show (3)')
+    parser.add_argument('--part', choices=('train', 'val'), default='train', help='of which part (train)')
+    parser.add_argument(
+        '--color', choices=('auto', 'always', 'never'), default='auto',
+        help='trained tokens in green, the others in grey; without colours, trained ones stand between « and »',
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares the data, or takes it from the cache, and prints samples and a histogram on stdout."""
+    from xtuner.cli.data import load_data_config
+
+    config, tokenizer, template = load_data_config(args)
+
+    from xtuner.dataset.pipeline import prepare_dataset
+    from xtuner.dataset.show import histogram, show_sample
+    from xtuner.errors import ConfigError
+
+    dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part=args.part)
+    if dataset is None:
+        raise ConfigError('the config asks for no validation part; set `dataset.val_ratio` or `dataset.val_file`')
+    color = args.color == 'always' or (args.color == 'auto' and sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
+    numbers = sorted(set(dataset.sample_numbers.tolist()))
+    for number in numbers[: args.num]:
+        sample = dataset.sample(number)
+        trained = int((sample.labels != -100).sum())
+        print(f'--- conversation {number}: {len(sample.input_ids)} tokens, {trained} trained')
+        print(show_sample(sample, tokenizer, color=color))
+    print(f'--- {len(numbers)} conversations in {len(dataset)} packs, {dataset.fill:.1%} full')
+    print('\n'.join(histogram(dataset.sample_lengths[numbers])))
+    return 0

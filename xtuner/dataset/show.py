@@ -1,0 +1,41 @@
+"""Samples and lengths as text for a person: what is trained, what is not, and how long conversations are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
+
+_GREEN, _GREY, _RESET = '\x1b[32m', '\x1b[90m', '\x1b[0m'
+
+
+def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
+    """Returns a sample's text: trained tokens green and the others grey, or trained ones between « and »."""
+    trained = sample.labels != IGNORE_INDEX
+    changes = np.flatnonzero(np.diff(trained)) + 1
+    text = ''
+    for span, wanted in zip(np.split(sample.input_ids, changes), np.split(trained, changes), strict=True):
+        shown = tokenizer.decode(span.tolist(), clean_up_tokenization_spaces=False)
+        if color:
+            text += f'{_GREEN if wanted[0] else _GREY}{shown}{_RESET}'
+        else:
+            text += f'«{shown}»' if wanted[0] else shown
+    return text
+
+
+def histogram(lengths: np.ndarray, *, num_bins: int = 10, width: int = 40) -> list[str]:
+    """Returns lines of a histogram of lengths in tokens; a bin does not hold its upper end, except the last.
+
+    Example: `histogram(np.array([1, 2, 9]), num_bins=2)` gives two lines, of 2 and of 1 conversation.
+    """
+    if not len(lengths):
+        return ['no conversation']
+    counts, edges = np.histogram(lengths, bins=min(num_bins, int(np.ptp(lengths)) + 1))
+    digits = len(str(int(edges[-1])))
+    lines = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        bar = '█' * round(width * count / counts.max())
+        lines.append(f'{int(np.ceil(low)):{digits}} - {int(high):{digits}} tokens  {count:6}  {bar}'.rstrip())
+    return lines
