@@ -1,20 +1,15 @@
 """The Triton kernels against plain PyTorch, and both against float64. On a CPU they run in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 
+from tests.model.kernels.conftest import triton_obstacle
 from xtuner.model.kernels import plain
-from xtuner.model.kernels.dispatch import has_triton
+from xtuner.model.kernels.dispatch import fused_kernels
 from xtuner.model.kernels.quantized import take_apart
 
-if not has_triton():
-    pytest.skip('Triton is not installed', allow_module_level=True)
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # read when the kernels are defined, so before they are imported
-
-from xtuner.model.kernels.dispatch import fused_kernels
+if triton_obstacle():
+    pytest.skip(triton_obstacle(), allow_module_level=True)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FUSED = fused_kernels()

@@ -1,0 +1,164 @@
+"""The whole fast path on a tiny model: gradients of every adapter against the stock path and float64."""
+
+import pytest
+import torch
+
+from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
+from xtuner.model.fast import enable_fast_path
+from xtuner.model.kernels.decoder import FastDecoder
+from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
+
+pytest.importorskip('bitsandbytes')
+
+
+def step(model, batch, *, dtype=None):
+    """Loss and gradients of all adapters."""
+    model.zero_grad()
+    with torch.autocast('cpu', dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        base = model.get_base_model()
+        hidden = base.model(
+            input_ids=batch['input_ids'], position_ids=batch['position_ids'], use_cache=False
+        ).last_hidden_state
+        logits = base.lm_head(hidden)[:, :-1].flatten(0, 1)
+    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    loss = torch.nn.functional.cross_entropy(wide, batch['labels'][:, 1:].flatten(), reduction='sum')
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def error(grads, exact):
+    """The relative error of all gradients together, and of the worst one."""
+    assert grads.keys() == exact.keys()
+    each = {n: float((grads[n] - exact[n]).norm() / exact[n].norm()) for n in exact}
+    assert all(float(exact[n].norm()) > 0 for n in exact)
+    return max(each.values())
+
+
+def force(model, kernels, *, folded):
+    """The fast path with these kernels, whatever the device."""
+    path = enable_fast_path(model)
+    assert path.taken
+    decoder = model.get_base_model().model
+    decoder.forward.fast = FastDecoder(decoder, kernels, folded=folded)
+    return path
+
+
+WAYS = [('plain', False), ('plain', True), ('triton', True)]
+
+
+@pytest.fixture(params=WAYS, ids=lambda w: f'{w[0]}-{"folded" if w[1] else "apart"}')
+def way(request):
+    name, folded = request.param
+    if name == 'triton' and triton_obstacle():
+        pytest.skip(triton_obstacle())
+    return (fused_kernels() if name == 'triton' else PLAIN), folded
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_gradients_equal_float64(batch, way, checkpointing):
+    model = with_adapter(quantise(tiny_llama()))
+    exact_loss, exact = step(dequantised(model), batch)
+    stock_loss, stock = step(model, batch)
+    if checkpointing:
+        model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
+    force(model, way[0], folded=way[1])
+    loss, grads = step(model, batch)
+    assert loss == pytest.approx(exact_loss, rel=1e-5)
+    assert error(stock, exact) < 1e-4
+    assert error(grads, exact) < 1e-4
+
+
+def test_plain_path_in_float64_is_exact(batch):
+    model = dequantised(with_adapter(quantise(tiny_llama())))
+    exact_loss, exact = step(model, batch)
+    force(model, PLAIN, folded=True)
+    loss, grads = step(model, batch)
+    assert loss == pytest.approx(exact_loss, rel=1e-8)  # transformers' norm computes in float32 whatever the dtype
+    assert error(grads, exact) < 1e-6
+
+
+def test_bfloat16_is_as_near_to_float64_as_the_stock_path(batch):
+    model = with_adapter(quantise(tiny_llama(dtype=torch.bfloat16), torch.bfloat16))
+    exact_loss, exact = step(dequantised(model), batch)
+    stock_loss, stock = step(model, batch, dtype=torch.bfloat16)
+    for folded in (False, True):
+        force(model, PLAIN, folded=folded)
+        loss, grads = step(model, batch, dtype=torch.bfloat16)
+        assert error(grads, exact) < 1.1 * error(stock, exact)
+        assert abs(loss - exact_loss) < 2 * abs(stock_loss - exact_loss) + 1e-2 * exact_loss
+
+
+@pytest.mark.parametrize(
+    'targets',
+    [['q_proj', 'v_proj'], ['k_proj', 'down_proj'], ['gate_proj'], ['o_proj', 'up_proj'], 'all-linear'],
+)
+def test_adapters_on_some_layers_only(batch, way, targets):
+    model = with_adapter(quantise(tiny_llama(kv_heads=4, bias=False)), targets=targets)
+    _, exact = step(dequantised(model), batch)
+    force(model, way[0], folded=way[1])
+    assert error(step(model, batch)[1], exact) < 1e-4
+
+
+def test_ranks_and_scalings_that_differ(batch, way):
+    patterns = {'rank_pattern': {'k_proj': 4, 'up_proj': 16}, 'alpha_pattern': {'v_proj': 3, 'up_proj': 50}}
+    model = with_adapter(quantise(tiny_llama()), **patterns)
+    _, exact = step(dequantised(model), batch)
+    force(model, way[0], folded=way[1])
+    assert error(step(model, batch)[1], exact) < 1e-4
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_dropout_gradient_is_the_slope_of_the_loss(batch, way, checkpointing):
+    """With the masks fixed by the seed, the loss moves along the gradient as the gradient says."""
+    model = with_adapter(quantise(tiny_llama()), dropout=0.2)
+    if checkpointing:
+        model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
+    force(model, way[0], folded=way[1])
+    torch.manual_seed(3)
+    first, grads = step(model, batch)
+    torch.manual_seed(3)
+    again, same = step(model, batch)
+    other, _ = step(model, batch)
+    assert again == first and other != first
+    assert all(torch.equal(grads[n], same[n]) for n in grads)
+    parameters = dict(model.named_parameters())
+    norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
+    length, losses = 2e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, grad in grads.items():
+                parameters[name].add_((sign * length / norm * grad).float())
+        torch.manual_seed(3)
+        losses.append(step(model, batch)[0])
+        with torch.no_grad():
+            for name, grad in grads.items():
+                parameters[name].sub_((sign * length / norm * grad).float())
+    assert (losses[0] - losses[1]) / (2 * length) == pytest.approx(norm, rel=2e-2)
+
+
+def test_all_ways_draw_the_same_masks(batch):
+    results = []
+    for kernels, folded in ((PLAIN, False), (PLAIN, True), *([(fused_kernels(), True)] if not triton_obstacle() else [])):
+        model = with_adapter(quantise(tiny_llama()), dropout=0.2)
+        force(model, kernels, folded=folded)
+        torch.manual_seed(11)
+        results.append(step(model, batch)[1])
+    for grads in results[1:]:
+        assert error(grads, results[0]) < 1e-4
+
+
+def test_dropout_is_unbiased_in_the_mean(batch):
+    """The mean loss over many masks is the stock path's, to within both means' spread."""
+    model = with_adapter(quantise(tiny_llama(layers=1)), dropout=0.5)
+    with torch.no_grad():
+        stock = torch.tensor([_loss(model, batch) for _ in range(200)])
+        enable_fast_path(model)
+        fast = torch.tensor([_loss(model, batch) for _ in range(200)])
+    spread = float((stock.var() / 200 + fast.var() / 200).sqrt())
+    assert abs(float(stock.mean() - fast.mean())) < 4 * spread
+    assert 0.7 < float(fast.std() / stock.std()) < 1.4
+
+
+def _loss(model, batch):
+    logits = model(input_ids=batch['input_ids'], position_ids=batch['position_ids']).logits[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits.float(), batch['labels'][:, 1:].flatten(), reduction='sum'))

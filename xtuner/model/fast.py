@@ -1,0 +1,130 @@
+"""The fast path of a training step, on a model as transformers and peft built it.
+
+`enable_fast_path(model)` gives the decoder of this one model another forward pass for training; modules, parameters,
+names and what is saved stay what they were. Whatever the fast path does not cover (generation, evaluation, attention
+masks, caches, DoRA, several active adapters, merged ones) goes through the model's own forward pass, as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.kernels.decoder import FastDecoder, static_obstacle
+from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
+from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
+
+__all__ = ['FastPath', 'enable_fast_path', 'fused_linear_cross_entropy', 'target_rows']
+
+_KEPT_SHARE = 0.25  # of the free memory, for 4-bit weights kept as floats on a CPU
+_LOGGER = logging.getLogger('xtuner')
+
+
+@dataclass
+class FastPath:
+    """Which path training takes.
+
+    Attributes:
+        taken: Whether the fast path is on.
+        kernels: 'triton', 'plain', or '' where it is off.
+        why_not: Why it is off, or not faster; '' where nothing stands in the way.
+        fallbacks: Reasons for which single batches went through the model's own forward pass so far.
+
+    """
+
+    taken: bool
+    kernels: str = ''
+    why_not: str = ''
+    fallbacks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.taken:
+            return f'fast path off: {self.why_not}'
+        detail = f' ({self.why_not})' if self.why_not else ''
+        return f'fast path on: {self.kernels} kernels{detail}'
+
+
+class _Forward:
+    """Stands in for one decoder's `forward`: the fast one in training, the module's own for the rest."""
+
+    def __init__(self, fast: FastDecoder, path: FastPath) -> None:
+        self.fast = fast
+        self.path = path
+
+    def __call__(
+        self, input_ids: Tensor | None = None, *args: Any, position_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        decoder = self.fast.decoder
+        own = type(decoder).forward
+        asked = args or any(v is not None and v is not False for k, v in kwargs.items() if k != 'return_dict')
+        if not decoder.training or asked or input_ids is None:
+            return own(decoder, input_ids, *args, position_ids=position_ids, **kwargs)
+        reason = self.fast.obstacle()
+        if reason:
+            if reason not in self.path.fallbacks:
+                self.path.fallbacks.append(reason)
+                _LOGGER.warning('this step takes the stock path: %s', reason)
+            return own(decoder, input_ids, position_ids=position_ids, **kwargs)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.fast(input_ids, position_ids))
+
+
+def enable_fast_path(model: nn.Module, *, enabled: bool = True) -> FastPath:
+    """Lets a Llama-like model train on the fast path where it can.
+
+    Args:
+        model: A transformers causal language model, bare or wrapped by peft. Changed in place: its decoder's `forward`
+            is replaced on the instance. Attach adapters first.
+        enabled: False takes the fast path off again, if it was on.
+
+    Returns:
+        What was done and why not more; `str()` of it is one line.
+
+    Example:
+        path = enable_fast_path(peft_model); print(path)  ->  fast path on: triton kernels
+
+    """
+    causal: Any = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else causal
+    decoder.__dict__.pop('forward', None)
+    if not enabled:
+        return FastPath(False, why_not='switched off')
+    reason = static_obstacle(decoder) or _hooks(decoder)
+    if reason:
+        return FastPath(False, why_not=reason)
+    device = next(decoder.layers[0].parameters()).device
+    on_cuda = device.type == 'cuda'
+    path = FastPath(True)
+    kernels = PLAIN
+    if on_cuda and has_triton():
+        kernels = fused_kernels()
+    elif on_cuda:
+        path.why_not = 'Triton is not installed, its kernels would be faster'
+    path.kernels = kernels.name
+    fast = FastDecoder(decoder, kernels, folded=on_cuda)
+    if device.type == 'cpu':
+        path.why_not = _keep_on_cpu(fast)
+    decoder.forward = _Forward(fast, path)
+    return path
+
+
+def _keep_on_cpu(fast: FastDecoder) -> str:
+    """Keeps weights as floats in a share of the free memory; says so."""
+    dtype = fast.decoder.embed_tokens.weight.dtype
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 0
+    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, int(free * _KEPT_SHARE))
+    return f'{kept} of its 4-bit weights kept as floats' if kept else ''
+
+
+def _hooks(decoder: Any) -> str | None:
+    """Hooks inside the layers would never be called: the first module that has one, if any."""
+    for name, module in decoder.layers.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f'a hook is registered on layers.{name}'
+    return None

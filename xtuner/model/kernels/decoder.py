@@ -1,0 +1,200 @@
+"""A whole Llama-like decoder on the fast path: what it is made of, what stands in its way, its forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xtuner.model.kernels.attention import attention_for
+from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
+from xtuner.model.kernels.linear import Adapter, FrozenLinear, Group, Setting
+from xtuner.model.kernels.quantized import is_4bit
+
+_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+_GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
+
+
+class FastDecoder:
+    """The fast forward pass of one decoder (transformers' `LlamaModel` or one like it).
+
+    Args:
+        decoder: The module; only read.
+        kernels: Which kernels to use.
+        folded: Whether adapters become part of the big products (right on CUDA, a waste elsewhere).
+
+    """
+
+    def __init__(self, decoder: nn.Module, kernels: Kernels, *, folded: bool) -> None:
+        self.decoder: Any = decoder
+        self.kernels = kernels
+        self.folded = folded
+        self.projections: list[list[Any]] = [_projections(layer) for layer in self.decoder.layers]
+        self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
+        config = self.decoder.config
+        self.layers = [
+            LayerParts(
+                *(Group([frozen[i] for i in group]) for group in _GROUPS),
+                layer.input_layernorm,
+                layer.post_attention_layernorm,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                layer.self_attn.head_dim,
+                layer.self_attn.scaling,
+            )
+            for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
+        ]
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The last hidden states, (B, S, H), differentiable by the adapters.
+
+        Args:
+            input_ids: int64 (B, S).
+            position_ids: int64 (B, S); a sample begins wherever they do not go on by one. None: a row, a sample.
+
+        """
+        decoder, (rows, length) = self.decoder, input_ids.shape
+        hidden = decoder.embed_tokens(input_ids) if _trained(decoder.embed_tokens) else self._embed(input_ids)
+        x = hidden.reshape(rows * length, -1)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if position_ids is None:
+            position_ids = torch.arange(length, device=x.device)[None]
+        size = self.layers[0].head_size
+        attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
+        cos, sin = self._angles(position_ids, rows, size // 2, x)
+        how = Setting(self.kernels, dtype, self.folded)
+        batch = Batch(how, attention, cos, sin, self._checkpointing())
+        keep = torch.is_grad_enabled()
+        seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
+        for parts, projections, seed in zip(self.layers, self.projections, seeds, strict=True):
+            flat = [adapter_of(p) for p in projections]
+            adapters = [[flat[i] for i in group] for group in _GROUPS]
+            parameters = [t for a in flat if a for t in (a.a_rK, a.b_Nr)]
+            for adapter in flat:
+                if adapter:
+                    adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
+            x = LayerFunction.apply(x, Run(parts, batch, adapters, seed), keep, *parameters)
+        norm = decoder.norm
+        return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Looked up without the hooks that stock checkpointing needs to make frozen embeddings differentiable."""
+        with torch.no_grad():
+            return functional.embedding(input_ids, self.decoder.embed_tokens.weight)
+
+    def _angles(self, position_ids: Tensor, rows: int, half: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        carrier = torch.empty(0, dtype=wide, device=like.device)
+        with torch.autocast(like.device.type, enabled=False):
+            cos, sin = self.decoder.rotary_emb(carrier, position_ids=position_ids)
+        expanded = (t[..., :half].expand(rows, -1, -1).reshape(-1, half).contiguous() for t in (cos, sin))
+        return next(expanded), next(expanded)
+
+    def _checkpointing(self) -> bool:
+        return bool(getattr(self.decoder.layers[0], 'gradient_checkpointing', False))
+
+    def obstacle(self) -> str | None:
+        """Why the next batch cannot take the fast path, in a few words; None where it can."""
+        for projections in self.projections:
+            for projection in projections:
+                reason = adapter_obstacle(projection)
+                if reason:
+                    return reason
+        return None
+
+    def keep_weights(self, dtype: torch.dtype, budget_bytes: int) -> int:
+        """Turns 4-bit weights into floats once and for all, as many as fit; returns how many layers of linears that was.
+
+        Meant for CPUs, where turning them anew costs more than the memory.
+        """
+        kept, size = 0, torch.finfo(dtype).bits // 8
+        for frozen in (linear for layer in self.frozen for linear in layer):
+            need = frozen.shape[0] * frozen.shape[1] * size
+            if not is_4bit(frozen.module) or need > budget_bytes:
+                continue
+            frozen.kept = frozen.matrix(dtype)
+            budget_bytes -= need
+            kept += 1
+        return kept
+
+
+def static_obstacle(decoder: Any) -> str | None:
+    """Why a decoder can never take the fast path, in a few words; None where it can."""
+    layers = getattr(decoder, 'layers', None)
+    if not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
+        return f'{type(decoder).__name__} is not built like Llama'
+    wrong = {type(layer).__name__ for layer in layers} - {'LlamaDecoderLayer'}
+    if wrong:
+        return f'its layers are {wrong.pop()}, not LlamaDecoderLayer'
+    config = decoder.config
+    if config.hidden_act not in ('silu', 'swish'):
+        return f'its activation is {config.hidden_act}, not silu'
+    if config.attention_dropout:
+        return 'it drops attention weights (attention_dropout > 0)'
+    if any(p.requires_grad for n, p in decoder.named_parameters() if 'norm' in n.rsplit('.', 2)[-2]):
+        return 'its norms are trained'
+    for layer in layers:
+        for projection in _projections(layer):
+            base = base_of(projection)
+            if type(base) is not nn.Linear and not is_4bit(base):
+                return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
+            if any(p.requires_grad for p in base.parameters()):
+                return 'a projection of the base model is trained itself'
+    return None
+
+
+def adapter_obstacle(projection: Any) -> str | None:
+    """Why one projection's adapter cannot take the fast path now; None where it can."""
+    if not hasattr(projection, 'lora_A'):
+        return None if projection is base_of(projection) else f'adapters of type {type(projection).__name__}'
+    if projection.merged:
+        return 'the adapter is merged'
+    if projection.disable_adapters:
+        return None
+    active = projection.active_adapters
+    if len(active) > 1:
+        return f'{len(active)} adapters are active at once'
+    name = active[0] if active else None
+    if name not in projection.lora_A:
+        return 'the adapter has another form than plain LoRA' if _other_form(projection, name) else None
+    if name in projection.lora_variant:
+        return 'the adapter is a variant of LoRA (DoRA or the like)'
+    down, up = projection.lora_A[name], projection.lora_B[name]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None or down.bias is not None:
+        return 'the adapter has a bias or layers of its own'
+    if not isinstance(projection.lora_dropout[name], nn.Dropout | nn.Identity):
+        return 'the adapter has a dropout of its own'
+    return None
+
+
+def adapter_of(projection: Any) -> Adapter | None:
+    """A projection's adapter as it is now, None where there is none or it is switched off."""
+    if not hasattr(projection, 'lora_A') or projection.disable_adapters or not projection.active_adapters:
+        return None
+    name = projection.active_adapters[0]
+    if name not in projection.lora_A:
+        return None
+    drop = projection.lora_dropout[name]
+    p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+    return Adapter(projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name], p)
+
+
+def base_of(projection: Any) -> nn.Module:
+    """The base model's own layer behind a peft layer."""
+    return projection.get_base_layer() if hasattr(projection, 'get_base_layer') else projection
+
+
+def _projections(layer: Any) -> list[Any]:
+    return [getattr(layer.self_attn if name[0] in 'qkvo' else layer.mlp, name) for name in _PROJECTIONS]
+
+
+def _other_form(projection: Any, name: str | None) -> bool:
+    return name in getattr(projection, 'lora_embedding_A', {})
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

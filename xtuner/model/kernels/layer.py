@@ -1,0 +1,266 @@
+"""One decoder layer of a Llama-like model as one autograd function: forward, backward, and what is kept between.
+
+Kept without checkpointing: the layer's input, the rotated q, k and v, the attention's output, the state between the two
+halves, gate and up. Norms and the gated activation are computed again in the backward pass: each is one pass over its
+rows. With checkpointing only the input is kept; the last product (`down`) is never computed again, nothing needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.kernels.attention import Attention
+from xtuner.model.kernels.linear import Adapter, Group, Setting
+
+
+@dataclass
+class LayerParts:
+    """The frozen parts of one decoder layer."""
+
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
+    norm_in: nn.Module
+    norm_mid: nn.Module
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+
+    @property
+    def groups(self) -> tuple[Group, Group, Group, Group]:
+        """In the order of the forward pass."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass
+class Batch:
+    """What all layers share in one forward pass.
+
+    Attributes:
+        how: Kernels, dtype, folding.
+        attention: For this batch's samples.
+        cos: (T, D / 2), float32.
+        sin: Likewise.
+        checkpoint: Keep only each layer's input and compute the rest again.
+
+    """
+
+    how: Setting
+    attention: Attention
+    cos: Tensor
+    sin: Tensor
+    checkpoint: bool
+
+
+@dataclass
+class Run:
+    """One layer in one forward pass: its parts, its adapters (a list for each group), its seed."""
+
+    parts: LayerParts
+    batch: Batch
+    adapters: list[list[Adapter | None]]
+    seed: int
+
+    def ranks(self, group: int) -> int:
+        """The columns to append for a group's adapters."""
+        return sum(a.rank for a in self.adapters[group] if a) if self.batch.how.folded else 0
+
+
+@dataclass
+class Kept:
+    """What the backward pass needs of one layer's forward pass."""
+
+    qkv: Tensor
+    heads: tuple[Tensor, Tensor, Tensor]
+    attended: Tensor
+    middle: Tensor
+    gate_up: Tensor
+    scaled: list[Tensor]
+
+
+def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool, whole: bool) -> tuple[Tensor | None, Kept]:
+    """Computes a layer.
+
+    Args:
+        run: The layer and its batch.
+        x_TH: Its input.
+        differentiable: Whether attention shall remember what its backward pass needs.
+        whole: False leaves out the last product and returns None for the output.
+
+    Returns:
+        The output, (T, H), and what the backward pass needs.
+
+    """
+    parts, kernels = run.parts, run.batch.how.kernels
+    normed, _ = _norm(run, 0, parts.norm_in, x_TH)
+    qkv, scaled_qkv = parts.qkv.forward(run.batch.how, normed, run.adapters[0], run.seed)
+    del normed
+    q, k, v = _heads(parts, qkv)
+    both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
+    kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
+    q, k, v = (t.detach().requires_grad_(differentiable) for t in (q, k, v))
+    with torch.set_grad_enabled(differentiable):
+        attended = run.batch.attention.forward(q, k, v, parts.scale)
+    wide = _widen(run, 1, attended.detach())
+    update, scaled_out = parts.out.forward(run.batch.how, wide, run.adapters[1], run.seed + 16)
+    del wide
+    middle = _add(update, x_TH)
+    normed, _ = _norm(run, 2, parts.norm_mid, middle)
+    spare = run.ranks(2)
+    gate_up, scaled_gu = parts.gate_up.forward(run.batch.how, normed, run.adapters[2], run.seed + 32, spare=spare)
+    del normed
+    kept = Kept(qkv, (q, k, v), attended, middle, gate_up, [scaled_qkv, scaled_out, scaled_gu])
+    if not whole:
+        return None, kept
+    size = parts.down.num_in
+    act = torch.empty(len(x_TH), size + run.ranks(3), dtype=run.batch.how.dtype, device=x_TH.device)
+    kernels.swiglu(gate_up[:, : 2 * size], act[:, :size])
+    update, scaled_down = parts.down.forward(run.batch.how, act, run.adapters[3], run.seed + 48)
+    kept.scaled.append(scaled_down)
+    return _add(update, middle), kept
+
+
+def layer_backward(
+    run: Run, x_TH: Tensor, dout_TH: Tensor, kept: Kept, *, need_dx: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients by a layer's input and by its adapters, A and B in the order of the groups.
+
+    Overwrites what was kept.
+    """
+    middle, dmiddle, mlp_grads = _mlp_backward(run, dout_TH, kept)
+    parts, how = run.parts, run.batch.how
+    wide = _widen(run, 1, dmiddle.to(how.dtype))
+    dattended, dxa = parts.out.input_grad(how, wide, run.adapters[1], run.seed + 16)
+    attended = kept.attended.detach()
+    out_grads = parts.out.weight_grads(how, wide, attended, kept.scaled[1], dxa, run.adapters[1], run.seed + 16)
+    del wide, attended, middle
+    dqkv = _attention_backward(run, kept, dattended)
+    del dattended
+    normed, rstd = _norm(run, 0, parts.norm_in, x_TH)
+    dnormed, dxa = parts.qkv.input_grad(how, dqkv, run.adapters[0], run.seed, need_dx=need_dx)
+    source = normed[:, : parts.qkv.num_in]
+    qkv_grads = parts.qkv.weight_grads(how, dqkv, source, kept.scaled[0], dxa, run.adapters[0], run.seed)
+    dx = None
+    if dnormed is not None:
+        dx = how.kernels.rms_norm_backward(dnormed, x_TH, rstd, parts.norm_in.weight, dmiddle)
+    return dx, qkv_grads + out_grads + mlp_grads
+
+
+def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns the state between the halves, its gradient, and the adapters' gradients of gate, up and down."""
+    parts, how = run.parts, run.batch.how
+    size = parts.down.num_in
+    wide = _widen(run, 3, dout_TH.to(how.dtype))
+    dact, dxa = parts.down.input_grad(how, wide, run.adapters[3], run.seed + 48)
+    assert dact is not None
+    gate_up, kept.gate_up = kept.gate_up, torch.empty(0)
+    how.kernels.swiglu_backward_(dact, gate_up[:, : 2 * size])  # gate_up is its gradient now, dact the activation
+    if len(kept.scaled) < 4:  # `down` was not computed again: `s x A'` is all that is missing of it
+        kept.scaled.append(parts.down.scaled_projection(how, dact, run.adapters[3], run.seed + 48))
+    down_grads = parts.down.weight_grads(how, wide, dact, kept.scaled[3], dxa, run.adapters[3], run.seed + 48)
+    del dact, wide
+    normed, rstd = _norm(run, 2, parts.norm_mid, kept.middle)
+    dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seed + 32)
+    source = normed[:, : parts.gate_up.num_in]
+    args = (how, gate_up, source, kept.scaled[2], dxa, run.adapters[2], run.seed + 32)
+    grads = parts.gate_up.weight_grads(*args) + down_grads
+    del gate_up, normed
+    dmiddle = how.kernels.rms_norm_backward(dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
+    return kept.middle, dmiddle, grads
+
+
+def _attention_backward(run: Run, kept: Kept, dattended: Tensor | None) -> Tensor:
+    """The gradient by q, k and v side by side, rotated back, with room for the adapters' ranks."""
+    parts, batch = run.parts, run.batch
+    dq, dk, dv = torch.autograd.grad(kept.attended, kept.heads, dattended)
+    width = parts.qkv.num_out
+    dqkv = torch.empty(len(dq), width + run.ranks(0), dtype=batch.how.dtype, device=dq.device)
+    to_q, to_k, to_v = _heads(parts, dqkv[:, :width])
+    batch.how.kernels.rotate(dq, batch.cos, batch.sin, to_q, inverse=True)
+    batch.how.kernels.rotate(dk, batch.cos, batch.sin, to_k, inverse=True)
+    to_v.copy_(dv)
+    return dqkv
+
+
+def _heads(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q, k and v as (T, heads, D)."""
+    sizes = (parts.heads, parts.kv_heads, parts.kv_heads)
+    q, k, v = qkv.unflatten(1, (-1, parts.head_size)).split(sizes, dim=1)
+    return q, k, v
+
+
+def _norm(run: Run, group: int, norm: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """The normed rows with room for a group's ranks, and 1 / rms."""
+    how, size = run.batch.how, x_TH.shape[1]
+    out = torch.empty(len(x_TH), size + run.ranks(group), dtype=how.dtype, device=x_TH.device)
+    rstd = how.kernels.rms_norm(x_TH, norm.weight, norm.variance_epsilon, out[:, :size])
+    return out, rstd
+
+
+def _widen(run: Run, group: int, x: Tensor) -> Tensor:
+    """A copy with room for a group's ranks; the tensor itself where none is needed."""
+    ranks = run.ranks(group)
+    if not ranks:
+        return x
+    out = torch.empty(len(x), x.shape[1] + ranks, dtype=x.dtype, device=x.device)
+    out[:, : x.shape[1]].copy_(x)
+    return out
+
+
+def _add(update: Tensor, x: Tensor) -> Tensor:
+    return update.add_(x) if update.dtype == x.dtype else x + update
+
+
+class LayerFunction(torch.autograd.Function):
+    """`apply(x, run, *adapter parameters)`; the parameters are arguments so that autograd gives them their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, run: Run, keep: bool, *parameters: Tensor) -> Tensor:
+        """See `layer_forward`; `keep` says whether a backward pass will follow."""
+        checkpoint = run.batch.checkpoint
+        with torch.autocast(x_TH.device.type, enabled=False):
+            out, kept = layer_forward(run, x_TH, differentiable=keep and not checkpoint, whole=True)
+        ctx.run, ctx.x = run, x_TH
+        ctx.kept = kept if keep and not checkpoint else None
+        assert out is not None
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Any, ...]:
+        """See `layer_backward`; everything kept is let go."""
+        run, x, kept = ctx.run, ctx.x, ctx.kept
+        if run is None:
+            raise RuntimeError('the fast path keeps no graph for a second backward pass')
+        ctx.run = ctx.x = ctx.kept = None
+        with torch.autocast(x.device.type, enabled=False):
+            if kept is None:
+                _, kept = layer_forward(run, x, differentiable=True, whole=False)
+            dx, grads = layer_backward(run, x, dout_TH, kept, need_dx=ctx.needs_input_grad[0])
+        return dx, None, None, *grads
+
+
+class NormFunction(torch.autograd.Function):
+    """The last norm, keeping only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float, how: Setting) -> Tensor:
+        """`rms_norm` in the products' dtype."""
+        out = torch.empty(x_TH.shape, dtype=how.dtype, device=x_TH.device)
+        rstd = how.kernels.rms_norm(x_TH, weight_H, eps, out)
+        ctx.save_for_backward(x_TH, rstd, weight_H)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Any, ...]:
+        """`rms_norm_backward`."""
+        x, rstd, weight = ctx.saved_tensors
+        return ctx.how.kernels.rms_norm_backward(dout_TH.contiguous(), x, rstd, weight, None), None, None, None

@@ -1,0 +1,336 @@
+"""Frozen linear layers with trainable low-rank adapters, one or several on the same input, forward and backward.
+
+On CUDA a group is one product: the layers' weights are turned into floats side by side in one buffer, with the adapters
+appended to the inner dimension, so that `[x | x A'] [W | s B]'` is base and adapter at once, and `[dy | s dy B] [W ; A]`
+is the whole gradient by x. Elsewhere (`folded` off) each layer is its own product and the adapter is added to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.quantized import QuantizedWeight, is_4bit, take_apart
+
+
+@dataclass
+class Adapter:
+    """One layer's adapter as it is now: `y += scaling * B (A dropout(x))`."""
+
+    a_rK: Tensor
+    b_Nr: Tensor
+    scaling: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank r."""
+        return self.a_rK.shape[0]
+
+
+class FrozenLinear:
+    """A linear layer of the base model: its weight in whatever form, its bias."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.kept: Tensor | None = None
+        self._parts: QuantizedWeight | None = None
+        self._parts_of: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.module.out_features, self.module.in_features
+
+    def parts(self) -> QuantizedWeight | None:
+        """The 4-bit weight's parts, None for a float weight; looked up again when the weight was replaced."""
+        weight = self.module.weight
+        if self._parts_of is not weight.data_ptr():
+            self._parts_of = weight.data_ptr()
+            self._parts = take_apart(self.module) if is_4bit(self.module) else None
+        return self._parts
+
+    def write_into(self, out_NK: Tensor, kernels: Kernels) -> None:
+        """Writes the weight as floats."""
+        parts = self.parts()
+        if parts is None:
+            out_NK.copy_(self.module.weight)
+        else:
+            kernels.dequantize_into(out_NK, parts)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a float matrix (N, K): the kept copy, the layer's own, or a fresh one."""
+        if self.kept is not None:
+            return self.kept.to(dtype)
+        weight = self.module.weight
+        if self.parts() is None:
+            return weight.to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = weight.quant_state
+        if weight.device.type != 'cpu' or state.shape[1] % state.blocksize == 0:
+            return dequantize_4bit(weight.data, state).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        from xtuner.model.kernels import plain
+
+        plain.dequantize_into(out, take_apart(self.module))
+        return out
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias, or None."""
+        return None if self.module.bias is None else self.module.bias.to(dtype)
+
+
+@dataclass
+class Setting:
+    """How a batch is computed: the kernels, the dtype of products, whether adapters are folded in."""
+
+    kernels: Kernels
+    dtype: torch.dtype
+    folded: bool
+
+
+class Group:
+    """Linear layers that read the same input. Holds no activations: those pass through as arguments."""
+
+    def __init__(self, layers: list[FrozenLinear]) -> None:
+        self.layers = layers
+        self.num_in = layers[0].shape[1]
+        self.num_out = sum(layer.shape[0] for layer in layers)
+
+    def forward(
+        self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seed: int, *, spare: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the group's outputs.
+
+        Args:
+            how: The batch's setting.
+            x_wide: (T, K + R): the input, with room for R columns that this call fills; (T, K) unless folded.
+            adapters: One a layer, or None.
+            seed: Of the dropout masks.
+            spare: Columns to leave free to the right of the output, for `backward` to use.
+
+        Returns:
+            The output, (T, N + spare), and what the adapters' gradients need: `s x A'`, (T, R).
+
+        """
+        x = x_wide[:, : self.num_in]
+        projected = self._project(how, x_wide, x, adapters, seed)
+        out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
+        y = out[:, : self.num_out]
+        if how.folded:
+            self._folded_product(how, x_wide, adapters, y)
+        else:
+            self._separate_products(how, x, projected, adapters, y)
+        scaled = torch.empty(0, device=x.device)
+        if projected is not None:
+            scaled = projected * _column_factors(adapters, projected)
+        return out, scaled
+
+    def scaled_projection(self, how: Setting, x: Tensor, adapters: list[Adapter | None], seed: int) -> Tensor:
+        """`s x A'` alone, (T, R): what `forward` returns beside the output."""
+        if not any(adapters):
+            return torch.empty(0, device=x.device)
+        apart = Setting(how.kernels, how.dtype, folded=False)
+        projected = self._project(apart, x, x, adapters, seed)
+        assert projected is not None
+        return projected * _column_factors(adapters, projected)
+
+    def _project(
+        self, how: Setting, x_wide: Tensor, x: Tensor, adapters: list[Adapter | None], seed: int
+    ) -> Tensor | None:
+        """`x A'` of all adapters side by side: (T, R), in the tail of `x_wide` where folded."""
+        ranks = sum(a.rank for a in adapters if a)
+        if not ranks:
+            return None
+        out = x_wide[:, self.num_in :] if how.folded else torch.empty(len(x), ranks, dtype=how.dtype, device=x.device)
+        if not any(a and a.dropout for a in adapters):
+            return torch.mm(x, _stack_a(how, adapters).t(), out=out)
+        for number, (adapter, columns) in enumerate(_columns(adapters)):
+            weight = adapter.a_rK.to(how.dtype)
+            if adapter.dropout:
+                how.kernels.dropout_project(x, weight, adapter.dropout, seed + number, out[:, columns])
+            else:
+                torch.mm(x, weight.t(), out=out[:, columns])
+        return out
+
+    def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
+        weight = torch.empty(self.num_out, x_wide.shape[1], dtype=how.dtype, device=x_wide.device)
+        tail = weight[:, self.num_in :]
+        if len(self.layers) > 1 and tail.shape[1]:
+            tail.zero_()
+        column, row = 0, 0
+        for layer, adapter in zip(self.layers, adapters, strict=True):
+            rows = slice(row, row + layer.shape[0])
+            layer.write_into(weight[rows, : self.num_in], how.kernels)
+            if adapter:
+                torch.mul(adapter.b_Nr, adapter.scaling, out=tail[rows, column : column + adapter.rank])
+                column += adapter.rank
+            row = rows.stop
+        bias = self._bias(how)
+        if bias is None:
+            torch.mm(x_wide, weight.t(), out=y)
+        else:
+            torch.addmm(bias, x_wide, weight.t(), out=y)
+
+    def _separate_products(
+        self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None], y: Tensor
+    ) -> None:
+        row, column = 0, 0
+        for layer, adapter in zip(self.layers, adapters, strict=True):
+            part = y[:, row : row + layer.shape[0]]
+            bias, weight = layer.bias(how.dtype), layer.matrix(how.dtype)
+            torch.mm(x, weight.t(), out=part) if bias is None else torch.addmm(bias, x, weight.t(), out=part)
+            if adapter and projected is not None:
+                own = projected[:, column : column + adapter.rank]
+                part.addmm_(own, adapter.b_Nr.to(how.dtype).t(), alpha=adapter.scaling)
+                column += adapter.rank
+            row += layer.shape[0]
+
+    def _bias(self, how: Setting) -> Tensor | None:
+        biases = [layer.bias(how.dtype) for layer in self.layers]
+        if all(b is None for b in biases):
+            return None
+        if len(biases) == 1:
+            return biases[0]
+        device = self.layers[0].module.weight.device
+        zeros = [torch.zeros(layer.shape[0], dtype=how.dtype, device=device) for layer in self.layers]
+        return torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
+
+    def input_grad(
+        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], seed: int, *, need_dx: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient by x, and `s dy B`, which the gradient by A needs.
+
+        Args:
+            how: The batch's setting.
+            dy_wide: (T, N + R): the gradient by the output, with room for R columns that this call fills; (T, N)
+                unless folded.
+            adapters: As in `forward`.
+            seed: As in `forward`.
+            need_dx: Whether the gradient by x is wanted.
+
+        Returns:
+            (T, K) or None, and (T, R) or None.
+
+        """
+        ranks = sum(a.rank for a in adapters if a)
+        dy = dy_wide[:, : self.num_out]
+        dxa = None
+        if ranks:
+            empty = dy.new_empty(len(dy), 0 if how.folded else ranks)
+            dxa = dy_wide[:, self.num_out :] if how.folded else empty
+            for adapter, columns, rows in self._parts_with(adapters):
+                scaled = (adapter.b_Nr * adapter.scaling).to(how.dtype)
+                torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
+        if not need_dx:
+            return None, dxa
+        dropped = any(a and a.dropout for a in adapters)
+        dx = self._input_grad_folded(how, dy_wide, adapters, dropped) if how.folded else self._input_grad_separate(how, dy)
+        if dxa is not None and (dropped or not how.folded):
+            for number, (adapter, columns) in enumerate(_columns(adapters)):
+                weight = adapter.a_rK.to(how.dtype)
+                if adapter.dropout:
+                    args = (dx, dxa[:, columns], weight, adapter.dropout, seed + number)
+                    how.kernels.dropout_project_input_grad_(*args)
+                else:
+                    dx.addmm_(dxa[:, columns], weight)
+        return dx, dxa
+
+    def _input_grad_folded(self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], dropped: bool) -> Tensor:
+        rows = self.num_out if dropped else dy_wide.shape[1]
+        weight = torch.empty(rows, self.num_in, dtype=how.dtype, device=dy_wide.device)
+        row = 0
+        for layer in self.layers:
+            layer.write_into(weight[row : row + layer.shape[0]], how.kernels)
+            row += layer.shape[0]
+        if not dropped:
+            for adapter in adapters:
+                if adapter:
+                    weight[row : row + adapter.rank].copy_(adapter.a_rK)
+                    row += adapter.rank
+        return torch.mm(dy_wide[:, :rows], weight)
+
+    def _input_grad_separate(self, how: Setting, dy: Tensor) -> Tensor:
+        dx, row = None, 0
+        for layer in self.layers:
+            part, weight = dy[:, row : row + layer.shape[0]], layer.matrix(how.dtype)
+            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
+            row += layer.shape[0]
+        assert dx is not None
+        return dx
+
+    def weight_grads(
+        self, how: Setting, dy: Tensor, x: Tensor, scaled: Tensor, dxa: Tensor | None,
+        adapters: list[Adapter | None], seed: int,
+    ) -> list[Tensor]:  # fmt: skip
+        """The gradients by each adapter's A and B, in order, in the dtype of the parameter.
+
+        Args:
+            how: The batch's setting.
+            dy: (T, N or more): the gradient by the output.
+            x: (T, K): the input.
+            scaled: What `forward` returned beside the output.
+            dxa: What `input_grad` returned.
+            adapters: As in `forward`.
+            seed: As in `forward`.
+
+        """
+        grads: list[Tensor] = []
+        if dxa is None:
+            return grads
+        dropped = any(a and a.dropout for a in adapters)
+        da_all = None if dropped else _product_wide(dxa.t(), x)
+        for number, (adapter, columns, rows) in enumerate(self._parts_with(adapters)):
+            if da_all is not None:
+                da = da_all[columns]
+            elif adapter.dropout:
+                da = how.kernels.dropout_project_weight_grad(dxa[:, columns], x, adapter.dropout, seed + number)
+            else:
+                da = _product_wide(dxa[:, columns].t(), x)
+            db = _product_wide(dy[:, rows].t(), scaled[:, columns])
+            grads += [da.to(adapter.a_rK.dtype), db.to(adapter.b_Nr.dtype)]
+        return grads
+
+    def _parts_with(self, adapters: list[Adapter | None]) -> list[tuple[Adapter, slice, slice]]:
+        """Each adapter with its columns among the ranks and its layer's rows among the outputs."""
+        parts, column, row = [], 0, 0
+        for layer, adapter in zip(self.layers, adapters, strict=True):
+            if adapter:
+                parts.append((adapter, slice(column, column + adapter.rank), slice(row, row + layer.shape[0])))
+                column += adapter.rank
+            row += layer.shape[0]
+        return parts
+
+
+def _columns(adapters: list[Adapter | None]) -> list[tuple[Adapter, slice]]:
+    found, column = [], 0
+    for adapter in adapters:
+        if adapter:
+            found.append((adapter, slice(column, column + adapter.rank)))
+            column += adapter.rank
+    return found
+
+
+def _stack_a(how: Setting, adapters: list[Adapter | None]) -> Tensor:
+    present = [a.a_rK for a in adapters if a]
+    return (present[0] if len(present) == 1 else torch.cat(present)).to(how.dtype)
+
+
+def _column_factors(adapters: list[Adapter | None], like: Tensor) -> Tensor | float:
+    """The scaling of each column of ranks: a number where all agree."""
+    present = [a for a in adapters if a]
+    if len({a.scaling for a in present}) == 1:
+        return present[0].scaling
+    return torch.cat([like.new_full((a.rank,), a.scaling) for a in present])
+
+
+def _product_wide(left: Tensor, right: Tensor) -> Tensor:
+    """A product that leaves the accumulator in float32 (float64 for float64 factors)."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)

@@ -1,0 +1,107 @@
+"""Cross entropy of a linear head that never holds all logits: N tokens, V words, H hidden size.
+
+A slice of tokens at a time gets its logits, turns them into their own gradient in place and multiplies that by the
+head's weight; what stays is the hidden states' gradient. Tokens without a target are left out of every product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.model.kernels.dispatch import kernels_for
+
+IGNORED = -100
+_LOGITS_BYTES = 2**28
+
+
+def target_rows(labels_N: Tensor) -> Tensor:
+    """The positions that have a target, int64.
+
+    On a GPU this waits for the labels; computed before the forward pass and handed to `fused_linear_cross_entropy`, it
+    spares a wait in the middle of the step.
+    """
+    return (labels_N != IGNORED).nonzero().squeeze(1)
+
+
+def fused_linear_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    *,
+    rows: Tensor | None = None,
+    slice_tokens: int | None = None,
+) -> Tensor:
+    """Sums `-log softmax(hidden @ weight.T + bias)[label]` over the targets.
+
+    Args:
+        hidden_NH: Last hidden states, already in the dtype to multiply in.
+        weight_VH: The head's weight; multiplied in the dtype of `hidden`.
+        bias_V: The head's bias, or None.
+        labels_N: int64, already shifted; -100 is left out.
+        rows: `target_rows(labels_N)` if already known.
+        slice_tokens: Tokens whose logits are held at once; by default as many as fit 256 MiB.
+
+    Returns:
+        float32 scalar (float64 for float64 inputs); 0, with zero gradients, where there is no target.
+
+    Example:
+        labels [-100, 3, 5] sum two terms: those of hidden[1] with word 3 and of hidden[2] with word 5.
+
+    """
+    rows = target_rows(labels_N) if rows is None else rows
+    if slice_tokens is None:
+        fitting = _LOGITS_BYTES // (weight_VH.shape[0] * hidden_NH.element_size())
+        slice_tokens = max(128, min(4096, fitting // 128 * 128))
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, labels_N, rows, slice_tokens)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, slice_tokens: int
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        everything = len(rows) == len(labels)
+        chosen, targets = (hidden, labels) if everything else (hidden[rows], labels[rows])
+        head = weight.detach().to(hidden.dtype)
+        offset = None if bias is None else bias.detach().to(hidden.dtype)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        dhidden = torch.empty_like(chosen) if need_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+        dbias = torch.zeros(head.shape[0], dtype=wide, device=weight.device) if need_bias else None
+        entropy = kernels_for(hidden.device).cross_entropy_
+        for start in range(0, len(chosen), slice_tokens):
+            part = slice(start, start + slice_tokens)
+            x = chosen[part]
+            logits = torch.mm(x, head.t()) if offset is None else torch.addmm(offset, x, head.t())
+            total += entropy(logits, targets[part]).sum()
+            if dhidden is not None:
+                torch.mm(logits, head, out=dhidden[part])
+            if dweight is not None:
+                dweight += logits.t() @ x
+            if dbias is not None:
+                dbias += logits.sum(0, dtype=wide)
+        if dhidden is not None and not everything:
+            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight, dbias = ctx.saved_tensors
+        return (
+            None if dhidden is None else dhidden * grad.to(dhidden.dtype),
+            None if dweight is None else (dweight * grad).to(ctx.dtypes[0]),
+            None if dbias is None else (dbias * grad).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
