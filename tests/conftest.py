@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +23,76 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f'{folder} is absent: the real tokenizer and conversations lie there where they are available')
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared data goes to the test's own folder, not to the user's cache."""
+    monkeypatch.setenv('XTUNER_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to reach another machine fails the test."""
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        raise AssertionError(f'tried to connect to {address}')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+
+
+def write_internlm(folder: Path, *, vocab_size: int, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+    """Random weights in InternLM-7B's published format: its config fields, biases on q, k, v and o, safetensors."""
+    import torch
+
+    from xtuner.model.internlm.configuration import InternLMConfig
+    from xtuner.model.internlm.modeling import InternLMForCausalLM
+
+    torch.manual_seed(seed)
+    config = InternLMConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+    )
+    model = InternLMForCausalLM(config)
+    for parameter in model.parameters():  # biases begin at zero, which would hide that they are lost
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    published = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    published['auto_map'] = {'AutoModelForCausalLM': 'modeling_internlm.InternLMForCausalLM'}
+    (folder / 'config.json').write_text(json.dumps(published), encoding='utf-8')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_internlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer InternLM with a vocabulary of 800 pieces, as a folder that looks like a published one."""
+    from demo.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp('internlm')
+    train_tokenizer([ROOT / 'demo' / 'base.jsonl'], folder, vocab_size=800)
+    return write_internlm(folder, vocab_size=800)
+
+
+@pytest.fixture(scope='session')
+def real_vocabulary_internlm(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
+    """A two-layer InternLM with InternLM-7B's own 103,168 pieces."""
+    folder = tmp_path_factory.mktemp('internlm-real')
+    shutil.copyfile(shared_data / 'internlm-7b-tokenizer' / 'tokenizer.model', folder / 'tokenizer.model')
+    return write_internlm(folder, vocab_size=103168)
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """Twelve short conversations in the OpenAI form."""
+    path = tmp_path / 'conversations.jsonl'
+    with path.open('w', encoding='utf-8') as file:
+        for i in range(12):
+            messages = [{'role': 'user', 'content': f'Say {i}.'}, {'role': 'assistant', 'content': f'{i}, of course.'}]
+            file.write(json.dumps({'messages': messages}) + '\n')
+    return path

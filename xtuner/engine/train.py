@@ -31,7 +31,6 @@ from xtuner.errors import CheckpointError
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
-from xtuner.model.quantization import keep_trainable_layout
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.weights import fingerprint, open_weights
 from xtuner.registry import build, check_arguments
@@ -156,7 +155,6 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
 
 def _prepare_for_training(model: Any, config: TrainConfig) -> None:
     model.config.use_cache = False
-    keep_trainable_layout(model)
     if config.runtime.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
