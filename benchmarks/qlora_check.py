@@ -1,0 +1,147 @@
+"""Checks the fast path on a GPU at the 7B's widths, and times its kernels one by one.
+
+    python benchmarks/qlora_check.py            gradients of a two-layer slice against float32, then the kernels' times
+
+Gradients: the same 4-bit weights, turned into float32 and run through the stock path, are the reference; the stock bf16
+path's own error stands beside ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing, set_dropout
+from xtuner.model.fast import enable_fast_path, fused_linear_cross_entropy
+from xtuner.model.kernels.decoder import FastDecoder
+from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
+from xtuner.model.kernels.quantized import take_apart
+
+
+def gradients(model: Any, ids: Any, positions: Any, *, half: bool = True, fused_loss: bool = False) -> tuple[float, dict]:
+    model.zero_grad()
+    base = model.get_base_model()
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    with torch.autocast('cuda', dtype=torch.bfloat16, enabled=half):
+        hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
+        if fused_loss:
+            loss = fused_linear_cross_entropy(hidden, base.lm_head.weight, None, labels)
+        else:
+            loss = torch.nn.functional.cross_entropy(base.lm_head(hidden).float(), labels, reduction='sum')
+    (loss / len(labels)).backward()
+    return loss.item(), {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def errors(grads: dict, exact: dict) -> str:
+    each = {n: float((grads[n] - exact[n]).norm() / exact[n].norm()) for n in exact}
+    total = sum(float((grads[n] - exact[n]).square().sum()) for n in exact) / sum(float(e.square().sum()) for e in exact.values())
+    worst = max(each, key=lambda n: each[n])
+    return f'all {total**0.5:.2e}, worst {each[worst]:.2e} ({worst.split("layers.")[1]})'
+
+
+def dequantised(model: Any) -> Any:
+    """The same weights in float32, as plain layers."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    twin = copy.deepcopy(model)
+    for path, module in list(twin.named_modules()):
+        if type(module).__name__ == 'Linear4bit':
+            new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device='meta')
+            new.weight = torch.nn.Parameter(dequantize_4bit(module.weight.data, module.weight.quant_state), False)
+            if module.bias is not None:
+                new.bias = torch.nn.Parameter(module.bias.data.clone(), False)
+            parent, _, name = path.rpartition('.')
+            setattr(twin.get_submodule(parent), name, new)
+    return twin.float()
+
+
+def check() -> None:
+    ids = torch.randint(3, 100_000, (2, 512), device='cuda')
+    dense = torch.arange(512, device='cuda').expand(2, -1).contiguous()
+    packed = dense.clone()
+    packed[0] = torch.cat((torch.arange(100), torch.arange(257), torch.arange(155)))
+    model = add_adapter(build_base('cuda', num_hidden_layers=2), dropout=0.5)
+    set_dropout(model, 0.0)
+    for name, positions in (('dense', dense), ('packed', packed)):
+        enable_fast_path(model, enabled=False)
+        exact_loss, exact = gradients(dequantised(model), ids, positions, half=False)
+        stock_loss, stock = gradients(model, ids, positions)
+        print(f'{name}: exact loss {exact_loss:.4f}; stock loss {stock_loss:.4f}, gradients {errors(stock, exact)}')
+        print(enable_fast_path(model))
+        for checkpointing in (False, True, True):  # cuDNN takes over from the second batch of a form on
+            set_checkpointing(model, checkpointing)
+            loss, grads = gradients(model, ids, positions, fused_loss=True)
+            print(f'  ours, checkpointing {checkpointing}: loss {loss:.4f}, gradients {errors(grads, exact)}', flush=True)
+    set_dropout(model, 0.1)
+    decoder: Any = model.get_base_model().model
+    results = []
+    for kernels, folded in ((PLAIN, False), (fused_kernels(), True)):
+        decoder.forward.fast = FastDecoder(decoder, kernels, folded=folded)
+        torch.manual_seed(3)
+        results.append(gradients(model, ids, dense)[1])
+    print('dropout 0.1, Triton against plain (same masks):', errors(results[1], results[0]), flush=True)
+
+
+def timed(name: str, function: Any, num_bytes: float) -> None:
+    from triton.testing import do_bench
+
+    ms = do_bench(function, warmup=10, rep=60, return_mode='median')
+    print(f'{name:46s} {ms:7.4f} ms  {num_bytes / ms / 1e9:6.2f} TB/s', flush=True)
+
+
+def time_kernels(tokens: int) -> None:
+    import bitsandbytes as bnb
+
+    k = fused_kernels()
+    h, i, r = 4096, 11008, 64
+    new = lambda *shape: torch.randn(*shape, device='cuda', dtype=torch.bfloat16)  # noqa: E731
+    for n, m in ((h, h), (i, h), (h, i)):
+        linear = bnb.nn.Linear4bit(m, n, bias=False, quant_type='nf4', device='cuda')
+        linear.weight = bnb.nn.Params4bit(new(n, m), requires_grad=False, quant_type='nf4').to('cuda')
+        parts, wide = take_apart(linear), torch.empty(n, m + r, device='cuda', dtype=torch.bfloat16)
+        size = n * m * (2.5 + 1 / 64)
+        timed(f'dequantise {n}x{m}', lambda p=parts, w=wide, m=m: k.dequantize_into(w[:, :m], p), size)
+        timed('  bitsandbytes', lambda l=linear: bnb.functional.dequantize_4bit(l.weight.data, l.weight.quant_state), size)
+    x, wide, weight = new(tokens, h), new(tokens, h + 192), new(h)
+    unit = tokens * h * 2
+    rstd = k.rms_norm(x, weight, 1e-6, wide[:, :h])
+    timed('rms_norm', lambda: k.rms_norm(x, weight, 1e-6, wide[:, :h]), 2 * unit)
+    timed('rms_norm_backward', lambda: k.rms_norm_backward(x, x, rstd, weight, x), 4 * unit)
+    qkv, angles = new(tokens, 3 * h), torch.randn(tokens, 64, device='cuda')
+    heads = qkv.unflatten(1, (96, 128))[:, :64]
+    timed('rotate q and k in place', lambda: k.rotate(heads, angles, angles, heads, inverse=False), 4 * unit)
+    gate_up, act = new(tokens, 2 * i + 128), new(tokens, i + r)
+    timed('swiglu', lambda: k.swiglu(gate_up[:, : 2 * i], act[:, :i]), 3 * tokens * i * 2)
+    dact = new(tokens, i)
+    timed('swiglu_backward', lambda: k.swiglu_backward_(dact, gate_up[:, : 2 * i]), 6 * tokens * i * 2)
+    for width in (h, i):
+        x, a, dxa = new(tokens, width), new(r, width), new(tokens, r)
+        once = tokens * width * 2
+        timed(f'dropout_project {width}', lambda x=x, a=a, d=dxa: k.dropout_project(x, a, 0.1, 7, d), once)
+        timed('  x A as a plain product', lambda x=x, a=a: x @ a.t(), once)
+        timed('dropout_project_weight_grad', lambda x=x, d=dxa: k.dropout_project_weight_grad(d, x, 0.1, 7), once)
+        timed('  as a plain product', lambda x=x, d=dxa: torch.mm(d.t(), x, out_dtype=torch.float32), once)
+        args = (x, dxa, a, 0.1, 7)
+        timed('dropout_project_input_grad_', lambda args=args: k.dropout_project_input_grad_(*args), 2 * once)
+    logits, targets = new(1024, 103168), torch.randint(0, 103168, (1024,), device='cuda')
+    timed('cross_entropy 1024x103168', lambda: k.cross_entropy_(logits, targets), 3 * logits.numel() * 2)
+    dx = new(tokens, h)
+    timed('copy T x H', lambda: dx.clone(), 2 * unit)
+
+
+def main() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    check()
+    for tokens in (2048, 8192):
+        print(f'kernels at {tokens} tokens')
+        time_kernels(tokens)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,266 @@
+"""Times a QLoRA training step of an InternLM-7B-sized model: ours and the installed peers, in one go on one GPU.
+
+    python benchmarks/qlora_step.py                        all rows, all that is installed, the table with ratios
+    python benchmarks/qlora_step.py --impl ours --rows 4x2048/off,1x2048/on --profile OUT.txt
+    python benchmarks/qlora_step.py --table LOG...         only the table, from the RESULT lines of earlier runs
+
+A row is batch x length / checkpointing [/ dropout]. A step is forward, backward, clipping and a PagedAdamW32bit update
+of rank-64 adapters on all seven projections, over NF4 weights with quantised scales; random weights, random tokens.
+Every implementation runs in a process of its own. `limit` is the arithmetic of the frozen products, the adapters, the
+head and causal attention over the 788 TFLOP/s that an 8192-cubed bf16 product reaches on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('UNSLOTH_DISABLE_STATISTICS', '1')
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROWS = '1x2048/off,4x2048/off,1x2048/on,4x2048/on,8x2048/on,1x8192/on,4x2048/on/0.1'
+LIMITS = {('off', 2048): 25_800, ('on', 2048): 17_500, ('on', 8192): 15_000}
+IMPLS = ('ours', 'unsloth', 'liger', 'stock')
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--impl', default='all', help='all, or some of ours,unsloth,liger,stock')
+    p.add_argument('--rows', default=ROWS)
+    p.add_argument('--steps', type=int, default=7, help='steps a row; the first three are not counted')
+    p.add_argument('--layers', type=int, default=32)
+    p.add_argument('--profile', type=Path, help='write where the time of one step of the first row goes')
+    p.add_argument('--model', type=Path, default=Path('/tmp/internlm-7b-random'), help='checkpoint for unsloth')
+    p.add_argument('--tokenizer', type=Path, help='folder with a tokenizer.json, which unsloth insists on')
+    p.add_argument('--table', nargs='+', type=Path, help='logs to make the table of')
+    return p.parse_args()
+
+
+def split_row(row: str) -> tuple[int, int, str, float]:
+    shape, checkpointing, *dropout = row.split('/')
+    batch, length = map(int, shape.split('x'))
+    return batch, length, checkpointing, float(dropout[0]) if dropout else 0.0
+
+
+def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float) -> Any:
+    import torch
+
+    from benchmarks.qlora_model import TARGETS, add_adapter, build_base
+
+    if impl == 'unsloth':
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            str(args.model), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+        )
+        return FastLanguageModel.get_peft_model(
+            model, r=64, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS,
+            use_gradient_checkpointing='unsloth' if checkpointing == 'on' else False,
+        )  # fmt: skip
+    model = build_base('cuda', num_hidden_layers=args.layers)
+    if impl == 'liger':
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(
+            model=model, rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=True
+        )
+    if impl == 'stock':
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapted = add_adapter(model, dropout=0.5)
+    if impl == 'liger':
+        adapted = adapted.to(torch.bfloat16)
+    if impl == 'ours':
+        from xtuner.model.fast import enable_fast_path
+
+        print(enable_fast_path(adapted), flush=True)
+    return adapted
+
+
+def loss_of(impl: str, model: Any, ids: Any) -> Any:
+    import torch
+
+    if impl != 'ours':
+        with torch.autocast('cuda', dtype=torch.bfloat16, enabled=impl != 'liger'):
+            return model(input_ids=ids, labels=ids).loss
+    from xtuner.model.fast import fused_linear_cross_entropy, target_rows
+
+    base = model.get_base_model()
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    rows = target_rows(labels)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        head = base.get_output_embeddings()
+        total = fused_linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels, rows=rows)
+    return total / len(rows)
+
+
+def run(impl: str, args: argparse.Namespace) -> None:
+    if impl == 'unsloth':
+        import unsloth  # noqa: F401  (it must be imported before transformers)
+    import bitsandbytes as bnb
+    import torch
+
+    from benchmarks.qlora_model import set_checkpointing, set_dropout
+
+    rows = args.rows.split(',')
+    _, _, checkpointing, dropout = split_row(rows[0])
+    model = load(impl, args, checkpointing, dropout)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.PagedAdamW32bit(trainable, lr=2e-4)
+
+    def step(ids: Any) -> Any:
+        loss = loss_of(impl, model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    for number, row in enumerate(rows):
+        batch, length, checkpointing, dropout = split_row(row)
+        if impl != 'unsloth':
+            set_checkpointing(model, checkpointing == 'on')
+            set_dropout(model, dropout)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, issued = [], []
+        try:
+            for _ in range(args.steps):
+                ids = torch.randint(3, 100_000, (batch, length), device='cuda')
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                loss = step(ids)
+                issued.append(time.perf_counter() - start)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            print(f'{impl} {row}: out of memory', flush=True)
+            optimizer.zero_grad()
+            continue
+        result = {
+            'impl': impl, 'row': row, 'tokens_per_s': round(batch * length / statistics.median(seconds[3:])),
+            'step_ms': round(statistics.median(seconds[3:]) * 1e3, 1), 'issue_ms': round(min(issued[3:]) * 1e3, 1),
+            'spread_ms': [round(s * 1e3, 1) for s in seconds[3:]],
+            'peak_gib': round(torch.cuda.max_memory_allocated() / 2**30, 2), 'loss': round(loss.item(), 4),
+        }  # fmt: skip
+        print('RESULT ' + json.dumps(result), flush=True)
+        if args.profile and number == 0:
+            profile(lambda: step(ids), args.profile)
+
+
+def profile(step: Any, path: Path) -> None:
+    """One step's kernels by time, and their sum by kind."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        step()
+        torch.cuda.synchronize()
+    kinds = {
+        'attention': 'fmha|flash|cudnn.*attn|sdpa', 'products': 'gemm|nvjet|cutlass|splitK|matmul', 'optimizer': 'Optimizer|multi_tensor',
+        'dequantise': 'equantize', 'norm': 'rms_norm', 'rotary': '_rotate', 'swiglu': 'swiglu', 'loss': 'cross_entropy',
+        'dropout products': '^_project|^_weight_grad|^_input_grad', 'copies': 'emcpy|copy|Memset|fill|cat',
+    }  # fmt: skip
+    sums: dict[str, list[float]] = {}
+    events = [e for e in trace.key_averages() if e.self_device_time_total > 0 and not e.key.startswith('aten::')]
+    for e in events:
+        kind = next((k for k, p in kinds.items() if re.search(p, e.key)), 'other elementwise')
+        entry = sums.setdefault(kind, [0.0, 0])
+        entry[0] += e.self_device_time_total / 1e3
+        entry[1] += e.count
+    lines = [f'{ms:9.2f} ms {count:6.0f} launches  {k}' for k, (ms, count) in sorted(sums.items(), key=lambda i: -i[1][0])]
+    lines += ['']
+    for e in sorted(events, key=lambda e: -e.self_device_time_total)[:60]:
+        lines.append(f'{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d}  {e.key[:150]}')
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines[:14]), flush=True)
+
+
+def write_checkpoint(args: argparse.Namespace) -> None:
+    """unsloth only reads from disk."""
+    import shutil
+
+    if not args.model.exists():
+        from benchmarks.qlora_model import build_base
+
+        build_base('cuda', quantise=False, num_hidden_layers=args.layers).save_pretrained(args.model, max_shard_size='4GB')
+    if args.tokenizer:
+        shutil.copytree(args.tokenizer, args.model, dirs_exist_ok=True)
+
+
+def installed(impl: str) -> bool:
+    needed = {'unsloth': 'unsloth', 'liger': 'liger_kernel'}.get(impl)
+    return needed is None or importlib.util.find_spec(needed) is not None
+
+
+def run_all(impls: list[str], args: argparse.Namespace) -> list[str]:
+    """Every implementation in processes of its own; one for each setting where it cannot be changed later."""
+    lines = []
+    for impl in impls:
+        rows = args.rows.split(',')
+        if impl == 'unsloth':
+            subprocess.run([sys.executable, __file__, '--impl', 'checkpoint', *_passed(args, rows)], check=False)
+        apart = sorted({r.split('/', 1)[1] for r in rows}) if impl == 'unsloth' else [None]
+        for setting in apart:
+            chosen = [r for r in rows if setting is None or r.split('/', 1)[1] == setting]
+            command = [sys.executable, __file__, '--impl', impl, *_passed(args, chosen)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            print(done.stdout, flush=True)
+            lines += done.stdout.splitlines()
+    return lines
+
+
+def _passed(args: argparse.Namespace, rows: list[str]) -> list[str]:
+    given = ['--rows', ','.join(rows), '--steps', str(args.steps), '--layers', str(args.layers), '--model', str(args.model)]
+    return given + (['--tokenizer', str(args.tokenizer)] if args.tokenizer else [])
+
+
+def print_table(lines: list[str]) -> None:
+    """Tokens/s and GiB of each implementation, and ours over each peer's."""
+    found: dict[tuple[str, str], dict] = {}
+    for line in lines:
+        if line.startswith('RESULT '):
+            result = json.loads(line[7:])
+            found[result['row'], result['impl']] = result
+    print('| row | ' + ' | '.join(f'{i}, tok/s · GiB' for i in IMPLS) + ' | ours/unsloth | /liger | /stock | of limit |')
+    print('| --- |' + ' --- |' * 8)
+    for row in dict.fromkeys(r for r, _ in found):
+        _, length, checkpointing, _ = split_row(row)
+        ours = found.get((row, 'ours'))
+        cells = [found.get((row, i)) for i in IMPLS]
+        texts = [f'{c["tokens_per_s"]:,} · {c["peak_gib"]:.1f}' if c else '-' for c in cells]
+        ratios = [f'{ours["tokens_per_s"] / c["tokens_per_s"]:.2f}' if ours and c else '-' for c in cells[1:]]
+        limit = LIMITS.get((checkpointing, length))
+        share = f'{ours["tokens_per_s"] / limit:.0%}' if ours and limit else '-'
+        print(f'| {row} | ' + ' | '.join(texts + ratios) + f' | {share} |')
+
+
+def main() -> None:
+    args = parse_args()
+    if args.table:
+        print_table([line for path in args.table for line in path.read_text(encoding='utf-8').splitlines()])
+    elif args.impl == 'checkpoint':
+        write_checkpoint(args)
+    elif args.impl in IMPLS:
+        run(args.impl, args)
+    else:
+        chosen = list(IMPLS) if args.impl == 'all' else args.impl.split(',')
+        print_table(run_all([i for i in chosen if installed(i)], args))
+
+
+if __name__ == '__main__':
+    main()
