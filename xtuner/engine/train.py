@@ -29,6 +29,7 @@ from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
+from xtuner.model.fast import enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
@@ -68,10 +69,9 @@ def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = No
     """
     _check_open_sections(config)
     checkpoint = _find_checkpoint(work_dir, resume)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    (work_dir / 'config.py').write_text(flatten(config, title='The config of this run.'), encoding='utf-8')
     set_random_seed(config.runtime.seed)
     material = _load(config, checkpoint)
+    _open_work_dir(work_dir, config)  # only now: a run that could not begin leaves nothing behind
     runner = _make_runner(config, material, work_dir, launcher)
     if checkpoint is not None:
         runner.restore(checkpoint)
@@ -92,6 +92,14 @@ def _check_open_sections(config: TrainConfig) -> None:
         check_arguments(config.adapter, 'adapter')
     for i, hook in enumerate(config.hooks):
         check_arguments(hook, f'hooks[{i}]')
+
+
+def _open_work_dir(work_dir: Path, config: TrainConfig) -> None:
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        (work_dir / 'config.py').write_text(flatten(config, title='The config of this run.'), encoding='utf-8')
+    except OSError as error:
+        raise CheckpointError(f'cannot write to {work_dir}: {error.strerror}; give another --work-dir') from error
 
 
 def _find_checkpoint(work_dir: Path, resume: str | Path | None) -> Path | None:
@@ -133,6 +141,7 @@ def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
     model = _adapted(base, config, checkpoint, base_fingerprint)
     _prepare_for_training(model, config)
     _describe(model, config, time.perf_counter() - started)
+    logger.info('%s', enable_fast_path(model, enabled=config.runtime.fast))
     provenance = Provenance(
         base=source.path,
         base_fingerprint=base_fingerprint,

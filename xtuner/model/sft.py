@@ -5,8 +5,11 @@ Shapes: B rows, S tokens a row, N = B * (S - 1) predictions, H hidden size, V vo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from xtuner.model.kernels.loss import fused_linear_cross_entropy
 
 
 class SupervisedFinetune(nn.Module):
@@ -47,6 +50,9 @@ class SupervisedFinetune(nn.Module):
 def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Tensor:
     """Sum over targets of `-log softmax(head(hidden))[target]`, computed for the target positions only.
 
+    A plain linear head goes through the fused loss, which never holds all logits; a head that is quantised or carries
+    an adapter is called as it is.
+
     Args:
         hidden_NH: Last hidden states, any float dtype.
         head: The output projection, H to V.
@@ -55,6 +61,10 @@ def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Te
     Returns:
         float32 scalar.
     """
+    if type(head) is nn.Linear:
+        kind = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
+        return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N)
     kept = (targets_N != -100).nonzero().squeeze(1)
     logits = head(hidden_NH[kept]).float()
     return functional.cross_entropy(logits, targets_N[kept], reduction='sum')
