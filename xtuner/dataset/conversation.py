@@ -85,6 +85,10 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
         raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {_short(value)}')
     if not empty and not value.strip():
         raise DataError(f'{origin}: `{name}` is empty')
+    try:
+        value.encode('utf-8')
+    except UnicodeEncodeError:
+        raise DataError(f'{origin}: `{name}` holds half of a surrogate pair, which is no character') from None
     return value
 
 

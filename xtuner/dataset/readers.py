@@ -18,6 +18,7 @@ from xtuner.errors import DataError, nearest
 
 MAX_RECORD_BYTES = 32 * 2**20
 _BLOCK = 2**20
+_LONGEST_WORD = len('-Infinity')  # a word of JSON that is cut off is wrong from its beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ def _read_list(path: Path) -> Iterator[Record]:
     """Reads the elements of a JSON list one by one. What follows a broken element cannot be told apart from it."""
     decoder = json.JSONDecoder()
     with path.open('r', encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        text, line, row = file.read(_BLOCK).lstrip(), 1, 0
-        text = text[1:]
+        text, line = '', 1
+        for char in iter(lambda: file.read(1), '['):  # up to the beginning of the list
+            line += char == '\n'
         while True:
             stripped = text.lstrip(' \t\r\n,')
             line += text.count('\n', 0, len(text) - len(stripped))
@@ -128,7 +130,6 @@ def _read_list(path: Path) -> Iterator[Record]:
                 continue
             if text[0] == ']':
                 return
-            row += 1
             origin = f'{path}:{line}'
             value, used, text = _element(decoder, text, file)
             if used == 0:
@@ -157,7 +158,7 @@ def _element(decoder: json.JSONDecoder, text: str, file: io.TextIOWrapper) -> tu
                 return value, used, text
             reason = ''
         except json.JSONDecodeError as error:
-            cut_off = error.msg.startswith('Unterminated string') or error.pos >= len(text.rstrip())
+            cut_off = error.msg.startswith('Unterminated string') or error.pos >= len(text.rstrip()) - _LONGEST_WORD
             reason = '' if cut_off else error.msg
         except (ValueError, RecursionError) as error:
             reason = str(error)

@@ -27,7 +27,7 @@ def oasst_tree_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
     path = [_message(example['prompt'])]
     node = example['prompt']
     while replies := _replies(node):
-        node = min(replies, key=lambda reply: (reply.get('rank') is None, reply.get('rank') or 0))
+        node = min(replies, key=_preference)
         path.append(_message(node))
     if path[-1]['role'] == 'user':
         path.pop()
@@ -46,6 +46,13 @@ def oasst_tree_all_map_fn(example: dict[str, Any]) -> list[dict[str, Any]]:
             trained.add(id(node))
         conversations.append({'messages': messages})
     return conversations
+
+
+def _preference(reply: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Sorts by rank, unranked ones last, and behind them questions that nobody answered: there the path would end."""
+    rank = reply.get('rank')
+    unanswered = reply.get('role') == 'prompter' and not _replies(reply)
+    return unanswered, not isinstance(rank, int), rank if isinstance(rank, int) else 0
 
 
 def _paths(node: Mapping[str, Any], path: list[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
