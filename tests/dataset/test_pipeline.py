@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import xtuner.dataset.mapping as mapping
+from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.check import check_dataset
+from xtuner.dataset.conversation import to_conversation
+from xtuner.dataset.pack import PACKINGS
+from xtuner.dataset.pipeline import prepare_dataset, prepared_folder
+from xtuner.dataset.template import get_template
+from xtuner.dataset.tokenize import encode_conversation
+from xtuner.errors import ConfigError, DataError
+
+RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}. ' * (n % 5 + 1)} for n in range(60)]
+
+
+@pytest.fixture
+def prepare(tmp_path, internlm_like, capsys):
+    """Prepares records, in a fresh cache, and returns the data set; `prepare.folder` is where the files are."""
+    template = get_template('internlm_chat', internlm_like)
+
+    def run(records=RECORDS, *, part='train', **options):
+        if records is not None:
+            lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
+            (tmp_path / 'data.jsonl').write_bytes(b'\n'.join(lines))
+            options.setdefault('source', str(tmp_path / 'data.jsonl'))
+        options.setdefault('cache_dir', str(tmp_path / 'cache'))
+        run.config = DatasetConfig(**{'max_length': 128, **options})
+        return prepare_dataset(run.config, tokenizer=internlm_like, template=template, part=part)
+
+    run.folder, run.template, run.tokenizer = tmp_path, template, internlm_like
+    return run
+
+
+def targets(dataset) -> int:
+    return sum(int((dataset[i]['labels'] != -100).sum()) for i in range(len(dataset)))
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_every_token_of_every_conversation_is_there_once(prepare, packing):
+    dataset = prepare(packing=packing)
+    seen = {}
+    for i in range(len(dataset)):
+        item = dataset[i]
+        assert all(tensor.dtype == torch.int64 for tensor in item.values())
+        assert dataset.lengths[i] == len(item['input_ids']) <= 128
+        starts = np.flatnonzero(item['position_ids'] == 0)
+        for start, end in zip(starts, [*starts[1:], len(item['input_ids'])], strict=True):
+            assert item['position_ids'][start:end].tolist() == list(range(end - start))
+            assert item['labels'][start] == -100
+            seen[tuple(item['input_ids'][start:end].tolist())] = item['labels'][start:end].tolist()
+    assert len(seen) == 60
+    for record in RECORDS:
+        turn = {'input': record['question'], 'output': record['answer']}
+        sample = encode_conversation(to_conversation({'conversation': [turn]}), prepare.tokenizer, prepare.template)
+        assert seen[tuple(sample.input_ids.tolist())] == sample.labels.tolist()
+    assert targets(dataset) == dataset.summary.target_tokens
+    assert dataset.summary.tokens == dataset.lengths.sum()
+
+
+def test_one_conversation_trains(prepare):
+    dataset = prepare(RECORDS[:1])
+    assert len(dataset) == 1 and targets(dataset) > 0
+    with pytest.raises(IndexError):
+        dataset[1]
+
+
+def test_a_second_start_maps_nothing(prepare, monkeypatch, capsys):
+    first = prepare()
+    monkeypatch.setattr(mapping, 'apply_map_fn', lambda *args: pytest.fail('mapped again'))
+    second = prepare()
+    assert second.folder == first.folder
+    assert 'taken from' in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception):
+        prepare(max_length=96)
+
+
+def test_the_cache_follows_everything_that_changes_the_tokens(prepare, tokenizer):
+    folders = [prepare().folder]
+    def_fn = lambda example: {'conversation': [{'input': 'q', 'output': example['answer']}]}  # noqa: E731
+    for options in ({'max_length': 64}, {'packing': 'none'}, {'train_on': 'all'}, {'map_fn': 'gsm8k'}, {'map_fn': def_fn},
+                    {'val_ratio': 0.1}, {'on_long': 'drop'}):  # fmt: skip
+        folders.append(prepare(**options).folder)
+    folders.append(prepare(RECORDS[1:]).folder)
+    other = get_template('default', prepare.tokenizer)
+    folders.append(prepared_folder(prepare.config, tokenizer=prepare.tokenizer, template=other))
+    folders.append(prepared_folder(prepare.config, tokenizer=tokenizer, template=prepare.template))
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_map_function_that_changes_is_called_again(prepare, monkeypatch):
+    module = prepare.folder / 'my_map_fn.py'
+    monkeypatch.syspath_prepend(str(prepare.folder))
+    folders = set()
+    for output in ("example['answer']", "example['answer'].upper()"):
+        module.write_text(f"def fn(example):\n    return {{'conversation': [{{'input': 'q', 'output': {output}}}]}}\n")
+        monkeypatch.delitem(__import__('sys').modules, 'my_map_fn', raising=False)
+        __import__('importlib').invalidate_caches()
+        folders.add(prepare(map_fn='my_map_fn:fn').folder)
+    assert len(folders) == 2
+
+
+BAD = [b'{"question": "q", "answer": ', b'{"question": "\xff", "answer": "a"}', b'{"question": "q"}', b'[1]',
+       b'{"question": "q", "answer": ""}', b'{"question": "q", "answer": null}']  # fmt: skip
+
+
+@pytest.mark.parametrize('line', BAD)
+def test_a_bad_record_is_an_error_with_file_and_line_or_a_counted_skip(prepare, line, capsys):
+    records = [*RECORDS[:30], line, *RECORDS[30:]]
+    with pytest.raises(DataError, match=r"data\.jsonl:31: .*on_bad_record='skip'"):
+        prepare(records)
+    dataset = prepare(records, on_bad_record='skip')
+    assert dataset.summary.counts['bad'] == 1 and dataset.summary.kept == 60
+    assert 'data.jsonl:31' in dataset.summary.examples['bad'][0]
+    assert '1 could not be used: ' in capsys.readouterr().err
+
+
+def test_losing_too_much_is_an_error(prepare):
+    with pytest.raises(DataError, match=r'3 of 10 conversations would be dropped, and `dataset.max_dropped` is 0.2; '):
+        prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip')
+    assert len(prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip', max_dropped=0.5)) > 0
+    with pytest.raises(DataError, match='0 of 0 conversations'):
+        prepare([])
+
+
+def test_an_id_that_comes_twice_is_a_bad_record(prepare):
+    records = [{**RECORDS[0], 'id': 1}, {**RECORDS[1], 'id': '1'}, RECORDS[2], RECORDS[3], {**RECORDS[4], 'id': 1}]
+    with pytest.raises(DataError, match=r"data\.jsonl:5: `id` '1' occurred before"):
+        prepare(records)
+    assert prepare(records, unique_id=None).summary.kept == 5
+
+
+@pytest.mark.parametrize(('on_long', 'kept', 'kind'), [('drop', 59, 'too_long'), ('truncate', 60, 'cut'),
+                                                       ('truncate_left', 60, 'cut')])  # fmt: skip
+def test_long_conversations_are_counted_with_their_lines(prepare, on_long, kept, kind):
+    records = [*RECORDS, {'question': 'Hi', 'answer': 'long ' * 200}][1:]
+    dataset = prepare(records, on_long=on_long)
+    assert dataset.summary.kept == kept and dataset.summary.counts[kind] == 1
+    [example] = dataset.summary.examples[kind]
+    assert example.startswith(f'{prepare.folder}/data.jsonl:60 (10')
+    eoa = prepare.tokenizer.convert_tokens_to_ids('<eoa>')
+    ends = sum(int((dataset[i]['labels'] == eoa).sum()) for i in range(len(dataset)))
+    assert ends == (59 if on_long != 'truncate_left' else 60)
+
+
+def test_a_long_question_leaves_nothing_to_train_and_is_dropped(prepare):
+    records = [*RECORDS, {'question': 'long ' * 200, 'answer': 'a'}]
+    assert prepare(records).summary.counts['without_target'] == 1
+    with pytest.raises(DataError, match=r'data\.jsonl:61: the conversation has \d+ tokens'):
+        prepare(records, on_long='error')
+
+
+def test_validation_is_apart_and_repeatable_and_equal_conversations_stay_together(prepare):
+    records = RECORDS * 2
+    train, val = prepare(records, val_ratio=0.2), prepare(records, val_ratio=0.2, part='val')
+    texts = [{tuple(d.sample(n).input_ids.tolist()) for n in d.sample_numbers.tolist()} for d in (train, val)]
+    assert len(texts[1]) == 12 and len(texts[0]) == 48 and not texts[0] & texts[1]
+    assert sorted([*train.sample_numbers, *val.sample_numbers]) == list(range(120))
+    assert prepare(part='val') is None
+
+
+def test_a_validation_file_is_prepared_like_the_training_file(prepare):
+    (prepare.folder / 'val.jsonl').write_text(json.dumps(RECORDS[0]))
+    options = {'val_file': str(prepare.folder / 'val.jsonl')}
+    assert prepare(**options).summary.kept == 60
+    assert prepare(part='val', **options).summary.kept == 1
+    with pytest.raises(ConfigError, match='`dataset.val_file` and `dataset.val_ratio` are both set'):
+        prepare(val_ratio=0.1, **options)
+    with pytest.raises(DataError, match='leaves none to train'):
+        prepare(val_ratio=0.999)
+
+
+def test_sources_are_joined_and_weighted(prepare):
+    (prepare.folder / 'b.jsonl').write_text('\n'.join(json.dumps({'input': f'{n}', 'output': 'b'}) for n in range(10)))
+    prepare()
+    a, b = str(prepare.folder / 'data.jsonl'), str(prepare.folder / 'b.jsonl')
+    assert len(prepare(None, source=[a, b]).sample_numbers) == 70
+    dataset = prepare(None, source=[{'path': a, 'weight': 0.5}, {'path': b, 'weight': 2.3, 'map_fn': 'default'}])
+    counts = np.bincount(dataset.sample_numbers, minlength=70)
+    assert counts[:60].sum() == 30 and set(counts[:60]) == {0, 1}
+    assert counts[60:].sum() == 23 and set(counts[60:]) == {2, 3}
+    assert dataset.summary.formats == {a: 'detected as gsm8k'}
+
+
+def test_a_data_set_goes_to_a_worker_as_its_path(prepare):
+    dataset = prepare()
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 1000
+    assert all(torch.equal(copy[3][name], value) for name, value in dataset[3].items())
+
+
+def test_a_torn_folder_is_prepared_again(prepare):
+    dataset = prepare()
+    expected = dataset[0]['input_ids']
+    with (dataset.folder / 'ids.bin').open('r+b') as file:
+        file.truncate(100)
+    assert torch.equal(prepare()[0]['input_ids'], expected)
+
+
+def test_checking_collects_every_fault(prepare):
+    prepare()
+    (prepare.folder / 'bad.jsonl').write_bytes(b'\n'.join([json.dumps(RECORDS[0]).encode(), *BAD]))
+    config = replace(prepare.config, source=str(prepare.folder / 'bad.jsonl'), on_long='error')
+    summary = check_dataset(config, tokenizer=prepare.tokenizer, template=prepare.template)
+    assert summary.counts['bad'] == len(BAD) and summary.kept == 1
+    assert [example.split('bad.jsonl:')[1].split(':')[0] for example in summary.examples['bad']] == list('234567')
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('name', ['gsm8k_train.jsonl', 'gsm8k_test.jsonl', 'oasst_en_100_trees.jsonl'])
+def test_no_target_token_of_the_real_data_is_lost(prepare, shared_data, name):
+    found = {}
+    for packing in PACKINGS:
+        dataset = prepare(None, source=str(shared_data / name), packing=packing, max_length=16384)
+        found[packing] = targets(dataset)
+        assert found[packing] == dataset.summary.target_tokens
+        assert not dataset.summary.counts
+    assert len(set(found.values())) == 1
