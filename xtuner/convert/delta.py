@@ -76,7 +76,7 @@ class AdapterFile:
             if match := _PART.match(name):
                 self._parts.setdefault(match['module'], {})[match['part']] = key
             else:  # modules_to_save and trained biases: they replace the base's tensor
-                self._whole[name] = key
+                self._whole[name.replace('.base_layer.', '.')] = key
 
     @property
     def targets(self) -> set[str]:
