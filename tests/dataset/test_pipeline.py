@@ -85,8 +85,8 @@ def test_a_second_start_maps_nothing(prepare, monkeypatch, capsys):
 def test_the_cache_follows_everything_that_changes_the_tokens(prepare, tokenizer):
     folders = [prepare().folder]
     def_fn = lambda example: {'conversation': [{'input': 'q', 'output': example['answer']}]}  # noqa: E731
-    for options in ({'max_length': 64}, {'packing': 'none'}, {'train_on': 'all'}, {'map_fn': 'gsm8k'}, {'map_fn': def_fn},
-                    {'val_ratio': 0.1}, {'on_long': 'drop'}):  # fmt: skip
+    for options in ({'max_length': 64}, {'packing': 'none'}, {'train_on': 'all'}, {'map_fn': 'gsm8k'},
+                    {'map_fn': def_fn}, {'val_ratio': 0.1}, {'on_long': 'drop'}):  # fmt: skip
         folders.append(prepare(**options).folder)
     folders.append(prepare(RECORDS[1:]).folder)
     other = get_template('default', prepare.tokenizer)
@@ -126,7 +126,7 @@ def test_losing_too_much_is_an_error(prepare):
     with pytest.raises(DataError, match=r'3 of 10 conversations would be dropped, and `dataset.max_dropped` is 0.2; '):
         prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip')
     assert len(prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip', max_dropped=0.5)) > 0
-    with pytest.raises(DataError, match='0 of 0 conversations'):
+    with pytest.raises(DataError, match=r'0 of 0 conversations'):
         prepare([])
 
 
@@ -171,7 +171,7 @@ def test_a_validation_file_is_prepared_like_the_training_file(prepare):
     options = {'val_file': str(prepare.folder / 'val.jsonl')}
     assert prepare(**options).summary.kept == 60
     assert prepare(part='val', **options).summary.kept == 1
-    with pytest.raises(ConfigError, match='`dataset.val_file` and `dataset.val_ratio` are both set'):
+    with pytest.raises(ConfigError, match=r'`dataset.val_file` and `dataset.val_ratio` are both set'):
         prepare(val_ratio=0.1, **options)
     with pytest.raises(DataError, match='leaves none to train'):
         prepare(val_ratio=0.999)

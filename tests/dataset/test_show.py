@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import numpy as np
+
+from xtuner.dataset.conversation import to_conversation
+from xtuner.dataset.show import histogram, show_sample
+from xtuner.dataset.template import get_template
+from xtuner.dataset.tokenize import encode_conversation
+
+
+def test_trained_tokens_stand_apart(internlm_like):
+    conversation = to_conversation(
+        {'conversation': [{'input': 'Hi', 'output': 'Yes'}, {'input': '你', 'output': 'No'}]}
+    )
+    sample = encode_conversation(conversation, internlm_like, get_template('internlm_chat'))
+    plain = show_sample(sample, internlm_like, color=False)
+    assert plain == '<s><|User|>:Hi<eoh>\n<|Bot|>:«Yes<eoa>»\n<|User|>:你<eoh>\n<|Bot|>:«No<eoa>»'
+    colored = show_sample(sample, internlm_like, color=True)
+    assert colored.count('\x1b[32m') == colored.count('\x1b[90m') == 2
+    assert '\x1b[32mYes<eoa>\x1b[0m' in colored
+
+
+def test_histogram_counts_everything_once():
+    lengths = np.random.default_rng(0).integers(1, 500, 1000)
+    lines = histogram(lengths)
+    assert len(lines) == 10 and sum(int(line.split('tokens')[1].split()[0]) for line in lines) == 1000
+    assert max(line.count('█') for line in lines) == 40
+    assert histogram(np.array([])) == ['no conversation']
+    assert len(histogram(np.array([7]))) == 1 and len(histogram(np.array([1, 2, 9]), num_bins=2)) == 2
