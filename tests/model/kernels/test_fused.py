@@ -53,6 +53,13 @@ def test_rms_norm_forward_and_backward(dtype, size):
         assert error(kernels.rms_norm_backward(dh, x, rstd, weight, None), exact_dx) < ERROR[dtype]
 
 
+def test_copy_rows():
+    for kernels in (plain, FUSED):
+        x, (out, tail) = rand(3, 5001, wide=2), poisoned(3, 5001, dtype=torch.float32, wide=4)
+        kernels.copy_rows(x, out)
+        assert torch.equal(out, x) and tail.isnan().all()
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(('heads', 'size'), [(4, 16), (3, 12), (17, 8)])
 def test_rotate_and_back(dtype, heads, size):

@@ -12,8 +12,8 @@ import torch
 from xtuner.model.kernels import plain
 
 NAMES = (
-    'dequantize_into', 'rms_norm', 'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_', 'dropout_project',
-    'dropout_project_weight_grad', 'dropout_project_input_grad_', 'cross_entropy_',
+    'dequantize_into', 'copy_rows', 'rms_norm', 'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_',
+    'dropout_project', 'dropout_project_weight_grad', 'dropout_project_input_grad_', 'cross_entropy_',
 )  # fmt: skip
 
 
@@ -23,6 +23,7 @@ class Kernels:
 
     name: str
     dequantize_into: Callable
+    copy_rows: Callable
     rms_norm: Callable
     rms_norm_backward: Callable
     rotate: Callable

@@ -87,6 +87,22 @@ def _swiglu_backward(dact, gate_up, size, dact_row, gate_up_row, BLOCK: tl.const
     tl.store(at_act, silu * up, mask=inside)
 
 
+@triton.jit
+def _copy_rows(x, out, size, x_row, out_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    tl.store(out + row * out_row + column, tl.load(x + row * x_row + column, mask=inside), mask=inside)
+
+
+def copy_rows(x_TK: Tensor, out_TK: Tensor) -> None:
+    """See `plain.copy_rows`; PyTorch's own copy into rows that are further apart reaches a third of the bandwidth."""
+    rows, size = x_TK.shape
+    _copy_rows[(rows, triton.cdiv(size, 4096))](
+        x_TK, out_TK, size, x_TK.stride(0), out_TK.stride(0), BLOCK=4096, num_warps=8
+    )
+
+
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tensor:
     """See `plain.rms_norm`."""
     rows, size = x_TH.shape

@@ -184,7 +184,7 @@ def _attention_backward(run: Run, kept: Kept, dattended: Tensor | None) -> Tenso
     to_q, to_k, to_v = _heads(parts, dqkv[:, :width])
     batch.how.kernels.rotate(dq, batch.cos, batch.sin, to_q, inverse=True)
     batch.how.kernels.rotate(dk, batch.cos, batch.sin, to_k, inverse=True)
-    to_v.copy_(dv)
+    batch.how.kernels.copy_rows(dv.reshape(len(dv), -1), dqkv[:, width - to_v[0].numel() : width])
     return dqkv
 
 
@@ -209,7 +209,7 @@ def _widen(run: Run, group: int, x: Tensor) -> Tensor:
     if not ranks:
         return x
     out = torch.empty(len(x), x.shape[1] + ranks, dtype=x.dtype, device=x.device)
-    out[:, : x.shape[1]].copy_(x)
+    run.batch.how.kernels.copy_rows(x, out[:, : x.shape[1]])
     return out
 
 

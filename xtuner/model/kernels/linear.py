@@ -225,7 +225,8 @@ class Group:
             empty = dy.new_empty(len(dy), 0 if how.folded else ranks)
             dxa = dy_wide[:, self.num_out :] if how.folded else empty
             for adapter, columns, rows in self._parts_with(adapters):
-                scaled = (adapter.b_Nr * adapter.scaling).to(how.dtype)
+                scaled = torch.empty(adapter.b_Nr.shape, dtype=how.dtype, device=dy.device)
+                torch.mul(adapter.b_Nr, adapter.scaling, out=scaled)
                 torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
         if not need_dx:
             return None, dxa

@@ -30,6 +30,11 @@ def dequantize_into(out_NK: Tensor, weight: QuantizedWeight) -> None:
     out_NK.copy_((values * scales).view(out_NK.shape))
 
 
+def copy_rows(x_TK: Tensor, out_TK: Tensor) -> None:
+    """Writes rows to where they may be further apart."""
+    out_TK.copy_(x_TK)
+
+
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tensor:
     """Writes `x / rms(x) * weight`, computed in float32 (float64 for a float64 input).
 
