@@ -21,7 +21,8 @@ def start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')
-    project.setLevel(logging.INFO)
+    first = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+    project.setLevel(logging.INFO if first else logging.WARNING)
     project.handlers = [handler]
     project.propagate = False
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from xtuner.cli.options import add_config_arguments, config_overrides, positive_int
@@ -21,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='go on with a run: from its newest checkpoint, or from the one given',
     )
     parser.add_argument('--seed', type=int, help="seed in place of the config's")
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm'),
+        default='none',
+        help='who started this process as one of several: torchrun or srun',
+    )
+    parser.add_argument(
+        '--nproc-per-node', type=positive_int, help='train on so many devices of this machine (or set NPROC_PER_NODE)'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,10 +46,27 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         overrides['runtime.seed'] = args.seed
     config = load_config(args.config, overrides)
+    num_processes = args.nproc_per_node or int(os.environ.get('NPROC_PER_NODE', 1))
+    if num_processes > 1 and args.launcher == 'none':
+        from xtuner.engine.launch import run_on_devices
+
+        return run_on_devices(_without_option(sys.argv[1:], '--nproc-per-node'), num_processes)
     work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
     start_logging()
 
+    from xtuner.engine.launch import is_first_process
     from xtuner.engine.train import train
 
-    print(train(config, work_dir=work_dir, resume=args.resume))
+    last = train(config, work_dir=work_dir, resume=args.resume, launcher=args.launcher)
+    if is_first_process():
+        print(last)
     return 0
+
+
+def _without_option(words: list[str], option: str) -> list[str]:
+    """The command line without an option and its value."""
+    kept = [word for word in words if not word.startswith(f'{option}=')]
+    if option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return kept

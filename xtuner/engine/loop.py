@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,14 +165,19 @@ class TrainLoop(BaseLoop):
     def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
         """Adds up the gradients of all micro-batches; returns the step's mean loss over all ranks."""
         total = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            with self.autocast():
-                loss_sum = self.runner.model(**on_device)
-            # DDP averages gradients over ranks; the sum is wanted.
-            self.scaler.scale(loss_sum * (self.plan.world_size / num_targets)).backward()
+            with self._synchronised(number == len(micro_batches)):
+                with self.autocast():
+                    loss_sum = self.runner.model(**on_device)
+                # DDP averages gradients over ranks; the sum is wanted.
+                self.scaler.scale(loss_sum * (self.plan.world_size / num_targets)).backward()
             total += loss_sum.detach()
         return self._over_ranks(total).item() / num_targets
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks add up their gradients in the last micro-batch's backward pass only."""
+        return nullcontext() if last or self.plan.world_size == 1 else self.runner.model.no_sync()
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.plan.world_size > 1:

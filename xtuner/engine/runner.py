@@ -13,6 +13,7 @@ from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from xtuner.engine.checkpoints import read_state
@@ -83,7 +84,7 @@ class Runner(mmengine.runner.Runner):
             'num_items': loop.plan.num_items,
             'items_per_step': loop.plan.items_per_step,
             'num_steps': loop.plan.num_steps,
-            'parameters': list(trainable_parameters(self.model)),
+            'parameters': list(trainable_parameters(self.bare_model)),
             'optimizer': self.optim_wrapper.optimizer.state_dict(),
             'scaler': loop.scaler.state_dict(),
         }
@@ -117,8 +118,22 @@ class Runner(mmengine.runner.Runner):
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
 
     def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
-        """DistributedDataParallel where there are ranks; else the model as it is, which is on its device already."""
-        return super().wrap_model(model_wrapper_cfg, model) if self.distributed else model
+        """Torch's DistributedDataParallel where there are ranks; the model is on its device already."""
+        if not self.distributed:
+            return model
+        device = next(model.parameters()).device
+        # One bucket: an adapter's gradients are few, and one message is faster than many.
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == 'cuda' else None,
+            broadcast_buffers=False,
+            bucket_cap_mb=1024,
+        )
+
+    @property
+    def bare_model(self) -> Any:
+        """The `SupervisedFinetune` itself, without what wraps it for several ranks."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """`xtuner doctor` tells the environment."""

@@ -25,6 +25,7 @@ from xtuner.dataset.sampler import EpochSampler
 from xtuner.dataset.template import Template, get_template
 from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkpoint, verify_checkpoint
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
+from xtuner.engine.launch import process_group
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.errors import CheckpointError
@@ -69,10 +70,20 @@ def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = No
     """
     _check_open_sections(config)
     checkpoint = _find_checkpoint(work_dir, resume)
+    with process_group(launcher) as (rank, world_size):
+        _run(config, work_dir, checkpoint, launcher, rank, world_size)
+    last = work_dir / (work_dir / LAST_FILE).read_text(encoding='utf-8').strip()
+    logger.info('done: %s', last)
+    return last
+
+
+def _run(
+    config: TrainConfig, work_dir: Path, checkpoint: Path | None, launcher: str, rank: int, world_size: int
+) -> None:
     set_random_seed(config.runtime.seed)
     material = _load(config, checkpoint)
     _open_work_dir(work_dir, config)  # only now: a run that could not begin leaves nothing behind
-    runner = _make_runner(config, material, work_dir, launcher)
+    runner = _make_runner(config, material, work_dir, launcher, rank, world_size)
     if checkpoint is not None:
         runner.restore(checkpoint)
         runner.train_loop.dataloader.batch_sampler.start_step = runner.iter
@@ -81,9 +92,6 @@ def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = No
         runner.train()
     finally:
         runner.visualizer.close()
-    last = work_dir / (work_dir / LAST_FILE).read_text(encoding='utf-8').strip()
-    logger.info('done: %s', last)
-    return last
 
 
 def _check_open_sections(config: TrainConfig) -> None:
@@ -187,25 +195,28 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
     )
 
 
-def _make_runner(config: TrainConfig, material: Material, work_dir: Path, launcher: str) -> Runner:
+def _make_runner(
+    config: TrainConfig, material: Material, work_dir: Path, launcher: str, rank: int, world_size: int
+) -> Runner:
     schedule, runtime = config.schedule, config.runtime
-    plan = Plan(len(material.dataset), schedule)
+    plan = Plan(len(material.dataset), schedule, world_size)
     order = EpochSampler(len(material.dataset), seed=runtime.seed)
     pad_id = material.tokenizer.pad_token_id or 0
     loader = DataLoader(
         material.dataset,
-        batch_sampler=StepSampler(order, plan),
+        batch_sampler=StepSampler(order, plan, rank=rank),
         num_workers=runtime.num_workers,
         collate_fn=partial(collate, pad_id=pad_id),
         pin_memory=torch.cuda.is_available(),
     )
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
     logger.info(
-        'plan: %d items, %d steps of %d x %d, warm-up %d steps',
+        'plan: %d items, %d steps of %d x %d x %d (accumulated x batch x devices), warm-up %d steps',
         plan.num_items,
         plan.num_steps,
         schedule.accumulative_counts,
         schedule.batch_size,
+        world_size,
         plan.num_warmup_steps,
     )
     runner = Runner(

@@ -66,7 +66,7 @@ class EvaluateChatHook(Hook):
     def _round(self, runner: Any, step: int) -> None:
         if not self._prompts or runner.rank != 0:
             return
-        model = runner.model.module if hasattr(runner.model, 'module') else runner.model
+        model = runner.bare_model
         training = model.training
         model.eval()
         try:

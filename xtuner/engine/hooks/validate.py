@@ -37,7 +37,7 @@ class ValidateHook(Hook):
         """Validates when it is time."""
         step = runner.iter + 1
         if step % self._interval == 0 or step == runner.max_iters:
-            loss = self.evaluate(runner.model, runner.train_loop)
+            loss = self.evaluate(runner.bare_model, runner.train_loop)
             if runner.rank == 0:
                 logger.info('step %d · validation loss %.4f', step, loss)
                 append_metrics(Path(runner.work_dir), {'step': step, 'val_loss': loss})
