@@ -19,7 +19,8 @@ def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str
 
 
 def words_for(model: Path, data: Path, work_dir: Path, accumulate: int) -> list[str]:
-    return ['train', 'internlm_7b_qlora_oasst1', '--model', str(model), '--data', str(data), '--work-dir', str(work_dir),
+    return ['train', 'internlm_7b_qlora_oasst1', '--model', str(model), '--data', str(data),
+            '--work-dir', str(work_dir),
             '--max-steps', '3', '--cfg-options', 'dataset.max_length=32', 'adapter.r=4', 'adapter.lora_dropout=0',
             f'schedule.accumulative_counts={accumulate}', 'samples.prompts=[]', 'optimizer.lr=0.01',
             'log.trackers=[]']  # fmt: skip
