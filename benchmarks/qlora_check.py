@@ -24,12 +24,16 @@ from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
 from xtuner.model.kernels.quantized import take_apart
 
 
-def gradients(model: Any, ids: Any, positions: Any, *, half: bool = True, fused_loss: bool = False) -> tuple[float, dict]:
+def gradients(
+    model: Any, ids: Any, positions: Any, *, half: bool = True, fused_loss: bool = False
+) -> tuple[float, dict]:
     model.zero_grad()
     base = model.get_base_model()
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
     with torch.autocast('cuda', dtype=torch.bfloat16, enabled=half):
-        hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(
+            0, 1
+        )
         if fused_loss:
             loss = fused_linear_cross_entropy(hidden, base.lm_head.weight, None, labels)
         else:
@@ -40,7 +44,9 @@ def gradients(model: Any, ids: Any, positions: Any, *, half: bool = True, fused_
 
 def errors(grads: dict, exact: dict) -> str:
     each = {n: float((grads[n] - exact[n]).norm() / exact[n].norm()) for n in exact}
-    total = sum(float((grads[n] - exact[n]).square().sum()) for n in exact) / sum(float(e.square().sum()) for e in exact.values())
+    total = sum(float((grads[n] - exact[n]).square().sum()) for n in exact) / sum(
+        float(e.square().sum()) for e in exact.values()
+    )
     worst = max(each, key=lambda n: each[n])
     return f'all {total**0.5:.2e}, worst {each[worst]:.2e} ({worst.split("layers.")[1]})'
 
@@ -58,7 +64,9 @@ def dequantised(model: Any) -> Any:
                 new.bias = torch.nn.Parameter(module.bias.data.clone(), False)
             parent, _, name = path.rpartition('.')
             setattr(twin.get_submodule(parent), name, new)
-    return twin.float()
+    twin = twin.float()
+    twin.get_base_model().enable_input_require_grads()
+    return twin
 
 
 def check() -> None:
@@ -74,10 +82,22 @@ def check() -> None:
         stock_loss, stock = gradients(model, ids, positions)
         print(f'{name}: exact loss {exact_loss:.4f}; stock loss {stock_loss:.4f}, gradients {errors(stock, exact)}')
         print(enable_fast_path(model))
-        for checkpointing in (False, True, True):  # cuDNN takes over from the second batch of a form on
+        ways = (
+            False,
+            False,
+            True,
+            True,
+            True,
+            False,
+            False,
+            False,
+        )  # cuDNN from the second batch of a form on, then graphs
+        for checkpointing in ways:
             set_checkpointing(model, checkpointing)
             loss, grads = gradients(model, ids, positions, fused_loss=True)
-            print(f'  ours, checkpointing {checkpointing}: loss {loss:.4f}, gradients {errors(grads, exact)}', flush=True)
+            print(
+                f'  ours, checkpointing {checkpointing}: loss {loss:.4f}, gradients {errors(grads, exact)}', flush=True
+            )
     set_dropout(model, 0.1)
     decoder: Any = model.get_base_model().model
     results = []
@@ -107,7 +127,7 @@ def time_kernels(tokens: int) -> None:
         parts, wide = take_apart(linear), torch.empty(n, m + r, device='cuda', dtype=torch.bfloat16)
         size = n * m * (2.5 + 1 / 64)
         timed(f'dequantise {n}x{m}', lambda p=parts, w=wide, m=m: k.dequantize_into(w[:, :m], p), size)
-        timed('  bitsandbytes', lambda l=linear: bnb.functional.dequantize_4bit(l.weight.data, l.weight.quant_state), size)
+        timed('  bitsandbytes', lambda m=linear.weight: bnb.functional.dequantize_4bit(m.data, m.quant_state), size)
     x, wide, weight = new(tokens, h), new(tokens, h + 192), new(h)
     unit = tokens * h * 2
     rstd = k.rms_norm(x, weight, 1e-6, wide[:, :h])

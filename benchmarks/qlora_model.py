@@ -32,7 +32,11 @@ def build_base(device: str, *, quantise: bool = True, dtype: torch.dtype = torch
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != 'lm_head' and quantise:
             new: Any = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype, device='meta'
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=dtype,
+                device='meta',
             )
             data = random(module.weight.shape, 0.02)
             new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type='nf4').to(device)

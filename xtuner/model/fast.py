@@ -8,7 +8,6 @@ masks, caches, DoRA, several active adapters, merged ones) goes through the mode
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from xtuner.model.kernels.decoder import FastDecoder, static_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
+from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 
-__all__ = ['FastPath', 'enable_fast_path', 'fused_linear_cross_entropy', 'target_rows']
+__all__ = ['FastPath', 'enable_fast_path', 'fused_linear_cross_entropy', 'target_rows', 'wait_once_a_step']
 
 _KEPT_SHARE = 0.25  # of the free memory, for 4-bit weights kept as floats on a CPU
 _LOGGER = logging.getLogger('xtuner')
@@ -33,6 +33,7 @@ class FastPath:
         taken: Whether the fast path is on.
         kernels: 'triton', 'plain', or '' where it is off.
         why_not: Why it is off, or not faster; '' where nothing stands in the way.
+        embedding_on_host: Whether the input embedding lies in host memory.
         fallbacks: Reasons for which single batches went through the model's own forward pass so far.
 
     """
@@ -40,13 +41,15 @@ class FastPath:
     taken: bool
     kernels: str = ''
     why_not: str = ''
+    embedding_on_host: bool = False
     fallbacks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.taken:
             return f'fast path off: {self.why_not}'
         detail = f' ({self.why_not})' if self.why_not else ''
-        return f'fast path on: {self.kernels} kernels{detail}'
+        place = ', input embedding on the host' if self.embedding_on_host else ''
+        return f'fast path on: {self.kernels} kernels{place}{detail}'
 
 
 class _Forward:
@@ -75,13 +78,15 @@ class _Forward:
         return BaseModelOutputWithPast(last_hidden_state=self.fast(input_ids, position_ids))
 
 
-def enable_fast_path(model: nn.Module, *, enabled: bool = True) -> FastPath:
+def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_host: bool = True) -> FastPath:
     """Lets a Llama-like model train on the fast path where it can.
 
     Args:
         model: A transformers causal language model, bare or wrapped by peft. Changed in place: its decoder's `forward`
             is replaced on the instance. Attach adapters first.
         enabled: False takes the fast path off again, if it was on.
+        embedding_on_host: On CUDA, keep a frozen, untied input embedding in host memory, of which a batch needs a few
+            rows; the GPU reads them over the bus.
 
     Returns:
         What was done and why not more; `str()` of it is one line.
@@ -110,6 +115,8 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True) -> FastPath:
     fast = FastDecoder(decoder, kernels, folded=on_cuda)
     if device.type == 'cpu':
         path.why_not = _keep_on_cpu(fast)
+    if on_cuda and embedding_on_host and not _tied(causal, decoder):
+        path.embedding_on_host = move_embedding_to_host(decoder.embed_tokens)
     decoder.forward = _Forward(fast, path)
     return path
 
@@ -117,9 +124,13 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True) -> FastPath:
 def _keep_on_cpu(fast: FastDecoder) -> str:
     """Keeps weights as floats in a share of the free memory; says so."""
     dtype = fast.decoder.embed_tokens.weight.dtype
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 0
-    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, int(free * _KEPT_SHARE))
+    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, int(free_host_bytes() * _KEPT_SHARE))
     return f'{kept} of its 4-bit weights kept as floats' if kept else ''
+
+
+def _tied(causal: Any, decoder: Any) -> bool:
+    head = causal.get_output_embeddings() if hasattr(causal, 'get_output_embeddings') else None
+    return head is None or head.weight is decoder.embed_tokens.weight
 
 
 def _hooks(decoder: Any) -> str | None:

@@ -138,7 +138,11 @@ def test_dropout_gradient_is_the_slope_of_the_loss(batch, way, checkpointing):
 
 def test_all_ways_draw_the_same_masks(batch):
     results = []
-    for kernels, folded in ((PLAIN, False), (PLAIN, True), *([(fused_kernels(), True)] if not triton_obstacle() else [])):
+    for kernels, folded in (
+        (PLAIN, False),
+        (PLAIN, True),
+        *([(fused_kernels(), True)] if not triton_obstacle() else []),
+    ):
         model = with_adapter(quantise(tiny_llama()), dropout=0.2)
         force(model, kernels, folded=folded)
         torch.manual_seed(11)

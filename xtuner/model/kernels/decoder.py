@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional
 
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.graphs import AFTER_BATCHES, GraphFunction, LayerGraphs, signature, suits
+from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
 from xtuner.model.kernels.linear import Adapter, FrozenLinear, Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
@@ -32,6 +35,11 @@ class FastDecoder:
         self.decoder: Any = decoder
         self.kernels = kernels
         self.folded = folded
+        self.graphs_allowed = True
+        self.offload_from_bytes = 2**28
+        self._forms: Counter[tuple] = Counter()
+        self._graphs: tuple[tuple, LayerGraphs] | None = None
+        self._copies: Any = None
         self.projections: list[list[Any]] = [_projections(layer) for layer in self.decoder.layers]
         self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
         config = self.decoder.config
@@ -67,19 +75,54 @@ class FastDecoder:
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
         cos, sin = self._angles(position_ids, rows, size // 2, x)
         how = Setting(self.kernels, dtype, self.folded)
-        batch = Batch(how, attention, cos, sin, self._checkpointing())
-        keep = torch.is_grad_enabled()
+        checkpoint = self._checkpointing()
+        batch = Batch(how, attention, cos, sin, checkpoint, self._store(checkpoint, x))
         seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
+        runs, parameters = [], []
         for parts, projections, seed in zip(self.layers, self.projections, seeds, strict=True):
             flat = [adapter_of(p) for p in projections]
-            adapters = [[flat[i] for i in group] for group in _GROUPS]
-            parameters = [t for a in flat if a for t in (a.a_rK, a.b_Nr)]
+            parameters.append([t for a in flat if a for t in (a.a_rK, a.b_Nr)])
             for adapter in flat:
                 if adapter:
                     adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-            x = LayerFunction.apply(x, Run(parts, batch, adapters, seed), keep, *parameters)
+            runs.append(Run(parts, batch, [[flat[i] for i in group] for group in _GROUPS], seed))
+        x = self._through_layers(x, runs, parameters)
         norm = decoder.norm
         return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
+
+    def _through_layers(self, x: Tensor, runs: list[Run], parameters: list[list[Tensor]]) -> Tensor:
+        keep, batch = torch.is_grad_enabled(), runs[0].batch
+        recorded = self._recorded(x, runs) if keep and not x.requires_grad else None
+        if recorded is not None:
+            return GraphFunction.apply(x, recorded, batch.cos, batch.sin, *(p for layer in parameters for p in layer))
+        for run, own in zip(runs, parameters, strict=True):
+            x = LayerFunction.apply(x, run, keep, *own)
+        return x
+
+    def _recorded(self, x: Tensor, runs: list[Run]) -> LayerGraphs | None:
+        """Recorded graphs for this form of batch, recorded now if it is the third of its kind; None: the ordinary way."""
+        if not self.graphs_allowed or not suits(runs, len(x)):
+            return None
+        batch = runs[0].batch
+        form = (x.shape, x.dtype, batch.attention.rows, batch.how.dtype, batch.checkpoint)
+        self._forms[form] += 1
+        if self._forms[form] <= AFTER_BATCHES:
+            return None
+        now = (form, signature(runs))
+        if self._graphs is None or self._graphs[0] != now:
+            self._graphs = None  # lets go of the memory before more is taken
+            self._graphs = (now, LayerGraphs(runs, x))
+        graphs = self._graphs[1]
+        return graphs if graphs.free else None
+
+    def _store(self, checkpoint: bool, x: Tensor) -> HostStore | None:
+        """Where checkpoints go: to the host if they are large and it has room."""
+        total = x.numel() * x.element_size() * len(self.layers)
+        if not checkpoint or not x.is_cuda or total < self.offload_from_bytes or total > free_host_bytes() // 2:
+            return None
+        if self._copies is None:
+            self._copies = torch.cuda.Stream()
+        return HostStore(self._copies)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Looked up without the hooks that stock checkpointing needs to make frozen embeddings differentiable."""

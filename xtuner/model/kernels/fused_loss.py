@@ -39,6 +39,12 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     loss = torch.empty(rows, dtype=torch.float32, device=logits_TV.device)
     block = min(8192, triton.next_power_of_2(vocabulary))
     _cross_entropy[(rows,)](
-        logits_TV, targets_T, loss, vocabulary, logits_TV.stride(0), BLOCK=block, num_warps=max(1, min(16, block // 256))
+        logits_TV,
+        targets_T,
+        loss,
+        vocabulary,
+        logits_TV.stride(0),
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 256)),
     )
     return loss

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.model.kernels.attention import Attention
+from xtuner.model.kernels.host import HostStore
 from xtuner.model.kernels.linear import Adapter, Group, Setting
 
 
@@ -48,6 +49,7 @@ class Batch:
         cos: (T, D / 2), float32.
         sin: Likewise.
         checkpoint: Keep only each layer's input and compute the rest again.
+        store: Where those inputs are kept on the host, or None.
 
     """
 
@@ -56,6 +58,7 @@ class Batch:
     cos: Tensor
     sin: Tensor
     checkpoint: bool
+    store: HostStore | None = None
 
 
 @dataclass
@@ -226,7 +229,9 @@ class LayerFunction(torch.autograd.Function):
         checkpoint = run.batch.checkpoint
         with torch.autocast(x_TH.device.type, enabled=False):
             out, kept = layer_forward(run, x_TH, differentiable=keep and not checkpoint, whole=True)
-        ctx.run, ctx.x = run, x_TH
+        store = run.batch.store if keep else None
+        ctx.run, ctx.device = run, x_TH.device
+        ctx.x = x_TH if store is None else store.put(x_TH)
         ctx.kept = kept if keep and not checkpoint else None
         assert out is not None
         return out
@@ -238,6 +243,8 @@ class LayerFunction(torch.autograd.Function):
         run, x, kept = ctx.run, ctx.x, ctx.kept
         if run is None:
             raise RuntimeError('the fast path keeps no graph for a second backward pass')
+        if isinstance(x, int):
+            x = run.batch.store.take(x, ctx.device)
         ctx.run = ctx.x = ctx.kept = None
         with torch.autocast(x.device.type, enabled=False):
             if kept is None:

@@ -231,7 +231,11 @@ class Group:
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)
-        dx = self._input_grad_folded(how, dy_wide, adapters, dropped) if how.folded else self._input_grad_separate(how, dy)
+        dx = (
+            self._input_grad_folded(how, dy_wide, adapters, dropped)
+            if how.folded
+            else self._input_grad_separate(how, dy)
+        )
         if dxa is not None and (dropped or not how.folded):
             for number, (adapter, columns) in enumerate(_columns(adapters)):
                 weight = adapter.a_rK.to(how.dtype)
@@ -242,7 +246,9 @@ class Group:
                     dx.addmm_(dxa[:, columns], weight)
         return dx, dxa
 
-    def _input_grad_folded(self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], dropped: bool) -> Tensor:
+    def _input_grad_folded(
+        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], dropped: bool
+    ) -> Tensor:
         rows = self.num_out if dropped else dy_wide.shape[1]
         weight = torch.empty(rows, self.num_in, dtype=how.dtype, device=dy_wide.device)
         row = 0

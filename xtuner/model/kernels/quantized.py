@@ -60,5 +60,13 @@ def take_apart(module: nn.Module) -> QuantizedWeight:
         return QuantizedWeight(shape, packed, state.code, state.blocksize, state.absmax)
     inner = state.state2
     return QuantizedWeight(
-        shape, packed, state.code, state.blocksize, state.absmax, inner.code, inner.absmax, inner.blocksize, state.offset
+        shape,
+        packed,
+        state.code,
+        state.blocksize,
+        state.absmax,
+        inner.code,
+        inner.absmax,
+        inner.blocksize,
+        state.offset,
     )

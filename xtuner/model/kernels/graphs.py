@@ -1,0 +1,165 @@
+"""CUDA graphs of the layers, for batches so small that the CPU cannot launch kernels as fast as the GPU runs them.
+
+Two graphs a layer, forward and backward, recorded once for a form of batch and replayed in order. Activations have fixed
+places, so one forward pass must see its backward pass (or be forgotten) before the next is replayed; the decoder takes
+the ordinary way otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.model.kernels.layer import Batch, Run, layer_backward, layer_forward
+
+MOST_TOKENS = 4096
+AFTER_BATCHES = 3
+
+
+class LayerGraphs:
+    """Recorded graphs of all layers for one form of batch.
+
+    Args:
+        runs: One a layer, their adapters without dropout; parameters and weights keep their places in memory.
+        like_TH: An input of the first layer: size, dtype, device.
+
+    """
+
+    def __init__(self, runs: list[Run], like_TH: Tensor) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._owner: weakref.ref | None = None
+        batch = runs[0].batch
+        self.cos, self.sin = batch.cos.clone(), batch.sin.clone()
+        fixed = Batch(batch.how, batch.attention, self.cos, self.sin, batch.checkpoint)
+        self.runs = [Run(r.parts, fixed, r.adapters, 0) for r in runs]
+        self.inputs = [torch.empty_like(like_TH)]
+        self.gradient = torch.empty_like(like_TH)
+        shapes = [[t.shape for a in flatten(r) for t in (a.a_rK, a.b_Nr)] for r in runs]
+        self.shapes = shapes
+        self.flat = torch.empty(max(sum(s.numel() for s in each) for each in shapes), device=like_TH.device)
+        self._forward: list[torch.cuda.CUDAGraph] = []
+        self._backward: list[torch.cuda.CUDAGraph] = []
+        torch.cuda.synchronize()
+        gc.collect()
+        self._record_all()
+
+    def _record_all(self) -> None:
+        kept: list[Any] = []
+        for run in self.runs:
+            self._forward.append(self._record(lambda run=run: self._one_forward(run, kept)))
+        for number in reversed(range(len(self.runs))):
+            self._backward.append(self._record(lambda number=number: self._one_backward(number, kept.pop())))
+
+    def _one_forward(self, run: Run, kept: list[Any]) -> None:
+        checkpoint = run.batch.checkpoint
+        out, held = layer_forward(run, self.inputs[-1], differentiable=not checkpoint, whole=True)
+        assert out is not None
+        self.inputs.append(out)
+        kept.append(None if checkpoint else held)
+
+    def _one_backward(self, number: int, kept: Any) -> None:
+        run, x = self.runs[number], self.inputs[number]
+        if kept is None:
+            _, kept = layer_forward(run, x, differentiable=True, whole=False)
+        dx, grads = layer_backward(run, x, self.gradient, kept, need_dx=number > 0)
+        size = sum(g.numel() for g in grads)
+        torch.cat([g.reshape(-1) for g in grads], out=self.flat[:size])
+        if dx is not None:
+            self.gradient.copy_(dx)
+
+    def _record(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.autocast('cuda', enabled=False), torch.no_grad():
+            graph.capture_begin(pool=self._pool)
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
+
+    @property
+    def free(self) -> bool:
+        """Whether no forward pass waits for its backward pass."""
+        return self._owner is None or self._owner() is None
+
+    def claim(self, owner: object) -> None:
+        """Reserves the activations until `owner` is gone or lets go."""
+        self._owner = weakref.ref(owner)
+
+    def let_go(self) -> None:
+        """The backward pass is done."""
+        self._owner = None
+
+    def replay_forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The last layer's output, in its fixed place."""
+        self.inputs[0].copy_(x_TH)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        for graph in self._forward:
+            graph.replay()
+        return self.inputs[-1]
+
+    def replay_backward(self, dout_TH: Tensor) -> list[Tensor]:
+        """The adapters' gradients, layer by layer, in memory of their own."""
+        self.gradient.copy_(dout_TH)
+        found: list[list[Tensor]] = []
+        for graph, shapes in zip(self._backward, reversed(self.shapes), strict=True):
+            graph.replay()
+            sizes = [s.numel() for s in shapes]
+            parts = self.flat[: sum(sizes)].clone().split(sizes)
+            found.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        return [g for layer in reversed(found) for g in layer]
+
+
+class _Owner:
+    """Exists as long as autograd may still ask for the backward pass."""
+
+
+class GraphFunction(torch.autograd.Function):
+    """`apply(x, graphs, cos, sin, *all adapters' parameters)`: all layers at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, graphs: LayerGraphs, cos: Tensor, sin: Tensor, *parameters: Tensor) -> Tensor:
+        """Replays the forward graphs."""
+        ctx.graphs, ctx.owner = graphs, _Owner()
+        graphs.claim(ctx.owner)
+        return graphs.replay_forward(x_TH, cos, sin).view(x_TH.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout_TH: Tensor) -> tuple[Any, ...]:
+        """Replays the backward graphs."""
+        graphs, ctx.graphs = ctx.graphs, None
+        if graphs is None:
+            raise RuntimeError('the fast path keeps no graph for a second backward pass')
+        grads = graphs.replay_backward(dout_TH)
+        graphs.let_go()
+        return None, None, None, None, *grads
+
+
+def flatten(run: Run) -> list[Any]:
+    """A layer's adapters in the order of its projections."""
+    return [a for group in run.adapters for a in group if a]
+
+
+def suits(runs: list[Run], tokens: int) -> bool:
+    """Whether batches like this may be recorded: small, a row a sample, no dropout, float32 adapters."""
+    batch, adapters = runs[0].batch, [a for run in runs for a in flatten(run)]
+    plain = all(not a.dropout and a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
+    return tokens <= MOST_TOKENS and batch.attention.cudnn and batch.how.folded and plain and bool(adapters)
+
+
+def signature(runs: list[Run]) -> tuple:
+    """What must not change while recorded graphs are used: addresses of adapters and weights, scalings."""
+    adapters = [a for run in runs for a in flatten(run)]
+    own = tuple(v for a in adapters for v in (a.a_rK.data_ptr(), a.b_Nr.data_ptr(), a.scaling))
+    frozen = (layer for run in runs for group in run.parts.groups for layer in group.layers)
+    return own + tuple(layer.module.weight.data_ptr() for layer in frozen)
