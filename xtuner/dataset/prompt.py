@@ -70,7 +70,7 @@ class Template:
     begin: str = '{bos}'
     default_system: str = ''
     system_in_user: bool = False
-    _parsed: dict[str, tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _parsed: dict[tuple[str, bool], tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, conversation: Conversation) -> list[Piece]:
         """Renders with the default training choice; makes a template registrable like a function."""
@@ -94,7 +94,7 @@ class Template:
         messages = self._with_default_system(conversation.messages)
         last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=-1)
         everything = train_on == 'all' and not prompt
-        pieces = self._pieces(self.begin, everything)
+        pieces = [*self._pieces(self.begin, everything)]
         system: list[Piece] = []
         round_ = 0
         for index, message in enumerate(messages):
@@ -173,17 +173,15 @@ class Template:
             raise DataError(f'{origin}: template `{self.name}` has no form for {what}; use `from_tokenizer`')
         return self.turns[message.role]
 
-    def _pieces(self, text: str, trained: bool = False, round_: int = 0) -> list[Piece]:
-        if not text:
-            return []
-        parsed = self._parsed.get(text)
-        if parsed is None:
-            parsed = self._parsed[text] = tuple(_split(text, (*self.markers, '{bos}', '{eos}')))
-        if trained:
-            parsed = tuple(piece._replace(trained=True) for piece in parsed)
+    def _pieces(self, text: str, trained: bool = False, round_: int = 0) -> Sequence[Piece]:
+        """Returns a format string as pieces; each string is split once, for this is called for every message."""
+        pieces = self._parsed.get((text, trained))
+        if pieces is None:
+            split = _split(text, (*self.markers, '{bos}', '{eos}')) if text else []
+            pieces = self._parsed[text, trained] = tuple(piece._replace(trained=trained) for piece in split)
         if '{round}' in text:
-            return [piece._replace(text=piece.text.replace('{round}', str(round_))) for piece in parsed]
-        return list(parsed)
+            return [piece._replace(text=piece.text.replace('{round}', str(round_))) for piece in pieces]
+        return pieces
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
@@ -202,9 +200,10 @@ def _is_trained(message: Message, index: int, last: int, train_on: str) -> bool:
     return message.role in MODEL_ROLES and (train_on == 'assistant' or index == last)
 
 
-def _answer(lead: list[Piece], content: str, trained: bool) -> list[Piece]:
-    pieces = [*lead, Piece(content, trained=trained)]
-    return [pieces[0]._replace(starts=True), *pieces[1:]]
+def _answer(lead: Sequence[Piece], content: str, trained: bool) -> list[Piece]:
+    if not lead:
+        return [Piece(content, False, trained, True)]
+    return [lead[0]._replace(starts=True), *lead[1:], Piece(content, trained=trained)]
 
 
 def _split(text: str, markers: Iterable[str]) -> list[Piece]:

@@ -90,6 +90,8 @@ class Encoder:
             **controls,
             **{name: controls[text] for name, text in self._strings.items() if text in controls},
         }
+        self._control_runs = {(id_, trained): _Run('', id_, trained, id_) for id_ in controls.values()
+                              for trained in (False, True)}  # fmt: skip
 
     @property
     def begin_id(self) -> int | None:
@@ -129,7 +131,7 @@ class Encoder:
                 before = _flush(runs, text, trained, before, control)
                 text = ''
             if control is not None:
-                runs.append(_Run('', control, piece.trained, control))
+                runs.append(self._control_runs[control, piece.trained])
                 before = control
             else:
                 text += self._strings.get(piece.text, piece.text)
