@@ -44,7 +44,7 @@ def write(folder: Path, layout: str, tensors: dict[str, torch.Tensor] | None = N
         file = f'{stem}-{number:05d}-of-00002.{suffix}'
         save({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / f'{stem}.{suffix}.index.json').write_text(json.dumps({'weight_map': weight_map}))
+    (folder / f'{stem}.{suffix}.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
     return folder
 
 

@@ -1,49 +1,108 @@
-"""From a folder or a hub id to a tokenizer and a model: the only decision about 4 and 8 bit, and about remote code."""
+"""From a folder or a hub id to a tokenizer and a model.
+
+The only decisions about 4 and 8 bit, about attention, and about remote code. Nothing is left to chance: a tensor that
+is missing, surplus or of another shape is an error that names the tensor and its file.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError
+from xtuner.model.check import check_weights
 from xtuner.model.internlm.configuration import InternLMConfig
-from xtuner.model.internlm.modeling import InternLMForCausalLM
-from xtuner.model.internlm.tokenization import build_tokenizer
-from xtuner.model.quantization import keep_plain_layout
+from xtuner.model.internlm.modeling import InternLMForCausalLM, InternLMModel
+from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
+from xtuner.model.internlm2.configuration import InternLM2Config
+from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
+from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.sources import resolve_model
+
+__all__ = ['load_model', 'load_tokenizer', 'register', 'resolve_model']
+
+logger = logging.getLogger('xtuner')
+
+_TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer}
+_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 
 
 def register() -> None:
-    """Makes transformers' Auto classes know InternLM."""
-    AutoConfig.register('internlm', InternLMConfig, exist_ok=True)
-    AutoModelForCausalLM.register(InternLMConfig, InternLMForCausalLM, exist_ok=True)
+    """Makes transformers' Auto classes know InternLM and InternLM2; importing this module calls it."""
+    families: tuple[tuple[Any, Any, Any, Any], ...] = (
+        (InternLMConfig, InternLMModel, InternLMForCausalLM, InternLMTokenizer),
+        (InternLM2Config, InternLM2Model, InternLM2ForCausalLM, InternLM2Tokenizer),
+    )
+    for config, backbone, model, tokenizer in families:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, backbone, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
 
 
 register()
 
 
-def resolve_model(path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a model: the folder itself, or a download."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
 
+    Args:
+        path: A folder, a hub id or `modelscope:OWNER/NAME`.
+        revision: Of a hub model; None takes the newest.
+        trust_remote_code: Whether a tokenizer that transformers does not know may run its own code.
+
+    Raises:
+        ModelError: there is none, or it needs remote code.
+    """
+    folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not trust_remote_code:
+        raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_TOKENIZER_FILES)} is there')
+    settings = _read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
+    own = _own_tokenizer(folder, settings)
+    foreign = own is None and (settings.get('auto_map') or {}).get('AutoTokenizer')
+    if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
+        kind = settings.get('tokenizer_class', 'its tokenizer')
+        raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
+                         'pass --trust-remote-code to run that code')  # fmt: skip
     try:
-        return Path(snapshot_download(str(path), revision=revision))
+        if own is not None:
+            return own.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(f'model {str(path)!r} is no local folder and cannot be downloaded: {error}') from error
+        raise ModelError(f'{folder}: the tokenizer cannot be loaded: {_one_line(error)}') from error
 
 
-def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder."""
-    folder = resolve_model(path, revision=revision)
-    if not (folder / 'tokenizer.json').is_file() and (folder / 'tokenizer.model').is_file():
-        return build_tokenizer(folder / 'tokenizer.model')
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMTokenizer] | None:
+    """Which of our tokenizers a folder is for; None: one of transformers' own."""
+    if not (folder / 'tokenizer.model').is_file() and PREFIX_KEY not in settings:
+        return None
+    named = f'{settings.get("tokenizer_class", "")} {settings.get("auto_map", "")}'
+    if 'InternLM' in named:
+        return InternLM2Tokenizer if 'InternLM2' in named else InternLMTokenizer
+    config = _read_json(folder / 'config.json') if (folder / 'config.json').is_file() else {}
+    if config.get('model_type') in _TOKENIZERS:
+        return _TOKENIZERS[config['model_type']]
+    bare = not settings and not config and not (folder / 'tokenizer.json').is_file()
+    return InternLMTokenizer if PREFIX_KEY in settings or bare else None
 
 
 def load_model(
@@ -55,25 +114,109 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Any:
-    """The model of a folder, on its device."""
-    folder = resolve_model(path, revision=revision)
-    quantized = None
+) -> PreTrainedModel:
+    """A causal language model, in evaluation mode, on its device.
+
+    Args:
+        path: A folder, a hub id or `modelscope:OWNER/NAME`.
+        dtype: Of the weights; with quantisation, of what is not quantised and of the products.
+        quantization: 4 or 8 bit; None keeps the weights as they are.
+        attention: 'auto' (scaled dot product), 'sdpa', 'eager' or 'flash_attention_2'.
+        device: None takes the CPU.
+        revision: Of a hub model; None takes the newest.
+        trust_remote_code: Whether a model that transformers does not know may run its own code. InternLM's never runs.
+
+    Raises:
+        ModelError: no model there, weights that do not fit it, or an option that cannot be had here.
+    """
+    folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
+    device = torch.device(device or 'cpu')
+    config = _load_config(folder, trust_remote_code)
+    native = config.model_type in _TOKENIZERS
+    arguments: dict[str, Any] = {
+        'config': config,
+        'dtype': dtype,
+        'attn_implementation': _attention(attention),
+        'device_map': {'': device},
+        'trust_remote_code': trust_remote_code and not native,
+    }
     if quantization is not None:
-        quantized = BitsAndBytesConfig(
-            load_in_4bit=quantization.bits == 4,
-            load_in_8bit=quantization.bits == 8,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantized,
-        attn_implementation='sdpa' if attention == 'auto' else attention,
-        device_map={'': device or 'cpu'},
-        trust_remote_code=trust_remote_code,
+        arguments['quantization_config'] = _quantization(quantization, dtype, device)
+    check_weights(folder, config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except Exception as error:
+        raise ModelError(f'{folder}: the model cannot be loaded: {_one_line(error)}') from error
+    model, report = loaded
+    _check_report(folder, report)
+    return model.eval()
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+    if not (folder / 'config.json').is_file():
+        raise ModelError(f'{folder} is no model folder: config.json is missing')
+    content = _read_json(folder / 'config.json')
+    kind = str(content.get('model_type'))
+    try:
+        known = kind in _TOKENIZERS or bool(AutoConfig.for_model(kind))
+    except ValueError:
+        known = False
+    if not known and not trust_remote_code:
+        what = 'needs code that comes with it; pass --trust-remote-code to run that code' if content.get('auto_map') \
+            else 'is known neither to xtuner nor to this version of transformers'  # fmt: skip
+        raise ModelError(f'{folder}: a model of type {kind!r} is not supported natively and {what}')
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code and not known)
+    except Exception as error:
+        raise ModelError(f'{folder / "config.json"}: {_one_line(error)}') from error
+
+
+def _attention(name: str) -> str:
+    if name == 'flash_attention_2' and importlib.util.find_spec('flash_attn') is None:
+        raise ModelError("`model.attention` is 'flash_attention_2', but flash_attn is not installed; use 'auto'")
+    return 'sdpa' if name == 'auto' else name
+
+
+def _quantization(quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    if importlib.util.find_spec('bitsandbytes') is None:
+        raise ModelError(f'loading in {quantization.bits} bit needs bitsandbytes, which is not installed')
+    if device.type not in ('cuda', 'cpu', 'xpu') or (device.type == 'cuda' and not torch.cuda.is_available()):
+        raise ModelError(f'bitsandbytes cannot hold weights in {quantization.bits} bit on device {device}; use no '
+                         'quantization there')  # fmt: skip
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
     )
-    keep_plain_layout(model)
-    return model
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    """The last word of transformers' own loading: nothing missing, nothing left over."""
+    missing = sorted(report.get('missing_keys') or ())
+    surplus = sorted(name for name in report.get('unexpected_keys') or () if not name.endswith('inv_freq'))
+    errors = report.get('error_msgs') or ()
+    if missing:
+        raise ModelError(f'{folder}: tensor {missing[0]!r} is missing, and {len(missing) - 1} more')
+    if surplus:
+        raise ModelError(
+            f'{folder}: tensor {surplus[0]!r} belongs to no part of the model, and {len(surplus) - 1} more'
+        )
+    if errors:
+        raise ModelError(f'{folder}: {_one_line(errors[0])}')
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise ModelError(f'{path} cannot be read: {error}') from error
+    if not isinstance(content, dict):
+        raise ModelError(f'{path} holds no settings: expected a JSON object')
+    return content
+
+
+def _one_line(error: Any) -> str:
+    return ' '.join(str(error).split())[:500] or type(error).__name__

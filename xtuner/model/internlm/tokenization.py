@@ -1,48 +1,150 @@
-"""InternLM v1's tokenizer, Rust-backed, built from the published sentencepiece model."""
+"""InternLM's tokenizer, Rust-backed, built from the published sentencepiece model.
+
+Ids are those of the original Python tokenizer: no space is put in front, runs of spaces stay, what the vocabulary
+lacks is spelled in bytes, BOS is added and EOS is not, `<eoh>` and `<eoa>` are ordinary pieces, and `<s>`, `</s>` and
+`<unk>` in a text are special tokens. `decode` gives the original's text as well.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
-from tokenizers.models import BPE
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from xtuner.errors import ModelError
+from xtuner.model.internlm.sentencepiece import SPACE, read_model, to_rust
 
-_USER_DEFINED = 4  # sentencepiece's piece type
+_BYTE = re.compile(r'<0x([0-9A-F]{2})>')
+# What transformers' `clean_up_tokenization` takes the space out of; the original does so after every decoding.
+_CLEAN_UP = (' .', ' ?', ' !', ' ,', " ' ", " n't", " 'm", " 's", " 've", " 're")
+_DEFAULTS = {
+    'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '</s>',
+    'add_bos_token': True, 'add_eos_token': False,
+}  # fmt: skip
+PREFIX_KEY = 'add_dummy_prefix'
+"""In `tokenizer_config.json`, it marks a folder whose `tokenizer.json` we wrote."""
 
 
-def build_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a sentencepiece BPE model in InternLM's form: no dummy prefix, byte fallback.
+class InternLMTokenizer(PreTrainedTokenizerFast):
+    """Loads a folder that holds `tokenizer.model`, or one that `save_pretrained` wrote.
 
-    Raises:
-        ModelError: the file is no sentencepiece model.
+    `save_pretrained` writes a `tokenizer.json` that plain transformers loads as well, with `tokenizer.model` beside it.
     """
-    from sentencepiece import sentencepiece_model_pb2 as pb2
 
-    proto = pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:
-        raise ModelError(f'{path} is no sentencepiece model: {error}') from error
-    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    backend = Tokenizer(BPE(ids, _merges(ids, [p.score for p in proto.pieces]), unk_token='<unk>', byte_fallback=True))
-    backend.normalizer = normalizers.Replace(Regex(' '), '▁')
-    backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.TemplateProcessing('<s> $A', '<s> $A <s> $B', [('<s>', ids['<s>'])])
-    defined = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
-    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in defined])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='</s>'
-    )
+    vocab_files_names = {'vocab_file': 'tokenizer.model', 'tokenizer_file': 'tokenizer.json'}  # noqa: RUF012
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """What `from_pretrained` calls with the files it found and the tokenizer config; returns `__init__`'s keywords.
+
+        Raises:
+            ModelError: there is no `tokenizer.model` that can be read.
+        """
+        if PREFIX_KEY in kwargs and kwargs.get('tokenizer_file'):
+            return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+        file = kwargs.get('vocab_file')
+        if not file:
+            raise ModelError(f'{kwargs.get("name_or_path", "the folder")} has no tokenizer.model')
+        proto = read_model(Path(file))
+        added: dict[int, AddedToken] = {
+            int(i): token for i, token in (kwargs.get('added_tokens_decoder') or {}).items()
+        }
+        rust = to_rust(proto, {i: str(token) for i, token in added.items() if i < len(proto.pieces)})
+        rust.add_tokens([token for _, token in sorted(added.items())])
+        kwargs = _DEFAULTS | {key: value for key, value in kwargs.items() if key != 'tokenizer_file'}
+        return kwargs | {'tokenizer_object': rust, PREFIX_KEY: bool(proto.normalizer_spec.add_dummy_prefix)}
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens, as the original writes it: a space before text that precedes a special token."""
+        return clean_up(self._join(tokens))
+
+    def _join(self, tokens: list[str]) -> str:
+        special = set(self.all_special_tokens)
+        parts: list[str] = []
+        group: list[str] = []
+        after_special = False
+        for token in tokens:
+            if token in special:
+                parts += ['' if after_special else ' ', self._pieces_to_text(group), token]
+                group = []
+            else:
+                group.append(token)
+            after_special = token in special
+        return ''.join([*parts, self._pieces_to_text(group)])
+
+    def _pieces_to_text(self, pieces: list[str]) -> str:
+        """sentencepiece's own decoding of pieces: runs of byte pieces are read as UTF-8."""
+        if pieces and pieces[0].startswith(SPACE) and self.init_kwargs.get(PREFIX_KEY):
+            pieces = [pieces[0][1:], *pieces[1:]]
+        parts: list[str] = []
+        run = bytearray()
+        for piece in pieces:
+            match = _BYTE.fullmatch(piece)
+            if match:
+                run.append(int(match[1], 16))
+                continue
+            parts += [utf8(bytes(run)), '\0' if piece == '\0\0' else piece.replace(SPACE, ' ')]
+            run.clear()
+        return ''.join([*parts, utf8(bytes(run))])
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Like the original's, which always cleans up; False for `clean_up_tokenization_spaces` keeps every space."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        text = self._join([token for token in tokens if token is not None])
+        return text if clean_up_tokenization_spaces is False else clean_up(text)
+
+    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        files = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+        source = Path(getattr(self, 'vocab_file', None) or '')
+        target = Path(save_directory) / 'tokenizer.model'
+        if source.is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+            files = (*files, str(target))
+        return files
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Saves so that plain transformers loads it too: its config names transformers' own class."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / 'tokenizer_config.json'
+        config = json.loads(path.read_text(encoding='utf-8'))
+        config |= {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'add_bos_token': self.add_bos_token,
+            'add_eos_token': self.add_eos_token,
+            'clean_up_tokenization_spaces': False,  # ours cleans up all the same; plain transformers does not for BPE
+        }
+        for key in ('auto_map', 'is_local', 'local_files_only'):
+            config.pop(key, None)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+        return files
 
 
-def _merges(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, the best-scored piece first: the order in which sentencepiece merges."""
-    found = []
-    for piece, index in ids.items():
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        pairs = [(ids[a], ids[b], a, b) for a, b in splits if a in ids and b in ids]
-        found += [(-scores[index], left, right, a, b) for left, right, a, b in sorted(pairs)]
-    return [(a, b) for *_, a, b in sorted(found, key=lambda f: f[0])]
+def clean_up(text: str) -> str:
+    """Takes out the space before punctuation and English contractions, in transformers' order."""
+    for found in _CLEAN_UP:
+        text = text.replace(found, found.strip())
+    return text
+
+
+def utf8(data: bytes) -> str:
+    """Reads UTF-8; each byte that belongs to no character becomes U+FFFD, as sentencepiece has it."""
+    text = ''
+    while data:
+        try:
+            return text + data.decode()
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode() + '\ufffd'
+            data = data[error.start + 1 :]
+    return text

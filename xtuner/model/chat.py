@@ -1,0 +1,171 @@
+"""`chat` and `stream_chat`, as the model cards of InternLM show them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers.generation.streamers import BaseStreamer
+
+from xtuner.dataset.template import Template, get_template
+from xtuner.dataset.tokenize import encode_prompt
+from xtuner.model.generate import Sampling, generate
+
+Turns = Sequence[tuple[str, str]]
+
+
+class ChatMixin:
+    """Gives a causal language model the chat interface of its model card."""
+
+    chat_template_name: str
+
+    def chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: Turns = (),
+        streamer: Any = None,
+        max_new_tokens: int = 1024,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        top_p: float = 0.8,
+        meta_instruction: str = '',
+        *,
+        template: str | Template | None = None,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answers one query.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            query: What the user says.
+            history: Earlier turns, each a query and its answer.
+            streamer: A transformers streamer, which gets the ids as they are drawn.
+            max_new_tokens: Most tokens of the answer.
+            do_sample: False takes the likeliest token each time.
+            temperature: Of the draws.
+            top_p: Tokens are drawn from the smallest set that has this share of the probability.
+            meta_instruction: System text; '' for none.
+            template: Prompt format; None takes the one the family is trained with.
+
+        Returns:
+            The answer and the history with this turn added.
+        """
+        sampling = Sampling(max_new_tokens, temperature if do_sample else 0, top_p)
+        found = get_template(template or self.chat_template_name, tokenizer)
+        prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
+        stop_ids = found.stop_ids(tokenizer)
+        ids = generate(self, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
+        response = tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True)
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: Turns = (),
+        max_new_tokens: int = 1024,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        top_p: float = 0.8,
+        meta_instruction: str = '',
+        *,
+        template: str | Template | None = None,
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """As `chat`, but yields the answer so far, and the history with it, whenever there is more of it.
+
+        Closing the iterator ends the generation at its next token.
+        """
+        sampling = Sampling(max_new_tokens, temperature if do_sample else 0, top_p)
+        found = get_template(template or self.chat_template_name, tokenizer)
+        prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
+        for response in _stream(self, tokenizer, prompt, found.stop_ids(tokenizer), sampling):
+            yield response, [*history, (query, response)]
+
+
+def chat_prompt(
+    tokenizer: Any, query: str, history: Turns = (), meta_instruction: str = '', template: Template | None = None
+) -> list[int]:
+    """The ids of a prompt up to where the answer begins.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        query: What the user says.
+        history: Earlier turns, each a query and its answer.
+        meta_instruction: System text; '' for none.
+        template: Prompt format; None takes the tokenizer's own.
+    """
+    messages = [{'role': 'system', 'content': meta_instruction}] if meta_instruction else []
+    for asked, answered in history:
+        messages += [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answered}]
+    messages.append({'role': 'user', 'content': query})
+    return encode_prompt(messages, tokenizer, template or get_template('from_tokenizer', tokenizer))
+
+
+def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+class _Closed(Exception):
+    """The reader of a stream has gone."""
+
+
+class _Responses(BaseStreamer):
+    """Decodes the answer so far at each new token and hands it on, unless it ends in half a character."""
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], out: queue.Queue) -> None:
+        self.closed = threading.Event()
+        self._tokenizer, self._stop_ids, self._out = tokenizer, stop_ids, out
+        self._ids: list[int] | None = None
+
+    def put(self, value: Any) -> None:
+        """Takes the prompt once, then ids as they are drawn."""
+        if self.closed.is_set():
+            raise _Closed
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.reshape(-1).tolist()
+        text = self._text()
+        if not text.endswith('\ufffd'):
+            self._out.put(text)
+
+    def end(self) -> None:
+        """Hands on the whole answer."""
+        self._out.put(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(_until(self._ids or [], self._stop_ids), skip_special_tokens=True)
+
+
+def _stream(model: Any, tokenizer: Any, prompt: list[int], stop_ids: list[int], sampling: Sampling) -> Iterator[str]:
+    """Generates in a thread of its own; yields the answer so far, each time it differs; raises what the thread raised.
+
+    An answer without any text is yielded once, so that there is always a last response.
+    """
+    out: queue.Queue[str | BaseException | None] = queue.Queue()
+    streamer: Any = _Responses(tokenizer, stop_ids, out)
+
+    def run() -> None:
+        try:
+            generate(model, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
+            out.put(None)
+        except _Closed:
+            pass
+        except BaseException as error:
+            out.put(error)
+
+    thread = threading.Thread(target=run, name='stream_chat', daemon=True)
+    thread.start()
+    last = None
+    try:
+        while (text := out.get()) is not None:
+            if isinstance(text, BaseException):
+                raise text
+            if text != last:
+                last = text
+                yield text
+    finally:
+        streamer.closed.set()
+        thread.join()

@@ -1,0 +1,94 @@
+"""From what a user calls a model to a local folder: a folder itself, a Hugging Face id, or `modelscope:OWNER/NAME`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from xtuner.errors import ModelError
+
+logger = logging.getLogger('xtuner')
+
+MODELSCOPE = 'modelscope:'
+_ID = re.compile(r'[\w.-]+/[\w.-]+|[\w.-]+')
+# Copies of the weights that are never read here.
+_UNUSED = ['*.h5', '*.msgpack', '*.onnx', '*.gguf', '*.pth', 'consolidated*', 'original/*']
+
+
+def resolve_model(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model, downloaded where it is not here yet.
+
+    Args:
+        path: A local folder, a Hugging Face id such as `internlm/internlm-7b`, or `modelscope:OWNER/NAME`.
+        revision: Branch, tag or commit of a hub model; None takes the newest.
+        trust_remote_code: Whether code files are fetched too.
+
+    Raises:
+        ModelError: nothing there under that name, or no network and no local copy.
+    """
+    if (folder := Path(path)).is_dir():
+        return folder
+    name = str(path)
+    if name.startswith(MODELSCOPE):
+        return _from_modelscope(name.removeprefix(MODELSCOPE), revision, trust_remote_code)
+    if folder.is_file():
+        raise ModelError(f'model {name!r} is a file; name the folder that holds it')
+    if not _ID.fullmatch(name) or name.startswith('.'):
+        raise ModelError(f'model {name!r}: no such folder, and no hub id of the form OWNER/NAME')
+    return _from_hugging_face(name, revision, trust_remote_code)
+
+
+def _from_hugging_face(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    ignored = [*_UNUSED, *([] if trust_remote_code else ['*.py']), *_second_copy(name, revision)]
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+    except RevisionNotFoundError as error:
+        raise ModelError(f'model {name!r} has no revision {revision!r} on the hub') from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f'model {name!r} is no local folder, is not in the cache, and the hub cannot be reached; '
+            'name a local folder, or connect once'
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f'model {name!r} is no local folder, and the hub knows no such id (or it is private)'
+        ) from error
+    except Exception as error:
+        raise ModelError(f'model {name!r} cannot be downloaded: {_first_line(error)}') from error
+
+
+def _second_copy(name: str, revision: str | None) -> list[str]:
+    """A pattern for `.bin` weights where the repository has `.safetensors` too; nothing where it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except Exception as error:  # no network, or no such model: the download itself says which
+        logger.debug('files of %s are not known: %s', name, error)
+        return []
+    return ['*.bin'] if any(file.endswith('.safetensors') for file in files) else []
+
+
+def _from_modelscope(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+        raise ModelError(f'model {MODELSCOPE + name!r}: write modelscope:OWNER/NAME')
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelError(f'model {MODELSCOPE + name!r} needs modelscope: pip install "xtuner[modelscope]"') from error
+    ignored = [*_UNUSED, *([] if trust_remote_code else ['*.py'])]
+    options: dict[str, Any] = {'revision': revision} if revision else {}
+    try:
+        return Path(snapshot_download(name, ignore_patterns=ignored, **options))
+    except Exception as error:
+        where = f' at revision {revision!r}' if revision else ''
+        raise ModelError(f'model {name!r}{where} cannot be fetched from ModelScope: {_first_line(error)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
