@@ -111,7 +111,7 @@ def test_bad_data_or_model(case: str, place: Place, capsys: pytest.CaptureFixtur
     ('options', 'message'),
     [
         (['adapter.target_modules=["no_such_layer"]'], 'no_such_layer'),
-        (['adapter.rank=8'], "did you mean 'r'"),
+        (['adapter.lora_alfa=8'], "did you mean 'lora_alpha'"),
         (['adapter.r=0'], 'adapter'),
         (['optimizer.type=torch.optim:AdamZ'], 'AdamZ'),
         (['optimizer.learning_rate=1'], 'optimizer.learning_rate'),
