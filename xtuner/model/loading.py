@@ -32,6 +32,7 @@ from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
 from xtuner.model.internlm2.configuration import InternLM2Config
 from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.quantization import keep_plain_layout
 from xtuner.model.sources import resolve_model
 
 __all__ = ['load_model', 'load_tokenizer', 'register', 'resolve_model']
@@ -149,6 +150,7 @@ def load_model(
         raise ModelError(f'{folder}: the model cannot be loaded: {_one_line(error)}') from error
     model, report = loaded
     _check_report(folder, report)
+    keep_plain_layout(model)
     return model.eval()
 
 
