@@ -83,6 +83,15 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def join_samples(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Returns a pack: `input_ids`, `labels` and `position_ids`, int64 `(S,)`, positions from 0 in each sample."""
+    return {
+        'input_ids': torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
+        'labels': torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+        'position_ids': torch.from_numpy(np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])),
+    }
+
+
 class PreparedDataset(Dataset):
     """Packs of a prepared folder, read from disk when asked for.
 
@@ -115,12 +124,7 @@ class PreparedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f'item {index} of a data set of {len(self)}')
-        samples = [self.sample(int(number)) for number in self._packs[index % len(self)]]
-        return {
-            'input_ids': torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
-            'labels': torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
-            'position_ids': torch.from_numpy(np.concatenate([np.arange(len(sample.input_ids)) for sample in samples])),
-        }
+        return join_samples([self.sample(int(number)) for number in self._packs[index % len(self)]])
 
     def sample(self, number: int) -> Sample:
         """Returns one conversation, whichever pack it is in."""
