@@ -32,7 +32,7 @@ from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
 from xtuner.model.internlm2.configuration import InternLM2Config
 from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
-from xtuner.model.quantization import keep_plain_layout
+from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
 from xtuner.model.sources import resolve_model
 
 __all__ = ['load_model', 'load_tokenizer', 'register', 'resolve_model']
@@ -180,11 +180,7 @@ def _attention(name: str) -> str:
 
 
 def _quantization(quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
-    if importlib.util.find_spec('bitsandbytes') is None:
-        raise ModelError(f'loading in {quantization.bits} bit needs bitsandbytes, which is not installed')
-    if device.type not in ('cuda', 'cpu', 'xpu') or (device.type == 'cuda' and not torch.cuda.is_available()):
-        raise ModelError(f'bitsandbytes cannot hold weights in {quantization.bits} bit on device {device}; use no '
-                         'quantization there')  # fmt: skip
+    check_bitsandbytes(quantization.bits, device)
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -1,8 +1,45 @@
-"""What bitsandbytes needs to be told about its 4-bit layers on a CPU."""
+"""Whether bitsandbytes can run here, and what it needs to be told about its layers on a CPU."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+from xtuner.errors import ModelError
+
+_WIDTH = 64  # of the layer that is tried; one quantisation block
+
+
+def check_bitsandbytes(bits: int, device: torch.device) -> None:
+    """Quantises a small layer and runs it, so that a broken installation is known before a model is loaded.
+
+    Args:
+        bits: 4 or 8.
+        device: Where the model will be.
+
+    Raises:
+        ModelError: bitsandbytes is not installed or cannot run on the device; says with which versions.
+    """
+    try:
+        import bitsandbytes
+    except Exception as error:  # a broken installation fails in many ways
+        raise ModelError(f'loading in {bits} bit needs bitsandbytes, which cannot be imported: {error}') from error
+    kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+    try:
+        layer = kind(_WIDTH, _WIDTH, bias=False)
+        if bits == 8:
+            layer.weight.requires_grad_(False)
+        layer = layer.to(device)
+        finite = torch.isfinite(layer(torch.randn(2, _WIDTH, device=device))).all()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f'bitsandbytes {bitsandbytes.__version__} cannot compute in {bits} bit on {device} (torch '
+            f'{torch.__version__}, CUDA {torch.version.cuda}): {reason}; install a bitsandbytes for this CUDA, or '
+            'use a lora config, which does not need it'
+        ) from error
+    if not finite:
+        raise ModelError(f'bitsandbytes {bitsandbytes.__version__} gives no finite numbers in {bits} bit on {device}')
 
 
 def keep_plain_layout(model: nn.Module) -> int:
