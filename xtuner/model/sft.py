@@ -5,6 +5,8 @@ Shapes: B rows, S tokens a row, N = B * (S - 1) predictions, H hidden size, V vo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,7 +21,9 @@ class SupervisedFinetune(nn.Module):
     all ranks) has to be averaged.
     """
 
-    def __init__(self, llm: nn.Module) -> None:
+    llm: Any
+
+    def __init__(self, llm: Any) -> None:
         super().__init__()
         self.llm = llm
 
