@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.graphs import AFTER_BATCHES, GraphFunction, LayerGraphs, signature, suits
+from xtuner.model.kernels.graphs import AFTER_BATCHES, MOST_TOKENS, GraphFunction, LayerGraphs, signature, suits
 from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
 from xtuner.model.kernels.linear import Adapter, FrozenLinear, Group, Setting
@@ -40,6 +40,7 @@ class FastDecoder:
         self._forms: Counter[tuple] = Counter()
         self._graphs: tuple[tuple, LayerGraphs] | None = None
         self._copies: Any = None
+        self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
         self.projections: list[list[Any]] = [_projections(layer) for layer in self.decoder.layers]
         self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
         config = self.decoder.config
@@ -74,8 +75,8 @@ class FastDecoder:
         size = self.layers[0].head_size
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
         cos, sin = self._angles(position_ids, rows, size // 2, x)
-        how = Setting(self.kernels, dtype, self.folded)
         checkpoint = self._checkpointing()
+        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS)
         batch = Batch(how, attention, cos, sin, checkpoint, self._store(checkpoint, x))
         seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
         runs, parameters = [], []
@@ -85,7 +86,9 @@ class FastDecoder:
             for adapter in flat:
                 if adapter:
                     adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-            runs.append(Run(parts, batch, [[flat[i] for i in group] for group in _GROUPS], seed))
+            runs.append(
+                Run(parts, batch, [[flat[i] for i in group] for group in _GROUPS], seed, parts is self.layers[-1])
+            )
         x = self._through_layers(x, runs, parameters)
         norm = decoder.norm
         return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
@@ -117,12 +120,21 @@ class FastDecoder:
 
     def _store(self, checkpoint: bool, x: Tensor) -> HostStore | None:
         """Where checkpoints go: to the host if they are large and it has room."""
-        total = x.numel() * x.element_size() * len(self.layers)
-        if not checkpoint or not x.is_cuda or total < self.offload_from_bytes or total > free_host_bytes() // 2:
+        inputs = x.numel() * x.element_size() * len(self.layers)
+        room = free_host_bytes() // 2
+        if (
+            not checkpoint
+            or not x.is_cuda
+            or inputs < self.offload_from_bytes
+            or inputs * 2 > room + self._pinned_bytes
+        ):
             return None
         if self._copies is None:
             self._copies = torch.cuda.Stream()
-        return HostStore(self._copies)
+        share = 2 + self.layers[0].down.num_in / x.shape[1]  # of all three, in units of the inputs
+        deep = len(x) > MOST_TOKENS and inputs * share * 2 < room + self._pinned_bytes
+        self._pinned_bytes = max(self._pinned_bytes, int(inputs * (share if deep else 1)))
+        return HostStore(self._copies, x.device, 3 if deep else 1)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Looked up without the hooks that stock checkpointing needs to make frozen embeddings differentiable."""

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.model.kernels.layer import Batch, Run, layer_backward, layer_forward
+from xtuner.model.kernels.layer import Batch, Run, compute_again, layer_backward, layer_forward
 
 MOST_TOKENS = 4096
 AFTER_BATCHES = 3
+_AHEAD = 3  # places for inputs on their way to the host
 
 
 class LayerGraphs:
@@ -38,7 +39,12 @@ class LayerGraphs:
         self.cos, self.sin = batch.cos.clone(), batch.sin.clone()
         fixed = Batch(batch.how, batch.attention, self.cos, self.sin, batch.checkpoint)
         self.runs = [Run(r.parts, fixed, r.adapters, 0) for r in runs]
-        self.inputs = [torch.empty_like(like_TH)]
+        # Without checkpointing every layer's input has its place; with it, inputs pass through a few places to the host.
+        self.ring = batch.checkpoint
+        self.inputs = [torch.empty_like(like_TH) for _ in range(_AHEAD if self.ring else 1)]
+        self.returned = [torch.empty_like(like_TH) for _ in range(2 if self.ring else 0)]
+        self.host = [torch.empty(like_TH.shape, dtype=like_TH.dtype, pin_memory=True) for _ in runs if self.ring]
+        self._copies = torch.cuda.Stream()
         self.gradient = torch.empty_like(like_TH)
         shapes = [[t.shape for a in flatten(r) for t in (a.a_rK, a.b_Nr)] for r in runs]
         self.shapes = shapes
@@ -51,22 +57,27 @@ class LayerGraphs:
 
     def _record_all(self) -> None:
         kept: list[Any] = []
-        for run in self.runs:
-            self._forward.append(self._record(lambda run=run: self._one_forward(run, kept)))
+        for number in range(len(self.runs)):
+            self._forward.append(self._record(lambda number=number: self._one_forward(number, kept)))
         for number in reversed(range(len(self.runs))):
             self._backward.append(self._record(lambda number=number: self._one_backward(number, kept.pop())))
 
-    def _one_forward(self, run: Run, kept: list[Any]) -> None:
-        checkpoint = run.batch.checkpoint
-        out, held = layer_forward(run, self.inputs[-1], differentiable=not checkpoint, whole=True)
-        assert out is not None
+    def _one_forward(self, number: int, kept: list[Any]) -> None:
+        run = self.runs[number]
+        if self.ring:
+            out, _ = layer_forward(run, self.inputs[number % _AHEAD], differentiable=False)
+            self.inputs[(number + 1) % _AHEAD].copy_(out)
+            kept.append(None)
+            return
+        out, held = layer_forward(run, self.inputs[-1], differentiable=True)
         self.inputs.append(out)
-        kept.append(None if checkpoint else held)
+        kept.append(held)
 
     def _one_backward(self, number: int, kept: Any) -> None:
-        run, x = self.runs[number], self.inputs[number]
+        run = self.runs[number]
+        x = self.returned[number % 2] if self.ring else self.inputs[number]
         if kept is None:
-            _, kept = layer_forward(run, x, differentiable=True, whole=False)
+            kept = compute_again(run, x, None, None)
         dx, grads = layer_backward(run, x, self.gradient, kept, need_dx=number > 0)
         size = sum(g.numel() for g in grads)
         torch.cat([g.reshape(-1) for g in grads], out=self.flat[:size])
@@ -103,20 +114,44 @@ class LayerGraphs:
         self.inputs[0].copy_(x_TH)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
-        for graph in self._forward:
+        if not self.ring:
+            for graph in self._forward:
+                graph.replay()
+            return self.inputs[-1]
+        sent: list[torch.cuda.Event] = []
+        current = torch.cuda.current_stream()
+        for number, graph in enumerate(self._forward):
+            self._copies.wait_stream(current)
+            with torch.cuda.stream(self._copies):
+                self.host[number].copy_(self.inputs[number % _AHEAD], non_blocking=True)
+                sent.append(self._copies.record_event())
+            if number + 1 >= _AHEAD:  # this layer's output takes the place of an input that must have left
+                current.wait_event(sent[number + 1 - _AHEAD])
             graph.replay()
-        return self.inputs[-1]
+        return self.inputs[len(self.runs) % _AHEAD]
 
     def replay_backward(self, dout_TH: Tensor) -> list[Tensor]:
         """The adapters' gradients, layer by layer, in memory of their own."""
         self.gradient.copy_(dout_TH)
         found: list[list[Tensor]] = []
-        for graph, shapes in zip(self._backward, reversed(self.shapes), strict=True):
+        last = len(self.runs) - 1
+        coming = self._bring_back(last) if self.ring else None
+        for behind, (graph, shapes) in enumerate(zip(self._backward, reversed(self.shapes), strict=True)):
+            if coming is not None:
+                torch.cuda.current_stream().wait_event(coming)
+                coming = self._bring_back(last - behind - 1) if behind < last else None
             graph.replay()
             sizes = [s.numel() for s in shapes]
             parts = self.flat[: sum(sizes)].clone().split(sizes)
             found.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
         return [g for layer in reversed(found) for g in layer]
+
+    def _bring_back(self, number: int) -> torch.cuda.Event:
+        """Starts the copy of a layer's input to its place; two layers take turns."""
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            self.returned[number % 2].copy_(self.host[number], non_blocking=True)
+            return self._copies.record_event()
 
 
 class _Owner:

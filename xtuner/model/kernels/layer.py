@@ -69,6 +69,7 @@ class Run:
     batch: Batch
     adapters: list[list[Adapter | None]]
     seed: int
+    last: bool = False  # nothing is gained by computing the last layer again: its backward pass comes at once
 
     def ranks(self, group: int) -> int:
         """The columns to append for a group's adapters."""
@@ -84,49 +85,54 @@ class Kept:
     attended: Tensor
     middle: Tensor
     gate_up: Tensor
-    scaled: list[Tensor]
+    scaled: list[Tensor | None]
 
 
-def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool, whole: bool) -> tuple[Tensor | None, Kept]:
+def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tensor, Kept]:
     """Computes a layer.
 
     Args:
         run: The layer and its batch.
         x_TH: Its input.
         differentiable: Whether attention shall remember what its backward pass needs.
-        whole: False leaves out the last product and returns None for the output.
 
     Returns:
         The output, (T, H), and what the backward pass needs.
 
     """
-    parts, kernels = run.parts, run.batch.how.kernels
+    kept = compute_again(run, x_TH, None, None, differentiable=differentiable)
+    parts, how = run.parts, run.batch.how
+    size = parts.down.num_in
+    act = torch.empty(len(x_TH), size + run.ranks(3), dtype=how.dtype, device=x_TH.device)
+    how.kernels.swiglu(kept.gate_up[:, : 2 * size], act[:, :size])
+    update, kept.scaled[3] = parts.down.forward(how, act, run.adapters[3], run.seed + 48)
+    return _add(update, kept.middle), kept
+
+
+def compute_again(
+    run: Run, x_TH: Tensor, middle: Tensor | None, gate_up: Tensor | None, *, differentiable: bool = True
+) -> Kept:
+    """All of a layer but its last product, less what is there already: the state between the halves, gate and up."""
+    parts, how = run.parts, run.batch.how
+    scaled: list[Tensor | None] = [None] * 4
     normed, _ = _norm(run, 0, parts.norm_in, x_TH)
-    qkv, scaled_qkv = parts.qkv.forward(run.batch.how, normed, run.adapters[0], run.seed)
+    qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seed)
     del normed
-    q, k, v = _heads(parts, qkv)
     both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
-    kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
-    q, k, v = (t.detach().requires_grad_(differentiable) for t in (q, k, v))
+    how.kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
+    q, k, v = (t.detach().requires_grad_(differentiable) for t in _heads(parts, qkv))
     with torch.set_grad_enabled(differentiable):
         attended = run.batch.attention.forward(q, k, v, parts.scale)
-    wide = _widen(run, 1, attended.detach())
-    update, scaled_out = parts.out.forward(run.batch.how, wide, run.adapters[1], run.seed + 16)
-    del wide
-    middle = _add(update, x_TH)
-    normed, _ = _norm(run, 2, parts.norm_mid, middle)
-    spare = run.ranks(2)
-    gate_up, scaled_gu = parts.gate_up.forward(run.batch.how, normed, run.adapters[2], run.seed + 32, spare=spare)
-    del normed
-    kept = Kept(qkv, (q, k, v), attended, middle, gate_up, [scaled_qkv, scaled_out, scaled_gu])
-    if not whole:
-        return None, kept
-    size = parts.down.num_in
-    act = torch.empty(len(x_TH), size + run.ranks(3), dtype=run.batch.how.dtype, device=x_TH.device)
-    kernels.swiglu(gate_up[:, : 2 * size], act[:, :size])
-    update, scaled_down = parts.down.forward(run.batch.how, act, run.adapters[3], run.seed + 48)
-    kept.scaled.append(scaled_down)
-    return _add(update, middle), kept
+    if middle is None:
+        wide = _widen(run, 1, attended.detach())
+        update, scaled[1] = parts.out.forward(how, wide, run.adapters[1], run.seed + 16)
+        del wide
+        middle = _add(update, x_TH)
+    if gate_up is None:
+        normed, _ = _norm(run, 2, parts.norm_mid, middle)
+        spare = run.ranks(2)
+        gate_up, scaled[2] = parts.gate_up.forward(how, normed, run.adapters[2], run.seed + 32, spare=spare)
+    return Kept(qkv, (q, k, v), attended, middle, gate_up, scaled)
 
 
 def layer_backward(
@@ -141,14 +147,16 @@ def layer_backward(
     wide = _widen(run, 1, dmiddle.to(how.dtype))
     dattended, dxa = parts.out.input_grad(how, wide, run.adapters[1], run.seed + 16)
     attended = kept.attended.detach()
-    out_grads = parts.out.weight_grads(how, wide, attended, kept.scaled[1], dxa, run.adapters[1], run.seed + 16)
+    scaled = _scaled(run, 1, kept, attended)
+    out_grads = parts.out.weight_grads(how, wide, attended, scaled, dxa, run.adapters[1], run.seed + 16)
     del wide, attended, middle
     dqkv = _attention_backward(run, kept, dattended)
     del dattended
     normed, rstd = _norm(run, 0, parts.norm_in, x_TH)
     dnormed, dxa = parts.qkv.input_grad(how, dqkv, run.adapters[0], run.seed, need_dx=need_dx)
     source = normed[:, : parts.qkv.num_in]
-    qkv_grads = parts.qkv.weight_grads(how, dqkv, source, kept.scaled[0], dxa, run.adapters[0], run.seed)
+    scaled = _scaled(run, 0, kept, source)
+    qkv_grads = parts.qkv.weight_grads(how, dqkv, source, scaled, dxa, run.adapters[0], run.seed)
     dx = None
     if dnormed is not None:
         dx = how.kernels.rms_norm_backward(dnormed, x_TH, rstd, parts.norm_in.weight, dmiddle)
@@ -164,14 +172,13 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor
     assert dact is not None
     gate_up, kept.gate_up = kept.gate_up, torch.empty(0)
     how.kernels.swiglu_backward_(dact, gate_up[:, : 2 * size])  # gate_up is its gradient now, dact the activation
-    if len(kept.scaled) < 4:  # `down` was not computed again: `s x A'` is all that is missing of it
-        kept.scaled.append(parts.down.scaled_projection(how, dact, run.adapters[3], run.seed + 48))
-    down_grads = parts.down.weight_grads(how, wide, dact, kept.scaled[3], dxa, run.adapters[3], run.seed + 48)
+    scaled = _scaled(run, 3, kept, dact)
+    down_grads = parts.down.weight_grads(how, wide, dact, scaled, dxa, run.adapters[3], run.seed + 48)
     del dact, wide
     normed, rstd = _norm(run, 2, parts.norm_mid, kept.middle)
     dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seed + 32)
     source = normed[:, : parts.gate_up.num_in]
-    args = (how, gate_up, source, kept.scaled[2], dxa, run.adapters[2], run.seed + 32)
+    args = (how, gate_up, source, _scaled(run, 2, kept, source), dxa, run.adapters[2], run.seed + 32)
     grads = parts.gate_up.weight_grads(*args) + down_grads
     del gate_up, normed
     dmiddle = how.kernels.rms_norm_backward(dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
@@ -189,6 +196,14 @@ def _attention_backward(run: Run, kept: Kept, dattended: Tensor | None) -> Tenso
     batch.how.kernels.rotate(dk, batch.cos, batch.sin, to_k, inverse=True)
     batch.how.kernels.copy_rows(dv.reshape(len(dv), -1), dqkv[:, width - to_v[0].numel() : width])
     return dqkv
+
+
+def _scaled(run: Run, group: int, kept: Kept, x: Tensor) -> Tensor:
+    """`s x A'` of a group: kept, or computed now where the product it belongs to was not computed again."""
+    known = kept.scaled[group]
+    if known is not None:
+        return known
+    return run.parts.groups[group].scaled_projection(run.batch.how, x, run.adapters[group], run.seed + 16 * group)
 
 
 def _heads(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,29 +241,31 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, run: Run, keep: bool, *parameters: Tensor) -> Tensor:
         """See `layer_forward`; `keep` says whether a backward pass will follow."""
-        checkpoint = run.batch.checkpoint
+        again = run.batch.checkpoint and not run.last
         with torch.autocast(x_TH.device.type, enabled=False):
-            out, kept = layer_forward(run, x_TH, differentiable=keep and not checkpoint, whole=True)
-        store = run.batch.store if keep else None
-        ctx.run, ctx.device = run, x_TH.device
-        ctx.x = x_TH if store is None else store.put(x_TH)
-        ctx.kept = kept if keep and not checkpoint else None
-        assert out is not None
+            out, kept = layer_forward(run, x_TH, differentiable=keep and not again)
+        ctx.run, ctx.x, ctx.kept, ctx.place = run, x_TH, None if again else kept, None
+        store = run.batch.store
+        if keep and again and store is not None:
+            ctx.x, ctx.place = None, store.put(store.choose(x_TH, kept.middle, kept.gate_up))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_TH: Tensor) -> tuple[Any, ...]:
         """See `layer_backward`; everything kept is let go."""
-        run, x, kept = ctx.run, ctx.x, ctx.kept
+        run, x, kept, store = ctx.run, ctx.x, ctx.kept, ctx.run and ctx.run.batch.store
         if run is None:
             raise RuntimeError('the fast path keeps no graph for a second backward pass')
-        if isinstance(x, int):
-            x = run.batch.store.take(x, ctx.device)
         ctx.run = ctx.x = ctx.kept = None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(dout_TH.device.type, enabled=False):
+            middle = gate_up = None
+            if ctx.place is not None:
+                x, middle, gate_up = (*store.take(ctx.place), None, None)[:3]
+            elif store is not None:
+                store.expect()
             if kept is None:
-                _, kept = layer_forward(run, x, differentiable=True, whole=False)
+                kept = compute_again(run, x, middle, gate_up)
             dx, grads = layer_backward(run, x, dout_TH, kept, need_dx=ctx.needs_input_grad[0])
         return dx, None, None, *grads
 

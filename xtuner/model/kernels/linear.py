@@ -92,6 +92,7 @@ class Setting:
     kernels: Kernels
     dtype: torch.dtype
     folded: bool
+    slim: bool = False  # one layer's weight as floats at a time, where that buffer is most of the memory
 
 
 class Group:
@@ -159,23 +160,26 @@ class Group:
         return out
 
     def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
-        weight = torch.empty(self.num_out, x_wide.shape[1], dtype=how.dtype, device=x_wide.device)
-        tail = weight[:, self.num_in :]
-        if len(self.layers) > 1 and tail.shape[1]:
-            tail.zero_()
-        column, row = 0, 0
-        for layer, adapter in zip(self.layers, adapters, strict=True):
-            rows = slice(row, row + layer.shape[0])
-            layer.write_into(weight[rows, : self.num_in], how.kernels)
-            if adapter:
-                torch.mul(adapter.b_Nr, adapter.scaling, out=tail[rows, column : column + adapter.rank])
-                column += adapter.rank
-            row = rows.stop
-        bias = self._bias(how)
-        if bias is None:
-            torch.mm(x_wide, weight.t(), out=y)
-        else:
-            torch.addmm(bias, x_wide, weight.t(), out=y)
+        columns = iter(_columns(adapters))
+        tails = [next(columns)[1] if adapter else None for adapter in adapters]
+        row = 0
+        for group in [[i] for i in range(len(self.layers))] if how.slim else [list(range(len(self.layers)))]:
+            rows = sum(self.layers[i].shape[0] for i in group)
+            weight = torch.empty(rows, x_wide.shape[1], dtype=how.dtype, device=x_wide.device)
+            tail = weight[:, self.num_in :]
+            if len(self.layers) > 1 and tail.shape[1]:
+                tail.zero_()
+            at = 0
+            for i in group:
+                own = slice(at, at + self.layers[i].shape[0])
+                self.layers[i].write_into(weight[own, : self.num_in], how.kernels)
+                adapter, place = adapters[i], tails[i]
+                if adapter and place:
+                    torch.mul(adapter.b_Nr, adapter.scaling, out=tail[own, place])
+                at = own.stop
+            bias, out = self._bias(how, group), y[:, row : row + rows]
+            torch.mm(x_wide, weight.t(), out=out) if bias is None else torch.addmm(bias, x_wide, weight.t(), out=out)
+            row += rows
 
     def _separate_products(
         self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None], y: Tensor
@@ -191,14 +195,15 @@ class Group:
                 column += adapter.rank
             row += layer.shape[0]
 
-    def _bias(self, how: Setting) -> Tensor | None:
-        biases = [layer.bias(how.dtype) for layer in self.layers]
+    def _bias(self, how: Setting, group: list[int]) -> Tensor | None:
+        layers = [self.layers[i] for i in group]
+        biases = [layer.bias(how.dtype) for layer in layers]
         if all(b is None for b in biases):
             return None
         if len(biases) == 1:
             return biases[0]
-        device = self.layers[0].module.weight.device
-        zeros = [torch.zeros(layer.shape[0], dtype=how.dtype, device=device) for layer in self.layers]
+        device = layers[0].module.weight.device
+        zeros = [torch.zeros(layer.shape[0], dtype=how.dtype, device=device) for layer in layers]
         return torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
 
     def input_grad(
@@ -249,18 +254,26 @@ class Group:
     def _input_grad_folded(
         self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], dropped: bool
     ) -> Tensor:
-        rows = self.num_out if dropped else dy_wide.shape[1]
-        weight = torch.empty(rows, self.num_in, dtype=how.dtype, device=dy_wide.device)
-        row = 0
-        for layer in self.layers:
-            layer.write_into(weight[row : row + layer.shape[0]], how.kernels)
-            row += layer.shape[0]
-        if not dropped:
-            for adapter in adapters:
-                if adapter:
-                    weight[row : row + adapter.rank].copy_(adapter.a_rK)
-                    row += adapter.rank
-        return torch.mm(dy_wide[:, :rows], weight)
+        tail = [] if dropped else [a for a in adapters if a]
+        groups = [[layer] for layer in self.layers] if how.slim else [self.layers]
+        dx, row = None, 0
+        for number, group in enumerate(groups):
+            own = sum(layer.shape[0] for layer in group)
+            extra = tail if number == len(groups) - 1 else []  # the ranks' columns follow the last layer's
+            rows = own + sum(a.rank for a in extra)
+            weight = torch.empty(rows, self.num_in, dtype=how.dtype, device=dy_wide.device)
+            at = 0
+            for layer in group:
+                layer.write_into(weight[at : at + layer.shape[0]], how.kernels)
+                at += layer.shape[0]
+            for adapter in extra:
+                weight[at : at + adapter.rank].copy_(adapter.a_rK)
+                at += adapter.rank
+            part = dy_wide[:, row : row + rows]
+            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
+            row += own
+        assert dx is not None
+        return dx
 
     def _input_grad_separate(self, how: Setting, dy: Tensor) -> Tensor:
         dx, row = None, 0
