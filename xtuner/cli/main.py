@@ -36,6 +36,7 @@ COMMANDS = {
     'check-custom-dataset': Command('xtuner.cli.check_custom_dataset', 'check a file of conversations, every record'),
     'list-dataset-format': Command('xtuner.cli.list_dataset_format', 'list the data formats'),
     'convert merge': Command('xtuner.cli.convert.merge', 'merge an adapter into its base model'),
+    'convert to-llama': Command('xtuner.cli.convert.to_llama', 'write InternLM as a plain Llama checkpoint'),
     'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
 }
 

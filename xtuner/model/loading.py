@@ -35,7 +35,7 @@ from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
 from xtuner.model.sources import resolve_model
 
-__all__ = ['load_model', 'load_tokenizer', 'register', 'resolve_model']
+__all__ = ['load_config', 'load_model', 'load_tokenizer', 'register', 'resolve_model']
 
 logger = logging.getLogger('xtuner')
 
@@ -132,7 +132,7 @@ def load_model(
     """
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
     device = torch.device(device or 'cpu')
-    config = _load_config(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     native = config.model_type in _TOKENIZERS
     arguments: dict[str, Any] = {
         'config': config,
@@ -154,7 +154,16 @@ def load_model(
     return model.eval()
 
 
-def _load_config(folder: Path, trust_remote_code: bool) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder.
+
+    Args:
+        folder: Holds `config.json`.
+        trust_remote_code: Whether a model that transformers does not know may run its own code.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it is of a model that is not known here.
+    """
     if not (folder / 'config.json').is_file():
         raise ModelError(f'{folder} is no model folder: config.json is missing')
     content = _read_json(folder / 'config.json')

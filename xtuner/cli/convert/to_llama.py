@@ -1,0 +1,27 @@
+"""Writes an InternLM or InternLM2 model as a plain Llama checkpoint, for vLLM, llama.cpp and others."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xtuner.cli.convert.merge import size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('model', help='the model: a folder, a hub id or modelscope:OWNER/NAME')
+    parser.add_argument('out', type=Path, help='where the Llama checkpoint goes; missing or empty')
+    parser.add_argument('--revision', help='branch, tag or commit of a hub model')
+    parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and prints the folder on stdout."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+    from xtuner.convert.to_llama import to_llama
+
+    print(to_llama(args.model, args.out, revision=args.revision, max_shard_bytes=args.max_shard_size))
+    return 0

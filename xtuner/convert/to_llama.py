@@ -1,0 +1,141 @@
+"""InternLM and InternLM2 as a plain Llama checkpoint, which every tool runs without code of the model's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig
+
+from xtuner.convert.shards import ShardWriter
+from xtuner.errors import ModelError
+from xtuner.model.check import check_weights
+from xtuner.model.internlm2.modeling import split_wqkv
+from xtuner.model.loading import load_config, load_tokenizer, resolve_model
+from xtuner.model.weights import open_weights
+
+logger = logging.getLogger('xtuner')
+
+_FAMILIES = ('internlm', 'internlm2')
+_RENAMED = {
+    'model.tok_embeddings.weight': 'model.embed_tokens.weight',
+    'output.weight': 'lm_head.weight',
+    'attention.wo': 'self_attn.o_proj',
+    'feed_forward.w1': 'mlp.gate_proj',
+    'feed_forward.w2': 'mlp.down_proj',
+    'feed_forward.w3': 'mlp.up_proj',
+    'attention_norm': 'input_layernorm',
+    'ffn_norm': 'post_attention_layernorm',
+}
+# Fields that mean the same in both configs.
+_SHARED = (
+    'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+    'num_key_value_heads', 'hidden_act', 'max_position_embeddings', 'initializer_range', 'rms_norm_eps', 'use_cache',
+    'pad_token_id', 'bos_token_id', 'eos_token_id', 'tie_word_embeddings', 'dtype',
+)  # fmt: skip
+
+
+def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_bytes: int = 2 * 10**9) -> Path:
+    """Writes a model folder with the same weights under Llama's names, tensor by tensor.
+
+    Args:
+        llm: An InternLM or InternLM2 model: a folder, a hub id or `modelscope:OWNER/NAME`.
+        out: A folder that is missing or empty. It appears as a whole at the end.
+        revision: Of a hub model.
+        max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ModelError: the model cannot be read or is of another family, or `out` is not empty or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
+    base = resolve_model(llm, revision=revision)
+    config = load_config(base)
+    if config.model_type not in _FAMILIES:
+        raise ModelError(
+            f'{base} is a model of type {config.model_type!r}; to-llama converts {" and ".join(_FAMILIES)}'
+        )
+    check_weights(base, config)
+    partial = out.with_name(f'.partial-{out.name}')
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(base, config, partial, max_shard_bytes)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise ModelError(f'cannot write {out}: {error.strerror or error}') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def llama_config(config: Any) -> LlamaConfig:
+    """Llama's config of the same model.
+
+    Args:
+        config: An `InternLMConfig` or `InternLM2Config`.
+    """
+    rope = dict(config.rope_parameters)
+    if config.model_type == 'internlm' and config.ntk_factor is not None:
+        rope = {'rope_type': 'dynamic', 'factor': config.ntk_factor, 'rope_theta': rope['rope_theta']}
+        logger.warning(
+            'this model stretches its positions beyond %d tokens (dynamic NTK, factor %g). Other tools keep keys as '
+            'they were rotated, so answers beyond that length differ a little from the original',
+            config.max_position_embeddings, config.ntk_factor,
+        )  # fmt: skip
+    rope.pop('type', None)
+    return LlamaConfig(
+        **{key: getattr(config, key) for key in _SHARED},
+        attention_bias=config.bias,
+        rope_parameters=rope,
+        architectures=['LlamaForCausalLM'],
+    )
+
+
+def llama_tensors(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """A published tensor under its name, or names, in Llama.
+
+    Args:
+        name: Its published name.
+        tensor: Its value; a fused `wqkv` becomes three.
+        config: The published config.
+    """
+    if match := re.fullmatch(r'(model\.layers\.\d+)\.attention\.wqkv\.(weight|bias)', name):
+        parts = split_wqkv(tensor, config.num_key_value_heads, config.head_dim)
+        for letter, part in zip('qkv', parts, strict=True):
+            yield f'{match[1]}.self_attn.{letter}_proj.{match[2]}', part
+        return
+    for published, llama in _RENAMED.items():
+        if re.search(rf'(^|\.){re.escape(published)}(\.|$)', name):
+            name = name.replace(published, llama)
+    yield name, tensor
+
+
+def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
+    reader = open_weights(base)
+    names = reader.names()
+    writer = ShardWriter(folder, max_shard_bytes)
+    for number, name in enumerate(names, 1):
+        for llama_name, tensor in llama_tensors(name, reader.read(name), config):
+            writer.add(llama_name, tensor)
+        if number % 50 == 0 or number == len(names):
+            logger.info('%d of %d tensors, %.1f GB', number, len(names), writer.num_bytes / 1e9)
+    writer.close()
+    converted = llama_config(config)
+    converted.save_pretrained(folder)
+    check_weights(folder, converted)
+    load_tokenizer(base).save_pretrained(folder)
+    if (base / 'generation_config.json').is_file():
+        settings = json.loads((base / 'generation_config.json').read_text(encoding='utf-8'))
+        (folder / 'generation_config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
