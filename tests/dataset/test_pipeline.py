@@ -13,7 +13,8 @@ from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.pack import PACKINGS
-from xtuner.dataset.pipeline import prepare_dataset, prepared_folder
+from xtuner.dataset.pipeline import epoch_sampler, prepare_dataset, prepared_folder
+from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import encode_conversation
 from xtuner.errors import ConfigError, DataError
@@ -202,6 +203,17 @@ def test_a_torn_folder_is_prepared_again(prepare):
     with (dataset.folder / 'ids.bin').open('r+b') as file:
         file.truncate(100)
     assert torch.equal(prepare()[0]['input_ids'], expected)
+
+
+def test_the_order_of_training_follows_the_config(prepare):
+    dataset = prepare(packing='none', group_by_length=True)
+    sampler = epoch_sampler(dataset, prepare.config, seed=0, batch_size=4)
+    assert isinstance(sampler, LengthGroupedEpochSampler) and sorted(sampler) == list(range(60))
+    assert type(epoch_sampler(prepare(), prepare.config, seed=0, batch_size=4)) is EpochSampler
+    with pytest.raises(
+        ConfigError, match=r"`dataset.group_by_length` needs `dataset.packing = 'none'`, got 'best_fit'"
+    ):
+        prepare(group_by_length=True)
 
 
 def test_checking_collects_every_fault(prepare):

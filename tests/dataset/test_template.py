@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_tokenizer
 from tests.dataset.golden_templates import CASES, FOLDER, golden_tokenizer, render
@@ -203,3 +204,17 @@ def test_a_template_of_ones_own_is_one_entry(tokenizer):
     assert tokenizer.decode(sample.input_ids[sample.labels != -100]) == ' b</s>'
     assert get_template(mine, tokenizer) is mine
     assert mine.fingerprint() != get_template('default').fingerprint()
+
+
+def test_from_tokenizer_takes_tokens_that_the_template_writes_for_control_tokens_whatever_they_are_called():
+    tokenizer = make_tokenizer([])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in ('<eoh>', '<eoa>', '<think>')])
+    ours = get_template('internlm_chat', tokenizer)
+    tokenizer.chat_template = ours.chat_template()
+    own = get_template('from_tokenizer', tokenizer)
+    assert own.stop_ids(tokenizer) == ours.stop_ids(tokenizer)
+    messages = [{'role': 'user', 'content': 'a <eoa> b'}, {'role': 'assistant', 'content': '<think>c'}]
+    theirs, sample = (encode_conversation(to_conversation({'messages': messages}), tokenizer, t) for t in (own, ours))
+    assert theirs.input_ids.tolist() == sample.input_ids.tolist()
+    assert theirs.labels.tolist() == sample.labels.tolist()
+    assert tokenizer.convert_tokens_to_ids('<think>') in sample.labels  # means itself: no template writes it

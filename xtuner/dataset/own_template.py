@@ -67,8 +67,10 @@ class TokenizerTemplate(Template):
         return self.tokenizer.get_chat_template()
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Returns the ids of all control tokens of the tokenizer."""
-        return {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        """Returns the ids of all tokens that the tokenizer calls special, and of those that the template writes."""
+        written = {*self.markers, *self.stop}
+        added = tokenizer.added_tokens_decoder.items()
+        return {token.content: id_ for id_, token in added if token.special or token.content in written}
 
     def check(self, tokenizer: Any) -> None:
         """Nothing to check: the template is the tokenizer's."""
@@ -114,13 +116,27 @@ def tokenizer_template(tokenizer: Any) -> TokenizerTemplate:
     if not getattr(tokenizer, 'chat_template', None):
         raise ConfigError("`model.template` is 'from_tokenizer', and the tokenizer has no chat template; name one of "
                           'ours, such as internlm_chat')  # fmt: skip
-    template = TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, tokenizer=tokenizer)
-    probe = template.render(Conversation((Message('user', 'a'), Message('assistant', 'b')), 'the chat template'))
-    ends = [piece.text for piece in probe if piece.control and piece.trained]
-    if not ends:
+    found = _probe(tokenizer)
+    if not found:
         raise ConfigError('the chat template of the tokenizer ends an answer with no token, so the model could not '
                           'learn to stop; name one of our templates with `model.template`')  # fmt: skip
-    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, stop=(ends[-1],), tokenizer=tokenizer)
+    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, markers=tuple(found[:-1]), stop=(found[-1],),
+                             tokenizer=tokenizer)  # fmt: skip
+
+
+def _probe(tokenizer: Any) -> list[str]:
+    """Returns the control tokens that the template writes, the one that ends an answer last; none where nothing does.
+
+    A tokenizer need not call them special. Tokens that only occur inside answers, such as those around thoughts, are
+    not among them: what a message spells of those is meant as such.
+    """
+    plain = TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, tokenizer=tokenizer)
+    conversation = Conversation((Message('user', 'a'), Message('assistant', 'b')), 'the chat template')
+    shown = _Renderer(plain, conversation, [{'role': m.role, 'content': m.content} for m in conversation.messages])
+    prompt, whole = shown.text(1, prompt=True), shown.text(2)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    ends = sorted((whole.rfind(name) + len(name), name) for name in added if whole.rfind(name) >= len(prompt))
+    return [*(name for name in added if name in prompt and name != ends[-1][1]), ends[-1][1]] if ends else []
 
 
 class _Renderer:

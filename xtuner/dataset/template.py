@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xtuner.dataset.internlm_template import FirstReleaseTemplate
 from xtuner.dataset.prompt import TRAIN_ON, Piece, Template, Turn, token_id
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import TEMPLATES
@@ -85,6 +86,25 @@ _ALL = [
             'assistant': Turn('<|Bot|>:', '<eoa>', '\n'),
         },
         markers=('<|System|>', '<|User|>', '<|Bot|>', '<eoh>', '<eoa>'),
+        stop=('<eoa>',),
+    ),
+    FirstReleaseTemplate(
+        'internlm_chat_2023',
+        turns={
+            'user': Turn('{bos}<|User|>:', '<eoh>', '\n'),
+            'assistant': Turn('<|Bot|>:', '<eoa>', '\n'),
+        },
+        markers=('<|User|>', '<|Bot|>', '<eoh>', '<eoa>'),
+        stop=('<eoa>',),
+    ),
+    Template(
+        'internlm_chat_2024',
+        turns={
+            'system': Turn('<|System|>:', after='\n'),
+            'user': Turn('<|User|>:', after='\n'),
+            'assistant': Turn('<|Bot|>:', '<eoa>', '\n'),
+        },
+        markers=('<|System|>', '<|User|>', '<|Bot|>', '<eoa>'),
         stop=('<eoa>',),
     ),
     _chatml('internlm2_chat', begin='{bos}'),

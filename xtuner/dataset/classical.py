@@ -1,0 +1,145 @@
+"""Doors for classical configs: the names they import, each a call of this room's own functions.
+
+What they asked for and this room always does (packing samples that cannot see each other, removing columns, several
+processes) has no effect; what it cannot do is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data import ConcatDataset as TorchConcatDataset
+from torch.utils.data import Dataset
+
+from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.map_fns import resolve_map_fn
+from xtuner.dataset.pipeline import prepare_dataset
+from xtuner.dataset.prompt import Template
+from xtuner.dataset.store import PreparedDataset
+from xtuner.dataset.template import get_template
+from xtuner.errors import ConfigError
+from xtuner.registry import BUILDER
+
+
+def template_map_fn_factory(template: str | Template) -> Template:
+    """Returns the template: here it is applied where tokens are made, not by a map function."""
+    return get_template(template)
+
+
+def process_hf_dataset(
+    dataset: Any,
+    tokenizer: Any,
+    max_length: int,
+    dataset_map_fn: Any = None,
+    template_map_fn: Any = None,
+    max_dataset_length: int | None = None,
+    split: str = 'train',
+    remove_unused_columns: bool = False,
+    rename_maps: list[Mapping[str, str]] | None = None,
+    shuffle_before_pack: bool = True,
+    pack_to_max_length: bool = True,
+    use_varlen_attn: bool = False,
+    input_ids_with_output: bool = True,
+    with_image_token: bool = False,
+    map_num_proc: int = 1,
+) -> PreparedDataset:
+    """Returns the packs of a data set that the `datasets` library loaded, or of the dict that says how to load it.
+
+    Args:
+        dataset: A data set, or `dict(type=load_dataset, path=...)`.
+        tokenizer: A tokenizer, or `dict(type=AutoTokenizer.from_pretrained, ...)`.
+        max_length: Tokens a pack.
+        dataset_map_fn: A map function, its name, or None to detect the format.
+        template_map_fn: `dict(type=template_map_fn_factory, template=...)`, a template, or None for bare documents.
+        max_dataset_length: Records to use, the first ones; None for all.
+        split: The split to take where the data set has several.
+        remove_unused_columns: No effect: only what the map function returns is used.
+        rename_maps: `dict(old=..., new=...)` for each column to rename before the map function sees it.
+        shuffle_before_pack: Whether to pack across the data, or in its order.
+        pack_to_max_length: Whether conversations share packs.
+        use_varlen_attn: No effect: samples of a pack never see each other.
+        input_ids_with_output: Must be True.
+        with_image_token: Must be False.
+        map_num_proc: No effect: encoding uses all cores.
+
+    Raises:
+        ConfigError: For images, or for prompts without answers.
+    """
+    if with_image_token or not input_ids_with_output:
+        raise ConfigError('process_hf_dataset: `with_image_token` and `input_ids_with_output=False` are for images, '
+                          'which this toolkit does not train')  # fmt: skip
+    found = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
+    found = found[split] if isinstance(found, Mapping) else found
+    for rename in rename_maps or ():
+        found = found.rename_column(rename['old'], rename['new'])
+    if max_dataset_length is not None:
+        found = found.select(range(min(max_dataset_length, len(found))))
+    packing = 'none' if not pack_to_max_length else 'best_fit' if shuffle_before_pack else 'stream'
+    config = DatasetConfig(source=found, map_fn=dataset_map_fn and resolve_map_fn(dataset_map_fn), packing=packing,
+                           max_length=max_length, on_bad_record='skip', unique_id=None)  # fmt: skip
+    return _prepare(config, tokenizer, template_map_fn)
+
+
+def process_ms_dataset(dataset: Any, split: str = 'train', **options: Any) -> PreparedDataset:
+    """Returns the packs of a data set that ModelScope loaded; the other options are `process_hf_dataset`'s."""
+    found = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
+    found = found.to_hf_dataset() if hasattr(found, 'to_hf_dataset') else found
+    return process_hf_dataset(found, split=split, **options)
+
+
+class ConcatDataset(TorchConcatDataset):
+    """Several data sets as one; each may be a dict that says how to build it."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        super().__init__([_built(dataset) for dataset in datasets])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each item."""
+        return [int(length) for dataset in self.datasets for length in dataset.lengths]  # type: ignore[attr-defined]
+
+
+class MOSSSFTDataset(Dataset):
+    """MOSS-003 SFT with its plugins, a conversation an item.
+
+    Args:
+        data_file: The JSON or JSONL file.
+        tokenizer: A tokenizer with MOSS's control tokens, or the dict that builds it.
+        max_length: Tokens an item; None for 2048.
+        bot_name: Must be None: the record's own system message is used.
+    """
+
+    def __init__(
+        self, data_file: str | os.PathLike, tokenizer: Any, max_length: int | None = None, bot_name: str | None = None
+    ) -> None:
+        if bot_name is not None:
+            raise ConfigError(f'MOSSSFTDataset: `bot_name` is {bot_name!r}; rename the bot in the data instead')
+        config = DatasetConfig(source=str(data_file), map_fn='moss_003_sft', max_length=max_length or 2048,
+                               packing='none', on_bad_record='skip', unique_id=None)  # fmt: skip
+        self.prepared = _prepare(config, tokenizer, get_template('moss_sft'))
+        self.lengths = self.prepared.lengths
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.prepared[index]
+
+
+def _prepare(config: DatasetConfig, tokenizer: Any, template: Any) -> PreparedDataset:
+    tokenizer, template = _built(tokenizer), _built(template)
+    template = get_template('default' if template is None else template, tokenizer)
+    prepared = prepare_dataset(config, tokenizer=tokenizer, template=template)
+    assert prepared is not None
+    return prepared
+
+
+def _built(value: Any) -> Any:
+    """Builds a dict with `type`, which may be a callable with a path of its own; passes anything else on."""
+    if not (isinstance(value, Mapping) and 'type' in value):
+        return value
+    options = dict(value)
+    kind: str | Callable[..., Any] = options.pop('type')
+    return kind(**options) if callable(kind) else BUILDER.build(dict(value))
