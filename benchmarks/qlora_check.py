@@ -21,7 +21,7 @@ from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing, s
 from xtuner.model.fast import enable_fast_path, fused_linear_cross_entropy
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
-from xtuner.model.kernels.quantized import take_apart
+from xtuner.model.kernels.quantized import is_4bit, take_apart
 
 
 def gradients(
@@ -57,7 +57,7 @@ def dequantised(model: Any) -> Any:
 
     twin = copy.deepcopy(model)
     for path, module in list(twin.named_modules()):
-        if type(module).__name__ == 'Linear4bit':
+        if is_4bit(module):
             new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device='meta')
             new.weight = torch.nn.Parameter(dequantize_4bit(module.weight.data, module.weight.quant_state), False)
             if module.bias is not None:

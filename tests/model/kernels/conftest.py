@@ -57,6 +57,7 @@ def quantise(model, dtype=torch.float32):
                 if child.bias is not None:
                     new.bias.data = child.bias.data.clone()
                 setattr(parent, name, new.to(child.weight.device))
+    model.is_loaded_in_4bit = True  # what makes peft use its 4-bit layer
     return model
 
 
@@ -64,9 +65,11 @@ def dequantised(model):
     """A float64 copy whose projections are plain layers with exactly the 4-bit weights' values."""
     from bitsandbytes.functional import dequantize_4bit
 
+    from xtuner.model.kernels.quantized import is_4bit
+
     def plain(module):
         for name, child in list(module.named_children()):
-            if type(child).__name__ == 'Linear4bit':
+            if is_4bit(child):
                 new = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
                 new.weight.data = dequantize_4bit(child.weight.data, child.weight.quant_state)
                 if child.bias is not None:

@@ -7,6 +7,7 @@ from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, trit
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
+from xtuner.model.kernels.host import HostStore
 
 pytest.importorskip('bitsandbytes')
 
@@ -166,3 +167,41 @@ def test_dropout_is_unbiased_in_the_mean(batch):
 def _loss(model, batch):
     logits = model(input_ids=batch['input_ids'], position_ids=batch['position_ids']).logits[:, :-1].flatten(0, 1)
     return float(torch.nn.functional.cross_entropy(logits.float(), batch['labels'][:, 1:].flatten(), reduction='sum'))
+
+
+class _Shelf:
+    """Stands in for the host store: keeps tensors as they are, hands copies back."""
+
+    def __init__(self, depth):
+        self.depth, self.kept, self.taken = depth, [], 0
+
+    choose = HostStore.choose
+
+    def put(self, tensors):
+        self.kept.append([t.clone() for t in tensors])
+        return len(self.kept) - 1
+
+    def take(self, place):
+        self.taken += 1
+        return self.kept[place]
+
+    def expect(self):
+        pass
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3])
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_what_checkpoints_keep_on_the_host_changes_nothing(batch, depth, folded, dropout):
+    model = with_adapter(quantise(tiny_llama(layers=4)), dropout=dropout)
+    force(model, PLAIN, folded=folded)
+    torch.manual_seed(2)
+    _, expected = step(model, batch)
+    decoder = model.get_base_model().model
+    decoder.gradient_checkpointing_enable({'use_reentrant': False})
+    shelf = _Shelf(depth)
+    decoder.forward.fast._store = lambda *_: shelf
+    torch.manual_seed(2)
+    _, grads = step(model, batch)
+    assert shelf.taken == 3 and {len(kept) for kept in shelf.kept} == ({2, 3} if depth == 3 else {depth})
+    assert error(grads, expected) < 1e-5

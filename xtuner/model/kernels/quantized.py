@@ -47,7 +47,8 @@ class QuantizedWeight:
 def is_4bit(module: nn.Module) -> bool:
     """Whether a module is a bitsandbytes 4-bit linear layer with its weights already quantised."""
     state = getattr(getattr(module, 'weight', None), 'quant_state', None)
-    return type(module).__name__ in ('Linear4bit', 'LinearNF4', 'LinearFP4') and state is not None
+    named = type(module).__name__ in ('Linear4bit', 'LinearNF4', 'LinearFP4')
+    return isinstance(module, nn.Linear) and named and state is not None  # peft's own layer has the same name
 
 
 def take_apart(module: nn.Module) -> QuantizedWeight:
