@@ -115,8 +115,9 @@ def main() -> None:
             times['engine'].append(statistics.median(engine(items, plan, Path(folder) / str(number))[1:-1]))
             print({name: f'{values[-1] * 1e3:.1f} ms' for name, values in times.items()}, flush=True)
     ratios = [e / b for e, b in zip(times['engine'], times['bare'], strict=True)]
-    print(f'RESULT engine / bare: median ratio {statistics.median(ratios):.3f} (rounds: '
-          f'{", ".join(f"{r:.3f}" for r in ratios)}), torch {torch.__version__}, {torch.get_num_threads()} threads')  # fmt: skip
+    rounds = ', '.join(f'{ratio:.3f}' for ratio in ratios)
+    print(f'RESULT engine / bare: median ratio {statistics.median(ratios):.3f} (rounds: {rounds})')
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """The main job at real size, as a user types it: train, merge, chat; time and peak memory of each.
 
-    python benchmarks/main_job.py --model FOLDER --data FILE --work-dir DIR [--steps 20] [--config internlm_7b_qlora_oasst1]
+    python benchmarks/main_job.py --model FOLDER --data FILE --work-dir DIR [--steps 20]
 
 Each step is a process of its own. Host memory is the process's largest resident set; GPU memory is what the driver
 says is in use on the card, sampled five times a second, so it counts the CUDA context and the allocator's reserve too.
@@ -87,7 +87,9 @@ def main() -> None:
     steps = sorted(m['seconds'] for m in metrics if 'seconds' in m)
     speed = sorted(m['tokens_per_second'] for m in metrics if 'tokens_per_second' in m)
     for row in rows:
-        print(f'RESULT {row.name}: {row.seconds:.1f} s, host peak {row.host_gib:.1f} GiB, GPU peak {row.gpu_gib:.1f} GiB')
+        print(
+            f'RESULT {row.name}: {row.seconds:.1f} s, host peak {row.host_gib:.1f} GiB, GPU peak {row.gpu_gib:.1f} GiB'
+        )
     print(f'RESULT step: median {steps[len(steps) // 2]:.2f} s, {speed[len(speed) // 2]:,.0f} tokens/s, '
           f'loss {metrics[0]["loss"]:.4f} to {metrics[-1]["loss"]:.4f}, allocated peak '
           f'{max(m.get("peak_memory_gib", 0) for m in metrics):.2f} GiB')  # fmt: skip
