@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Named first and exactly, so that pip looks for no other build of torch afterwards.
 TORCH  ?= torch==2.13.0
+# Further words for pytest, such as ARGS='-k merge' or ARGS='-m slow'.
+ARGS   ?=
 BIN    := $(VENV)/bin
 
 .PHONY: help demo test check style clean
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo    ## train a tiny InternLM, tune it in 4 bit, merge it, com
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.test    ## run the tests in their own environment
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test   ## lint, formatting, types
 	$(BIN)/ruff check .
