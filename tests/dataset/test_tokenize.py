@@ -129,6 +129,14 @@ def test_truncation_and_padding_left_in_the_tokenizer_are_not_applied():
     assert len(encode_conversation(conversation, tokenizer, get_template('internlm_chat')).input_ids) > 20
 
 
+def test_names_of_tokens_in_a_text_are_text(internlm_like):
+    messages = [Message('system', '{bos}'), Message('user', '{eos}{round}'), Message('assistant', '{eos}')]
+    text = trained_text(internlm_like, messages)
+    assert text == '{eos}<eoa>'
+    ids = encode_prompt(messages[:2], internlm_like, get_template('internlm_chat'))
+    assert internlm_like.decode(ids) == '<s><|System|>:{bos}\n<|User|>:{eos}{round}<eoh>\n<|Bot|>:'
+
+
 def test_a_prompt_must_not_end_with_an_answer(internlm_like):
     with pytest.raises(DataError, match='the prompt ends with an answer'):
         encode_prompt([ASK, ANSWER], internlm_like, get_template('internlm_chat'))

@@ -25,6 +25,11 @@ class TokenizerTemplate(Template):
 
     tokenizer: Any = None
 
+    @property
+    def fillable(self) -> bool:
+        """A program may look at the texts."""
+        return False
+
     def render(self, conversation: Conversation, *, train_on: str = 'assistant', prompt: bool = False) -> list[Piece]:
         """Renders a conversation into pieces; see `Template.render`.
 

@@ -72,6 +72,11 @@ class Template:
     system_in_user: bool = False
     _parsed: dict[tuple[str, bool], tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def fillable(self) -> bool:
+        """Whether conversations of the same roles are rendered alike but for their texts."""
+        return True
+
     def __call__(self, conversation: Conversation) -> list[Piece]:
         """Renders with the default training choice; makes a template registrable like a function."""
         return self.render(conversation)

@@ -1,0 +1,142 @@
+"""Texts -> token ids such that no control token is recognised in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xtuner.errors import DataError
+
+_ANCHOR = '\n'  # encoded in front of a text that continues another, where a tokenizer treats beginnings differently
+_SHORT, _MOST_KNOWN = 64, 4096  # characters of a text whose encoding is kept, and how many are kept
+
+START, MIDDLE = -1, -2  # what stands before a text: nothing, or more text; otherwise the id of a control token
+
+
+class Run(NamedTuple):
+    """A text with the control tokens beside it, or (`id` given) one that is a control token itself."""
+
+    text: str
+    before: int
+    trained: bool
+    id: int | None = None
+    next: int = MIDDLE
+
+
+class TextEncoder:
+    """Encodes texts so that no control token is recognised in them.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        controls: The template's control tokens and their ids.
+    """
+
+    def __init__(self, tokenizer: Any, controls: dict[str, int]) -> None:
+        self.controls = controls
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, 'is_fast', False) else None
+        added = getattr(tokenizer, 'added_tokens_decoder', {})
+        special = {id_ for id_, token in added.items() if token.special} | set(controls.values())
+        self._special = np.array(sorted(special - {tokenizer.unk_token_id}), dtype=np.int64)
+        self._names = {id_: token.content for id_, token in added.items()} | {i: t for t, i in controls.items()}
+        self._strip_after = {id_ for id_, token in added.items() if token.rstrip}
+        self._strip_before = {id_ for id_, token in added.items() if token.lstrip}
+        self._strips = bool(self._strip_after or self._strip_before)
+        self._anchored = self._begins_differently()
+        self._known: dict[tuple[str, int], list[int]] = {}  # the encodings of short texts, most of them the template's
+
+    def encode(self, runs: Sequence[Run]) -> list[list[int]]:
+        """Encodes runs, in order, as lists of ids; what is not known from before in one batch."""
+        result: list[list[int]] = [[]] * len(runs)
+        wanted: list[int] = []
+        texts: list[tuple[str, int]] = []
+        for index, run in enumerate(runs):
+            if run.id is not None:
+                result[index] = [run.id]
+                continue
+            key = (self._stripped(run) if self._strips else run.text, run.before if self._anchored else MIDDLE)
+            known = self._known.get(key) if len(run.text) < _SHORT else None
+            if known is not None:
+                result[index] = known
+            else:
+                wanted.append(index)
+                texts.append(key)
+        for index, key, ids in zip(wanted, texts, self._batch(texts), strict=True):
+            result[index] = ids
+            if len(key[0]) < _SHORT and len(self._known) < _MOST_KNOWN:
+                self._known[key] = ids
+        return result
+
+    def _stripped(self, run: Run) -> str:
+        text = run.text.lstrip() if run.before in self._strip_after else run.text
+        return text.rstrip() if run.next in self._strip_before else text
+
+    def _batch(self, texts: list[tuple[str, int]]) -> list[list[int]]:
+        """Encodes texts, each with what stands before it; no id in the result is that of a control token."""
+        if not texts:
+            return []
+        encoded = self._behind_anchors(texts) if self._anchored else self._raw([text for text, _ in texts])
+        sizes = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        ids = np.fromiter(chain.from_iterable(encoded), np.int64, int(sizes[-1]))
+        hits = np.flatnonzero(np.isin(ids, self._special))
+        for index in np.unique(np.searchsorted(sizes, hits, side='right')):
+            encoded[index] = self._as_text(*texts[index])
+        return encoded
+
+    def _behind_anchors(self, texts: list[tuple[str, int]]) -> list[list[int]]:
+        """Encodes each text behind something like what stands before it, and cuts that off again."""
+        anchors = [_ANCHOR if before == MIDDLE else self._names.get(before, '') for _, before in texts]
+        heads = dict(zip(kinds := list(set(anchors)), self._raw(kinds), strict=True))
+        encoded = self._raw([anchor + text for anchor, (text, _) in zip(anchors, texts, strict=True)])
+        for index, anchor in enumerate(anchors):
+            head = heads[anchor]
+            if encoded[index][: len(head)] == head:
+                encoded[index] = encoded[index][len(head) :]
+            else:  # the anchor grew together with the text
+                encoded[index] = self._raw([texts[index][0]])[0]
+        return encoded
+
+    def _raw(self, texts: list[str]) -> list[list[int]]:
+        if self._backend is None:
+            return self._tokenizer(texts, add_special_tokens=False)['input_ids']
+        if self._backend.truncation is not None:  # left behind by whoever called the tokenizer last
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _as_text(self, text: str, before: int) -> list[int]:
+        """Encodes a text that spells control tokens, as the characters it is made of."""
+        if self._backend is not None:
+            recognised, self._backend.encode_special_tokens = self._backend.encode_special_tokens, True
+            try:
+                ids = self._behind_anchors([(text, before)])[0] if self._anchored else self._raw([text])[0]
+            finally:
+                self._backend.encode_special_tokens = recognised
+            if not np.isin(ids, self._special).any():
+                return ids
+        start, end = self._first_control(text)
+        if end - start < 2:
+            raise DataError(f'the text holds {text[start:end]!r}, which the tokenizer knows only as a control token')
+        head, tail = text[: start + 1], text[start + 1 :]
+        return [id_ for part in self._batch([(head, before), (tail, MIDDLE)]) for id_ in part]
+
+    def _first_control(self, text: str) -> tuple[int, int]:
+        """Returns where the first control token that is recognised in `text` stands, as character offsets."""
+        if self._backend is None:
+            spans = [(text.find(name), len(name)) for id_, name in self._names.items() if id_ in self._special]
+            start, size = min(span for span in spans if span[0] >= 0)
+            return start, start + size
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return next(span for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ in self._special)
+
+    def _begins_differently(self) -> bool:
+        """Whether a text at the beginning, or behind a control token, is encoded unlike the same text behind a line."""
+        alone, behind, line = self._raw(['x', _ANCHOR + 'x', _ANCHOR])
+        if behind != line + alone:
+            return True
+        names = [self._names[id_] for id_ in self._special if id_ in self._names]
+        return any(self._raw([name + 'x'])[0][1:] != alone for name in names[:1])
