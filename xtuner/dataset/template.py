@@ -91,10 +91,11 @@ _ALL = [
     FirstReleaseTemplate(
         'internlm_chat_2023',
         turns={
+            'system': Turn('<|System|>:', after='\n'),
             'user': Turn('{bos}<|User|>:', '<eoh>', '\n'),
             'assistant': Turn('<|Bot|>:', '<eoa>', '\n'),
         },
-        markers=('<|User|>', '<|Bot|>', '<eoh>', '<eoa>'),
+        markers=('<|System|>', '<|User|>', '<|Bot|>', '<eoh>', '<eoa>'),
         stop=('<eoa>',),
     ),
     Template(

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
+from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template, get_template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.model.generate import Sampling, generate
@@ -96,10 +97,10 @@ def chat_prompt(
         meta_instruction: System text; '' for none.
         template: Prompt format; None takes the tokenizer's own.
     """
-    messages = [{'role': 'system', 'content': meta_instruction}] if meta_instruction else []
+    messages = [Message('system', meta_instruction)] if meta_instruction else []
     for asked, answered in history:
-        messages += [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': answered}]
-    messages.append({'role': 'user', 'content': query})
+        messages += [Message('user', asked), Message('assistant', answered)]
+    messages.append(Message('user', query))
     return encode_prompt(messages, tokenizer, template or get_template('from_tokenizer', tokenizer))
 
 

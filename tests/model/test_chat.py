@@ -1,0 +1,118 @@
+"""`chat` and `stream_chat` with a scripted model: what is asked, what is shown, where it stops."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
+from xtuner.model.loading import load_model, load_tokenizer
+
+
+class Script(torch.nn.Module):
+    """A head that says one id after the other."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.ids, self.num_calls = ids, 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((*hidden.shape[:-1], VOCAB), -1e4)
+        logits[..., self.ids[self.num_calls]] = 0
+        self.num_calls += 1
+        return logits
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp('tokenizer')))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return load_model(write_model(tmp_path, 'v1'), dtype=torch.float32)
+
+
+def say(model: Any, tokenizer: Any, text: str) -> Script:
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    model.lm_head = Script([*ids, *ids, *ids, *ids])
+    return model.lm_head
+
+
+def test_chat_stops_at_the_end_of_the_answer(model: Any, tokenizer: Any) -> None:
+    say(model, tokenizer, 'Hello, how are you?<eoa>and more')
+    response, history = model.chat(tokenizer, 'hello', history=[])
+    assert response == 'Hello, how are you?'
+    assert history == [('hello', response)]
+    say(model, tokenizer, 'I am well</s>and more')
+    response, history = model.chat(tokenizer, 'and?', history=history)
+    assert response == 'I am well'
+    assert history == [('hello', 'Hello, how are you?'), ('and?', 'I am well')]
+
+
+def test_stream_shows_more_and_more_of_the_same_answer(model: Any, tokenizer: Any) -> None:
+    say(model, tokenizer, 'how are you 世 é well .<eoa>')
+    seen = list(model.stream_chat(tokenizer, 'Hello', history=[('a', 'b')]))
+    responses = [response for response, _ in seen]
+    assert len(responses) > 4
+    assert not any('\ufffd' in response for response in responses)
+    say(model, tokenizer, 'how are you 世 é well .<eoa>')
+    response, history = model.chat(tokenizer, 'Hello', history=[('a', 'b')])
+    assert response == 'how are you 世 é well.'  # the original's clean-up
+    assert seen[-1] == (response, history) == (response, [('a', 'b'), ('Hello', response)])
+
+
+def test_an_empty_answer(model: Any, tokenizer: Any) -> None:
+    say(model, tokenizer, '<eoa>')
+    assert list(model.stream_chat(tokenizer, 'Hello')) == [('', [('Hello', '')])]
+    say(model, tokenizer, '<eoa>')
+    assert model.chat(tokenizer, 'Hello') == ('', [('Hello', '')])
+
+
+def test_the_defaults_of_the_model_card(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(type(model), 'generate', lambda self, **kw: asked.update(kw) or kw['input_ids'])
+    model.chat(tokenizer, 'hello', history=[])
+    assert (asked['do_sample'], asked['temperature'], asked['top_p'], asked['max_new_tokens']) == (True, 0.8, 0.8, 1024)
+    assert sorted(asked['eos_token_id']) == sorted([2, pieces_id(tokenizer, '<eoa>')])
+    model.chat(tokenizer, 'hello', history=[], do_sample=False, max_new_tokens=5)
+    assert (asked['do_sample'], asked['max_new_tokens']) == (False, 5)
+
+
+def pieces_id(tokenizer: Any, piece: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(piece))
+
+
+def test_max_new_tokens_and_greedy_answers_are_generate_s(model: Any, tokenizer: Any) -> None:
+    response, _ = model.chat(tokenizer, 'hello', do_sample=False, max_new_tokens=6)
+    streamed = list(model.stream_chat(tokenizer, 'hello', do_sample=False, max_new_tokens=6))
+    assert streamed[-1][0] == response
+
+
+def test_closing_a_stream_ends_the_generation(model: Any, tokenizer: Any) -> None:
+    script = say(model, tokenizer, 'the cat sat on the mat ' * 60)
+    stream = model.stream_chat(tokenizer, 'Hello')
+    next(stream)
+    stream.close()
+    assert script.num_calls < 200
+    assert not [thread for thread in threading.enumerate() if thread.name == 'stream_chat']
+
+
+def test_what_fails_in_the_thread_is_raised(model: Any, tokenizer: Any) -> None:
+    model.lm_head = Script([])
+    with pytest.raises(IndexError):
+        list(model.stream_chat(tokenizer, 'Hello'))
+
+
+def test_internlm2_chats_too(tmp_path: Path) -> None:
+    folder = write_tokenizer(write_model(tmp_path, 'v2'), 'InternLM2')
+    assert 'v2' in CONFIGS
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_model(folder, dtype=torch.float32)
+    end = pieces(folder).index('[UNUSED_TOKEN_1]')
+    model.output = Script([*tokenizer('the cat', add_special_tokens=False).input_ids, end, 5])
+    assert model.chat(tokenizer, 'hi', meta_instruction='Be brief.') == ('the cat', [('hi', 'the cat')])
