@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--impl', default='all', help='all, or some of ours,unsloth,liger,stock')
     p.add_argument('--rows', default=ROWS)
-    p.add_argument('--steps', type=int, default=9, help='steps a row; the first five are not counted')
+    p.add_argument('--steps', type=int, default=9, help='steps a row, the last four of which count')
     p.add_argument('--layers', type=int, default=32)
+    p.add_argument('--log', type=Path, help='write every result there as it comes')
     p.add_argument('--profile', type=Path, help='write where the time of one step of the first row goes')
     p.add_argument('--model', type=Path, default=Path('/tmp/internlm-7b-random'), help='checkpoint for unsloth')
     p.add_argument('--tokenizer', type=Path, help='folder with a tokenizer.json, which unsloth insists on')
@@ -48,9 +50,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def split_row(row: str) -> tuple[int, int, str, float]:
-    shape, checkpointing, *dropout = row.split('/')
+    shape, checkpointing, *rest = row.split('/')
     batch, length = map(int, shape.split('x'))
+    dropout = [r for r in rest if r != 'packed']
     return batch, length, checkpointing, float(dropout[0]) if dropout else 0.0
+
+
+def positions_of(row: str, ids: Any) -> Any:
+    """Each row a sample; in a packed row eight, whose lengths change from step to step."""
+    import torch
+
+    count = torch.arange(ids.shape[1], device=ids.device)
+    if not row.endswith('/packed'):
+        return count.expand_as(ids)
+    cuts = torch.randperm(ids.shape[1] - 2, device=ids.device)[:7].sort().values + 1
+    begins = torch.zeros_like(count)
+    begins[cuts] = cuts
+    return (count - begins.cummax(0).values).expand_as(ids)
 
 
 def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float) -> Any:
@@ -88,18 +104,18 @@ def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float
     return adapted
 
 
-def loss_of(impl: str, model: Any, ids: Any) -> Any:
+def loss_of(impl: str, model: Any, ids: Any, positions: Any) -> Any:
     import torch
 
     if impl != 'ours':
         with torch.autocast('cuda', dtype=torch.bfloat16, enabled=impl != 'liger'):
-            return model(input_ids=ids, labels=ids).loss
+            extra = {} if impl == 'unsloth' else {'position_ids': positions}
+            return model(input_ids=ids, labels=ids, **extra).loss
     from xtuner.model.fast import fused_linear_cross_entropy, target_rows
 
     base = model.get_base_model()
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
     rows = target_rows(labels)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     with torch.autocast('cuda', dtype=torch.bfloat16):
         hidden = base.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         head = base.get_output_embeddings()
@@ -128,9 +144,9 @@ def run(impl: str, args: argparse.Namespace) -> None:
 
     issue = [0.0]
 
-    def step(ids: Any) -> Any:
+    def step(ids: Any, positions: Any) -> Any:
         start = time.perf_counter()
-        loss = loss_of(impl, model, ids)
+        loss = loss_of(impl, model, ids, positions)
         loss.backward()
         issue[0] = time.perf_counter() - start
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -149,9 +165,10 @@ def run(impl: str, args: argparse.Namespace) -> None:
         try:
             for _ in range(args.steps):
                 ids = torch.randint(3, 100_000, (batch, length), device='cuda')
+                positions = positions_of(row, ids)
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                loss = step(ids)
+                loss = step(ids, positions)
                 issued.append(issue[0])
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
@@ -159,16 +176,21 @@ def run(impl: str, args: argparse.Namespace) -> None:
             print(f'{impl} {row}: out of memory', flush=True)
             optimizer.zero_grad()
             continue
+        median = statistics.median(seconds[-4:])
         result = {
-            'impl': impl, 'row': row, 'tokens_per_s': round(batch * length / statistics.median(seconds[5:])),
-            'step_ms': round(statistics.median(seconds[5:]) * 1e3, 1), 'issue_ms': round(min(issued[5:]) * 1e3, 1),
-            'spread_ms': [round(s * 1e3, 1) for s in seconds[5:]],
+            'impl': impl,
+            'row': row,
+            'tokens_per_s': round(batch * length / median),
+            'step_ms': round(median * 1e3, 1),
+            'issue_ms': round(min(issued[-4:]) * 1e3, 1),
+            'spread_ms': [round(s * 1e3, 1) for s in seconds[-4:]],
             'peak_gib': round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            'reserved_gib': round(torch.cuda.max_memory_reserved() / 2**30, 2), 'loss': round(loss.item(), 4),
-        }  # fmt: skip
+            'reserved_gib': round(torch.cuda.max_memory_reserved() / 2**30, 2),
+            'loss': round(loss.item(), 4),
+        }
         print('RESULT ' + json.dumps(result), flush=True)
         if args.profile and number == 0:
-            profile(lambda: step(ids), args.profile)
+            profile(partial(step, ids, positions), args.profile)
 
 
 def profile(step: Any, path: Path) -> None:
@@ -180,12 +202,21 @@ def profile(step: Any, path: Path) -> None:
         step()
         torch.cuda.synchronize()
     kinds = {
-        'attention': 'fmha|flash|cudnn.*attn|sdpa', 'products': 'gemm|nvjet|cutlass|splitK|matmul', 'optimizer': 'Optimizer|multi_tensor',
-        'dequantise': 'equantize', 'norm': 'rms_norm', 'rotary': '_rotate', 'swiglu': 'swiglu', 'loss': 'cross_entropy',
-        'dropout products': '^_project|^_weight_grad|^_input_grad', 'copies': 'emcpy|copy|Memset|fill|cat',
-    }  # fmt: skip
+        'attention': 'fmha|flash|cudnn|sdpa',
+        'products': 'gemm|nvjet|cutlass|splitK|matmul',
+        'optimizer': 'Optimizer|multi_tensor',
+        'dequantise': 'equantize',
+        'norm': 'rms_norm',
+        'rotary': '_rotate',
+        'swiglu': 'swiglu',
+        'loss': 'cross_entropy',
+        'dropout products': '^_project|^_weight_grad|^_input_grad',
+        'copies over the bus': 'Pinned',
+        'copies': 'emcpy|copy|Memset|fill|cat|Cat',
+    }
     sums: dict[str, list[float]] = {}
-    events = [e for e in trace.key_averages() if e.self_device_time_total > 0 and not e.key.startswith('aten::')]
+    marks = r'^(autograd::|aten::|bitsandbytes::|Optimizer|\w*Function|_LinearCross)'  # spans, not kernels
+    events = [e for e in trace.key_averages() if e.self_device_time_total > 0 and not re.match(marks, e.key)]
     for e in events:
         kind = next((k for k, p in kinds.items() if re.search(p, e.key)), 'other elementwise')
         entry = sums.setdefault(kind, [0.0, 0])
@@ -225,15 +256,21 @@ def run_all(impls: list[str], args: argparse.Namespace) -> list[str]:
     lines = []
     for impl in impls:
         rows = args.rows.split(',')
-        if impl == 'unsloth':
+        if impl == 'unsloth':  # with dropout or packs it does not take its own path
+            rows = [r for r in rows if split_row(r)[3] == 0 and not r.endswith('/packed')]
             subprocess.run([sys.executable, __file__, '--impl', 'checkpoint', *_passed(args, rows)], check=False)
-        apart = sorted({r.split('/', 1)[1] for r in rows}) if impl == 'unsloth' else [None]
-        for setting in apart:
-            chosen = [r for r in rows if setting is None or r.split('/', 1)[1] == setting]
+        # unsloth fixes its setting when it loads; our recorded graphs of one row would count in the next one's peak
+        key = {'unsloth': lambda r: r.split('/', 1)[1], 'ours': lambda r: r.startswith('1x2048/on')}.get(
+            impl, lambda r: 0
+        )
+        for setting in sorted({key(r) for r in rows}):
+            chosen = [r for r in rows if key(r) == setting]
             command = [sys.executable, __file__, '--impl', impl, *_passed(args, chosen)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             print(done.stdout, flush=True)
             lines += done.stdout.splitlines()
+            if args.log:
+                args.log.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return lines
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 _SEEN: Counter[tuple] = Counter()  # how many batches had a form: cuDNN plans each new one, which takes a while
 _CUDNN_AFTER = 2
+_FEWEST_SAMPLES = 16
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Attention:
         length: S.
         starts: Where samples begin in the flattened batch and, last, B * S; None where each row is one sample.
         cudnn: Whether cuDNN computes it (a row a sample, CUDA only).
+        offsets: int32, `starts` on the GPU, its end repeated up to a round number of (empty) samples, so that batches
+            with about as many samples have the same form.
 
     """
 
@@ -32,7 +35,7 @@ class Attention:
     length: int
     starts: list[int] | None
     cudnn: bool = False
-    _offsets: Tensor | None = field(default=None, repr=False)
+    offsets: Tensor | None = field(default=None, repr=False)
 
     def forward(self, q_TAD: Tensor, k_TAD: Tensor, v_TAD: Tensor, scale: float) -> Tensor:
         """Attends, differentiably.
@@ -49,8 +52,8 @@ class Attention:
         """
         if self.starts is None:
             out = self._dense(q_TAD, k_TAD, v_TAD, scale)
-        elif q_TAD.is_cuda:
-            out = self._varlen(q_TAD, k_TAD, v_TAD, scale, self.starts)
+        elif self.offsets is not None:
+            out = _varlen(q_TAD, k_TAD, v_TAD, scale, self.offsets, self.length)
         else:
             pieces = [
                 _causal(q_TAD[None, a:b], k_TAD[None, a:b], v_TAD[None, a:b], scale)
@@ -67,13 +70,22 @@ class Attention:
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
         return attend(*heads_first, None, q.requires_grad, 0.0, True, False, scale=scale)[0].transpose(1, 2)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[int]) -> Tensor:
-        if self._offsets is None:
-            self._offsets = torch.tensor(starts, dtype=torch.int32).to(q.device, non_blocking=True)
-        longest = max(b - a for a, b in zip(starts[:-1], starts[1:], strict=True))
-        attend = torch.ops.aten._flash_attention_forward
-        offsets = self._offsets
-        return attend(q, k, v, offsets, offsets, longest, longest, 0.0, True, False, scale=scale)[0]
+    @property
+    def form(self) -> tuple | None:
+        """What batches must share to share recorded graphs; None where this one cannot be recorded."""
+        if self.offsets is not None:
+            return self.rows, self.length, len(self.offsets)
+        return (self.rows, self.length) if self.cudnn else None
+
+    def fixed(self) -> Attention:
+        """The same with offsets in memory of their own."""
+        offsets = None if self.offsets is None else self.offsets.clone()
+        return Attention(self.rows, self.length, self.starts, self.cudnn, offsets)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, offsets: Tensor, longest: int) -> Tensor:
+    attend = torch.ops.aten._flash_attention_forward
+    return attend(q, k, v, offsets, offsets, longest, longest, 0.0, True, False, scale=scale)[0]
 
 
 def _causal(q_BSAD: Tensor, k_BSAD: Tensor, v_BSAD: Tensor, scale: float) -> Tensor:
@@ -110,7 +122,12 @@ def attention_for(
         form = (rows, length, dtype, head_size)
         _SEEN[form] += 1
         cudnn = _SEEN[form] >= _CUDNN_AFTER and _has_cudnn_attention()
-    return Attention(rows, length, starts, cudnn)
+    offsets = None
+    if device.type == 'cuda' and starts is not None and half:
+        room = max(_FEWEST_SAMPLES, 1 << (len(starts) - 2).bit_length())
+        padded = starts + [rows * length] * (room + 1 - len(starts))
+        offsets = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
+    return Attention(rows, length, starts, cudnn, offsets)
 
 
 def _has_cudnn_attention() -> bool:

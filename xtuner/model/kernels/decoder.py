@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
 from typing import Any
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.graphs import AFTER_BATCHES, MOST_TOKENS, GraphFunction, LayerGraphs, signature, suits
+from xtuner.model.kernels.graphs import (
+    AFTER_BATCHES,
+    MOST_TOKENS_CHECKPOINTED,
+    GraphFunction,
+    LayerGraphs,
+    signature,
+    suits,
+)
 from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
 from xtuner.model.kernels.linear import Adapter, FrozenLinear, Group, Setting
@@ -37,7 +44,8 @@ class FastDecoder:
         self.folded = folded
         self.graphs_allowed = True
         self.offload_from_bytes = 2**28
-        self._forms: Counter[tuple] = Counter()
+        self._last_form: tuple | None = None
+        self._streak = 0
         self._graphs: tuple[tuple, LayerGraphs] | None = None
         self._copies: Any = None
         self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
@@ -76,7 +84,7 @@ class FastDecoder:
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
         cos, sin = self._angles(position_ids, rows, size // 2, x)
         checkpoint = self._checkpointing()
-        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS)
+        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS_CHECKPOINTED)
         batch = Batch(how, attention, cos, sin, checkpoint, self._store(checkpoint, x))
         seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
         runs, parameters = [], []
@@ -97,24 +105,31 @@ class FastDecoder:
         keep, batch = torch.is_grad_enabled(), runs[0].batch
         recorded = self._recorded(x, runs) if keep and not x.requires_grad else None
         if recorded is not None:
-            return GraphFunction.apply(x, recorded, batch.cos, batch.sin, *(p for layer in parameters for p in layer))
+            return GraphFunction.apply(x, recorded, batch, *(p for layer in parameters for p in layer))
         for run, own in zip(runs, parameters, strict=True):
             x = LayerFunction.apply(x, run, keep, *own)
         return x
 
     def _recorded(self, x: Tensor, runs: list[Run]) -> LayerGraphs | None:
-        """Recorded graphs for this form of batch, recorded now if it is the third of its kind; None: the ordinary way."""
+        """Recorded graphs for this form of batch, recorded now if it is the fourth in a row; None: the ordinary way."""
         if not self.graphs_allowed or not suits(runs, len(x)):
             return None
         batch = runs[0].batch
-        form = (x.shape, x.dtype, batch.attention.rows, batch.how.dtype, batch.checkpoint)
-        self._forms[form] += 1
-        if self._forms[form] <= AFTER_BATCHES:
-            return None
+        form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.checkpoint)
+        self._streak = self._streak + 1 if form == self._last_form else 1
+        self._last_form = form
         now = (form, signature(runs))
         if self._graphs is None or self._graphs[0] != now:
+            if self._streak <= AFTER_BATCHES:  # forms that come and go are not worth a recording
+                return None
             self._graphs = None  # lets go of the memory before more is taken
-            self._graphs = (now, LayerGraphs(runs, x))
+            try:
+                self._graphs = (now, LayerGraphs(runs, x))
+            except RuntimeError as error:  # out of memory, or something here cannot be recorded
+                self.graphs_allowed = False
+                logging.getLogger('xtuner').warning('no CUDA graphs, training goes on without: %s', error)
+                torch.cuda.empty_cache()
+                return None
         graphs = self._graphs[1]
         return graphs if graphs.free else None
 
@@ -132,7 +147,7 @@ class FastDecoder:
         if self._copies is None:
             self._copies = torch.cuda.Stream()
         share = 2 + self.layers[0].down.num_in / x.shape[1]  # of all three, in units of the inputs
-        deep = len(x) > MOST_TOKENS and inputs * share * 2 < room + self._pinned_bytes
+        deep = len(x) > MOST_TOKENS_CHECKPOINTED and inputs * share * 2 < room + self._pinned_bytes
         self._pinned_bytes = max(self._pinned_bytes, int(inputs * (share if deep else 1)))
         return HostStore(self._copies, x.device, 3 if deep else 1)
 
@@ -162,7 +177,7 @@ class FastDecoder:
         return None
 
     def keep_weights(self, dtype: torch.dtype, budget_bytes: int) -> int:
-        """Turns 4-bit weights into floats once and for all, as many as fit; returns how many layers of linears that was.
+        """Turns 4-bit weights into floats once and for all, as many as fit; returns how many.
 
         Meant for CPUs, where turning them anew costs more than the memory.
         """

@@ -1,8 +1,8 @@
 """CUDA graphs of the layers, for batches so small that the CPU cannot launch kernels as fast as the GPU runs them.
 
-Two graphs a layer, forward and backward, recorded once for a form of batch and replayed in order. Activations have fixed
-places, so one forward pass must see its backward pass (or be forgotten) before the next is replayed; the decoder takes
-the ordinary way otherwise.
+Two graphs a layer, forward and backward, recorded once for a form of batch and replayed in order. Activations have
+fixed places, so one forward pass must see its backward pass (or be forgotten) before the next is replayed; the decoder
+takes the ordinary way otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from xtuner.model.kernels.layer import Batch, Run, compute_again, layer_backward, layer_forward
 
-MOST_TOKENS = 4096
+MOST_TOKENS = 8192
+MOST_TOKENS_CHECKPOINTED = 4096  # beyond, the GPU is busy long enough to keep more than inputs on the host
 AFTER_BATCHES = 3
 _AHEAD = 3  # places for inputs on their way to the host
 
@@ -37,9 +38,10 @@ class LayerGraphs:
         self._owner: weakref.ref | None = None
         batch = runs[0].batch
         self.cos, self.sin = batch.cos.clone(), batch.sin.clone()
-        fixed = Batch(batch.how, batch.attention, self.cos, self.sin, batch.checkpoint)
+        self.attention = batch.attention.fixed()
+        fixed = Batch(batch.how, self.attention, self.cos, self.sin, batch.checkpoint)
         self.runs = [Run(r.parts, fixed, r.adapters, 0) for r in runs]
-        # Without checkpointing every layer's input has its place; with it, inputs pass through a few places to the host.
+        # Without checkpointing every layer's input has its place; with it, a few places on the way to the host.
         self.ring = batch.checkpoint
         self.inputs = [torch.empty_like(like_TH) for _ in range(_AHEAD if self.ring else 1)]
         self.returned = [torch.empty_like(like_TH) for _ in range(2 if self.ring else 0)]
@@ -53,6 +55,7 @@ class LayerGraphs:
         self._backward: list[torch.cuda.CUDAGraph] = []
         torch.cuda.synchronize()
         gc.collect()
+        torch.cuda.empty_cache()  # what batches took so far the graphs' own memory replaces
         self._record_all()
 
     def _record_all(self) -> None:
@@ -109,11 +112,13 @@ class LayerGraphs:
         """The backward pass is done."""
         self._owner = None
 
-    def replay_forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def replay_forward(self, x_TH: Tensor, batch: Batch) -> Tensor:
         """The last layer's output, in its fixed place."""
         self.inputs[0].copy_(x_TH)
-        self.cos.copy_(cos)
-        self.sin.copy_(sin)
+        self.cos.copy_(batch.cos)
+        self.sin.copy_(batch.sin)
+        if self.attention.offsets is not None:
+            self.attention.offsets.copy_(batch.attention.offsets)
         if not self.ring:
             for graph in self._forward:
                 graph.replay()
@@ -159,14 +164,14 @@ class _Owner:
 
 
 class GraphFunction(torch.autograd.Function):
-    """`apply(x, graphs, cos, sin, *all adapters' parameters)`: all layers at once."""
+    """`apply(x, graphs, batch, *all adapters' parameters)`: all layers at once."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, graphs: LayerGraphs, cos: Tensor, sin: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, graphs: LayerGraphs, batch: Batch, *parameters: Tensor) -> Tensor:
         """Replays the forward graphs."""
         ctx.graphs, ctx.owner = graphs, _Owner()
         graphs.claim(ctx.owner)
-        return graphs.replay_forward(x_TH, cos, sin).view(x_TH.shape)
+        return graphs.replay_forward(x_TH, batch).view(x_TH.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -177,7 +182,7 @@ class GraphFunction(torch.autograd.Function):
             raise RuntimeError('the fast path keeps no graph for a second backward pass')
         grads = graphs.replay_backward(dout_TH)
         graphs.let_go()
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
 
 def flatten(run: Run) -> list[Any]:
@@ -186,10 +191,11 @@ def flatten(run: Run) -> list[Any]:
 
 
 def suits(runs: list[Run], tokens: int) -> bool:
-    """Whether batches like this may be recorded: small, a row a sample, no dropout, float32 adapters."""
+    """Whether batches like this may be recorded: small, no dropout, float32 adapters."""
     batch, adapters = runs[0].batch, [a for run in runs for a in flatten(run)]
     plain = all(not a.dropout and a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
-    return tokens <= MOST_TOKENS and batch.attention.cudnn and batch.how.folded and plain and bool(adapters)
+    most = MOST_TOKENS_CHECKPOINTED if batch.checkpoint else MOST_TOKENS
+    return tokens <= most and batch.attention.form is not None and batch.how.folded and plain and bool(adapters)
 
 
 def signature(runs: list[Run]) -> tuple:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _PREFETCH_EVERY = 64
 
 
@@ -140,7 +139,7 @@ def wait_once_a_step(optimizer: torch.optim.Optimizer) -> bool:
 
     Its update of 448 adapter matrices takes 4 ms on an H200; 448 waits, and 896 requests to bring in state that is
     there already, take 40 ms. State is asked for every 64th step, and always when memory is short; a page that is not
-    there is brought in when touched. The instance's `step` is replaced; state, arithmetic and what is saved stay the same.
+    there is brought in when touched. The instance's `step` is replaced; state, arithmetic, what is saved stay the same.
 
     Returns:
         Whether it was done: False for other optimizers.

@@ -236,7 +236,7 @@ def _add(update: Tensor, x: Tensor) -> Tensor:
 
 
 class LayerFunction(torch.autograd.Function):
-    """`apply(x, run, *adapter parameters)`; the parameters are arguments so that autograd gives them their gradients."""
+    """`apply(x, run, keep, *adapter parameters)`, parameters as arguments so that autograd serves their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, run: Run, keep: bool, *parameters: Tensor) -> Tensor:

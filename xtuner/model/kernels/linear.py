@@ -1,8 +1,8 @@
 """Frozen linear layers with trainable low-rank adapters, one or several on the same input, forward and backward.
 
-On CUDA a group is one product: the layers' weights are turned into floats side by side in one buffer, with the adapters
-appended to the inner dimension, so that `[x | x A'] [W | s B]'` is base and adapter at once, and `[dy | s dy B] [W ; A]`
-is the whole gradient by x. Elsewhere (`folded` off) each layer is its own product and the adapter is added to it.
+On CUDA a group is one product: the layers' weights are turned into floats side by side in one buffer, the adapters
+appended to the inner dimension, so that `[x | x A'] [W | s B]'` is base and adapter at once, `[dy | s dy B] [W ; A]`
+the whole gradient by x. Elsewhere (`folded` off) each layer is its own product and the adapter is added to it.
 """
 
 from __future__ import annotations

@@ -158,12 +158,12 @@ def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: in
 
 def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: int) -> None:
     """Adds the gradient by x of `dropout(x) @ A.T` to `dx`, the same mask drawn again."""
-    keep = dropout_keep(*dx_TK.shape, p, seed, dx_TK.device)
+    keep = dropout_keep(dx_TK.shape[0], dx_TK.shape[1], p, seed, dx_TK.device)
     dx_TK.copy_(dx_TK + _wide(dxa_Tr @ a_rK).mul_(keep) / (1 - p))
 
 
 def _dropped(x_TK: Tensor, p: float, seed: int) -> Tensor:
-    keep = dropout_keep(*x_TK.shape, p, seed, x_TK.device)
+    keep = dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed, x_TK.device)
     return x_TK * keep
 
 
