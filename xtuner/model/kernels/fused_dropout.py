@@ -3,7 +3,7 @@
 The mask is a hash of the entry's index and a seed, so the backward pass draws the same one; `plain.dropout_keep` is it.
 """
 
-# mypy: disable-error-code="no-untyped-def"  (what Triton compiles has no types)
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

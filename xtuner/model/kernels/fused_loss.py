@@ -1,6 +1,6 @@
 """A Triton kernel that turns a row of logits into its loss and its gradient, in place: two reads and one write."""
 
-# mypy: disable-error-code="no-untyped-def"  (what Triton compiles has no types)
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

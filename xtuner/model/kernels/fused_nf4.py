@@ -3,7 +3,7 @@
 bitsandbytes takes two kernels and a temporary for the scales; this is one, and it writes into rows of a wider buffer.
 """
 
-# mypy: disable-error-code="no-untyped-def"  (what Triton compiles has no types)
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

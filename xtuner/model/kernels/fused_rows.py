@@ -3,7 +3,7 @@
 Each is one pass: what it reads it reads once, at the memory's speed, in float32 inside.
 """
 
-# mypy: disable-error-code="no-untyped-def"  (what Triton compiles has no types)
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
