@@ -21,7 +21,7 @@ from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.collate import collate
 from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.template import Template, get_template
 from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkpoint, verify_checkpoint
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
@@ -38,6 +38,9 @@ from xtuner.model.weights import fingerprint, open_weights
 from xtuner.registry import build, check_arguments
 
 logger = logging.getLogger('xtuner')
+
+# Tokens to a multiple of which rows of single conversations are filled up on a GPU.
+_UNPACKED_MULTIPLE = 64
 
 # Sentinel for `resume`: the newest whole checkpoint in the work folder.
 NEWEST = 'newest'
@@ -200,13 +203,18 @@ def _make_runner(
 ) -> Runner:
     schedule, runtime = config.schedule, config.runtime
     plan = Plan(len(material.dataset), schedule, world_size)
-    order = EpochSampler(len(material.dataset), seed=runtime.seed)
+    if config.dataset.group_by_length:
+        order: EpochSampler = LengthGroupedEpochSampler(
+            material.dataset.lengths, batch_size=plan.items_per_micro_batch, seed=runtime.seed
+        )
+    else:
+        order = EpochSampler(len(material.dataset), seed=runtime.seed)
     pad_id = material.tokenizer.pad_token_id or 0
     loader = DataLoader(
         material.dataset,
         batch_sampler=StepSampler(order, plan, rank=rank),
         num_workers=runtime.num_workers,
-        collate_fn=partial(collate, pad_id=pad_id),
+        collate_fn=partial(collate, pad_id=pad_id, multiple_of=_row_multiple(config)),
         pin_memory=torch.cuda.is_available(),
     )
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
@@ -234,6 +242,13 @@ def _make_runner(
         plan=plan, compute_dtype=material.dtype, seed=runtime.seed, max_nonfinite_steps=runtime.max_nonfinite_steps
     )
     return runner
+
+
+def _row_multiple(config: TrainConfig) -> int:
+    """To what rows are filled up: on a GPU, packs that are all of one form let kernels and graphs be chosen once."""
+    if not torch.cuda.is_available():
+        return 1
+    return config.dataset.max_length if config.dataset.packing != 'none' else _UNPACKED_MULTIPLE
 
 
 def _hooks(config: TrainConfig, material: Material) -> list[Any]:
