@@ -1,0 +1,45 @@
+"""The wheel carries what stands beside the package in the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from xtuner.config.find import list_configs
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel's content, as an installation would have it."""
+    folder = tmp_path_factory.mktemp('wheel')
+    command = [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = folder.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / 'site')
+    return folder / 'site'
+
+
+def run(site: Path, *words: str) -> str:
+    """Runs the installed package from another folder, without the checkout on the path."""
+    code = f'import sys; sys.path.insert(0, {str(site)!r})\nfrom xtuner.cli.main import main\nsys.exit(main({list(words)!r}))'
+    return subprocess.run([sys.executable, '-P', '-c', code] if sys.version_info >= (3, 11) else
+                          [sys.executable, '-c', code], cwd=site.parent, capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+
+
+def test_every_config_is_found_and_loads_from_the_installed_package(installed: Path) -> None:
+    assert run(installed, 'list-cfg').splitlines() == list(list_configs())
+    assert "path='internlm/internlm-7b'" in run(installed, 'print-config', 'internlm_7b_qlora_oasst1')
+    assert (installed / 'xtuner' / 'tools' / 'train.py').is_file()
+
+
+def test_nothing_else_travels(installed: Path) -> None:
+    names = {p.name for p in installed.iterdir()}
+    assert 'xtuner' in names
+    assert not names & {'tests', 'demo', 'configs', 'tools', 'benchmarks'}
