@@ -27,10 +27,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(site: Path, *words: str) -> str:
     """Runs the installed package from another folder, without the checkout on the path."""
-    code = f'import sys; sys.path.insert(0, {str(site)!r})\nfrom xtuner.cli.main import main\nsys.exit(main({list(words)!r}))'
-    return subprocess.run([sys.executable, '-P', '-c', code] if sys.version_info >= (3, 11) else
-                          [sys.executable, '-c', code], cwd=site.parent, capture_output=True, text=True,
-                          check=True).stdout  # fmt: skip
+    code = 'import sys; sys.path.insert(0, sys.argv.pop(1)); from xtuner.cli.main import main; sys.exit(main())'
+    command = [sys.executable, '-c', code, str(site), *words]
+    return subprocess.run(command, cwd=site.parent, capture_output=True, text=True, check=True).stdout
 
 
 def test_every_config_is_found_and_loads_from_the_installed_package(installed: Path) -> None:

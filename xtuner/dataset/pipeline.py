@@ -230,6 +230,8 @@ def _without_collector(chunks: Iterable[_T]) -> Iterator[_T]:
 def check_losses(summary: Summary, config: DatasetConfig) -> None:
     """Raises DataError where more was lost than `max_dropped` allows, or nothing is left."""
     total = summary.kept + summary.dropped
+    if not total:
+        raise DataError(f'`dataset.source` {config.source!r} holds no conversation')
     if summary.dropped > config.max_dropped * total or not summary.kept:
         raise DataError(f'{summary.dropped} of {total} conversations would be dropped, and `dataset.max_dropped` is '
                         f'{config.max_dropped:g}; ' + ' | '.join(summary.lines()))  # fmt: skip
