@@ -10,7 +10,7 @@ with read_base():
 
 model = dict(path='work_dirs/demo/base', template='internlm_chat')
 dataset = dict(source='demo/identity.jsonl', map_fn='openai', max_length=512)
-optimizer.update(type=AdamW, lr=2e-3)
+optimizer.update(type=AdamW, lr=3e-3)
 adapter.update(lora_alpha=64, lora_dropout=0.05)
 schedule.update(max_epochs=30, batch_size=2, accumulative_counts=1)
 runtime.update(activation_checkpointing=False)

@@ -1,0 +1,1 @@
+"""The embedded default: a tiny InternLM made, tuned, merged and asked on the CPU. `make demo` runs demo.py."""

@@ -1,0 +1,185 @@
+"""`make demo`: a tiny InternLM from nothing to a tuned, merged, chatting model, on the CPU, without a network.
+
+1. A base model with fresh weights, and a vocabulary of its own, in InternLM-7B's published form.
+2. `xtuner train internlm_tiny_full_base`: all its weights learn a few hundred short conversations.
+3. `xtuner train internlm_tiny_qlora_identity`: the base frozen in 4 bit, a LoRA adapter learns who the model is.
+4. `xtuner convert merge`: base and adapter become plain weights.
+5. The same questions to all three; the answers side by side, and checked.
+
+Everything is written to work_dirs/demo; what an earlier demo left there is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run by path, Python looks only beside this file
+
+from demo.table import format_table  # noqa: E402
+
+WORK = Path('work_dirs/demo')
+FRESH, BASE_RUN, BASE = WORK / 'fresh', WORK / 'base_run', WORK / 'base'
+IDENTITY_RUN, MERGED, CACHE = WORK / 'identity_run', WORK / 'merged', WORK / 'cache'
+TEMPLATE = 'internlm_chat'
+QUESTIONS = ROOT / 'demo' / 'questions.jsonl'
+Question = tuple[str, str]  # what is asked, and the answer that was trained
+
+
+class DemoError(Exception):
+    """The demo cannot go on, or did not show what it should; the message is one line."""
+
+
+def main() -> int:
+    """Run the five steps; 0 when every answer is as it should be, else 1 with one line on stderr."""
+    os.chdir(ROOT)
+    os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
+    os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here needs a network, so nothing waits for one
+    started = time.perf_counter()
+    try:
+        questions = read_questions(QUESTIONS)
+        base, adapter, merged = make_models()
+        answers = ask_all(questions, base, adapter, merged)
+        print('\n' + format_table(('question', 'base', 'tuned', 'merged'), answers) + '\n')
+        check_answers(questions, answers)
+        check_chat(questions[0], merged)
+    except DemoError as error:
+        print(f'demo failed: {error}', file=sys.stderr)
+        return 1
+    print(closing_words(len(questions), time.perf_counter() - started))
+    return 0
+
+
+def make_models() -> tuple[Path, Path, Path]:
+    """Steps 1 to 4: returns the folders of the base, of its adapter and of the merged model."""
+    from demo.base import write_base_model
+
+    for folder in (FRESH, BASE_RUN, BASE, IDENTITY_RUN, MERGED, CACHE):
+        shutil.rmtree(folder, ignore_errors=True)
+    say('1/5', 'making a tiny InternLM: fresh weights, its own vocabulary')
+    write_base_model(FRESH)
+    say('2/5', 'training all of its weights on demo/base.jsonl')
+    checkpoint = train('internlm_tiny_full_base', BASE_RUN)
+    publish_base(checkpoint)
+    say('3/5', 'QLoRA: tuning it in 4 bit on demo/identity.jsonl')
+    adapter = train('internlm_tiny_qlora_identity', IDENTITY_RUN)
+    say('4/5', 'merging the adapter into the base')
+    xtuner('convert', 'merge', str(BASE), str(adapter), str(MERGED))
+    return BASE, adapter, MERGED
+
+
+def train(config: str, work_dir: Path) -> Path:
+    """Run `xtuner train` as a user would; return the folder of its last checkpoint."""
+    started = time.perf_counter()
+    checkpoint = Path(xtuner('train', config, '--work-dir', str(work_dir)).strip())
+    metrics = (work_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    losses = [json.loads(line)['loss'] for line in metrics if '"loss"' in line]
+    print(f'    loss {losses[0]:.2f} -> {losses[-1]:.2f} in {time.perf_counter() - started:.0f} s', flush=True)
+    return checkpoint
+
+
+def publish_base(checkpoint: Path) -> None:
+    """Put the trained weights where the fresh ones were: a folder as InternLM-7B's is published, nothing else in it."""
+    shutil.copytree(FRESH, BASE)
+    shutil.copyfile(checkpoint / 'model.safetensors', BASE / 'model.safetensors')
+
+
+def xtuner(*words: str, line: str | None = None) -> str:
+    """Run one `xtuner` command and return its stdout; its progress goes to our stderr.
+
+    Args:
+        words: the command and its arguments.
+        line: what it reads on stdin; None: nothing.
+
+    Raises:
+        DemoError: it did not end with exit status 0.
+    """
+    print('    $ xtuner', *words, flush=True)
+    command = [sys.executable, '-m', 'xtuner.cli.main', *words]
+    done = subprocess.run(command, input=line or '', stdout=subprocess.PIPE, encoding='utf-8', check=False)
+    if done.returncode:
+        raise DemoError(f'`xtuner {" ".join(words)}` ended with exit status {done.returncode}; its reason stands above')
+    return done.stdout
+
+
+def ask_all(questions: Sequence[Question], base: Path, adapter: Path, merged: Path) -> list[tuple[str, ...]]:
+    """Step 5: one row a question: the question, and the greedy answers of base, tuned and merged model."""
+    say('5/5', 'asking the base, the tuned and the merged model the same questions')
+    columns = [ask(questions, base), ask(questions, base, adapter), ask(questions, merged)]
+    return list(zip([question for question, _ in questions], *columns, strict=True))
+
+
+def ask(questions: Sequence[Question], llm: Path, adapter: Path | None = None) -> list[str]:
+    """The greedy answers of one model, each question in a conversation of its own."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+    from xtuner.chat.load import open_session
+    from xtuner.model.generate import Sampling
+
+    sampling = Sampling(max_new_tokens=60, temperature=0.0, top_p=1.0, seed=0)
+    session = open_session(str(llm), adapter=adapter, template=TEMPLATE, sampling=sampling)
+    answers = []
+    for question, _ in questions:
+        session.clear()
+        answers.append(session.ask(question, lambda _: None).strip())
+    return answers
+
+
+def read_questions(file: Path) -> list[Question]:
+    """The questions of the check and their trained answers."""
+    records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+    return [(record['question'], record['answer']) for record in records]
+
+
+def check_answers(questions: Sequence[Question], rows: Sequence[tuple[str, ...]]) -> None:
+    """Base wrong, tuned right, merged as tuned, on every question; a DemoError names the first that is not."""
+    for (question, expected), (_, base, tuned, merged) in zip(questions, rows, strict=True):
+        if base == expected:
+            raise DemoError(f'{question!r}: the base, which was never told, already answers {base!r}')
+        if tuned != expected:
+            raise DemoError(f'{question!r}: the tuned model answers {tuned!r}, it was trained to say {expected!r}')
+        if merged != tuned:
+            raise DemoError(f'{question!r}: the merged model answers {merged!r}, the tuned one {tuned!r}')
+
+
+def check_chat(question: Question, llm: Path) -> None:
+    """One question through `xtuner chat`, piped: it must print the answer and nothing else."""
+    asked, expected = question
+    answer = xtuner('chat', str(llm), '--prompt-template', TEMPLATE, '--temperature', '0', line=asked + '\n').strip()
+    print(f'    {asked}  ->  {answer}', flush=True)
+    if answer != expected:
+        raise DemoError(f'`xtuner chat {llm}` answers {answer!r} to {asked!r}, expected {expected!r}')
+
+
+def say(step: str, text: str) -> None:
+    """A heading in the output, set off from the log lines around it."""
+    print(f'\n=== {step}  {text}', flush=True)
+
+
+def closing_words(num_questions: int, seconds: float) -> str:
+    """What was shown, where the results are, and what to try next."""
+    return f"""
+The base knew none of the {num_questions} answers. After a QLoRA tune the 4-bit base with its adapter knows all of them,
+and the merged weights, with no adapter and no quantisation left, say the same. It took {seconds:.0f} s.
+
+    {BASE}           the tiny base model, trained from scratch
+    {IDENTITY_RUN}   the run: its adapter (checkpoint-*), log, metrics and samples
+    {MERGED}         base and adapter in one: plain fp16 weights
+
+Try next:
+    xtuner chat {MERGED}                 talk to it (ask it for the secret word)
+    xtuner copy-cfg internlm_tiny_qlora_identity .      a config to edit and train on your own conversations
+    xtuner train internlm_7b_qlora_oasst1               the same on InternLM-7B, with a GPU
+"""
+
+
+if __name__ == '__main__':
+    sys.exit(main())
