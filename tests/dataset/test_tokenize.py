@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_tokenizer
+from tests.dataset.golden_templates import golden_tokenizer
 from xtuner.dataset.conversation import Conversation, Message, to_conversation
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import Encoder, encode_conversation, encode_prompt
@@ -127,6 +128,23 @@ def test_truncation_and_padding_left_in_the_tokenizer_are_not_applied():
     conversation = to_conversation({'messages': [{'role': 'user', 'content': 'you ' * 20},
                                                  {'role': 'assistant', 'content': 'fine'}]})  # fmt: skip
     assert len(encode_conversation(conversation, tokenizer, get_template('internlm_chat')).input_ids) > 20
+
+
+def test_ids_do_not_depend_on_what_is_trained():
+    """An answer never grows together with the text before it, which stood there before the model wrote anything."""
+    tokenizer = golden_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert len(tokenizer.encode(':W', add_special_tokens=False)) == 1
+    template = get_template('internlm_chat')
+    found = set()
+    for train_on in ('assistant', 'last_turn', 'all'):
+        for loss in (None, True, False):
+            messages = (ASK, Message('assistant', 'Who?', loss), ASK, Message('assistant', 'What?', loss))
+            sample = encode_conversation(Conversation(messages), tokenizer, template, train_on=train_on)
+            found.add(tuple(sample.input_ids.tolist()))
+    assert len(found) == 1
+    prompt = encode_prompt([ASK], tokenizer, template)
+    assert tokenizer.decode(prompt[-1:]) == ':' and found.pop()[: len(prompt)] == tuple(prompt)
 
 
 def test_names_of_tokens_in_a_text_are_text(internlm_like):
