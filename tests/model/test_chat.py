@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
+from xtuner.model.generate import TextStream
 from xtuner.model.loading import load_model, load_tokenizer
 
 
@@ -116,3 +117,14 @@ def test_internlm2_chats_too(tmp_path: Path) -> None:
     end = pieces(folder).index('[UNUSED_TOKEN_1]')
     model.output = Script([*tokenizer('the cat', add_special_tokens=False).input_ids, end, 5])
     assert model.chat(tokenizer, 'hi', meta_instruction='Be brief.') == ('the cat', [('hi', 'the cat')])
+
+
+def test_a_stream_of_text_loses_no_punctuation(tokenizer: Any) -> None:
+    """The original's clean-up takes the space before a full stop away, after it was shown: a stream does without."""
+    shown: list[str] = []
+    stream = TextStream(tokenizer, shown.append, stop_ids=[2])
+    stream.put(torch.tensor([[1]]))
+    for i in tokenizer('how are you , well .', add_special_tokens=False).input_ids:
+        stream.put(torch.tensor([i]))
+    stream.end()
+    assert ''.join(shown) == 'how are you , well .'

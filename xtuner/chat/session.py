@@ -58,7 +58,7 @@ class ChatSession:
         dtype, device = self._model.dtype, self._model.device
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             generate(self._model, prompt_ids, stop_ids=stop_ids, sampling=self.sampling, streamer=stream)
-        answer = self._tokenizer.decode(stream.ids)
+        answer = self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False)
         self.history = [*messages, Message('assistant', answer)]
         return answer
 

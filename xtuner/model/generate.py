@@ -55,13 +55,13 @@ class TextStream:
             self._prompt_seen = True
             return
         self.ids += [i for i in value.reshape(-1).tolist() if i not in self._stop_ids]
-        text = self._tokenizer.decode(self.ids)
+        text = self._tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
         if not text.endswith(_UNFINISHED):
             self._show(text)
 
     def end(self) -> None:
         """Shows what was held back because it might have been half a character."""
-        self._show(self._tokenizer.decode(self.ids))
+        self._show(self._tokenizer.decode(self.ids, clean_up_tokenization_spaces=False))
 
     def _show(self, text: str) -> None:
         new = text[len(self._shown) :]

@@ -35,7 +35,7 @@ class DatasetInfoHook(Hook):
         start = 0
         for end in range(1, len(ids) + 1):
             if end == len(ids) or trained[end] != trained[start]:
-                text = self._tokenizer.decode(ids[start:end])
+                text = self._tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
                 pieces.append(f'[[{text}]]' if trained[start] else text)
                 start = end
         text = ''.join(pieces)

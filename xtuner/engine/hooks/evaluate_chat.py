@@ -84,7 +84,9 @@ class EvaluateChatHook(Hook):
         with autocast:
             answer_ids = generate(llm, ids, stop_ids=self._template.stop_ids(self._tokenizer), sampling=self._sampling)
         stop_ids = set(self._template.stop_ids(self._tokenizer))
-        answer = self._tokenizer.decode([i for i in answer_ids if i not in stop_ids])
+        answer = self._tokenizer.decode(
+            [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
+        )
         logger.info('sample at step %d\n  > %s\n  %s', step, prompt, answer.strip())
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
         with (work_dir / 'samples.jsonl').open('a', encoding='utf-8') as file:
