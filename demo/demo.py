@@ -42,6 +42,7 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here needs a network, so nothing waits for one
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # threads that spin crawl where something else runs too
     started = time.perf_counter()
     try:
         questions = read_questions(QUESTIONS)
