@@ -227,7 +227,10 @@ def test_checking_collects_every_fault(prepare):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize('name', ['gsm8k_train.jsonl', 'gsm8k_test.jsonl', 'oasst_en_100_trees.jsonl'])
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param('gsm8k_train.jsonl', marks=pytest.mark.slow), 'gsm8k_test.jsonl', 'oasst_en_100_trees.jsonl'],
+)
 def test_no_target_token_of_the_real_data_is_lost(prepare, shared_data, name):
     found = {}
     for packing in PACKINGS:
