@@ -178,13 +178,16 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         float32 (T,): each row's loss.
 
     """
-    logits = _wide(logits_TV)
-    lse = torch.logsumexp(logits, dim=-1)
+    logits = _wide(logits_TV)  # the logits themselves where they are wide: each pass below is in place
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
     rows = torch.arange(len(targets_T), device=targets_T.device)
-    loss = lse - logits[rows, targets_T]
-    gradient = torch.exp(logits - lse[:, None])
-    gradient[rows, targets_T] -= 1
-    logits_TV.copy_(gradient)
+    chosen = logits[rows, targets_T]
+    mass = logits.exp_().sum(dim=-1)
+    loss = mass.log() - chosen
+    logits.div_(mass[:, None])
+    logits[rows, targets_T] -= 1
+    if logits is not logits_TV:
+        logits_TV.copy_(logits)
     return loss
 
 
