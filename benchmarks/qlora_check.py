@@ -149,9 +149,6 @@ def time_kernels(tokens: int) -> None:
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     check()
-    from xtuner.model.kernels import fused_nf4
-
-    print('dequantisation as', fused_nf4._CHOSEN)
     for tokens in (2048, 8192):
         print(f'kernels at {tokens} tokens')
         time_kernels(tokens)

@@ -95,7 +95,8 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_hos
         path = enable_fast_path(peft_model); print(path)  ->  fast path on: triton kernels
 
     """
-    causal: Any = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    outer: Any = model
+    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
     decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else causal
     decoder.__dict__.pop('forward', None)
     if not enabled:

@@ -90,8 +90,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, offsets: Tensor, long
 
 def _causal(q_BSAD: Tensor, k_BSAD: Tensor, v_BSAD: Tensor, scale: float) -> Tensor:
     grouped = q_BSAD.shape[2] != k_BSAD.shape[2]
-    heads_first = [x.transpose(1, 2) for x in (q_BSAD, k_BSAD, v_BSAD)]
-    out = functional.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
+    q, k, v = (x.transpose(1, 2) for x in (q_BSAD, k_BSAD, v_BSAD))
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.frozen import Adapter, FrozenLinear
 from xtuner.model.kernels.graphs import (
     AFTER_BATCHES,
-    MOST_TOKENS_CHECKPOINTED,
+    MOST_TOKENS,
     GraphFunction,
     LayerGraphs,
     signature,
@@ -21,7 +22,7 @@ from xtuner.model.kernels.graphs import (
 )
 from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
-from xtuner.model.kernels.linear import Adapter, FrozenLinear, Group, Setting
+from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
@@ -38,7 +39,7 @@ class FastDecoder:
 
     """
 
-    def __init__(self, decoder: nn.Module, kernels: Kernels, *, folded: bool) -> None:
+    def __init__(self, decoder: Any, kernels: Kernels, *, folded: bool) -> None:
         self.decoder: Any = decoder
         self.kernels = kernels
         self.folded = folded
@@ -51,19 +52,17 @@ class FastDecoder:
         self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
         self.projections: list[list[Any]] = [_projections(layer) for layer in self.decoder.layers]
         self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
-        config = self.decoder.config
         self.layers = [
-            LayerParts(
-                *(Group([frozen[i] for i in group]) for group in _GROUPS),
-                layer.input_layernorm,
-                layer.post_attention_layernorm,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                layer.self_attn.head_dim,
-                layer.self_attn.scaling,
-            )
-            for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
+            self._layer_parts(layer, frozen) for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
         ]
+
+    def _layer_parts(self, layer: Any, frozen: list[FrozenLinear]) -> LayerParts:
+        config, attention = self.decoder.config, layer.self_attn
+        qkv, out, gate_up, down = (Group([frozen[i] for i in group]) for group in _GROUPS)
+        return LayerParts(
+            qkv, out, gate_up, down, layer.input_layernorm, layer.post_attention_layernorm,
+            config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling,
+        )  # fmt: skip
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The last hidden states, (B, S, H), differentiable by the adapters.
@@ -84,7 +83,7 @@ class FastDecoder:
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
         cos, sin = self._angles(position_ids, rows, size // 2, x)
         checkpoint = self._checkpointing()
-        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS_CHECKPOINTED)
+        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS)
         batch = Batch(how, attention, cos, sin, checkpoint, self._store(checkpoint, x))
         seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
         runs, parameters = [], []
@@ -113,6 +112,7 @@ class FastDecoder:
     def _recorded(self, x: Tensor, runs: list[Run]) -> LayerGraphs | None:
         """Recorded graphs for this form of batch, recorded now if it is the fourth in a row; None: the ordinary way."""
         if not self.graphs_allowed or not suits(runs, len(x)):
+            self._graphs = None  # another kind of batch has come: it may need the memory
             return None
         batch = runs[0].batch
         form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.checkpoint)
@@ -147,7 +147,7 @@ class FastDecoder:
         if self._copies is None:
             self._copies = torch.cuda.Stream()
         share = 2 + self.layers[0].down.num_in / x.shape[1]  # of all three, in units of the inputs
-        deep = len(x) > MOST_TOKENS_CHECKPOINTED and inputs * share * 2 < room + self._pinned_bytes
+        deep = len(x) > MOST_TOKENS and inputs * share * 2 < room + self._pinned_bytes
         self._pinned_bytes = max(self._pinned_bytes, int(inputs * (share if deep else 1)))
         return HostStore(self._copies, x.device, 3 if deep else 1)
 

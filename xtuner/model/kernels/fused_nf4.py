@@ -7,7 +7,6 @@ bitsandbytes takes two kernels and a temporary for the scales; this is one, and 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,10 +14,7 @@ from torch import Tensor
 from xtuner.model.kernels import plain
 from xtuner.model.kernels.quantized import QuantizedWeight
 
-# Quantisation blocks a program, warps: which is fastest depends on the GPU, so the first large weight decides.
-_CHOICES = ((32, 4), (64, 4), (128, 4), (128, 8), (256, 8))
-_CHOSEN: dict[int, tuple[int, int]] = {}
-_LARGE = 2**20
+_BLOCKS, _WARPS = 32, 4  # quantisation blocks and warps a program; larger programs were slower on an H200
 
 
 @triton.jit
@@ -50,32 +46,10 @@ def dequantize_into(out_NK: Tensor, weight: QuantizedWeight) -> None:
         plain.dequantize_into(out_NK, weight)
         return
     blocks = weight.shape[0] * weight.shape[1] // weight.block
-    if blocks * weight.block < _LARGE or not out_NK.is_cuda or torch.cuda.is_current_stream_capturing():
-        _launch(out_NK, weight, blocks, _CHOSEN.get(out_NK.get_device(), _CHOICES[0]))
-        return
-    device = out_NK.get_device()
-    if device not in _CHOSEN:
-        _CHOSEN[device] = min(_CHOICES, key=lambda choice: _time(out_NK, weight, blocks, choice))
-    _launch(out_NK, weight, blocks, _CHOSEN[device])
-
-
-def _launch(out_NK: Tensor, weight: QuantizedWeight, blocks: int, choice: tuple[int, int]) -> None:
     nested = weight.absmax_table is not None
-    _dequantize[(triton.cdiv(blocks, choice[0]),)](
+    _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
         weight.packed, weight.table, weight.absmax, weight.absmax_table if nested else weight.table,
         weight.absmax_scale if nested else weight.table, weight.offset if nested else weight.table, out_NK,
         blocks, weight.shape[1] // weight.block, out_NK.stride(0), NESTED=nested, COARSE=weight.absmax_block,
-        HALF=weight.block // 2, BLOCKS=choice[0], num_warps=choice[1],
+        HALF=weight.block // 2, BLOCKS=_BLOCKS, num_warps=_WARPS,
     )  # fmt: skip
-
-
-def _time(out_NK: Tensor, weight: QuantizedWeight, blocks: int, choice: tuple[int, int]) -> float:
-    """Milliseconds of ten launches after two."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for number in range(12):
-        if number == 2:
-            start.record()
-        _launch(out_NK, weight, blocks, choice)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from xtuner.model.kernels.layer import Batch, Run, compute_again, layer_backward, layer_forward
 
-MOST_TOKENS = 8192
-MOST_TOKENS_CHECKPOINTED = 4096  # beyond, the GPU is busy long enough to keep more than inputs on the host
+MOST_TOKENS = 4096  # beyond, the GPU is the slower one: at 8192 graphs changed nothing on an H200
 AFTER_BATCHES = 3
 _AHEAD = 3  # places for inputs on their way to the host
 
@@ -61,9 +61,9 @@ class LayerGraphs:
     def _record_all(self) -> None:
         kept: list[Any] = []
         for number in range(len(self.runs)):
-            self._forward.append(self._record(lambda number=number: self._one_forward(number, kept)))
+            self._forward.append(self._record(partial(self._one_forward, number, kept)))
         for number in reversed(range(len(self.runs))):
-            self._backward.append(self._record(lambda number=number: self._one_backward(number, kept.pop())))
+            self._backward.append(self._record(partial(self._one_backward, number, kept)))
 
     def _one_forward(self, number: int, kept: list[Any]) -> None:
         run = self.runs[number]
@@ -76,8 +76,8 @@ class LayerGraphs:
         self.inputs.append(out)
         kept.append(held)
 
-    def _one_backward(self, number: int, kept: Any) -> None:
-        run = self.runs[number]
+    def _one_backward(self, number: int, all_kept: list[Any]) -> None:
+        run, kept = self.runs[number], all_kept.pop()
         x = self.returned[number % 2] if self.ring else self.inputs[number]
         if kept is None:
             kept = compute_again(run, x, None, None)
@@ -117,7 +117,7 @@ class LayerGraphs:
         self.inputs[0].copy_(x_TH)
         self.cos.copy_(batch.cos)
         self.sin.copy_(batch.sin)
-        if self.attention.offsets is not None:
+        if self.attention.offsets is not None and batch.attention.offsets is not None:
             self.attention.offsets.copy_(batch.attention.offsets)
         if not self.ring:
             for graph in self._forward:
@@ -194,8 +194,7 @@ def suits(runs: list[Run], tokens: int) -> bool:
     """Whether batches like this may be recorded: small, no dropout, float32 adapters."""
     batch, adapters = runs[0].batch, [a for run in runs for a in flatten(run)]
     plain = all(not a.dropout and a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
-    most = MOST_TOKENS_CHECKPOINTED if batch.checkpoint else MOST_TOKENS
-    return tokens <= most and batch.attention.form is not None and batch.how.folded and plain and bool(adapters)
+    return tokens <= MOST_TOKENS and batch.attention.form is not None and batch.how.folded and plain and bool(adapters)
 
 
 def signature(runs: list[Run]) -> tuple:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.model.kernels.attention import Attention
+from xtuner.model.kernels.frozen import Adapter
 from xtuner.model.kernels.host import HostStore
-from xtuner.model.kernels.linear import Adapter, Group, Setting
+from xtuner.model.kernels.linear import Group, Setting
 
 
 @dataclass

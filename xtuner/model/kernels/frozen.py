@@ -1,0 +1,79 @@
+"""One frozen linear layer in whatever form its weight has, and one layer's adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.kernels import plain
+from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.quantized import QuantizedWeight, is_4bit, take_apart
+
+
+@dataclass
+class Adapter:
+    """One layer's adapter as it is now: `y += scaling * B (A dropout(x))`."""
+
+    a_rK: Tensor
+    b_Nr: Tensor
+    scaling: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank r."""
+        return self.a_rK.shape[0]
+
+
+class FrozenLinear:
+    """A linear layer of the base model: its weight in whatever form, its bias."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.kept: Tensor | None = None
+        self._parts: QuantizedWeight | None = None
+        self._parts_of: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.module.out_features, self.module.in_features
+
+    def parts(self) -> QuantizedWeight | None:
+        """The 4-bit weight's parts, None for a float weight; looked up again when the weight was replaced."""
+        weight = self.module.weight
+        if self._parts_of is not weight.data_ptr():
+            self._parts_of = weight.data_ptr()
+            self._parts = take_apart(self.module) if is_4bit(self.module) else None
+        return self._parts
+
+    def write_into(self, out_NK: Tensor, kernels: Kernels) -> None:
+        """Writes the weight as floats."""
+        parts = self.parts()
+        if parts is None:
+            out_NK.copy_(self.module.weight)
+        else:
+            kernels.dequantize_into(out_NK, parts)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a float matrix (N, K): the kept copy, the layer's own, or a fresh one."""
+        if self.kept is not None:
+            return self.kept.to(dtype)
+        weight = self.module.weight
+        if self.parts() is None:
+            return weight.to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = weight.quant_state
+        if weight.device.type != 'cpu' or state.shape[1] % state.blocksize == 0:
+            return dequantize_4bit(weight.data, state).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        plain.dequantize_into(out, take_apart(self.module))
+        return out
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias, or None."""
+        return None if self.module.bias is None else self.module.bias.to(dtype)
