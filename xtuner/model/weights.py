@@ -89,9 +89,11 @@ class WeightReader:
         parts = []
         for row in rows:
             index = (slice(row, row + 1), *inner) if len(shape) > 1 else inner
-            part = self._look(name, lambda source, i=index: source.get_slice(name)[i], lambda t, i=index: t[i])
-            parts.append(part.reshape(-1))
+            parts.append(self._slice(name, index).reshape(-1))
         return torch.cat(parts)
+
+    def _slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        return self._look(name, lambda source: source.get_slice(name)[index], lambda tensor: tensor[index])
 
     def _look(self, name: str, in_safetensors: Callable[[Any], Any], in_bin: Callable[[Tensor], Any]) -> Any:
         path = self.file(name)
