@@ -39,9 +39,11 @@ class SupervisedFinetune(nn.Module):
             float32 scalar; 0 with a gradient where there is no target.
         """
         base = self.llm.get_base_model() if hasattr(self.llm, 'get_base_model') else self.llm
-        hidden_BSH = base.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        if str(base.config._attn_implementation).startswith('flash'):
+            # It tells samples apart by their positions in a batch of one row only.
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        output = base.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden_BSH = output.last_hidden_state.reshape(*labels.shape, -1)
         targets_N = labels[:, 1:].reshape(-1)
         hidden_NH = hidden_BSH[:, :-1].reshape(-1, hidden_BSH.shape[-1])
         return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N)
