@@ -66,3 +66,28 @@ def test_the_samples_of_a_pack_do_not_see_each_other(llm: LlamaForCausalLM) -> N
     other_b = (b + 1) % 61
     only_a = torch.cat([labels_of(a), torch.full((1, 8), -100)], 1)
     assert loss(torch.cat([a, b], 1), positions, only_a) == loss(torch.cat([a, other_b], 1), positions, only_a)
+
+
+def test_flash_attention_gets_one_row(llm: LlamaForCausalLM) -> None:
+    """It tells samples apart in a batch of one row only, and the loss must not depend on that."""
+    seen: list[tuple[int, ...]] = []
+
+    class Joined(torch.nn.Module):
+        config = type('Config', (), {'_attn_implementation': 'flash_attention_2'})
+
+        def get_decoder(self):
+            def decode(input_ids, position_ids, use_cache):
+                seen.append(tuple(input_ids.shape))
+                return llm.model(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+            return decode
+
+        def get_output_embeddings(self):
+            return llm.lm_head
+
+    ids = torch.randint(0, 61, (3, 6))
+    positions = torch.arange(6).repeat(3, 1)
+    labels = torch.cat([torch.full((3, 1), -100), ids[:, 1:]], 1)
+    joined = SupervisedFinetune(Joined())(ids, labels, positions)
+    assert seen == [(1, 18)]
+    assert joined.item() == pytest.approx(SupervisedFinetune(llm)(ids, labels, positions).item(), rel=1e-5)
