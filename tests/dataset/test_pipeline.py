@@ -13,8 +13,7 @@ from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.pack import PACKINGS
-from xtuner.dataset.pipeline import epoch_sampler, prepare_dataset, prepared_folder
-from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
+from xtuner.dataset.pipeline import prepare_dataset, prepared_folder
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import encode_conversation
 from xtuner.errors import ConfigError, DataError
@@ -206,11 +205,8 @@ def test_a_torn_folder_is_prepared_again(prepare):
     assert torch.equal(prepare()[0]['input_ids'], expected)
 
 
-def test_the_order_of_training_follows_the_config(prepare):
-    dataset = prepare(packing='none', group_by_length=True)
-    sampler = epoch_sampler(dataset, prepare.config, seed=0, batch_size=4)
-    assert isinstance(sampler, LengthGroupedEpochSampler) and sorted(sampler) == list(range(60))
-    assert type(epoch_sampler(prepare(), prepare.config, seed=0, batch_size=4)) is EpochSampler
+def test_grouping_by_length_is_for_data_that_is_not_packed(prepare):
+    assert len(prepare(packing='none', group_by_length=True)) == 60
     with pytest.raises(
         ConfigError, match=r"`dataset.group_by_length` needs `dataset.packing = 'none'`, got 'best_fit'"
     ):

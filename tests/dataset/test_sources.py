@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 
@@ -106,3 +107,40 @@ def test_modelscope_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'modelscope.msdatasets', None)
     with pytest.raises(ConfigError, match=r'needs the package modelscope: pip install "xtuner\[modelscope\]"'):
         open_sources('modelscope:owner/name')
+
+
+def test_a_hub_id_is_loaded_with_its_options(monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    assert (
+        values('owner/name') == values({'path': 'owner/name', 'split': 'test', 'revision': 'r', 'name': 'sub'}) == ROWS
+    )
+    assert asked == [
+        ('owner/name', {'split': 'train'}),
+        ('owner/name', {'split': 'test', 'name': 'sub', 'revision': 'r'}),
+    ]
+    [stream] = open_sources({'path': 'owner/name', 'streaming': True})
+    assert [record.value for record in stream.records()] == ROWS and stream.fingerprint().startswith('owner/name:train')
+
+
+def test_modelscope_is_loaded_with_its_options(monkeypatch):
+    class Loaded:
+        def to_hf_dataset(self):
+            return ROWS
+
+    class MsDataset:
+        @staticmethod
+        def load(path, **options):
+            assert (path, options) == ('owner/name', {'split': 'test', 'subset_name': 'sub', 'version': 'v'})
+            return Loaded()
+
+    sys_modules = __import__('sys').modules
+    monkeypatch.setitem(sys_modules, 'modelscope', types.ModuleType('modelscope'))
+    monkeypatch.setitem(sys_modules, 'modelscope.msdatasets', types.SimpleNamespace(MsDataset=MsDataset))
+    assert values({'path': 'modelscope:owner/name', 'split': 'test', 'name': 'sub', 'revision': 'v'}) == ROWS

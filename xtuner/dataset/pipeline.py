@@ -26,7 +26,6 @@ from xtuner.dataset.map_fns import resolve_map_fn
 from xtuner.dataset.mapping import map_records
 from xtuner.dataset.pack import Packs, pack_samples
 from xtuner.dataset.prompt import Template
-from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.sources import Source, open_sources
 from xtuner.dataset.split import content_hash, split_samples
 from xtuner.dataset.store import PreparedDataset, StoreWriter, is_complete
@@ -81,25 +80,6 @@ def prepare_dataset(
     packs = f'{part}: {len(dataset)} packs, {dataset.fill:.1%} full'
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
     return dataset
-
-
-def epoch_sampler(
-    dataset: PreparedDataset, config: DatasetConfig, *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> EpochSampler:
-    """Returns the order of training: batches of similar length where the config says so, else shuffled.
-
-    Args:
-        dataset: What `prepare_dataset` returned.
-        config: The `dataset` section.
-        seed: Seed of the order.
-        batch_size: Items of a rank's micro-batch.
-        rank: This process, from 0.
-        world_size: Processes that share the data.
-    """
-    if config.group_by_length:
-        return LengthGroupedEpochSampler(dataset.lengths, batch_size=batch_size, seed=seed, rank=rank,
-                                         world_size=world_size)  # fmt: skip
-    return EpochSampler(len(dataset), seed=seed, rank=rank, world_size=world_size)
 
 
 def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template) -> Path:
