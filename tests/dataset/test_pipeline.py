@@ -167,11 +167,16 @@ def test_validation_is_apart_and_repeatable_and_equal_conversations_stay_togethe
     assert prepare(part='val') is None
 
 
-def test_a_validation_file_is_prepared_like_the_training_file(prepare):
+def test_a_validation_file_is_prepared_like_the_training_file(prepare, capsys):
     (prepare.folder / 'val.jsonl').write_text(json.dumps(RECORDS[0]))
     options = {'val_file': str(prepare.folder / 'val.jsonl')}
     assert prepare(**options).summary.kept == 60
+    capsys.readouterr()
     assert prepare(part='val', **options).summary.kept == 1
+    assert '1 of 1 conversations of `dataset.val_file` are in the training data too' in capsys.readouterr().err
+    (prepare.folder / 'val.jsonl').write_text(json.dumps({'question': 'new', 'answer': 'new'}))
+    assert prepare(part='val', **options).summary.kept == 1
+    assert 'too, so' not in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r'`dataset.val_file` and `dataset.val_ratio` are both set'):
         prepare(val_ratio=0.1, **options)
     with pytest.raises(DataError, match='leaves none to train'):

@@ -58,14 +58,11 @@ def prepare_dataset(
         DataError: For a bad record under `on_bad_record='error'`, a long one under `on_long='error'`, more losses than
             `max_dropped`, or where nothing is left.
     """
-    if config.val_file is not None and config.val_ratio:
-        raise ConfigError('`dataset.val_file` and `dataset.val_ratio` are both set; set one of them')
-    if config.group_by_length and config.packing != 'none':
-        raise ConfigError(f"`dataset.group_by_length` needs `dataset.packing = 'none'`, got {config.packing!r}: packs "
-                          'are of one length already')  # fmt: skip
-    if config.val_ratio >= 1:
-        raise ConfigError(f'`dataset.val_ratio` must be below 1, got {config.val_ratio}')
+    _check(config)
+    shown = part
+    train_folder = None
     if part == 'val' and config.val_file is not None:
+        train_folder = prepared_folder(config, tokenizer=tokenizer, template=template)
         config, part = replace(config, source=config.val_file, val_file=None), 'train'
     elif part == 'val' and not config.val_ratio:
         return None
@@ -77,9 +74,22 @@ def prepare_dataset(
         waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
     )
     dataset = PreparedDataset(folder, part)
-    packs = f'{part}: {len(dataset)} packs, {dataset.fill:.1%} full'
+    packs = f'{shown}: {len(dataset)} packs, {dataset.fill:.1%} full'
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
+    if train_folder is not None and is_complete(train_folder):
+        _warn_of_leaks(dataset, PreparedDataset(train_folder))
     return dataset
+
+
+def _check(config: DatasetConfig) -> None:
+    """Raises ConfigError for values that do not go together."""
+    if config.val_file is not None and config.val_ratio:
+        raise ConfigError('`dataset.val_file` and `dataset.val_ratio` are both set; set one of them')
+    if config.group_by_length and config.packing != 'none':
+        raise ConfigError(f"`dataset.group_by_length` needs `dataset.packing = 'none'`, got {config.packing!r}: packs "
+                          'are of one length already')  # fmt: skip
+    if config.val_ratio >= 1:
+        raise ConfigError(f'`dataset.val_ratio` must be below 1, got {config.val_ratio}')
 
 
 def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template) -> Path:
@@ -178,15 +188,14 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
         for source in sources:
             for chunk in _without_collector(encode_source(source, config, encoder=encoder, summary=summary)):
                 writer.append([sample for _, sample in chunk])
-                if config.val_ratio:
-                    hashes.extend(content_hash(sample) for _, sample in chunk)
+                hashes.extend(content_hash(sample) for _, sample in chunk)
             bounds.append(writer.num_samples)
         check_losses(summary, config)
         parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=hashes,
                               val_ratio=config.val_ratio)  # fmt: skip
         packs = {name: _packed(numbers, writer.lengths, config) for name, numbers in parts.items()}
         summary.seconds = time.monotonic() - started
-        writer.finish(packs, summary)
+        writer.finish(packs, summary, hashes=np.array(hashes, dtype=np.uint64))
     finally:
         writer.close()
 
@@ -220,6 +229,13 @@ def check_losses(summary: Summary, config: DatasetConfig) -> None:
 def _packed(numbers: np.ndarray, lengths: np.ndarray, config: DatasetConfig) -> Packs:
     packs = pack_samples(lengths[numbers], config.max_length, packing=config.packing)
     return Packs(numbers[packs.samples], packs.starts)
+
+
+def _warn_of_leaks(validation: PreparedDataset, training: PreparedDataset) -> None:
+    num_leaks = int(np.isin(validation.hashes, training.hashes).sum())
+    if num_leaks:
+        _say(f'warning: {num_leaks} of {len(validation.hashes)} conversations of `dataset.val_file` are in the '
+             'training data too, so the validation loss will look better than it is')  # fmt: skip
 
 
 def _say(*lines: str) -> None:
