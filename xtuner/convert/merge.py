@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xtuner.convert.delta import AdapterFile
+from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.shards import ShardWriter
 from xtuner.dataset.template import get_template
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, check_adapter
@@ -42,8 +43,7 @@ def merge(llm: str, adapter: Path, out: Path, *, dtype: str | None = None, max_s
         CheckpointError: an adapter of another base, one that adapts tensors the base has not, or changes nothing.
         ModelError: the base cannot be read, or `out` is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
+    check_output(out)
     base = resolve_model(llm)
     reader = open_weights(base)
     provenance = check_adapter(adapter, fingerprint(reader))
@@ -53,19 +53,9 @@ def merge(llm: str, adapter: Path, out: Path, *, dtype: str | None = None, max_s
     if missing := sorted(changes.targets - set(reader.names())):
         raise CheckpointError(f'{adapter} adapts {missing[0]} and {len(missing) - 1} more that {llm} has not')
     logger.info('merging %s into %s, %s, base weights as published', adapter, llm, dtype)
-    partial = out.with_name(f'.partial-{out.name}')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(reader, changes, partial, DTYPES[dtype], max_shard_bytes)
-        _write_rest(base, adapter, provenance.template if provenance else None, partial, dtype)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise ModelError(f'cannot write {out}: {error.strerror or error}') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as folder:
+        _write_weights(reader, changes, folder, DTYPES[dtype], max_shard_bytes)
+        _write_rest(base, adapter, provenance.template if provenance else None, folder, dtype)
     return out
 
 
@@ -73,28 +63,20 @@ def _write_weights(
     reader: WeightReader, changes: AdapterFile, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Shards and their index; checks that the adapter changed what it names."""
-    shards: list[list[str]] = []
-    size, total, num_changed, started = 0, 0, 0, time.perf_counter()
-    pending: dict[str, Tensor] = {}
-    names = reader.names()
-    for i, name in enumerate(names, 1):
+    num_changed, started = 0, time.perf_counter()
+    writer, names = ShardWriter(folder, max_shard_bytes), reader.names()
+    for number, name in enumerate(names, 1):
         before = reader.read(name)
         after = changes.apply(name, before)
         num_changed += name in changes.targets and not torch.equal(after, before.float())
-        tensor = _cast(after, dtype, name)
-        if pending and size + tensor.nbytes > max_shard_bytes:
-            shards.append(_write_shard(folder, len(shards) + 1, pending))
-            pending, size = {}, 0
-        pending[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-        if i % 50 == 0 or i == len(names):
-            left = (time.perf_counter() - started) / i * (len(names) - i)
-            logger.info('%d of %d tensors, %.1f GB, eta %.0f s', i, len(names), total / 1e9, left)
-    shards.append(_write_shard(folder, len(shards) + 1, pending))
+        writer.add(name, _cast(after, dtype, name))
+        if number % 50 == 0 or number == len(names):
+            left = (time.perf_counter() - started) / number * (len(names) - number)
+            logger.info('%d of %d tensors, %.2f GB, eta %.0f s', number, len(names), writer.num_bytes / 1e9, left)
     if num_changed == 0:
         raise CheckpointError('the adapter changes no weight: it was not trained, or its update is all zero')
+    writer.close()
     logger.info('%d of %d adapted tensors changed', num_changed, len(changes.targets))
-    _name_shards(folder, shards, total)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -104,25 +86,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not torch.isfinite(cast).all():
         raise ModelError(f'{name} has values that {str(dtype).removeprefix("torch.")} cannot hold; use --dtype bf16')
     return cast
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
-    save_file(tensors, folder / f'{number:05d}.safetensors', metadata={'format': 'pt'})
-    return list(tensors)
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Gives the shards their published names, which say how many there are, and writes the index."""
-    if len(shards) == 1:
-        (folder / '00001.safetensors').rename(folder / 'model.safetensors')
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f'model-{number:05d}-of-{len(shards):05d}.safetensors'
-        (folder / f'{number:05d}.safetensors').rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
 
 
 def _write_rest(base: Path, adapter: Path, template_name: str | None, folder: Path, dtype: str) -> None:

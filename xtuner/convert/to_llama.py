@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LlamaConfig
 
+from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import ShardWriter
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
@@ -56,8 +56,7 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
     Raises:
         ModelError: the model cannot be read or is of another family, or `out` is not empty or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
+    check_output(out)
     base = resolve_model(llm, revision=revision)
     config = load_config(base)
     if config.model_type not in _FAMILIES:
@@ -65,18 +64,8 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
             f'{base} is a model of type {config.model_type!r}; to-llama converts {" and ".join(_FAMILIES)}'
         )
     check_weights(base, config)
-    partial = out.with_name(f'.partial-{out.name}')
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        _write(base, config, partial, max_shard_bytes)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        raise ModelError(f'cannot write {out}: {error.strerror or error}') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as folder:
+        _write(base, config, folder, max_shard_bytes)
     return out
 
 
