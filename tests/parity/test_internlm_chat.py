@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,13 +78,15 @@ def test_internlm2(tmp_path: Path, history: Turns, system: str) -> None:
     check(folder, 'internlm2_chat', internlm2, 'hello', history, system, OriginalTokenizer(folder, added))
 
 
-_loaded: dict[Path, object] = {}
+_loaded: dict[Path, Any] = {}
 
 
 def check(
     folder: Path, name: str, construct: Callable, query: str, history: Turns, system: str, original: OriginalTokenizer
 ) -> None:
-    tokenizer = _loaded.setdefault(folder, load_tokenizer(folder))
+    if folder not in _loaded:
+        _loaded[folder] = load_tokenizer(folder)
+    tokenizer = _loaded[folder]
     template = get_template(name, tokenizer)
     theirs = original.encode(construct(query, history, system))
     assert chat_prompt(tokenizer, query, history, system, template) == theirs
