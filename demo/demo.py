@@ -42,6 +42,7 @@ def main() -> int:
     os.chdir(ROOT)
     os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here needs a network, so nothing waits for one
+    os.environ['TQDM_DISABLE'] = '1'  # the weights load in an instant; the log lines tell the rest
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # threads that spin crawl where something else runs too
     started = time.perf_counter()
     try:
@@ -176,7 +177,7 @@ and the merged weights, with no adapter and no quantisation left, say the same. 
     {MERGED}         base and adapter in one: plain fp16 weights
 
 Try next:
-    xtuner chat {MERGED}                 talk to it (ask it for the secret word)
+    xtuner chat {MERGED}                   talk to it (ask it for the secret word)
     xtuner copy-cfg internlm_tiny_qlora_identity .      a config to edit and train on your own conversations
     xtuner train internlm_7b_qlora_oasst1               the same on InternLM-7B, with a GPU
 """
