@@ -59,7 +59,8 @@ def test_a_wrong_answer_is_named(column: int, answer: str, message: str) -> None
 
 def test_a_command_that_fails_ends_the_demo(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.os, 'chdir', lambda folder: None)
-    for name in ('XTUNER_CACHE', 'HF_HUB_OFFLINE', 'TQDM_DISABLE', 'OMP_WAIT_POLICY'):
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
+    for name in ('XTUNER_CACHE', 'HF_HUB_OFFLINE', 'TQDM_DISABLE'):
         monkeypatch.setenv(name, '')  # put back afterwards
     monkeypatch.setattr(demo, 'make_models', lambda: demo.xtuner('train', 'internlm_tiny_nothing'))
     assert demo.main() == 1
