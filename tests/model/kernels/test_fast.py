@@ -111,7 +111,7 @@ def test_ranks_and_scalings_that_differ(batch, way):
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_dropout_gradient_is_the_slope_of_the_loss(batch, way, checkpointing):
     """With the masks fixed by the seed, the loss moves along the gradient as the gradient says."""
-    model = with_adapter(quantise(tiny_llama()), dropout=0.2)
+    model = with_adapter(quantise(tiny_llama(layers=1 if way[0] is not PLAIN else 2)), dropout=0.2)
     if checkpointing:
         model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
     force(model, way[0], folded=way[1])
