@@ -5,7 +5,7 @@ Position ids say where samples begin; they are read once a batch, not once a lay
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from torch.nn import functional
 
 _SEEN: Counter[tuple] = Counter()  # how many batches had a form: cuDNN plans each new one, which takes a while
 _CUDNN_AFTER = 2
-_FEWEST_SAMPLES = 16
+# Samples that batches of a shape have room for: grows to the most that came, so that batches keep one form.
+_ROOM: defaultdict[tuple[int, int], int] = defaultdict(lambda: 16)
 
 
 @dataclass
@@ -124,7 +125,7 @@ def attention_for(
         cudnn = _SEEN[form] >= _CUDNN_AFTER and _has_cudnn_attention()
     offsets = None
     if device.type == 'cuda' and starts is not None and half:
-        room = max(_FEWEST_SAMPLES, 1 << (len(starts) - 2).bit_length())
+        room = _ROOM[rows, length] = max(_ROOM[rows, length], 1 << (len(starts) - 2).bit_length())
         padded = starts + [rows * length] * (room + 1 - len(starts))
         offsets = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
     return Attention(rows, length, starts, cudnn, offsets)

@@ -47,6 +47,7 @@ class FastDecoder:
         self.offload_from_bytes = 2**28
         self._last_form: tuple | None = None
         self._streak = 0
+        self._unsuited = 0
         self._graphs: tuple[tuple, LayerGraphs] | None = None
         self._copies: Any = None
         self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
@@ -112,8 +113,11 @@ class FastDecoder:
     def _recorded(self, x: Tensor, runs: list[Run]) -> LayerGraphs | None:
         """Recorded graphs for this form of batch, recorded now if it is the fourth in a row; None: the ordinary way."""
         if not self.graphs_allowed or not suits(runs, len(x)):
-            self._graphs = None  # another kind of batch has come: it may need the memory
+            self._unsuited += 1
+            if self._unsuited > AFTER_BATCHES:  # other batches have come to stay: they may need the memory
+                self._graphs = None
             return None
+        self._unsuited = 0
         batch = runs[0].batch
         form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.checkpoint)
         self._streak = self._streak + 1 if form == self._last_form else 1
