@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -55,7 +57,7 @@ def keep_plain_layout(model: nn.Module) -> int:
     Returns:
         How many 4-bit layers were told.
     """
-    layers = [module for module in model.modules() if hasattr(module, 'support_avx512bf16_for_cpu')]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, 'support_avx512bf16_for_cpu')]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
