@@ -30,7 +30,7 @@ from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
-from xtuner.model.fast import enable_fast_path
+from xtuner.model.fast import enable_fast_path, wait_once_a_step
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
@@ -218,6 +218,8 @@ def _make_runner(
         pin_memory=torch.cuda.is_available(),
     )
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
+    if runtime.fast:
+        wait_once_a_step(optimizer)
     logger.info(
         'plan: %d items, %d steps of %d x %d x %d (accumulated x batch x devices), warm-up %d steps',
         plan.num_items,

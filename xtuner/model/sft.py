@@ -1,6 +1,6 @@
 """The training loss: cross entropy summed over target tokens.
 
-Shapes: B rows, S tokens a row, N = B * (S - 1) predictions, H hidden size, V vocabulary.
+Shapes: B rows, S tokens a row, N = B * S positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xtuner.model.kernels.loss import fused_linear_cross_entropy
+from xtuner.model.kernels.loss import IGNORED, fused_linear_cross_entropy, target_rows
 
 
 class SupervisedFinetune(nn.Module):
@@ -42,18 +42,19 @@ class SupervisedFinetune(nn.Module):
         if str(base.config._attn_implementation).startswith('flash'):
             # It tells samples apart by their positions in a batch of one row only.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        # The labels move, not the hidden states, which are many times larger; the last of a row predicts nothing.
+        targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        rows = target_rows(targets_N)  # before the forward pass, so that a GPU need not be waited for in the middle
         output = base.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        hidden_BSH = output.last_hidden_state.reshape(*labels.shape, -1)
-        targets_N = labels[:, 1:].reshape(-1)
-        hidden_NH = hidden_BSH[:, :-1].reshape(-1, hidden_BSH.shape[-1])
-        return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N)
+        hidden_NH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])
+        return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N, rows=rows)
 
     def train_step(self, *args: object) -> None:
         """Present because mmengine's runner asks for the name; `TrainLoop` does the step."""
         raise AssertionError('TrainLoop computes the step; nothing calls train_step')
 
 
-def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Tensor:
+def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, *, rows: Tensor | None = None) -> Tensor:
     """Sum over targets of `-log softmax(head(hidden))[target]`, computed for the target positions only.
 
     A plain linear head goes through the fused loss, which never holds all logits; a head that is quantised or carries
@@ -63,6 +64,7 @@ def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Te
         hidden_NH: Last hidden states, any float dtype.
         head: The output projection, H to V.
         targets_N: int64; -100 is left out.
+        rows: Positions of the targets, where they are known already.
 
     Returns:
         float32 scalar.
@@ -70,7 +72,7 @@ def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor) -> Te
     if type(head) is nn.Linear:
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
-        return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N)
-    kept = (targets_N != -100).nonzero().squeeze(1)
+        return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N, rows=rows)
+    kept = target_rows(targets_N) if rows is None else rows
     logits = head(hidden_NH[kept]).float()
     return functional.cross_entropy(logits, targets_N[kept], reduction='sum')

@@ -2,14 +2,10 @@
 
 import copy
 import os
-import sys
 
 import pytest
 import torch
 from torch import nn
-
-if not torch.cuda.is_available() and 'triton' not in sys.modules:
-    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton, which reads it then
 
 
 def triton_obstacle():
