@@ -1,8 +1,8 @@
 """`make demo`: a tiny InternLM from nothing to a tuned, merged, chatting model, on the CPU, without a network.
 
 1. A base model with fresh weights, and a vocabulary of its own, in InternLM-7B's published form.
-2. `xtuner train internlm_tiny_full_base`: all its weights learn a few hundred short conversations.
-3. `xtuner train internlm_tiny_qlora_identity`: the base frozen in 4 bit, a LoRA adapter learns who the model is.
+2. `xtuner train demo/internlm_tiny_full_base.py`: all its weights learn a few hundred short conversations.
+3. `xtuner train demo/internlm_tiny_qlora_identity.py`: the base frozen in 4 bit, a LoRA adapter learns who the model is.
 4. `xtuner convert merge`: base and adapter become plain weights.
 5. The same questions to all three; the answers side by side, and checked.
 
@@ -68,10 +68,10 @@ def make_models() -> tuple[Path, Path, Path]:
     say('1/5', 'making a tiny InternLM: fresh weights, its own vocabulary')
     write_base_model(FRESH)
     say('2/5', 'training all of its weights on demo/base.jsonl')
-    checkpoint = train('internlm_tiny_full_base', BASE_RUN)
+    checkpoint = train('demo/internlm_tiny_full_base.py', BASE_RUN)
     publish_base(checkpoint)
     say('3/5', 'QLoRA: tuning it in 4 bit on demo/identity.jsonl')
-    adapter = train('internlm_tiny_qlora_identity', IDENTITY_RUN)
+    adapter = train('demo/internlm_tiny_qlora_identity.py', IDENTITY_RUN)
     say('4/5', 'merging the adapter into the base')
     xtuner('convert', 'merge', str(BASE), str(adapter), str(MERGED))
     return BASE, adapter, MERGED
@@ -168,6 +168,7 @@ def say(step: str, text: str) -> None:
 
 def closing_words(num_questions: int, seconds: float) -> str:
     """What was shown, where the results are, and what to try next."""
+    program = os.path.relpath(Path(sys.executable).with_name('xtuner'))
     return f"""
 The base knew none of the {num_questions} answers. After a QLoRA tune the 4-bit base with its adapter knows all of them,
 and the merged weights, with no adapter and no quantisation left, say the same. It took {seconds:.0f} s.
@@ -177,9 +178,12 @@ and the merged weights, with no adapter and no quantisation left, say the same. 
     {MERGED}         base and adapter in one: plain fp16 weights
 
 Try next:
-    xtuner chat {MERGED}                   talk to it (ask it for the secret word)
-    xtuner copy-cfg internlm_tiny_qlora_identity .      a config to edit and train on your own conversations
-    xtuner train internlm_7b_qlora_oasst1               the same on InternLM-7B, with a GPU
+    {program} chat {MERGED}
+        talks to it (ask it for the secret word)
+    {program} copy-cfg demo/internlm_tiny_qlora_identity.py .
+        writes a config to edit and train on your own conversations
+    {program} train internlm_7b_qlora_oasst1
+        does the same to InternLM-7B, with a GPU
 """
 
 

@@ -84,11 +84,10 @@ def test_the_questions_are_trained_and_the_base_is_never_told() -> None:
 
 
 def test_the_data_stands_where_the_configs_say() -> None:
-    from xtuner.config.find import find_config
     from xtuner.config.load import load_config
 
     root = Path(DEMO).parent
     for name in ('internlm_tiny_full_base', 'internlm_tiny_qlora_identity'):
-        config = load_config(find_config(name), {})
+        config = load_config(str(DEMO / f'{name}.py'))
         assert (root / config.dataset.source).is_file()
         assert config.model.template == 'internlm_chat'

@@ -69,10 +69,8 @@ def test_a_command_that_fails_ends_the_demo(capfd: pytest.CaptureFixture[str], m
 
 
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_whole_demo(tmp_path: Path) -> None:
     """In a folder of its own, so that a demo that somebody made stays."""
-    if 'slow' not in request.config.getoption('-m'):
-        pytest.skip('takes minutes; run with -m slow')
     for name in ('demo', 'configs'):
         (tmp_path / name).symlink_to(ROOT / name)
     code = f'import demo.demo as d, pathlib; d.ROOT = pathlib.Path({str(tmp_path)!r}); raise SystemExit(d.main())'

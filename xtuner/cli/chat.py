@@ -1,4 +1,7 @@
-"""Talks to a model, with or without an adapter. Piped, it prints one answer for each line of input."""
+"""Talks to a model, with or without an adapter.
+
+Piped, each line of input is a turn of one conversation, and its answer one line of output.
+"""
 
 from __future__ import annotations
 

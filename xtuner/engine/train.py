@@ -174,7 +174,6 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
 
 
 def _prepare_for_training(model: Any, config: TrainConfig) -> None:
-    model.config.use_cache = False
     if config.runtime.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)

@@ -4,9 +4,9 @@ from mmengine.config import read_base
 from torch.optim import AdamW
 
 with read_base():
-    from .._base_.methods.qlora import *
-    from .._base_.schedules.adapter_3e import *
-    from .._base_.runtime.default import *
+    from ..configs._base_.methods.qlora import *
+    from ..configs._base_.schedules.adapter_3e import *
+    from ..configs._base_.runtime.default import *
 
 model = dict(path='work_dirs/demo/base', template='internlm_chat')
 dataset = dict(source='demo/identity.jsonl', map_fn='openai', max_length=512)
