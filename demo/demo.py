@@ -2,7 +2,7 @@
 
 1. A base model with fresh weights, and a vocabulary of its own, in InternLM-7B's published form.
 2. `xtuner train demo/internlm_tiny_full_base.py`: all its weights learn a few hundred short conversations.
-3. `xtuner train demo/internlm_tiny_qlora_identity.py`: the base frozen in 4 bit, a LoRA adapter learns who the model is.
+3. `xtuner train demo/internlm_tiny_qlora_identity.py`: the base frozen in 4 bit, an adapter learns who the model is.
 4. `xtuner convert merge`: base and adapter become plain weights.
 5. The same questions to all three; the answers side by side, and checked.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by path, Python looks only beside this file
 
+from demo.picture import PICTURE, draw  # noqa: E402
 from demo.table import format_table  # noqa: E402
 
 WORK = Path('work_dirs/demo')
@@ -52,6 +53,7 @@ def main() -> int:
         print('\n' + format_table(('question', 'base', 'tuned', 'merged'), answers) + '\n')
         check_answers(questions, answers)
         check_chat(questions[0], merged)
+        draw(BASE_RUN, IDENTITY_RUN, answers, WORK / PICTURE)
     except DemoError as error:
         print(f'demo failed: {error}', file=sys.stderr)
         return 1
@@ -176,6 +178,7 @@ and the merged weights, with no adapter and no quantisation left, say the same. 
     {BASE}           the tiny base model, trained from scratch
     {IDENTITY_RUN}   the run: its adapter (checkpoint-*), log, metrics and samples
     {MERGED}         base and adapter in one: plain fp16 weights
+    {WORK / PICTURE}       both loss curves and the answers
 
 Try next:
     {program} chat {MERGED}
