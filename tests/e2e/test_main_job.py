@@ -155,6 +155,23 @@ def test_full_parameters_train_and_resume_from_their_own_weights(
     assert (newest(tmp_path / 'run') / 'model.safetensors').read_bytes() == whole
 
 
+def test_a_stream_trains_and_resumes_and_begins_again_when_it_ends(
+    tiny_internlm: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['dataset.streaming=True', 'samples.prompts=[]', 'dataset.max_length=32']  # about 6 packs, 10 are taken
+    words = train_words(tiny_internlm, conversations, tmp_path / 'run', *options, steps=5)
+    assert main(words) == 0
+    assert not (tmp_path / 'cache').exists()
+    whole = (newest(tmp_path / 'run') / 'adapter_model.safetensors').read_bytes()
+    shutil.rmtree(newest(tmp_path / 'run'))
+    assert main([*words, '--resume']) == 0
+    assert (newest(tmp_path / 'run') / 'adapter_model.safetensors').read_bytes() == whole
+    endless = [word for word in words if word not in ('--max-steps', '5')]
+    endless[endless.index('--work-dir') + 1] = str(tmp_path / 'other')
+    assert main(endless) == 1
+    assert '`dataset.streaming` needs `schedule.max_steps`' in capsys.readouterr().err
+
+
 @pytest.mark.real
 @pytest.mark.usefixtures('no_network')
 def test_the_flagship_on_real_conversations_with_the_real_vocabulary(

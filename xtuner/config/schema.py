@@ -68,6 +68,7 @@ class DatasetConfig:
                            'assistant', allowed=('assistant', 'last_turn', 'all'))  # fmt: skip
     packing: str = option('how conversations share packs; none: a pack each',
                           'best_fit', allowed=('best_fit', 'first_fit', 'stream', 'none'))  # fmt: skip
+    streaming: bool = option('read and pack while training, without a cache; needs schedule.max_steps', False)
     group_by_length: bool = option('batches of similar length; for packing none', False)
     val_ratio: float = option('share of the conversations kept for validation', 0.0, minimum=0)
     val_file: Any = option('validation data: whatever source may be; None: none beside val_ratio', None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from mmengine.dist import all_reduce, get_rank
 from mmengine.runner import BaseLoop
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from xtuner.engine.plan import Plan
 from xtuner.errors import TrainingError
@@ -51,7 +50,7 @@ class TrainLoop(BaseLoop):
 
     Args:
         runner: The mmengine runner; gives model, optimizer and hooks.
-        dataloader: Yields micro-batches from `step` on, as `StepSampler` orders them.
+        dataloader: Yields micro-batches from `step` on, in the plan's order.
         plan: Steps and learning rates.
         compute_dtype: float32 computes as is; bfloat16 and float16 autocast; float16 also scales the loss.
         seed: Each step seeds torch's generators anew from this, the step and the rank. So dropout needs no saved state,
@@ -62,7 +61,7 @@ class TrainLoop(BaseLoop):
     def __init__(
         self,
         runner: Any,
-        dataloader: DataLoader,
+        dataloader: Iterable[dict[str, Tensor]],
         *,
         plan: Plan,
         compute_dtype: torch.dtype,

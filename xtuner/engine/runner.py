@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from xtuner.engine.checkpoints import read_state
 from xtuner.engine.loop import TrainLoop
@@ -45,7 +44,7 @@ class Runner(mmengine.runner.Runner):
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataloader: DataLoader,
+        dataloader: Iterable[Any],
         *,
         hooks: Sequence[Hook],
         work_dir: Path,

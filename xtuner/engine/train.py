@@ -8,25 +8,22 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.runner import set_random_seed
 from torch import nn
-from torch.utils.data import DataLoader
 
 from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
-from xtuner.dataset.collate import collate
 from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
+from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
+from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkpoint, verify_checkpoint
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import process_group
-from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
@@ -38,9 +35,6 @@ from xtuner.model.weights import fingerprint, open_weights
 from xtuner.registry import build, check_arguments
 
 logger = logging.getLogger('xtuner')
-
-# Tokens to a multiple of which rows of single conversations are filled up on a GPU.
-_UNPACKED_MULTIPLE = 64
 
 # Sentinel for `resume`: the newest whole checkpoint in the work folder.
 NEWEST = 'newest'
@@ -84,12 +78,12 @@ def _run(
     config: TrainConfig, work_dir: Path, checkpoint: Path | None, launcher: str, rank: int, world_size: int
 ) -> None:
     set_random_seed(config.runtime.seed)
-    material = _load(config, checkpoint)
+    material = _load(config, checkpoint, rank, world_size)
     _open_work_dir(work_dir, config)  # only now: a run that could not begin leaves nothing behind
     runner = _make_runner(config, material, work_dir, launcher, rank, world_size)
     if checkpoint is not None:
         runner.restore(checkpoint)
-        runner.train_loop.dataloader.batch_sampler.start_step = runner.iter
+        runner.train_loop.dataloader.start_step = runner.iter
         logger.info('resuming from %s at step %d', checkpoint, runner.iter)
     try:
         runner.train()
@@ -126,7 +120,7 @@ def _find_checkpoint(work_dir: Path, resume: str | Path | None) -> Path | None:
     return Path(resume)
 
 
-def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
+def _load(config: TrainConfig, checkpoint: Path | None, rank: int, world_size: int) -> Material:
     """Tokenizer, data, base and adapter, the cheap ones first."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision)
@@ -134,7 +128,7 @@ def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)
     tokenizer.chat_template = template.chat_template()
-    dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template)
+    dataset = _open_dataset(config, tokenizer, template, rank, world_size)
     validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
     device = default_device()
     dtype = compute_dtype(source.dtype, device)
@@ -161,6 +155,12 @@ def _load(config: TrainConfig, checkpoint: Path | None) -> Material:
         quantization=asdict(config.quantization) if config.quantization else None,
     )
     return Material(SupervisedFinetune(model), tokenizer, template, dataset, validation, provenance, dtype)
+
+
+def _open_dataset(config: TrainConfig, tokenizer: Any, template: Template, rank: int, world_size: int) -> Any:
+    if config.dataset.streaming:
+        return PackStream(config.dataset, tokenizer=tokenizer, template=template, rank=rank, world_size=world_size)
+    return prepare_dataset(config.dataset, tokenizer=tokenizer, template=template)
 
 
 def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_fingerprint: str) -> Any:
@@ -201,21 +201,9 @@ def _make_runner(
     config: TrainConfig, material: Material, work_dir: Path, launcher: str, rank: int, world_size: int
 ) -> Runner:
     schedule, runtime = config.schedule, config.runtime
-    plan = Plan(len(material.dataset), schedule, world_size)
-    if config.dataset.group_by_length:
-        order: EpochSampler = LengthGroupedEpochSampler(
-            material.dataset.lengths, batch_size=plan.items_per_micro_batch, seed=runtime.seed
-        )
-    else:
-        order = EpochSampler(len(material.dataset), seed=runtime.seed)
+    plan = make_plan(material.dataset, config, world_size)
     pad_id = material.tokenizer.pad_token_id or 0
-    loader = DataLoader(
-        material.dataset,
-        batch_sampler=StepSampler(order, plan, rank=rank),
-        num_workers=runtime.num_workers,
-        collate_fn=partial(collate, pad_id=pad_id, multiple_of=_row_multiple(config)),
-        pin_memory=torch.cuda.is_available(),
-    )
+    batches = MicroBatches(material.dataset, config, plan, pad_id=pad_id, rank=rank)
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
     if runtime.fast:
         wait_once_a_step(optimizer)
@@ -231,7 +219,7 @@ def _make_runner(
     runner = Runner(
         material.model,
         optimizer,
-        loader,
+        batches,
         hooks=_hooks(config, material),
         work_dir=work_dir,
         seed=runtime.seed,
@@ -243,13 +231,6 @@ def _make_runner(
         plan=plan, compute_dtype=material.dtype, seed=runtime.seed, max_nonfinite_steps=runtime.max_nonfinite_steps
     )
     return runner
-
-
-def _row_multiple(config: TrainConfig) -> int:
-    """To what rows are filled up: on a GPU, packs that are all of one form let kernels and graphs be chosen once."""
-    if not torch.cuda.is_available():
-        return 1
-    return config.dataset.max_length if config.dataset.packing != 'none' else _UNPACKED_MULTIPLE
 
 
 def _hooks(config: TrainConfig, material: Material) -> list[Any]:

@@ -26,7 +26,7 @@ class DatasetInfoHook(Hook):
         """Prints, on the first rank only."""
         if runner.rank != 0:
             return
-        logger.info('first item, trained text in [[ ]]:\n%s', self.preview(self._dataset[0]))
+        logger.info('first item, trained text in [[ ]]:\n%s', self.preview(next(iter(self._dataset))))
 
     def preview(self, item: dict[str, Any]) -> str:
         """The item's text, each run of trained tokens between `[[` and `]]`, cut at `max_chars`."""

@@ -1,0 +1,91 @@
+"""A run's micro-batches in the plan's order, from prepared data or from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from xtuner.config.schema import TrainConfig
+from xtuner.dataset.collate import collate
+from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
+from xtuner.dataset.stream import PackStream
+from xtuner.engine.plan import Plan, StepSampler
+from xtuner.errors import ConfigError, DataError
+
+# Tokens to a multiple of which rows of single conversations are filled up on a GPU.
+_UNPACKED_MULTIPLE = 64
+
+
+class MicroBatches:
+    """Yields this rank's micro-batches from `start_step` to the end of the run.
+
+    Args:
+        dataset: A `PreparedDataset`, or a `PackStream`, which begins again when it ends.
+        config: The run's config.
+        plan: The run's arithmetic.
+        pad_id: Fills rows up.
+        rank: This process.
+    """
+
+    def __init__(self, dataset: Any, config: TrainConfig, plan: Plan, *, pad_id: int, rank: int = 0) -> None:
+        self.start_step = 0
+        self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank
+        self._settings: dict[str, Any] = {
+            'num_workers': config.runtime.num_workers,
+            'collate_fn': partial(collate, pad_id=pad_id, multiple_of=_row_multiple(config)),
+            'pin_memory': torch.cuda.is_available(),
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if not isinstance(self.dataset, PackStream):
+            sampler = StepSampler(self._order(), self._plan, rank=self._rank, start_step=self.start_step)
+            yield from DataLoader(self.dataset, batch_sampler=sampler, **self._settings)
+            return
+        # What a resumed run has seen is read again and passed over: a stream has no other way to its place.
+        first = self.start_step * self._plan.schedule.accumulative_counts
+        yield from islice(self._stream(), first, self._plan.num_micro_batches)
+
+    def _order(self) -> EpochSampler:
+        seed = self._config.runtime.seed
+        if self._config.dataset.group_by_length:
+            size = self._plan.items_per_micro_batch
+            return LengthGroupedEpochSampler(self.dataset.lengths, batch_size=size, seed=seed)
+        return EpochSampler(len(self.dataset), seed=seed)
+
+    def _stream(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            count = 0
+            for batch in DataLoader(self.dataset, batch_size=self._plan.schedule.batch_size, **self._settings):
+                count += 1
+                yield batch
+            if not count:
+                raise DataError(f'`dataset.source` {self._config.dataset.source!r} holds no conversation')
+
+
+def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:
+    """The arithmetic of a run over a data set; a stream counts as one pass over `max_steps` steps.
+
+    Raises:
+        ConfigError: a stream without `schedule.max_steps`: nobody knows its length.
+    """
+    schedule = config.schedule
+    if not isinstance(dataset, PackStream):
+        return Plan(len(dataset), schedule, world_size)
+    if schedule.max_steps is None:
+        raise ConfigError('`dataset.streaming` needs `schedule.max_steps` (or --max-steps): a stream has no length')
+    return Plan(
+        schedule.max_steps * schedule.batch_size * schedule.accumulative_counts * world_size, schedule, world_size
+    )
+
+
+def _row_multiple(config: TrainConfig) -> int:
+    """To what rows are filled up: on a GPU, packs that are all of one form let kernels and graphs be chosen once."""
+    if not torch.cuda.is_available():
+        return 1
+    return config.dataset.max_length if config.dataset.packing != 'none' else _UNPACKED_MULTIPLE
