@@ -69,7 +69,6 @@ class Runner(mmengine.runner.Runner):
             default_scope=None,
             cfg={},
         )
-        self._remove_empty_log_dir()
 
     def set_loop(self, **arguments: Any) -> None:
         """Puts a `TrainLoop` with these arguments in place of mmengine's loops."""
@@ -134,6 +133,11 @@ class Runner(mmengine.runner.Runner):
         """The `SupervisedFinetune` itself, without what wraps it for several ranks."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def timestamp(self) -> str:
+        """Nothing: mmengine would make a folder of this name in the work folder, for logs that we do not write."""
+        return ''
+
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """`xtuner doctor` tells the environment."""
 
@@ -146,11 +150,6 @@ class Runner(mmengine.runner.Runner):
 
     def dump_config(self) -> None:
         """The flat config is written by `train.py`, before the model is loaded."""
-
-    def _remove_empty_log_dir(self) -> None:
-        folder = Path(self._log_dir)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _difference(key: str, then: Any, now: Any) -> str:
