@@ -120,6 +120,7 @@ def test_bad_data_or_model(case: str, place: Place, capsys: pytest.CaptureFixtur
         (['dataset.map_fn=alpacca'], "did you mean 'alpaca'"),
         (['dataset.map_fn=alpaca'], 'data.jsonl:1'),
         (['hooks=[{"type": "nowhere:Hook"}]'], 'nowhere'),
+        (['log.trackers=["wandb"]'], "pip install 'xtuner[trackers]'"),
     ],
 )
 def test_a_bad_value(options: list[str], message: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:

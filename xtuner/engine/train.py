@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkp
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import process_group
 from xtuner.engine.runner import Runner
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, ConfigError
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
 from xtuner.model.fast import enable_fast_path, wait_once_a_step
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
@@ -97,6 +98,11 @@ def _check_open_sections(config: TrainConfig) -> None:
         check_arguments(config.adapter, 'adapter')
     for i, hook in enumerate(config.hooks):
         check_arguments(hook, f'hooks[{i}]')
+    for name in config.log.trackers:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"`log.trackers` names {name}, which is not installed; pip install 'xtuner[trackers]', or leave it out"
+            )
 
 
 def _open_work_dir(work_dir: Path, config: TrainConfig) -> None:
