@@ -46,7 +46,7 @@ def draw(base_run: Path, tuned_run: Path, answers: Sequence[Sequence[str]], out:
         colLabels=['question', 'base', 'tuned'],
         loc='center',
         cellLoc='left',
-        colWidths=[0.24, 0.38, 0.38],
+        colWidths=[0.21, 0.42, 0.37],
     )
     table.auto_set_font_size(False)
     table.set_fontsize(8)
