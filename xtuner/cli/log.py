@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 
+from xtuner.ranks import is_first_process
+
 
 def start_logging() -> None:
     """Sends `xtuner` log lines to stderr and quiets what the libraries below say of themselves.
@@ -21,8 +23,7 @@ def start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')
-    first = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
-    project.setLevel(logging.INFO if first else logging.WARNING)
+    project.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     project.handlers = [handler]
     project.propagate = False
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, tokenizer, template = load_data_config(args)
 
+    from xtuner.dataset.length import num_targets
     from xtuner.dataset.pipeline import prepare_dataset
     from xtuner.dataset.show import histogram, show_sample
     from xtuner.errors import ConfigError
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = sorted(set(dataset.sample_numbers.tolist()))
     for number in numbers[: args.num]:
         sample = dataset.sample(number)
-        trained = int((sample.labels != -100).sum())
+        trained = num_targets(sample)
         print(f'--- conversation {number}: {len(sample.input_ids)} tokens, {trained} trained')
         print(show_sample(sample, tokenizer, color=color))
     print(f'--- {len(numbers)} conversations in {len(dataset)} packs, {dataset.fill:.1%} full')

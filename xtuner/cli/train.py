@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
     start_logging()
 
-    from xtuner.engine.launch import is_first_process
     from xtuner.engine.train import train
+    from xtuner.ranks import is_first_process
 
     last = train(config, work_dir=work_dir, resume=args.resume, launcher=args.launcher)
     if is_first_process():

@@ -18,7 +18,7 @@ from xtuner.convert.shards import ShardWriter
 from xtuner.dataset.template import get_template
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, check_adapter
-from xtuner.model.loading import load_tokenizer, resolve_model
+from xtuner.model.loading import load_tokenizer, read_json, resolve_model
 from xtuner.model.weights import WeightReader, fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -90,13 +90,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _write_rest(base: Path, adapter: Path, template_name: str | None, folder: Path, dtype: str) -> None:
     """Config, generation settings with the right stop ids, tokenizer with its chat template, provenance."""
-    config = _read_json(base / 'config.json')
+    config = read_json(base / 'config.json')
     config.pop('auto_map', None)  # names code files that are not copied and not needed
     config.pop('torch_dtype', None)
     config['dtype'] = str(DTYPES[dtype]).removeprefix('torch.')
     _write_json(folder / 'config.json', config)
     tokenizer = load_tokenizer(adapter if (adapter / 'tokenizer_config.json').is_file() else base)
-    generation = _read_json(base / 'generation_config.json') if (base / 'generation_config.json').is_file() else {}
+    generation = read_json(base / 'generation_config.json') if (base / 'generation_config.json').is_file() else {}
     if template_name:
         template = get_template(template_name, tokenizer)
         tokenizer.chat_template = template.chat_template()
@@ -108,13 +108,6 @@ def _write_rest(base: Path, adapter: Path, template_name: str | None, folder: Pa
     tokenizer.save_pretrained(folder)
     if (adapter / PROVENANCE_FILE).is_file():
         shutil.copyfile(adapter / PROVENANCE_FILE, folder / PROVENANCE_FILE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (OSError, ValueError) as error:
-        raise ModelError(f'{path} cannot be read: {error}') from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -40,3 +40,12 @@ def collate(items: Sequence[Mapping[str, Any]], *, pad_id: int, multiple_of: int
             tensor[row, :length] = torch.as_tensor(item[name])
         batch['position_ids'][row, length:] -= length
     return batch
+
+
+def count_targets(labels: torch.Tensor) -> torch.Tensor:
+    """How many labels the loss counts, int64 scalar.
+
+    Args:
+        labels: int64 `(B, S)`; the first of a row has nothing before it and never counts.
+    """
+    return (labels[:, 1:] != IGNORE_INDEX).sum()

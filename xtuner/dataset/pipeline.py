@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from array import array
@@ -32,6 +31,7 @@ from xtuner.dataset.store import PreparedDataset, StoreWriter, is_complete
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import Encoder, Sample
 from xtuner.errors import ConfigError, DataError
+from xtuner.ranks import is_first_process
 
 _T = TypeVar('_T')
 _CHUNK_CONVERSATIONS, _CHUNK_CHARACTERS = 512, 2**21  # encoded at a time: bounds the memory
@@ -240,6 +240,6 @@ def _warn_of_leaks(validation: PreparedDataset, training: PreparedDataset) -> No
 
 def _say(*lines: str) -> None:
     """Prints to stderr, on the first rank only."""
-    if os.environ.get('RANK', '0') == '0':
+    if is_first_process():
         for line in lines:
             print(f'data: {line}', file=sys.stderr, flush=True)

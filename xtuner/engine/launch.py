@@ -51,11 +51,6 @@ def process_group(launcher: str) -> Iterator[tuple[int, int]]:
         distributed.destroy_process_group()
 
 
-def is_first_process() -> bool:
-    """Whether this is the only process of a run, or the one of rank 0; known before the group is joined."""
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
-
-
 def run_on_devices(arguments: Sequence[str], num_processes: int) -> int:
     """Runs an `xtuner` command in several processes of this machine, with this interpreter; returns its exit status."""
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(num_processes)]

@@ -14,6 +14,7 @@ from mmengine.dist import all_reduce, get_rank
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
+from xtuner.dataset.collate import count_targets
 from xtuner.engine.plan import Plan
 from xtuner.errors import TrainingError
 from xtuner.model.adapter import trainable_parameters
@@ -134,7 +135,7 @@ class TrainLoop(BaseLoop):
         factor = self.plan.lr_factor(self.step)
         for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group['lr'] = base * factor
-        counts = torch.tensor([[(b['labels'][:, 1:] != -100).sum(), b['labels'].numel()] for b in micro_batches]).sum(0)
+        counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
         num_targets, num_tokens = self._over_ranks(counts).tolist()
         if num_targets == 0:
             raise TrainingError(

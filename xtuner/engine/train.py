@@ -53,6 +53,11 @@ class Material:
     provenance: Provenance
     dtype: torch.dtype
 
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up; any id will do, since nothing looks at padding."""
+        return self.tokenizer.pad_token_id or 0
+
 
 def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = None, launcher: str = 'none') -> Path:
     """Runs a config to its end and returns the last checkpoint's folder.
@@ -208,8 +213,7 @@ def _make_runner(
 ) -> Runner:
     schedule, runtime = config.schedule, config.runtime
     plan = make_plan(material.dataset, config, world_size)
-    pad_id = material.tokenizer.pad_token_id or 0
-    batches = MicroBatches(material.dataset, config, plan, pad_id=pad_id, rank=rank)
+    batches = MicroBatches(material.dataset, config, plan, pad_id=material.pad_id, rank=rank)
     optimizer = build(config.optimizer, 'optimizer', trainable_parameters(material.model).values())
     if runtime.fast:
         wait_once_a_step(optimizer)
@@ -243,9 +247,10 @@ def _hooks(config: TrainConfig, material: Material) -> list[Any]:
     samples, interval = config.samples, config.checkpoint.interval
     validation = []
     if material.validation is not None:
-        pad_id = material.tokenizer.pad_token_id or 0
         validation = [
-            ValidateHook(material.validation, pad_id=pad_id, batch_size=config.schedule.batch_size, interval=interval)
+            ValidateHook(
+                material.validation, pad_id=material.pad_id, batch_size=config.schedule.batch_size, interval=interval
+            )
         ]
     return [
         DatasetInfoHook(material.dataset, material.tokenizer),

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template, get_template
 from xtuner.dataset.tokenize import encode_prompt
-from xtuner.model.generate import Sampling, generate
+from xtuner.model.generate import UNFINISHED, Sampling, generate
 
 Turns = Sequence[tuple[str, str]]
 
@@ -129,7 +129,7 @@ class _Responses(BaseStreamer):
             return
         self._ids += value.reshape(-1).tolist()
         text = self._text()
-        if not text.endswith('\ufffd'):
+        if not text.endswith(UNFINISHED):
             self._out.put(text)
 
     def end(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
+UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TextStream:
             return
         self.ids += [i for i in value.reshape(-1).tolist() if i not in self._stop_ids]
         text = self._tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
-        if not text.endswith(_UNFINISHED):
+        if not text.endswith(UNFINISHED):
             self._show(text)
 
     def end(self) -> None:

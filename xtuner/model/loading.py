@@ -75,7 +75,7 @@ def load_tokenizer(
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not trust_remote_code:
         raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_TOKENIZER_FILES)} is there')
-    settings = _read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
+    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
     own = _own_tokenizer(folder, settings)
     foreign = own is None and (settings.get('auto_map') or {}).get('AutoTokenizer')
     if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
@@ -99,7 +99,7 @@ def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMToken
     named = f'{settings.get("tokenizer_class", "")} {settings.get("auto_map", "")}'
     if 'InternLM' in named:
         return InternLM2Tokenizer if 'InternLM2' in named else InternLMTokenizer
-    config = _read_json(folder / 'config.json') if (folder / 'config.json').is_file() else {}
+    config = read_json(folder / 'config.json') if (folder / 'config.json').is_file() else {}
     if config.get('model_type') in _TOKENIZERS:
         return _TOKENIZERS[config['model_type']]
     bare = not settings and not config and not (folder / 'tokenizer.json').is_file()
@@ -166,7 +166,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     if not (folder / 'config.json').is_file():
         raise ModelError(f'{folder} is no model folder: config.json is missing')
-    content = _read_json(folder / 'config.json')
+    content = read_json(folder / 'config.json')
     kind = str(content.get('model_type'))
     try:
         known = kind in _TOKENIZERS or bool(AutoConfig.for_model(kind))
@@ -215,7 +215,8 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         raise ModelError(f'{folder}: {_one_line(errors[0])}')
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings; raises ModelError, with the path, where it cannot be read or holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xtuner.model.kernels.loss import IGNORED, fused_linear_cross_entropy, target_rows
+from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 
 
 class SupervisedFinetune(nn.Module):
@@ -43,7 +44,7 @@ class SupervisedFinetune(nn.Module):
             # It tells samples apart by their positions in a batch of one row only.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         # The labels move, not the hidden states, which are many times larger; the last of a row predicts nothing.
-        targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
         rows = target_rows(targets_N)  # before the forward pass, so that a GPU need not be waited for in the middle
         output = base.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden_NH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])

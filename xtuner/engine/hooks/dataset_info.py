@@ -7,6 +7,8 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from xtuner.dataset.tokenize import IGNORE_INDEX
+
 logger = logging.getLogger('xtuner')
 
 
@@ -31,7 +33,7 @@ class DatasetInfoHook(Hook):
     def preview(self, item: dict[str, Any]) -> str:
         """The item's text, each run of trained tokens between `[[` and `]]`, cut at `max_chars`."""
         pieces: list[str] = []
-        ids, trained = [int(i) for i in item['input_ids']], [int(label) != -100 for label in item['labels']]
+        ids, trained = [int(i) for i in item['input_ids']], [int(label) != IGNORE_INDEX for label in item['labels']]
         start = 0
         for end in range(1, len(ids) + 1):
             if end == len(ids) or trained[end] != trained[start]:

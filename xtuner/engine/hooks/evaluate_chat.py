@@ -80,10 +80,9 @@ class EvaluateChatHook(Hook):
     def _answer(self, llm: Any, prompt: str, step: int, work_dir: Path) -> None:
         system = [Message('system', self._system)] if self._system else []
         ids = encode_prompt([*system, Message('user', prompt)], self._tokenizer, self._template)
-        autocast = torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32)
-        with autocast:
-            answer_ids = generate(llm, ids, stop_ids=self._template.stop_ids(self._tokenizer), sampling=self._sampling)
-        stop_ids = set(self._template.stop_ids(self._tokenizer))
+        stop_ids = self._template.stop_ids(self._tokenizer)
+        with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
+            answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
         answer = self._tokenizer.decode(
             [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
         )

@@ -10,7 +10,7 @@ import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 
-from xtuner.dataset.collate import collate
+from xtuner.dataset.collate import collate, count_targets
 from xtuner.engine.hooks.log import append_metrics
 
 logger = logging.getLogger('xtuner')
@@ -55,7 +55,7 @@ class ValidateHook(Hook):
             batch = collate(items, pad_id=self._pad_id)
             with loop.autocast():
                 loss_sum = model(**{k: v.to(loop.device) for k, v in batch.items()})
-            sums += torch.stack([loss_sum.double(), (batch['labels'][:, 1:] != -100).sum().to(loss_sum)])
+            sums += torch.stack([loss_sum.double(), count_targets(batch['labels']).to(loss_sum)])
         model.train(was_training)
         all_reduce(sums)
         return (sums[0] / sums[1]).item()

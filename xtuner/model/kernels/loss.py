@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.model.kernels.dispatch import kernels_for
 
-IGNORED = -100
 _LOGITS_BYTES = 2**28
 
 
@@ -23,7 +23,7 @@ def target_rows(labels_N: Tensor) -> Tensor:
     On a GPU this waits for the labels; computed before the forward pass and handed to `fused_linear_cross_entropy`, it
     spares a wait in the middle of the step.
     """
-    return (labels_N != IGNORED).nonzero().squeeze(1)
+    return (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def fused_linear_cross_entropy(
