@@ -45,7 +45,7 @@ def open_session(
         CheckpointError: the adapter is of another base, or none.
         DataError: no template is known.
     """
-    folder = resolve_model(llm)
+    folder = resolve_model(llm, trust_remote_code=trust_remote_code)
     source = folder
     provenance = read_provenance(folder)
     if adapter is not None:

@@ -134,7 +134,7 @@ def _find_checkpoint(work_dir: Path, resume: str | Path | None) -> Path | None:
 def _load(config: TrainConfig, checkpoint: Path | None, rank: int, world_size: int) -> Material:
     """Tokenizer, data, base and adapter, the cheap ones first."""
     source = config.model
-    folder = resolve_model(source.path, revision=source.revision)
+    folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     base_fingerprint = fingerprint(open_weights(folder))
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)
