@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xtuner.chat.session import ChatSession
 from xtuner.config.schema import QuantizationConfig
-from xtuner.dataset.template import get_template
+from xtuner.dataset.template import Template, get_template
 from xtuner.model.adapter import check_adapter, load_adapter, read_provenance
 from xtuner.model.generate import Sampling
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
@@ -18,16 +19,42 @@ from xtuner.model.weights import fingerprint, open_weights
 logger = logging.getLogger('xtuner')
 
 
-def open_session(
+@dataclass(frozen=True)
+class ChatModel:
+    """What every conversation with one model shares: nothing here changes while it is talked to.
+
+    Attributes:
+        model: A transformers or peft causal language model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        template: The prompt format it was tuned with.
+        max_length: Tokens of prompt and answer together that it can hold.
+    """
+
+    model: Any
+    tokenizer: Any
+    template: Template
+    max_length: int
+
+    def session(self, *, system: str = '', sampling: Sampling) -> ChatSession:
+        """Begins a conversation; several can be under way over the same weights."""
+        return ChatSession(
+            self.model, self.tokenizer, self.template, system=system, sampling=sampling, max_length=self.max_length
+        )
+
+
+def open_session(llm: str, *, system: str = '', sampling: Sampling, **choice: Any) -> ChatSession:
+    """Begins a conversation with a model that `open_chat_model` loads; `choice` are its further arguments."""
+    return open_chat_model(llm, **choice).session(system=system, sampling=sampling)
+
+
+def open_chat_model(
     llm: str,
     *,
     adapter: Path | None = None,
     template: str | None = None,
-    system: str = '',
     bits: int | None = None,
-    sampling: Sampling,
     trust_remote_code: bool = False,
-) -> ChatSession:
+) -> ChatModel:
     """Loads everything a chat needs.
 
     Args:
@@ -35,9 +62,7 @@ def open_session(
         adapter: A checkpoint of `xtuner train`, or any peft adapter.
         template: Name of the prompt template; None takes the one the adapter or the merged model was tuned with, or
             else the tokenizer's own.
-        system: System message; '' for none.
         bits: 4 or 8 quantises the base; None leaves it as the adapter was trained, or in half precision.
-        sampling: How answers are drawn.
         trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
@@ -69,6 +94,4 @@ def open_session(
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.eval()
-    return ChatSession(
-        model, tokenizer, get_template(name, tokenizer), system=system, sampling=sampling, max_length=max_length
-    )
+    return ChatModel(model, tokenizer, get_template(name, tokenizer), max_length)
