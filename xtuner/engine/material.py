@@ -1,0 +1,131 @@
+"""What a run is made of: tokenizer, data, base model and adapter, loaded the cheap ones first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xtuner.config.schema import TrainConfig
+from xtuner.dataset.pipeline import prepare_dataset
+from xtuner.dataset.stream import PackStream
+from xtuner.dataset.template import Template, get_template
+from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
+from xtuner.model.fast import enable_fast_path
+from xtuner.model.loading import load_model, load_tokenizer, resolve_model
+from xtuner.model.precision import compute_dtype, default_device, dtype_name
+from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.weights import fingerprint, open_weights
+
+logger = logging.getLogger('xtuner')
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of, once it is loaded."""
+
+    model: SupervisedFinetune
+    tokenizer: Any
+    template: Template
+    dataset: Any
+    validation: Any
+    provenance: Provenance
+    dtype: torch.dtype
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up; any id will do, since nothing looks at padding."""
+        return self.tokenizer.pad_token_id or 0
+
+
+def load_material(config: TrainConfig, checkpoint: Path | None, rank: int, world_size: int) -> Material:
+    """Tokenizer, data, base and adapter, the cheap ones first."""
+    source = config.model
+    folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    base_fingerprint = fingerprint(open_weights(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
+    template = get_template(source.template, tokenizer)
+    tokenizer.chat_template = template.chat_template()
+    dataset = _open_dataset(config, tokenizer, template, rank, world_size)
+    validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
+    device = default_device()
+    dtype = compute_dtype(source.dtype, device)
+    started = time.perf_counter()
+    # A whole model that is trained needs its weights in float32; a frozen one only computes.
+    start_folder = checkpoint if checkpoint and config.adapter is None else folder
+    base = load_model(
+        start_folder,
+        dtype=dtype if config.adapter else torch.float32,
+        quantization=config.quantization,
+        attention=source.attention,
+        device=device,
+        trust_remote_code=source.trust_remote_code,
+    )
+    model = _adapted(base, config, checkpoint, base_fingerprint)
+    _prepare_for_training(model, config)
+    _describe(model, config, time.perf_counter() - started)
+    logger.info('%s', enable_fast_path(model, enabled=config.runtime.fast))
+    provenance = Provenance(
+        base=source.path,
+        base_fingerprint=base_fingerprint,
+        template=source.template,
+        compute_dtype=dtype_name(dtype),
+        quantization=asdict(config.quantization) if config.quantization else None,
+    )
+    return Material(SupervisedFinetune(model), tokenizer, template, dataset, validation, provenance, dtype)
+
+
+def _open_dataset(config: TrainConfig, tokenizer: Any, template: Template, rank: int, world_size: int) -> Any:
+    if config.dataset.streaming:
+        return PackStream(config.dataset, tokenizer=tokenizer, template=template, rank=rank, world_size=world_size)
+    return prepare_dataset(config.dataset, tokenizer=tokenizer, template=template)
+
+
+def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_fingerprint: str) -> Any:
+    if config.adapter is None:
+        return base.requires_grad_(True)
+    if checkpoint is not None:
+        return load_adapter(base, checkpoint, trainable=True, base_fingerprint=base_fingerprint)
+    adapted = attach_adapter(base, config.adapter)
+    adapted.peft_config['default'].base_model_name_or_path = config.model.path
+    return adapted
+
+
+def _prepare_for_training(model: Any, config: TrainConfig) -> None:
+    if config.runtime.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    trainable_parameters(model)
+
+
+def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
+    parameters = list(model.parameters())
+    # A 4-bit weight is stored as packed bytes; its logical size is in its quantisation state.
+    states = [getattr(p, 'quant_state', None) for p in parameters]
+    total = sum(p.numel() if s is None else s.shape.numel() for p, s in zip(parameters, states, strict=True))
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    held = f'{config.quantization.bits} bit' if config.quantization else dtype_name(parameters[0].dtype)
+    logger.info(
+        'model: %s, %.4g M parameters (base in %s), %.4g M trained (%.2f %%), loaded in %.1f s',
+        config.model.path,
+        total / 1e6,
+        held,
+        trained / 1e6,
+        100 * trained / total,
+        seconds,
+    )
+
+
+def write_model(material: Material, folder: Path) -> None:
+    """The adapter, or the whole model, with its tokenizer and generation settings."""
+    llm: Any = material.model.llm
+    stop_ids = material.template.stop_ids(material.tokenizer)
+    llm.generation_config.eos_token_id = stop_ids
+    llm.save_pretrained(folder, safe_serialization=True)
+    llm.generation_config.save_pretrained(folder)
+    material.tokenizer.save_pretrained(folder)
+    material.provenance.write(folder)
