@@ -3,7 +3,6 @@
 ids.bin          int32 (T,)      all samples' ids, one behind the other
 trained.bin      bool  (T,)      which of them are trained
 offsets.npy      int64 (N + 1,)  where each sample begins
-hashes.npy       uint64 (N,)     of each sample's ids: equal conversations have equal ones
 train_samples.npy, train_starts.npy, val_...   the packs of each part (see `Packs`)
 meta.json        the summary, and the sizes by which a torn folder is told
 """
@@ -63,11 +62,10 @@ class StoreWriter:
         self._ids.close()
         self._trained.close()
 
-    def finish(self, parts: dict[str, Packs], summary: Summary, *, hashes: np.ndarray) -> None:
-        """Writes the plans, the samples' content hashes and, last, what makes the folder complete."""
+    def finish(self, parts: dict[str, Packs], summary: Summary) -> None:
+        """Writes the plans and, last, what makes the folder complete."""
         self.close()
         np.save(self.folder / 'offsets.npy', np.array(self._offsets, dtype=np.int64))
-        np.save(self.folder / 'hashes.npy', hashes)
         for part, packs in parts.items():
             np.save(self.folder / f'{part}_samples.npy', packs.samples)
             np.save(self.folder / f'{part}_starts.npy', packs.starts)
@@ -145,9 +143,9 @@ class PreparedDataset(Dataset):
         return np.asarray(self._packs.samples)
 
     @property
-    def hashes(self) -> np.ndarray:
-        """A hash of each conversation's ids, of both parts, uint64 `(N,)`."""
-        return np.load(self.folder / 'hashes.npy', mmap_mode='r')
+    def num_samples(self) -> int:
+        """Conversations of both parts."""
+        return len(self._offsets) - 1
 
     @property
     def fill(self) -> float:

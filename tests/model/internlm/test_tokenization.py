@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -134,6 +135,33 @@ def test_small_vocabulary(small: Path, text: str) -> None:
     ours = load_tokenizer(small)
     assert ours(text).input_ids == original.encode(text)
     assert ours.decode(original.encode(text)) == original.decode(original.encode(text))
+
+
+def test_a_plain_batch_is_what_its_texts_are(small: Path) -> None:
+    """A batch takes a shorter way; it must not show, nor see what an earlier call left behind."""
+    ours, again = load_tokenizer(small), load_tokenizer(small)
+    batch = ['', 'the cat sat', '<eoh>x</s>', '  語 é\0']
+    ours(batch, padding='max_length', truncation=True, max_length=3)
+    for options in ({}, {'add_special_tokens': False}):
+        made = ours(batch, **options)
+        assert dict(made) == {key: [again(text, **options)[key] for text in batch] for key in again('a')}
+        assert dict(made) == dict(again(batch, verbose=True, **options))  # an option more: transformers' own way
+    ours.split_special_tokens = True
+    assert 2 not in ours(batch).input_ids[2]
+    assert ours(batch, return_offsets_mapping=True).char_to_token(1, 0) == 1
+    assert len(ours(batch, padding=True, return_tensors='pt').input_ids) == 4
+
+
+def test_a_batch_that_is_too_long_is_warned_of(small: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = load_tokenizer(small)
+    ours.model_max_length = 4
+    logger = logging.getLogger('transformers')
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(ours(['the cat sat on the mat']).input_ids[0]) > 4
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert 'longer than the specified maximum' in caplog.text
 
 
 def test_added_tokens_survive(small: Path, tmp_path: Path) -> None:

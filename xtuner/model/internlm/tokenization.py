@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from xtuner.errors import ModelError
 from xtuner.model.internlm.sentencepiece import SPACE, read_model, to_rust
@@ -58,6 +58,24 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         rust.add_tokens([token for _, token in sorted(added.items())])
         kwargs = _DEFAULTS | {key: value for key, value in kwargs.items() if key != 'tokenizer_file'}
         return kwargs | {'tokenizer_object': rust, PREFIX_KEY: bool(proto.normalizer_spec.add_dummy_prefix)}
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """As transformers' own. A plain batch of texts is encoded without working out where each token came from.
+
+        Like the original's, its result then knows no character positions: `return_offsets_mapping=True` asks for them.
+        """
+        if args or set(kwargs) - {'add_special_tokens'} or not _is_plain_batch(text):
+            return super().__call__(text, *args, **kwargs)
+        rust = self.backend_tokenizer
+        if rust.truncation is not None:  # left behind by an earlier call
+            rust.no_truncation()
+        if rust.padding is not None:
+            rust.no_padding()
+        rust.encode_special_tokens = self.split_special_tokens
+        ids = [encoding.ids for encoding in rust.encode_batch_fast(text, **kwargs)]
+        if max(map(len, ids)) > self.model_max_length:
+            return super().__call__(text, **kwargs)  # which warns of it
+        return BatchEncoding({'input_ids': ids, 'attention_mask': [[1] * len(row) for row in ids]})
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens, as the original writes it: a space before text that precedes a special token."""
@@ -129,6 +147,10 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             config.pop(key, None)
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
         return files
+
+
+def _is_plain_batch(text: Any) -> bool:
+    return isinstance(text, list) and bool(text) and all(isinstance(item, str) for item in text)
 
 
 def clean_up(text: str) -> str:
