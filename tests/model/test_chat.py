@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
-from xtuner.model.generate import TextStream
+from xtuner.model.generate import Sampling, TextStream
 from xtuner.model.loading import load_model, load_tokenizer
 
 
@@ -76,12 +76,12 @@ def test_an_empty_answer(model: Any, tokenizer: Any) -> None:
 
 def test_the_defaults_of_the_model_card(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(type(model), 'generate', lambda self, **kw: asked.update(kw) or kw['input_ids'])
+    monkeypatch.setattr('xtuner.model.chat.generate', lambda *args, **keywords: asked.update(keywords) or [])
     model.chat(tokenizer, 'hello', history=[])
-    assert (asked['do_sample'], asked['temperature'], asked['top_p'], asked['max_new_tokens']) == (True, 0.8, 0.8, 1024)
-    assert sorted(asked['eos_token_id']) == sorted([2, pieces_id(tokenizer, '<eoa>')])
+    assert asked['sampling'] == Sampling(max_new_tokens=1024, temperature=0.8, top_p=0.8)
+    assert sorted(asked['stop_ids']) == sorted([2, pieces_id(tokenizer, '<eoa>')])
     model.chat(tokenizer, 'hello', history=[], do_sample=False, max_new_tokens=5)
-    assert (asked['do_sample'], asked['max_new_tokens']) == (False, 5)
+    assert asked['sampling'] == Sampling(max_new_tokens=5, temperature=0, top_p=0.8)
 
 
 def pieces_id(tokenizer: Any, piece: str) -> int:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from xtuner.model.decode.decoder import decoder_for
+from xtuner.model.decode.layers import obstacle
+
+logger = logging.getLogger('xtuner')
+_SAID: set[str] = set()  # reasons for the slower way that were logged
 
 UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
 
@@ -70,7 +78,6 @@ class TextStream:
             self._on_text(new)
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     prompt_ids: Sequence[int],
@@ -81,18 +88,65 @@ def generate(
 ) -> list[int]:
     """Continues a prompt.
 
+    Models like Llama are decoded by `xtuner.model.decode`, all others, and these where something stands in the way, by
+    transformers' `generate`. Both draw the same tokens from the same seed, as far as logits agree.
+
     Args:
         model: A transformers or peft causal language model.
         prompt_ids: Token ids that end where the answer begins.
         stop_ids: Ids that end the answer.
         sampling: How to draw.
-        streamer: Receives the ids as they come.
+        streamer: Receives the ids as they come, as from transformers: the prompt once, then each id, then `end()`.
 
     Returns:
         The answer's ids, with the stop id where one was drawn.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
+    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    reason = obstacle(causal, len(prompt_ids) + sampling.max_new_tokens)
+    if reason is None:
+        return _decode(causal, prompt_ids, frozenset(stop_ids), sampling, streamer)
+    if reason not in _SAID:
+        _SAID.add(reason)
+        logger.info('decoding by transformers, which is slower: %s', reason)
+    return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
+
+
+@torch.inference_mode()
+def _decode(
+    causal: Any, prompt_ids: Sequence[int], stop_ids: frozenset[int], sampling: Sampling, streamer: TextStream | None
+) -> list[int]:
+    decoder = decoder_for(causal)
+    answer: list[int] = []
+    if streamer is not None:
+        streamer.put(torch.tensor([list(prompt_ids)]))
+    with decoder.lock:
+        ids = decoder.answer(
+            prompt_ids, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p
+        )
+        with closing(ids):
+            for token in ids:
+                answer.append(token)
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+                if token in stop_ids:
+                    break
+    if streamer is not None:
+        streamer.end()
+    return answer
+
+
+@torch.inference_mode()
+def generate_plainly(
+    model: Any,
+    prompt_ids: Sequence[int],
+    *,
+    stop_ids: Sequence[int],
+    sampling: Sampling,
+    streamer: TextStream | None = None,
+) -> list[int]:
+    """As `generate`, by transformers' own method; the seed is not looked at."""
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     output = model.generate(
         input_ids=ids,

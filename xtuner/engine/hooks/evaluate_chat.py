@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
+from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 
 logger = logging.getLogger('xtuner')
@@ -75,6 +76,7 @@ class EvaluateChatHook(Hook):
         except (RuntimeError, ValueError) as error:  # out of memory, an odd generation config: not worth a run
             logger.warning('no sample at step %d, training goes on: %s', step, error)
         finally:
+            release(model.llm)
             model.train(training)
 
     def _answer(self, llm: Any, prompt: str, step: int, work_dir: Path) -> None:

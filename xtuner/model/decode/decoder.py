@@ -1,0 +1,124 @@
+"""A decoder with its cache: continues one prompt at a time, and knows again what the last one began with."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Generator, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
+from xtuner.model.decode.layers import read_layers, rotary_table, state_of
+from xtuner.model.decode.sampling import next_token
+from xtuner.model.kernels.dispatch import fused_kernels, has_triton
+from xtuner.model.kernels.host import free_host_bytes
+
+_KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
+_SMALLEST = 512  # tokens a cache has room for
+
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+
+
+def decoder_for(causal: nn.Module) -> Decoder:
+    """The decoder of a model without `layers.obstacle`, made at the first call; it goes when the model goes."""
+    modules = tuple(causal.modules())[1:]  # without the model itself, which would never go
+    decoder = _DECODERS.get(causal)
+    if decoder is None or decoder.modules != modules:  # a layer was replaced or wrapped
+        decoder = _DECODERS[causal] = Decoder(causal, modules)
+    return decoder
+
+
+def release(model: Any) -> None:
+    """Gives back what decoding keeps for a model: its cache, weights as floats, recorded graphs."""
+    _DECODERS.pop(model.get_base_model() if hasattr(model, 'get_base_model') else model, None)
+
+
+class Decoder:
+    """Decoding for one model.
+
+    Holds the model's parts, not the model. One answer at a time: a second thread waits.
+
+    Args:
+        causal: A causal language model, not wrapped by peft, without `layers.obstacle`.
+        modules: All modules inside it.
+    """
+
+    def __init__(self, causal: Any, modules: tuple[nn.Module, ...]) -> None:
+        decoder = causal.get_decoder()
+        self.lock = threading.Lock()
+        self.modules = modules
+        self._decoder = decoder
+        self._head = causal.get_output_embeddings()
+        self._trained = decoder.config.max_position_embeddings
+        self.layers = read_layers(decoder)
+        self._weight = decoder.norm.weight
+        self._state: tuple | None = None
+        self._cache: Cache | None = None
+        self._ids: list[int] = []  # whose keys and values the cache holds
+        fused = self._weight.is_cuda and has_triton()
+        self._kernels = fused_kernels() if fused else None
+
+    def answer(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_p: float) -> Generator[int]:
+        """Yields an answer's ids as they are drawn, without end but `max_new_tokens`; close it to stop.
+
+        Args:
+            prompt: Ids of the prompt, at least one.
+            max_new_tokens: Most ids.
+            temperature: See `next_token`.
+            top_p: Likewise.
+        """
+        self._prepare(len(prompt) + max_new_tokens)
+        logits = self._prefill(list(prompt))
+        for _ in range(max_new_tokens - 1):
+            token = int(next_token(logits, temperature=temperature, top_p=top_p))
+            yield token
+            logits = self._step(token)
+        yield int(next_token(logits, temperature=temperature, top_p=top_p))
+
+    def _prepare(self, num_tokens: int) -> None:
+        """Sees whether weights have changed, and makes room."""
+        state = state_of(self.modules)
+        if state != self._state:
+            self._ids = []
+            self._state = state
+            self._keep_weights()
+        if self._cache is None or self._cache.capacity < num_tokens:
+            self._cache = None
+            capacity = max(_SMALLEST, 1 << (num_tokens - 1).bit_length())
+            capacity = max(num_tokens, min(capacity, self._trained))
+            self._ids = []
+            self._cache = Cache(self.layers, capacity, self._weight)
+            self._angles = rotary_table(self._decoder, capacity, self.layers[0].heads.size)
+
+    def _keep_weights(self) -> None:
+        if self._weight.is_cuda:
+            return
+        budget = int(free_host_bytes() * _KEPT_SHARE)
+        for layer in self.layers:
+            for product in layer.products:
+                budget -= product.keep(self._weight.dtype, budget)
+
+    def _prefill(self, prompt: list[int]) -> Tensor:
+        """Logits (1, V) after the prompt; what it shares with the ids in the cache is not computed again."""
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, prompt[:-1], strict=False)))
+        self._ids = self._ids[:shared]
+        logits = None
+        while len(self._ids) < len(prompt):
+            logits = self._run(prompt[len(self._ids) : len(self._ids) + LARGEST_CHUNK])
+        assert logits is not None
+        return logits
+
+    def _step(self, token: int) -> Tensor:
+        return self._run([token])
+
+    def _run(self, ids: list[int]) -> Tensor:
+        assert self._cache is not None
+        decoder = self._decoder
+        x = decoder.embed_tokens(torch.tensor(ids, device=self._weight.device)).to(self._weight.dtype)
+        x = advance(self.layers, x, self._cache, len(self._ids), self._angles, self._kernels)
+        self._ids += ids
+        return self._head(norm(decoder.norm, x[-1:], self._kernels))

@@ -1,0 +1,194 @@
+"""A Llama-like decoder as plain data: which linear layers read what, where heads lie; and what stands in the way.
+
+Letters of shapes: T tokens, K key heads, G query heads a key head, D a head's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.model.decode.product import Product
+from xtuner.model.kernels.decoder import adapter_obstacle, base_of
+from xtuner.model.kernels.quantized import is_4bit
+
+_LLAMA = {
+    'norms': ('input_layernorm', 'post_attention_layernorm'),
+    'qkv': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    'out': ('self_attn.o_proj',),
+    'gate_up': ('mlp.gate_proj', 'mlp.up_proj'),
+    'down': ('mlp.down_proj',),
+}
+_INTERNLM2 = {
+    'norms': ('attention_norm', 'ffn_norm'),
+    'qkv': ('attention.wqkv',),
+    'out': ('attention.wo',),
+    'gate_up': ('feed_forward.w1', 'feed_forward.w3'),
+    'down': ('feed_forward.w2',),
+}
+# By the layer's class and its attention's: a subclass may compute something else.
+_FORMS = {
+    ('LlamaDecoderLayer', 'LlamaAttention'): _LLAMA,
+    ('LlamaDecoderLayer', 'InternLMDynamicAttention'): _LLAMA,
+    ('InternLM2DecoderLayer', 'InternLM2Attention'): _INTERNLM2,
+}
+_GROUPS = ('qkv', 'out', 'gate_up', 'down')
+_LENGTH_BOUND = ('DynamicNTKRotaryEmbedding',)  # whose angles depend on the text's length beyond the trained one
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where heads lie in the output of q, k and v.
+
+    There are `groups` times `queries` query heads, `keys` key heads and `keys` value heads: Llama has one group of all,
+    InternLM2 one for each key head.
+    """
+
+    groups: int
+    queries: int
+    keys: int
+    size: int
+    scale: float
+
+    @property
+    def num_queries(self) -> int:
+        """All query heads."""
+        return self.groups * self.queries
+
+    @property
+    def num_keys(self) -> int:
+        """All key heads."""
+        return self.groups * self.keys
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    norm_in: Any
+    norm_mid: Any
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    heads: Heads
+
+    @property
+    def products(self) -> tuple[Product, Product, Product, Product]:
+        """In the order of the forward pass."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+def read_layers(decoder: Any) -> list[Layer]:
+    """The layers of a decoder that has no `obstacle`; only read."""
+    return [_read_layer(layer, decoder.config) for layer in decoder.layers]
+
+
+def _read_layer(layer: Any, config: Any) -> Layer:
+    names = _form(layer)
+    assert names is not None
+    norm_in, norm_mid = (attrgetter(name)(layer) for name in names['norms'])
+    qkv, out, gate_up, down = (Product([attrgetter(name)(layer) for name in names[group]]) for group in _GROUPS)
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, 'head_dim', None) or config.hidden_size // queries
+    split = keys if names is _INTERNLM2 else 1
+    heads = Heads(split, queries // split, keys // split, size, _attention(layer).scaling)
+    return Layer(norm_in, norm_mid, qkv, out, gate_up, down, heads)
+
+
+def _attention(layer: Any) -> Any:
+    return layer.attention if hasattr(layer, 'attention') else layer.self_attn
+
+
+def _form(layer: Any) -> dict[str, tuple[str, ...]] | None:
+    attention = getattr(layer, 'attention', None) or getattr(layer, 'self_attn', None)
+    return _FORMS.get((type(layer).__name__, type(attention).__name__))
+
+
+def obstacle(causal: Any, num_tokens: int) -> str | None:
+    """Why a model cannot be decoded here, in a few words; None where it can.
+
+    Args:
+        causal: A causal language model, not wrapped by peft.
+        num_tokens: Of prompt and answer together.
+    """
+    decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else None
+    layers = getattr(decoder, 'layers', None)
+    if decoder is None or not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
+        return f'{type(causal).__name__} is not built like Llama'
+    if causal.training:
+        return 'it is in training mode'
+    if decoder.config.hidden_act not in ('silu', 'swish'):
+        return f'its activation is {decoder.config.hidden_act}, not silu'
+    for layer in layers:
+        reason = _layer_obstacle(layer)
+        if reason:
+            return reason
+    devices = {parameter.device for parameter in causal.parameters()}
+    if len(devices) > 1 or 'meta' in {device.type for device in devices}:
+        return 'its weights lie on several devices'
+    dtype = decoder.layers[0].get_parameter(_form(layers[0])['norms'][0] + '.weight').dtype  # type: ignore[index]
+    device = next(iter(devices)).type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        return f'autocast asks for {torch.get_autocast_dtype(device)}, its weights are {dtype}'
+    return _position_obstacle(decoder, num_tokens)
+
+
+def _position_obstacle(decoder: Any, num_tokens: int) -> str | None:
+    trained = decoder.config.max_position_embeddings
+    kind = getattr(decoder.rotary_emb, 'rope_type', 'default')
+    if num_tokens > trained and (type(decoder.rotary_emb).__name__ in _LENGTH_BOUND or kind == 'dynamic'):
+        return f'{num_tokens} tokens are more than the {trained} it was trained with, so its rotary base would grow'
+    return 'its rotary positions depend on the length of the text' if kind == 'longrope' else None
+
+
+def _layer_obstacle(layer: Any) -> str | None:
+    names = _form(layer)
+    if names is None:
+        return f'its layers are {type(layer).__name__}'
+    for group in _GROUPS:
+        for name in names[group]:
+            projection = attrgetter(name)(layer)
+            base = base_of(projection)
+            known = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
+            if not known:
+                return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
+            reason = None if getattr(projection, 'merged', False) else adapter_obstacle(projection)
+            if reason:
+                return reason
+    for name, module in layer.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f'a hook is registered on {name or "a layer"}'
+    return None
+
+
+def state_of(modules: Sequence[nn.Module]) -> tuple:
+    """What changes when weights do: addresses and versions of all parameters, and which adapters are on.
+
+    Some optimizers write to memory without a word to PyTorch, so one value of each parameter that may be trained is
+    looked at too.
+    """
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+    seen = [p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters if p.requires_grad and p.numel()]
+    tuned: list[Any] = [m for m in modules if hasattr(m, 'merged_adapters') and hasattr(m, 'scaling')]
+    adapters = tuple(
+        (m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), tuple(m.scaling.values()))
+        for m in tuned
+    )
+    return weights, tuple(torch.stack(seen).tolist()) if seen else (), adapters
+
+
+def rotary_table(decoder: Any, capacity: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions from 0, each float32 (capacity, D / 2); float64 for a float64 model."""
+    weight = decoder.norm.weight
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    positions = torch.arange(capacity, device=weight.device)[None]
+    with torch.autocast(weight.device.type, enabled=False):
+        cos, sin = decoder.rotary_emb(torch.empty(0, dtype=wide, device=weight.device), position_ids=positions)
+    return cos[0, :, : size // 2].contiguous(), sin[0, :, : size // 2].contiguous()
