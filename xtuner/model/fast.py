@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.model.kernels.decoder import FastDecoder, static_obstacle
+from xtuner.errors import ConfigError
+from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle, static_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
@@ -34,6 +35,7 @@ class FastPath:
         kernels: 'triton', 'plain', or '' where it is off.
         why_not: Why it is off, or not faster; '' where nothing stands in the way.
         embedding_on_host: Whether the input embedding lies in host memory.
+        fp8: Whether frozen weights and adapters are multiplied in FP8.
         fallbacks: Reasons for which single batches went through the model's own forward pass so far.
 
     """
@@ -42,6 +44,7 @@ class FastPath:
     kernels: str = ''
     why_not: str = ''
     embedding_on_host: bool = False
+    fp8: bool = False
     fallbacks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -49,7 +52,8 @@ class FastPath:
             return f'fast path off: {self.why_not}'
         detail = f' ({self.why_not})' if self.why_not else ''
         place = ', input embedding on the host' if self.embedding_on_host else ''
-        return f'fast path on: {self.kernels} kernels{place}{detail}'
+        products = ', products in FP8' if self.fp8 else ''
+        return f'fast path on: {self.kernels} kernels{products}{place}{detail}'
 
 
 class _Forward:
@@ -78,7 +82,14 @@ class _Forward:
         return BaseModelOutputWithPast(last_hidden_state=self.fast(input_ids, position_ids))
 
 
-def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_host: bool = True) -> FastPath:
+def enable_fast_path(
+    model: nn.Module,
+    *,
+    enabled: bool = True,
+    embedding_on_host: bool = True,
+    recompute_by_memory: bool = False,
+    fp8: bool = False,
+) -> FastPath:
     """Lets a Llama-like model train on the fast path where it can.
 
     Args:
@@ -87,9 +98,15 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_hos
         enabled: False takes the fast path off again, if it was on.
         embedding_on_host: On CUDA, keep a frozen, untied input embedding in host memory, of which a batch needs a few
             rows; the GPU reads them over the bus.
+        recompute_by_memory: Compute as few layers again as the free memory allows, in place of all or none as the
+            model's own checkpointing setting says (which stays what the stock path goes by).
+        fp8: Multiply frozen weights and adapters in FP8.
 
     Returns:
         What was done and why not more; `str()` of it is one line.
+
+    Raises:
+        ConfigError: `fp8` where products cannot be in FP8.
 
     Example:
         path = enable_fast_path(peft_model); print(path)  ->  fast path on: triton kernels
@@ -99,9 +116,9 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_hos
     causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
     decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else causal
     decoder.__dict__.pop('forward', None)
-    if not enabled:
-        return FastPath(False, why_not='switched off')
-    reason = static_obstacle(decoder) or _hooks(decoder)
+    reason = (static_obstacle(decoder) or _hooks(decoder)) if enabled else 'switched off'
+    if reason and fp8:
+        raise ConfigError(f'`runtime.fp8` needs the fast path, which is off: {reason}')
     if reason:
         return FastPath(False, why_not=reason)
     device = next(decoder.layers[0].parameters()).device
@@ -113,7 +130,11 @@ def enable_fast_path(model: nn.Module, *, enabled: bool = True, embedding_on_hos
     elif on_cuda:
         path.why_not = 'Triton is not installed, its kernels would be faster'
     path.kernels = kernels.name
-    fast = FastDecoder(decoder, kernels, folded=on_cuda)
+    path.fp8 = fp8
+    fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8)
+    reason = fp8_obstacle(fast) if fp8 else None
+    if reason:
+        raise ConfigError(f'`runtime.fp8`: {reason}; leave it out')
     if device.type == 'cpu':
         path.why_not = _keep_on_cpu(fast)
     if on_cuda and embedding_on_host and not _tied(causal, decoder):

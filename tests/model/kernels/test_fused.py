@@ -131,8 +131,8 @@ def test_dropout_products_share_one_mask(dtype, tokens, size, rank):
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly; float16 takes the same code")
     x, a, dxa = rand(tokens, size, dtype=dtype, wide=3), rand(rank, size, dtype=dtype), rand(tokens, rank, dtype=dtype)
     before = rand(tokens, size, dtype=dtype)
-    p, seed = 0.3, 987654321
-    mask = plain.dropout_keep(tokens, size, p, seed, DEVICE).double() / (1 - p)
+    p, seed = 0.3, torch.tensor(987654321, device=DEVICE)
+    mask = plain.dropout_keep(tokens, size, p, seed).double() / (1 - p)
     for kernels in (plain, FUSED):
         out, tail = poisoned(tokens, rank, dtype=dtype, wide=4)
         kernels.dropout_project(x, a, p, seed, out)
@@ -148,10 +148,10 @@ def test_dropout_products_share_one_mask(dtype, tokens, size, rank):
 def test_fused_mask_is_the_plain_mask_bit_for_bit():
     """A product with the identity shows the mask itself."""
     ones, identity = torch.ones(50, 48, device=DEVICE), torch.eye(48, device=DEVICE)
-    for seed in (0, 1, 2**31 - 1):
+    for seed in torch.tensor([0, 1, 2**31 - 1], device=DEVICE):
         out = torch.empty(50, 48, device=DEVICE)
         FUSED.dropout_project(ones, identity, 0.25, seed, out)
-        assert torch.equal(out != 0, plain.dropout_keep(50, 48, 0.25, seed, DEVICE))
+        assert torch.equal(out != 0, plain.dropout_keep(50, 48, 0.25, seed))
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -8,7 +8,7 @@ from xtuner.model.kernels import plain
 
 @pytest.mark.parametrize('p', [0.05, 0.1, 0.5])
 def test_mask_drops_the_share_asked_for(p):
-    keep = plain.dropout_keep(1000, 1000, p, 12345, torch.device('cpu')).double()
+    keep = plain.dropout_keep(1000, 1000, p, torch.tensor(12345)).double()
     spread = (p * (1 - p) / 1e6) ** 0.5
     assert abs(float(keep.mean()) - (1 - p)) < 5 * spread
     row_spread = (p * (1 - p) / 1000) ** 0.5
@@ -18,7 +18,7 @@ def test_mask_drops_the_share_asked_for(p):
 
 
 def test_masks_of_other_seeds_and_neighbours_are_independent():
-    masks = [plain.dropout_keep(1000, 1000, 0.5, seed, torch.device('cpu')).double() - 0.5 for seed in (7, 8, 9000)]
+    masks = [plain.dropout_keep(1000, 1000, 0.5, torch.tensor(seed)).double() - 0.5 for seed in (7, 8, 9000)]
     pairs = [(masks[0], masks[1]), (masks[1], masks[2]), (masks[0][:, 1:], masks[0][:, :-1])]
     pairs += [(masks[0][1:], masks[0][:-1])]
     for one, other in pairs:
@@ -26,4 +26,4 @@ def test_masks_of_other_seeds_and_neighbours_are_independent():
 
 
 def test_no_dropout_keeps_all():
-    assert plain.dropout_keep(10, 10, 0.0, 3, torch.device('cpu')).all()
+    assert plain.dropout_keep(10, 10, 0.0, torch.tensor(3)).all()

@@ -11,12 +11,14 @@ from torch.nn import functional
 
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
+from xtuner.model.kernels.fp8 import WeightScales, product_obstacle
 from xtuner.model.kernels.frozen import Adapter, FrozenLinear
 from xtuner.model.kernels.graphs import (
     AFTER_BATCHES,
     MOST_TOKENS,
     GraphFunction,
     LayerGraphs,
+    flatten,
     signature,
     suits,
 )
@@ -24,9 +26,11 @@ from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
 from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
+from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 _GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
+_LOGGER = logging.getLogger('xtuner')
 
 
 class FastDecoder:
@@ -36,13 +40,20 @@ class FastDecoder:
         decoder: The module; only read.
         kernels: Which kernels to use.
         folded: Whether adapters become part of the big products (right on CUDA, a waste elsewhere).
+        by_memory: Compute layers again only where memory is short, whatever the decoder's own setting is.
+        fp8: Multiply frozen weights and adapters in FP8; adapters are part of the products then.
 
     """
 
-    def __init__(self, decoder: Any, kernels: Kernels, *, folded: bool) -> None:
+    def __init__(
+        self, decoder: Any, kernels: Kernels, *, folded: bool, by_memory: bool = False, fp8: bool = False
+    ) -> None:
         self.decoder: Any = decoder
         self.kernels = kernels
-        self.folded = folded
+        self.folded = folded and not fp8
+        self.by_memory = by_memory
+        self._room: int | None = None  # for activations; known when the first batch comes
+        self._reported: int | None = None
         self.graphs_allowed = True
         self.offload_from_bytes = 2**28
         self._last_form: tuple | None = None
@@ -56,6 +67,7 @@ class FastDecoder:
         self.layers = [
             self._layer_parts(layer, frozen) for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
         ]
+        self.scales = WeightScales(self.layers) if fp8 else None
 
     def _layer_parts(self, layer: Any, frozen: list[FrozenLinear]) -> LayerParts:
         config, attention = self.decoder.config, layer.self_attn
@@ -83,20 +95,21 @@ class FastDecoder:
         size = self.layers[0].head_size
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
         cos, sin = self._angles(position_ids, rows, size // 2, x)
-        checkpoint = self._checkpointing()
-        how = Setting(self.kernels, dtype, self.folded, slim=checkpoint and len(x) <= MOST_TOKENS)
-        batch = Batch(how, attention, cos, sin, checkpoint, self._store(checkpoint, x))
-        seeds = torch.randint(2**31 - 64, (len(self.layers),)).tolist()  # from the CPU's stream, which checkpoints keep
+        how = Setting(self.kernels, dtype, self.folded, fp8=self.scales is not None)
+        batch = Batch(how, attention, cos, sin, self._seeds(x.device), num_again=0)
         runs, parameters = [], []
-        for parts, projections, seed in zip(self.layers, self.projections, seeds, strict=True):
+        for number, (parts, projections) in enumerate(zip(self.layers, self.projections, strict=True)):
             flat = [adapter_of(p) for p in projections]
             parameters.append([t for a in flat if a for t in (a.a_rK, a.b_Nr)])
             for adapter in flat:
                 if adapter:
                     adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-            runs.append(
-                Run(parts, batch, [[flat[i] for i in group] for group in _GROUPS], seed, parts is self.layers[-1])
-            )
+            runs.append(Run(number, parts, batch, [[flat[i] for i in group] for group in _GROUPS]))
+        if self.scales is not None:
+            self.scales.update(runs)
+        batch.num_again = self._num_again(runs, x)
+        batch.how.slim = batch.num_again > 0 and len(x) <= MOST_TOKENS
+        batch.store = self._store(batch.num_again, x)
         x = self._through_layers(x, runs, parameters)
         norm = decoder.norm
         return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
@@ -119,7 +132,7 @@ class FastDecoder:
             return None
         self._unsuited = 0
         batch = runs[0].batch
-        form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.checkpoint)
+        form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.num_again > 0)
         self._streak = self._streak + 1 if form == self._last_form else 1
         self._last_form = form
         now = (form, signature(runs))
@@ -131,22 +144,38 @@ class FastDecoder:
                 self._graphs = (now, LayerGraphs(runs, x))
             except RuntimeError as error:  # out of memory, or something here cannot be recorded
                 self.graphs_allowed = False
-                logging.getLogger('xtuner').warning('no CUDA graphs, training goes on without: %s', error)
+                _LOGGER.warning('no CUDA graphs, training goes on without: %s', error)
                 torch.cuda.empty_cache()
                 return None
         graphs = self._graphs[1]
         return graphs if graphs.free else None
 
-    def _store(self, checkpoint: bool, x: Tensor) -> HostStore | None:
+    def _seeds(self, device: torch.device) -> Tensor:
+        """Of this batch's dropout masks, int64 (L, 4, 16): drawn from the CPU's stream, which each step sets anew."""
+        drawn = torch.randint(2**31 - 64, (len(self.layers), 1)) + torch.arange(64)
+        return drawn.view(-1, 4, 16).to(device, non_blocking=True)
+
+    def _num_again(self, runs: list[Run], x: Tensor) -> int:
+        """How many layers keep only their input: by the memory there is, or as the decoder is set."""
+        if not self.by_memory:
+            return len(runs) - 1 if self._checkpointing() else 0
+        if self._room is None:
+            trained = sum(a.a_rK.numel() + a.b_Nr.numel() for run in runs for a in flatten(run))
+            self._room = room_for_activations(x.device, trained)
+        num_again = num_layers_again(runs, len(x), runs[0].batch.how.dtype.itemsize, self._room)
+        if self._reported is None or num_again > self._reported:
+            self._reported = num_again
+            _LOGGER.info(
+                'room for %.1f GiB of activations: at %d tokens %d of %d layers are computed twice',
+                self._room / 2**30, len(x), num_again, len(runs),
+            )  # fmt: skip
+        return num_again
+
+    def _store(self, num_again: int, x: Tensor) -> HostStore | None:
         """Where checkpoints go: to the host if they are large and it has room."""
-        inputs = x.numel() * x.element_size() * len(self.layers)
+        inputs = x.numel() * x.element_size() * num_again
         room = free_host_bytes() // 2
-        if (
-            not checkpoint
-            or not x.is_cuda
-            or inputs < self.offload_from_bytes
-            or inputs * 2 > room + self._pinned_bytes
-        ):
+        if not num_again or not x.is_cuda or inputs < self.offload_from_bytes or inputs * 2 > room + self._pinned_bytes:
             return None
         if self._copies is None:
             self._copies = torch.cuda.Stream()
@@ -194,6 +223,13 @@ class FastDecoder:
             budget_bytes -= need
             kept += 1
         return kept
+
+
+def fp8_obstacle(fast: FastDecoder) -> str | None:
+    """Why a decoder's products cannot be in FP8, in a few words; None where they can."""
+    adapters = [[adapter_of(p) for p in projections] for projections in fast.projections]
+    ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in _GROUPS]
+    return product_obstacle(fast.layers, ranks, next(fast.decoder.layers[0].parameters()).device)
 
 
 def static_obstacle(decoder: Any) -> str | None:

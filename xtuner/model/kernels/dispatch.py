@@ -12,7 +12,8 @@ import torch
 from xtuner.model.kernels import plain
 
 NAMES = (
-    'dequantize_into', 'copy_rows', 'rms_norm', 'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_',
+    'dequantize_into', 'dequantize_transposed_into', 'quantize_rows', 'fp8_product', 'copy_rows', 'rms_norm',
+    'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_',
     'dropout_project', 'dropout_project_weight_grad', 'dropout_project_input_grad_', 'cross_entropy_',
 )  # fmt: skip
 
@@ -23,6 +24,9 @@ class Kernels:
 
     name: str
     dequantize_into: Callable
+    dequantize_transposed_into: Callable
+    quantize_rows: Callable
+    fp8_product: Callable
     copy_rows: Callable
     rms_norm: Callable
     rms_norm_backward: Callable
@@ -46,9 +50,9 @@ def fused_kernels() -> Kernels:
         ImportError: Triton is not installed.
 
     """
-    from xtuner.model.kernels import fused_dropout, fused_loss, fused_nf4, fused_rows
+    from xtuner.model.kernels import fused_dropout, fused_fp8, fused_loss, fused_nf4, fused_rows
 
-    rooms = (fused_nf4, fused_rows, fused_dropout, fused_loss)
+    rooms = (fused_nf4, fused_fp8, fused_rows, fused_dropout, fused_loss)
     return Kernels('triton', *(next(getattr(r, n) for r in rooms if n in r.__dict__) for n in NAMES))
 
 

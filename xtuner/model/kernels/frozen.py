@@ -50,13 +50,21 @@ class FrozenLinear:
             self._parts = take_apart(self.module) if is_4bit(self.module) else None
         return self._parts
 
-    def write_into(self, out_NK: Tensor, kernels: Kernels) -> None:
-        """Writes the weight as floats."""
+    def write_into(self, out_NK: Tensor, kernels: Kernels, scale: Tensor | None = None) -> None:
+        """Writes the weight as floats, over `scale` where one is given."""
+        parts, weight = self.parts(), self.module.weight
+        if parts is None:
+            out_NK.copy_(weight if scale is None else weight / scale)
+        else:
+            kernels.dequantize_into(out_NK, parts, scale)
+
+    def write_transposed_into(self, out_KN: Tensor, kernels: Kernels, scale: Tensor) -> None:
+        """Writes the weight over `scale`, transposed."""
         parts = self.parts()
         if parts is None:
-            out_NK.copy_(self.module.weight)
+            out_KN.copy_((self.module.weight / scale).t())
         else:
-            kernels.dequantize_into(out_NK, parts)
+            kernels.dequantize_transposed_into(out_KN, parts, scale)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as a float matrix (N, K): the kept copy, the layer's own, or a fresh one."""

@@ -35,12 +35,13 @@ def _project(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
+    drawn = tl.load(seed)
     total = tl.zeros((BT, BR), dtype=tl.float32)
     for start in range(0, size, BK):
         column = start + tl.arange(0, BK)
         inside = (row < rows)[:, None] & (column < size)[None, :]
         value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-        value = tl.where(_keep(row, column, size, seed, threshold), value, 0.0)
+        value = tl.where(_keep(row, column, size, drawn, threshold), value, 0.0)
         at = a + r[None, :] * a_row + column[:, None]
         weight = tl.load(at, mask=(r < rank)[None, :] & (column < size)[:, None], other=0.0)
         total = tl.dot(value, weight, total, input_precision='ieee')
@@ -56,12 +57,13 @@ def _weight_grad(
     column = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
     r = tl.arange(0, BR)
+    drawn = tl.load(seed)
     total = tl.zeros((BR, BK), dtype=tl.float32)
     for start in range(0, rows_each, BT):
         row = (split * rows_each + start + tl.arange(0, BT)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < size)[None, :]
         value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-        value = tl.where(_keep(row, column, size, seed, threshold), value, 0.0)
+        value = tl.where(_keep(row, column, size, drawn, threshold), value, 0.0)
         at = dxa + row[None, :] * dxa_row + r[:, None]
         gradient = tl.load(at, mask=(r < rank)[:, None] & (row < rows)[None, :], other=0.0)
         total = tl.dot(gradient, value, total, input_precision='ieee')
@@ -82,14 +84,15 @@ def _input_grad(
     gradient = tl.load(at, mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
     at_weight = a + r[:, None] * a_row + column[None, :]
     weight = tl.load(at_weight, mask=(r < rank)[:, None] & (column < size)[None, :], other=0.0)
+    drawn = tl.load(seed)
     product = tl.dot(gradient, weight, input_precision='ieee') * factor
     target = dx + row[:, None] * dx_row + column[None, :]
     before = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.where(_keep(row, column, size, seed, threshold), product, 0.0)
+    kept = tl.where(_keep(row, column, size, drawn, threshold), product, 0.0)
     tl.store(target, before + kept, mask=inside)
 
 
-def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: int, out_Tr: Tensor) -> None:
+def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: Tensor) -> None:
     """See `plain.dropout_project`."""
     (rows, size), rank = x_TK.shape, a_rK.shape[0]
     tile = 64 if rows >= 8192 else 32
@@ -99,7 +102,7 @@ def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: int, out_Tr: Ten
     )  # fmt: skip
 
 
-def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: int) -> Tensor:
+def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """See `plain.dropout_project_weight_grad`; the tokens are split over programs and their parts summed in order."""
     (rows, size), rank = x_TK.shape, dxa_Tr.shape[1]
     splits = min(8, triton.cdiv(rows, 256))
@@ -112,7 +115,7 @@ def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: in
     return parts.sum(0) if splits > 1 else parts[0]
 
 
-def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: int) -> None:
+def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
     """See `plain.dropout_project_input_grad_`."""
     (rows, size), rank = dx_TK.shape, a_rK.shape[0]
     _input_grad[(triton.cdiv(size, 128), triton.cdiv(rows, 64))](

@@ -19,8 +19,8 @@ _BLOCKS, _WARPS = 32, 4  # quantisation blocks and warps a program; larger progr
 
 @triton.jit
 def _dequantize(
-    packed, table, absmax, absmax_table, absmax_scale, offset, out, num_blocks, row_blocks, out_row,
-    NESTED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+    packed, table, absmax, absmax_table, absmax_scale, offset, factor, out, num_blocks, row_blocks, out_row,
+    NESTED: tl.constexpr, SCALED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
@@ -30,6 +30,8 @@ def _dequantize(
         scale = fine * tl.load(absmax_scale + block // COARSE, mask=inside, other=0.0) + tl.load(offset)
     else:
         scale = tl.load(absmax + block, mask=inside, other=0.0)
+    if SCALED:
+        scale = scale / tl.load(factor)
     byte = tl.arange(0, HALF)
     pair = tl.load(packed + block[:, None] * HALF + byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
     high = tl.load(table + (pair >> 4)) * scale[:, None]
@@ -40,16 +42,25 @@ def _dequantize(
     tl.store(out + start[:, None] + column[None, :], values, mask=inside[:, None])
 
 
-def dequantize_into(out_NK: Tensor, weight: QuantizedWeight) -> None:
-    """See `plain.dequantize_into`, which also takes the rare weight whose blocks straddle its rows."""
-    if weight.shape[1] % weight.block or weight.block & (weight.block - 1):
-        plain.dequantize_into(out_NK, weight)
+def straddles(weight: QuantizedWeight) -> bool:
+    """Whether blocks go over the end of a row (or are of an odd size), which the kernels leave to plain PyTorch."""
+    return bool(weight.shape[1] % weight.block or weight.block & (weight.block - 1))
+
+
+def arguments(weight: QuantizedWeight) -> tuple[Tensor, ...]:
+    """A weight's tensors in the order of the kernels' parameters; where there is none, one that is never read."""
+    nested = (weight.absmax_table, weight.absmax_scale, weight.offset)
+    return weight.packed, weight.table, weight.absmax, *(weight.table if t is None else t for t in nested)
+
+
+def dequantize_into(out_NK: Tensor, weight: QuantizedWeight, scale: Tensor | None = None) -> None:
+    """See `plain.dequantize_into`."""
+    if straddles(weight):
+        plain.dequantize_into(out_NK, weight, scale)
         return
     blocks = weight.shape[0] * weight.shape[1] // weight.block
-    nested = weight.absmax_table is not None
     _dequantize[(triton.cdiv(blocks, _BLOCKS),)](
-        weight.packed, weight.table, weight.absmax, weight.absmax_table if nested else weight.table,
-        weight.absmax_scale if nested else weight.table, weight.offset if nested else weight.table, out_NK,
-        blocks, weight.shape[1] // weight.block, out_NK.stride(0), NESTED=nested, COARSE=weight.absmax_block,
-        HALF=weight.block // 2, BLOCKS=_BLOCKS, num_warps=_WARPS,
+        *arguments(weight), weight.table if scale is None else scale, out_NK, blocks, weight.shape[1] // weight.block,
+        out_NK.stride(0), NESTED=weight.absmax_table is not None, SCALED=scale is not None,
+        COARSE=weight.absmax_block, HALF=weight.block // 2, BLOCKS=_BLOCKS, num_warps=_WARPS,
     )  # fmt: skip

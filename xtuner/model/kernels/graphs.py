@@ -27,7 +27,7 @@ class LayerGraphs:
     """Recorded graphs of all layers for one form of batch.
 
     Args:
-        runs: One a layer, their adapters without dropout; parameters and weights keep their places in memory.
+        runs: One a layer; parameters and weights keep their places in memory.
         like_TH: An input of the first layer: size, dtype, device.
 
     """
@@ -37,12 +37,14 @@ class LayerGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._owner: weakref.ref | None = None
         batch = runs[0].batch
-        self.cos, self.sin = batch.cos.clone(), batch.sin.clone()
+        self.cos, self.sin, self.seeds = batch.cos.clone(), batch.sin.clone(), batch.seeds.clone()
         self.attention = batch.attention.fixed()
-        fixed = Batch(batch.how, self.attention, self.cos, self.sin, batch.checkpoint)
-        self.runs = [Run(r.parts, fixed, r.adapters, 0) for r in runs]
-        # Without checkpointing every layer's input has its place; with it, a few places on the way to the host.
-        self.ring = batch.checkpoint
+        # If layers are computed again, all are: their inputs take turns in a few places on their way to the host.
+        # Otherwise every layer's input has a place.
+        self.ring = batch.num_again > 0
+        num_again = len(runs) if self.ring else 0
+        fixed = Batch(batch.how, self.attention, self.cos, self.sin, self.seeds, num_again)
+        self.runs = [Run(r.number, r.parts, fixed, r.adapters) for r in runs]
         self.inputs = [torch.empty_like(like_TH) for _ in range(_AHEAD if self.ring else 1)]
         self.returned = [torch.empty_like(like_TH) for _ in range(2 if self.ring else 0)]
         self.host = [torch.empty(like_TH.shape, dtype=like_TH.dtype, pin_memory=True) for _ in runs if self.ring]
@@ -117,6 +119,7 @@ class LayerGraphs:
         self.inputs[0].copy_(x_TH)
         self.cos.copy_(batch.cos)
         self.sin.copy_(batch.sin)
+        self.seeds.copy_(batch.seeds)
         if self.attention.offsets is not None and batch.attention.offsets is not None:
             self.attention.offsets.copy_(batch.attention.offsets)
         if not self.ring:
@@ -191,15 +194,16 @@ def flatten(run: Run) -> list[Any]:
 
 
 def suits(runs: list[Run], tokens: int) -> bool:
-    """Whether batches like this may be recorded: small, no dropout, float32 adapters."""
+    """Whether batches like this may be recorded: small, float32 adapters."""
     batch, adapters = runs[0].batch, [a for run in runs for a in flatten(run)]
-    plain = all(not a.dropout and a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
-    return tokens <= MOST_TOKENS and batch.attention.form is not None and batch.how.folded and plain and bool(adapters)
+    plain = all(a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
+    fused = batch.how.folded or batch.how.fp8
+    return tokens <= MOST_TOKENS and batch.attention.form is not None and fused and plain and bool(adapters)
 
 
 def signature(runs: list[Run]) -> tuple:
-    """What must not change while recorded graphs are used: addresses of adapters and weights, scalings."""
+    """What must not change while recorded graphs are used: addresses of adapters and weights, scalings, dropout."""
     adapters = [a for run in runs for a in flatten(run)]
-    own = tuple(v for a in adapters for v in (a.a_rK.data_ptr(), a.b_Nr.data_ptr(), a.scaling))
+    own = tuple(v for a in adapters for v in (a.a_rK.data_ptr(), a.b_Nr.data_ptr(), a.scaling, a.dropout))
     frozen = (layer for run in runs for group in run.parts.groups for layer in group.layers)
     return own + tuple(layer.module.weight.data_ptr() for layer in frozen)

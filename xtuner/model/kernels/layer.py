@@ -49,7 +49,8 @@ class Batch:
         attention: For this batch's samples.
         cos: (T, D / 2), float32.
         sin: Likewise.
-        checkpoint: Keep only each layer's input and compute the rest again.
+        seeds: int64 (L, 4, 16): of the dropout masks, by layer, group and layer of the group.
+        num_again: How many layers, from the first on, keep only their input and are computed again.
         store: Where those inputs are kept on the host, or None.
 
     """
@@ -58,19 +59,28 @@ class Batch:
     attention: Attention
     cos: Tensor
     sin: Tensor
-    checkpoint: bool
+    seeds: Tensor
+    num_again: int
     store: HostStore | None = None
 
 
 @dataclass
 class Run:
-    """One layer in one forward pass: its parts, its adapters (a list for each group), its seed."""
+    """One layer in one forward pass: its number and parts, its adapters (a list for each group)."""
 
+    number: int
     parts: LayerParts
     batch: Batch
     adapters: list[list[Adapter | None]]
-    seed: int
-    last: bool = False  # nothing is gained by computing the last layer again: its backward pass comes at once
+
+    @property
+    def again(self) -> bool:
+        """Whether the backward pass computes this layer again."""
+        return self.number < self.batch.num_again
+
+    def seeds(self, group: int) -> Tensor:
+        """Of a group's dropout masks, int64 (16,)."""
+        return self.batch.seeds[self.number, group]
 
     def ranks(self, group: int) -> int:
         """The columns to append for a group's adapters."""
@@ -106,7 +116,7 @@ def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tens
     size = parts.down.num_in
     act = torch.empty(len(x_TH), size + run.ranks(3), dtype=how.dtype, device=x_TH.device)
     how.kernels.swiglu(kept.gate_up[:, : 2 * size], act[:, :size])
-    update, kept.scaled[3] = parts.down.forward(how, act, run.adapters[3], run.seed + 48)
+    update, kept.scaled[3] = parts.down.forward(how, act, run.adapters[3], run.seeds(3))
     return _add(update, kept.middle), kept
 
 
@@ -117,7 +127,7 @@ def compute_again(
     parts, how = run.parts, run.batch.how
     scaled: list[Tensor | None] = [None] * 4
     normed, _ = _norm(run, 0, parts.norm_in, x_TH)
-    qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seed)
+    qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seeds(0))
     del normed
     both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
     how.kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
@@ -126,13 +136,13 @@ def compute_again(
         attended = run.batch.attention.forward(q, k, v, parts.scale)
     if middle is None:
         wide = _widen(run, 1, attended.detach())
-        update, scaled[1] = parts.out.forward(how, wide, run.adapters[1], run.seed + 16)
+        update, scaled[1] = parts.out.forward(how, wide, run.adapters[1], run.seeds(1))
         del wide
         middle = _add(update, x_TH)
     if gate_up is None:
         normed, _ = _norm(run, 2, parts.norm_mid, middle)
         spare = run.ranks(2)
-        gate_up, scaled[2] = parts.gate_up.forward(how, normed, run.adapters[2], run.seed + 32, spare=spare)
+        gate_up, scaled[2] = parts.gate_up.forward(how, normed, run.adapters[2], run.seeds(2), spare=spare)
     return Kept(qkv, (q, k, v), attended, middle, gate_up, scaled)
 
 
@@ -146,18 +156,18 @@ def layer_backward(
     middle, dmiddle, mlp_grads = _mlp_backward(run, dout_TH, kept)
     parts, how = run.parts, run.batch.how
     wide = _widen(run, 1, dmiddle.to(how.dtype))
-    dattended, dxa = parts.out.input_grad(how, wide, run.adapters[1], run.seed + 16)
+    dattended, dxa = parts.out.input_grad(how, wide, run.adapters[1], run.seeds(1))
     attended = kept.attended.detach()
     scaled = _scaled(run, 1, kept, attended)
-    out_grads = parts.out.weight_grads(how, wide, attended, scaled, dxa, run.adapters[1], run.seed + 16)
+    out_grads = parts.out.weight_grads(how, wide, attended, scaled, dxa, run.adapters[1], run.seeds(1))
     del wide, attended, middle
     dqkv = _attention_backward(run, kept, dattended)
     del dattended
     normed, rstd = _norm(run, 0, parts.norm_in, x_TH)
-    dnormed, dxa = parts.qkv.input_grad(how, dqkv, run.adapters[0], run.seed, need_dx=need_dx)
+    dnormed, dxa = parts.qkv.input_grad(how, dqkv, run.adapters[0], run.seeds(0), need_dx=need_dx)
     source = normed[:, : parts.qkv.num_in]
     scaled = _scaled(run, 0, kept, source)
-    qkv_grads = parts.qkv.weight_grads(how, dqkv, source, scaled, dxa, run.adapters[0], run.seed)
+    qkv_grads = parts.qkv.weight_grads(how, dqkv, source, scaled, dxa, run.adapters[0], run.seeds(0))
     dx = None
     if dnormed is not None:
         dx = how.kernels.rms_norm_backward(dnormed, x_TH, rstd, parts.norm_in.weight, dmiddle)
@@ -169,17 +179,17 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor
     parts, how = run.parts, run.batch.how
     size = parts.down.num_in
     wide = _widen(run, 3, dout_TH.to(how.dtype))
-    dact, dxa = parts.down.input_grad(how, wide, run.adapters[3], run.seed + 48)
+    dact, dxa = parts.down.input_grad(how, wide, run.adapters[3], run.seeds(3))
     assert dact is not None
     gate_up, kept.gate_up = kept.gate_up, torch.empty(0)
     how.kernels.swiglu_backward_(dact, gate_up[:, : 2 * size])  # gate_up is its gradient now, dact the activation
     scaled = _scaled(run, 3, kept, dact)
-    down_grads = parts.down.weight_grads(how, wide, dact, scaled, dxa, run.adapters[3], run.seed + 48)
+    down_grads = parts.down.weight_grads(how, wide, dact, scaled, dxa, run.adapters[3], run.seeds(3))
     del dact, wide
     normed, rstd = _norm(run, 2, parts.norm_mid, kept.middle)
-    dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seed + 32)
+    dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seeds(2))
     source = normed[:, : parts.gate_up.num_in]
-    args = (how, gate_up, source, _scaled(run, 2, kept, source), dxa, run.adapters[2], run.seed + 32)
+    args = (how, gate_up, source, _scaled(run, 2, kept, source), dxa, run.adapters[2], run.seeds(2))
     grads = parts.gate_up.weight_grads(*args) + down_grads
     del gate_up, normed
     dmiddle = how.kernels.rms_norm_backward(dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
@@ -204,7 +214,7 @@ def _scaled(run: Run, group: int, kept: Kept, x: Tensor) -> Tensor:
     known = kept.scaled[group]
     if known is not None:
         return known
-    return run.parts.groups[group].scaled_projection(run.batch.how, x, run.adapters[group], run.seed + 16 * group)
+    return run.parts.groups[group].scaled_projection(run.batch.how, x, run.adapters[group], run.seeds(group))
 
 
 def _heads(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +252,7 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, run: Run, keep: bool, *parameters: Tensor) -> Tensor:
         """See `layer_forward`; `keep` says whether a backward pass will follow."""
-        again = run.batch.checkpoint and not run.last
+        again = run.again
         with torch.autocast(x_TH.device.type, enabled=False):
             out, kept = layer_forward(run, x_TH, differentiable=keep and not again)
         ctx.run, ctx.x, ctx.kept, ctx.place = run, x_TH, None if again else kept, None

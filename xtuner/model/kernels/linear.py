@@ -2,7 +2,8 @@
 
 On CUDA a group is one product: the layers' weights are turned into floats side by side in one buffer, the adapters
 appended to the inner dimension, so that `[x | x A'] [W | s B]'` is base and adapter at once, `[dy | s dy B] [W ; A]`
-the whole gradient by x. Elsewhere (`folded` off) each layer is its own product and the adapter is added to it.
+the whole gradient by x; with `fp8` both factors are rounded to FP8 first. Elsewhere (`folded` off) each layer is its
+own product and the adapter is added to it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, FrozenLinear
+from xtuner.model.kernels.weights import above_a, above_a_transposed, beside_b
+
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass
 class Setting:
-    """How a batch is computed: the kernels, the dtype of products, whether adapters are folded in."""
+    """How a batch is computed: the kernels, the dtype of products, how adapters and weights are multiplied."""
 
     kernels: Kernels
     dtype: torch.dtype
     folded: bool
+    fp8: bool = False  # frozen weights and adapters are multiplied in FP8; `folded` is off then
     slim: bool = False  # one layer's weight as floats at a time, where that buffer is most of the memory
 
 
@@ -31,11 +36,12 @@ class Group:
 
     def __init__(self, layers: list[FrozenLinear]) -> None:
         self.layers = layers
+        self.scale = torch.ones(())  # of weights and adapters in FP8; `fp8.WeightScales` keeps it
         self.num_in = layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in layers)
 
     def forward(
-        self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seed: int, *, spare: int = 0
+        self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, spare: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Computes the group's outputs.
 
@@ -43,7 +49,7 @@ class Group:
             how: The batch's setting.
             x_wide: (T, K + R): the input, with room for R columns that this call fills; (T, K) unless folded.
             adapters: One a layer, or None.
-            seed: Of the dropout masks.
+            seeds: int64 (n,): of the dropout masks, one a layer.
             spare: Columns to leave free to the right of the output, for `backward` to use.
 
         Returns:
@@ -51,29 +57,32 @@ class Group:
 
         """
         x = x_wide[:, : self.num_in]
-        projected = self._project(how, x_wide, x, adapters, seed)
-        out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
-        y = out[:, : self.num_out]
-        if how.folded:
-            self._folded_product(how, x_wide, adapters, y)
+        projected = self._project(how, x_wide, x, adapters, seeds)
+        if how.fp8:
+            out = self._fp8_product(how, x, projected, adapters)
         else:
-            self._separate_products(how, x, projected, adapters, y)
+            out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
+            y = out[:, : self.num_out]
+            if how.folded:
+                self._folded_product(how, x_wide, adapters, y)
+            else:
+                self._separate_products(how, x, projected, adapters, y)
         scaled = torch.empty(0, device=x.device)
         if projected is not None:
             scaled = projected * _column_factors(adapters, projected)
         return out, scaled
 
-    def scaled_projection(self, how: Setting, x: Tensor, adapters: list[Adapter | None], seed: int) -> Tensor:
+    def scaled_projection(self, how: Setting, x: Tensor, adapters: list[Adapter | None], seeds: Tensor) -> Tensor:
         """`s x A'` alone, (T, R): what `forward` returns beside the output."""
         if not any(adapters):
             return torch.empty(0, device=x.device)
         apart = Setting(how.kernels, how.dtype, folded=False)
-        projected = self._project(apart, x, x, adapters, seed)
+        projected = self._project(apart, x, x, adapters, seeds)
         assert projected is not None
         return projected * _column_factors(adapters, projected)
 
     def _project(
-        self, how: Setting, x_wide: Tensor, x: Tensor, adapters: list[Adapter | None], seed: int
+        self, how: Setting, x_wide: Tensor, x: Tensor, adapters: list[Adapter | None], seeds: Tensor
     ) -> Tensor | None:
         """`x A'` of all adapters side by side: (T, R), in the tail of `x_wide` where folded."""
         ranks = sum(a.rank for a in adapters if a)
@@ -85,32 +94,28 @@ class Group:
         for number, (adapter, columns) in enumerate(_columns(adapters)):
             weight = adapter.a_rK.to(how.dtype)
             if adapter.dropout:
-                how.kernels.dropout_project(x, weight, adapter.dropout, seed + number, out[:, columns])
+                how.kernels.dropout_project(x, weight, adapter.dropout, seeds[number], out[:, columns])
             else:
                 torch.mm(x, weight.t(), out=out[:, columns])
         return out
 
     def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
-        columns = iter(_columns(adapters))
-        tails = [next(columns)[1] if adapter else None for adapter in adapters]
+        tails = _tails(adapters)
         row = 0
         for group in [[i] for i in range(len(self.layers))] if how.slim else [list(range(len(self.layers)))]:
-            rows = sum(self.layers[i].shape[0] for i in group)
-            weight = torch.empty(rows, x_wide.shape[1], dtype=how.dtype, device=x_wide.device)
-            tail = weight[:, self.num_in :]
-            if len(self.layers) > 1 and tail.shape[1]:
-                tail.zero_()
-            at = 0
-            for i in group:
-                own = slice(at, at + self.layers[i].shape[0])
-                self.layers[i].write_into(weight[own, : self.num_in], how.kernels)
-                adapter, place = adapters[i], tails[i]
-                if adapter and place:
-                    torch.mul(adapter.b_Nr, adapter.scaling, out=tail[own, place])
-                at = own.stop
-            bias, out = self._bias(how, group), y[:, row : row + rows]
+            layers, own = [self.layers[i] for i in group], [adapters[i] for i in group]
+            ranks = x_wide.shape[1] - self.num_in
+            weight = beside_b(layers, own, [tails[i] for i in group], ranks, how.kernels, how.dtype)
+            bias, out = self._bias(how, group), y[:, row : row + len(weight)]
             torch.mm(x_wide, weight.t(), out=out) if bias is None else torch.addmm(bias, x_wide, weight.t(), out=out)
-            row += rows
+            row += len(weight)
+
+    def _fp8_product(self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None]) -> Tensor:
+        ranks = 0 if projected is None else projected.shape[1]
+        weight = beside_b(self.layers, adapters, _tails(adapters), ranks, how.kernels, FP8, self.scale)
+        rounded, scales = how.kernels.quantize_rows(x, projected)
+        bias = self._bias(how, list(range(len(self.layers))))
+        return how.kernels.fp8_product(rounded, scales, weight, self.scale, bias, how.dtype)
 
     def _separate_products(
         self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None], y: Tensor
@@ -138,7 +143,7 @@ class Group:
         return torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
 
     def input_grad(
-        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], seed: int, *, need_dx: bool = True
+        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, need_dx: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient by x, and `s dy B`, which the gradient by A needs.
 
@@ -147,7 +152,7 @@ class Group:
             dy_wide: (T, N + R): the gradient by the output, with room for R columns that this call fills; (T, N)
                 unless folded.
             adapters: As in `forward`.
-            seed: As in `forward`.
+            seeds: As in `forward`.
             need_dx: Whether the gradient by x is wanted.
 
         Returns:
@@ -167,44 +172,40 @@ class Group:
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)
-        dx = (
-            self._input_grad_folded(how, dy_wide, adapters, dropped)
-            if how.folded
-            else self._input_grad_separate(how, dy)
-        )
-        if dxa is not None and (dropped or not how.folded):
+        tail = [] if dropped else [a for a in adapters if a]  # what is part of the big product
+        if how.folded:
+            dx = self._input_grad_folded(how, dy_wide, tail)
+        elif how.fp8:
+            dx = self._input_grad_fp8(how, dy, dxa, tail)
+        else:
+            tail, dx = [], self._input_grad_separate(how, dy)
+        if dxa is not None and not tail:
             for number, (adapter, columns) in enumerate(_columns(adapters)):
                 weight = adapter.a_rK.to(how.dtype)
                 if adapter.dropout:
-                    args = (dx, dxa[:, columns], weight, adapter.dropout, seed + number)
+                    args = (dx, dxa[:, columns], weight, adapter.dropout, seeds[number])
                     how.kernels.dropout_project_input_grad_(*args)
                 else:
                     dx.addmm_(dxa[:, columns], weight)
         return dx, dxa
 
-    def _input_grad_folded(
-        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], dropped: bool
-    ) -> Tensor:
-        tail = [] if dropped else [a for a in adapters if a]
+    def _input_grad_folded(self, how: Setting, dy_wide: Tensor, tail: list[Adapter]) -> Tensor:
         groups = [[layer] for layer in self.layers] if how.slim else [self.layers]
         dx, row = None, 0
         for number, group in enumerate(groups):
             own = sum(layer.shape[0] for layer in group)
             extra = tail if number == len(groups) - 1 else []  # the ranks' columns follow the last layer's
-            rows = own + sum(a.rank for a in extra)
-            weight = torch.empty(rows, self.num_in, dtype=how.dtype, device=dy_wide.device)
-            at = 0
-            for layer in group:
-                layer.write_into(weight[at : at + layer.shape[0]], how.kernels)
-                at += layer.shape[0]
-            for adapter in extra:
-                weight[at : at + adapter.rank].copy_(adapter.a_rK)
-                at += adapter.rank
-            part = dy_wide[:, row : row + rows]
+            weight = above_a(group, extra, how.kernels, how.dtype)
+            part = dy_wide[:, row : row + len(weight)]
             dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
             row += own
         assert dx is not None
         return dx
+
+    def _input_grad_fp8(self, how: Setting, dy: Tensor, dxa: Tensor | None, tail: list[Adapter]) -> Tensor:
+        rounded, scales = how.kernels.quantize_rows(dy, dxa if tail else None)
+        weight = above_a_transposed(self.layers, tail, how.kernels, FP8, self.scale)
+        return how.kernels.fp8_product(rounded, scales, weight, self.scale, None, how.dtype)
 
     def _input_grad_separate(self, how: Setting, dy: Tensor) -> Tensor:
         dx, row = None, 0
@@ -217,7 +218,7 @@ class Group:
 
     def weight_grads(
         self, how: Setting, dy: Tensor, x: Tensor, scaled: Tensor, dxa: Tensor | None,
-        adapters: list[Adapter | None], seed: int,
+        adapters: list[Adapter | None], seeds: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients by each adapter's A and B, in order, in the dtype of the parameter.
 
@@ -228,7 +229,7 @@ class Group:
             scaled: What `forward` returned beside the output.
             dxa: What `input_grad` returned.
             adapters: As in `forward`.
-            seed: As in `forward`.
+            seeds: As in `forward`.
 
         """
         grads: list[Tensor] = []
@@ -240,7 +241,7 @@ class Group:
             if da_all is not None:
                 da = da_all[columns]
             elif adapter.dropout:
-                da = how.kernels.dropout_project_weight_grad(dxa[:, columns], x, adapter.dropout, seed + number)
+                da = how.kernels.dropout_project_weight_grad(dxa[:, columns], x, adapter.dropout, seeds[number])
             else:
                 da = _product_wide(dxa[:, columns].t(), x)
             db = _product_wide(dy[:, rows].t(), scaled[:, columns])
@@ -256,6 +257,12 @@ class Group:
                 column += adapter.rank
             row += layer.shape[0]
         return parts
+
+
+def _tails(adapters: list[Adapter | None]) -> list[slice | None]:
+    """Each layer's columns among the ranks, None where it has no adapter."""
+    columns = iter(_columns(adapters))
+    return [next(columns)[1] if adapter else None for adapter in adapters]
 
 
 def _columns(adapters: list[Adapter | None]) -> list[tuple[Adapter, slice]]:

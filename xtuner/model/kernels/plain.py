@@ -12,22 +12,67 @@ from torch.nn import functional
 
 from xtuner.model.kernels.quantized import QuantizedWeight
 
+FP8_MAX = 448.0  # the largest number of float8_e4m3fn
+FP8_TINY = 2.0**-100  # scale of a row of zeros
 _MASK32 = 0xFFFFFFFF
 
 
-def dequantize_into(out_NK: Tensor, weight: QuantizedWeight) -> None:
+def dequantize_into(out_NK: Tensor, weight: QuantizedWeight, scale: Tensor | None = None) -> None:
     """Writes a 4-bit weight's values, rounded to `out`'s dtype.
 
     Args:
         out_NK: Float matrix, rows may be further apart than K.
         weight: The quantised weight, N by K.
+        scale: float32 (): what to divide the values by; None: nothing.
 
     """
     packed = weight.packed.reshape(-1)
     indices = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1).long()
     values = weight.table[indices[: out_NK.numel()]]
     scales = weight.scales().repeat_interleave(weight.block)[: out_NK.numel()]
-    out_NK.copy_((values * scales).view(out_NK.shape))
+    values = (values * scales).view(out_NK.shape)
+    out_NK.copy_(values if scale is None else values / scale)
+
+
+def dequantize_transposed_into(out_KN: Tensor, weight: QuantizedWeight, scale: Tensor) -> None:
+    """Writes a 4-bit weight's values over `scale`, transposed: `dequantize_into` with rows for columns."""
+    values = torch.empty(weight.shape, device=out_KN.device)
+    dequantize_into(values, weight, scale)
+    out_KN.copy_(values.t())
+
+
+def quantize_rows(x_TK: Tensor, tail_TR: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rounds `[x | tail]` to FP8 (e4m3), each row scaled so that its largest entry is the largest FP8 number.
+
+    Args:
+        x_TK: Any float dtype; rows may be further apart than K.
+        tail_TR: More columns, or None.
+
+    Returns:
+        float8_e4m3fn (T, K + R), and float32 (T, 1): each row's scale, by which to multiply to come back.
+
+    """
+    x = _wide(x_TK if tail_TR is None else torch.cat((x_TK, tail_TR), dim=1))
+    scale = (x.abs().amax(1, keepdim=True) / FP8_MAX).clamp_min(FP8_TINY)
+    return (x / scale).to(torch.float8_e4m3fn), scale.float()
+
+
+def fp8_product(
+    x_TK: Tensor, scale_T1: Tensor, weight_NK: Tensor, scale: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`(x * scale_T1) @ (weight * scale).T + bias` of FP8 matrices, (T, N) in `dtype`, summed in float32.
+
+    Args:
+        x_TK: float8_e4m3fn; K a multiple of 16.
+        scale_T1: float32: a scale a row.
+        weight_NK: float8_e4m3fn; N a multiple of 16.
+        scale: float32 (): one scale for all of the weight, which FP8's own exponent makes enough.
+        bias_N: In `dtype`, or None.
+        dtype: Of the result.
+
+    """
+    out = (x_TK.float() @ weight_NK.float().t()) * (scale_T1 * scale)
+    return (out if bias_N is None else out + bias_N).to(dtype)
 
 
 def copy_rows(x_TK: Tensor, out_TK: Tensor) -> None:
@@ -113,21 +158,20 @@ def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
     dact_TI.copy_(act)
 
 
-def dropout_keep(num_rows: int, num_columns: int, p: float, seed: int, device: torch.device) -> Tensor:
+def dropout_keep(num_rows: int, num_columns: int, p: float, seed: Tensor) -> Tensor:
     """Which entries of a (T, K) matrix dropout keeps: a hash of the entry's index and the seed, no state.
 
     Args:
         num_rows: T.
         num_columns: K.
         p: Share to drop, 0 to 1; met to within 2**-32.
-        seed: 0 to 2**31 - 1.
-        device: Where the mask shall be.
+        seed: int64 (), 0 to 2**31 - 1, where the mask shall be: in a tensor, so that recorded graphs read the step's.
 
     Returns:
         bool (T, K).
 
     """
-    index = torch.arange(num_rows * num_columns, device=device) & _MASK32
+    index = torch.arange(num_rows * num_columns, device=seed.device) & _MASK32
     return (_hash(index, seed) >= drop_threshold(p)).view(num_rows, num_columns)
 
 
@@ -136,7 +180,7 @@ def drop_threshold(p: float) -> int:
     return min(int(p * 2**32), _MASK32)
 
 
-def _hash(index: Tensor, seed: int) -> Tensor:
+def _hash(index: Tensor, seed: Tensor) -> Tensor:
     """Two rounds of multiply and shift over 32 bits, the seed entering both."""
     second = ((seed * 0x9E3779B1) ^ (seed >> 15)) & _MASK32
     x = index ^ seed
@@ -146,25 +190,24 @@ def _hash(index: Tensor, seed: int) -> Tensor:
     return x ^ (x >> 16)
 
 
-def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: int, out_Tr: Tensor) -> None:
+def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: Tensor) -> None:
     """Writes `dropout(x) @ A.T`, the mask drawn from `seed`."""
     out_Tr.copy_(_wide(_dropped(x_TK, p, seed) @ a_rK.t()) / (1 - p))
 
 
-def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: int) -> Tensor:
+def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """The gradient by A of `dropout(x) @ A.T`, the same mask drawn again: (r, K), float32 or wider."""
     return _wide(dxa_Tr.t() @ _dropped(x_TK, p, seed)) / (1 - p)
 
 
-def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: int) -> None:
+def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
     """Adds the gradient by x of `dropout(x) @ A.T` to `dx`, the same mask drawn again."""
-    keep = dropout_keep(dx_TK.shape[0], dx_TK.shape[1], p, seed, dx_TK.device)
+    keep = dropout_keep(dx_TK.shape[0], dx_TK.shape[1], p, seed)
     dx_TK.copy_(dx_TK + _wide(dxa_Tr @ a_rK).mul_(keep) / (1 - p))
 
 
-def _dropped(x_TK: Tensor, p: float, seed: int) -> Tensor:
-    keep = dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed, x_TK.device)
-    return x_TK * keep
+def _dropped(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
+    return x_TK * dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""How many layers are computed again: the count, the memory it is made of, and that it changes no gradient."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.model.kernels.conftest import quantise, tiny_llama, with_adapter
+from tests.model.kernels.test_fast import error, force, step
+from xtuner.model.fast import enable_fast_path
+from xtuner.model.kernels import recompute
+from xtuner.model.kernels.dispatch import PLAIN
+
+pytest.importorskip('bitsandbytes')
+
+
+def test_kept_bytes_are_those_of_what_a_layer_keeps(batch):
+    """Counted over the tensors that `layer_forward` really returns."""
+    from xtuner.model.kernels import layer
+
+    model = with_adapter(quantise(tiny_llama(kv_heads=2)))
+    force(model, PLAIN, folded=True)
+    seen = []
+
+    def spy(run, x, *, differentiable):
+        out, kept = plain_forward(run, x, differentiable=differentiable)
+        tensors = [x, kept.qkv, kept.attended, kept.middle, kept.gate_up, *kept.scaled]
+        ranks = [sum(a.rank for a in group if a) for group in run.adapters]
+        seen.append((sum(t.numel() * 4 for t in tensors), recompute.kept_bytes(run.parts, len(x), ranks, 4), len(x)))
+        return out, kept
+
+    plain_forward = layer.layer_forward
+    layer.layer_forward = spy
+    try:
+        step(model, batch)
+    finally:
+        layer.layer_forward = plain_forward
+    for held, predicted, tokens in seen:
+        assert predicted == held + 4 * 4 * tokens  # and a float32 for each of the four heads
+
+
+@pytest.mark.parametrize(('layers_that_fit', 'again'), [(0, 3), (1, 3), (2, 2), (3, 1), (4, 0), (99, 0)])
+def test_layers_that_do_not_fit_are_computed_again(batch, monkeypatch, caplog, layers_that_fit, again):
+    model = with_adapter(quantise(tiny_llama(layers=4)), dropout=0.2)
+    force(model, PLAIN, folded=False)
+    torch.manual_seed(2)
+    _, expected = step(model, batch)
+    path = enable_fast_path(model, recompute_by_memory=True)
+    fast = model.get_base_model().model.forward.fast
+    parts, tokens = fast.layers[0], batch['input_ids'].numel()
+    one = recompute.kept_bytes(parts, tokens, [24, 8, 16, 8], 4)
+    room = int(layers_that_fit * one + recompute.working_bytes(parts, tokens, 4) + one // 2)
+    monkeypatch.setattr('xtuner.model.kernels.decoder.room_for_activations', lambda *_: room)
+    computed = []
+    once = fast._num_again
+    monkeypatch.setattr(fast, '_num_again', lambda *args: computed.append(once(*args)) or computed[-1])
+    torch.manual_seed(2)
+    with caplog.at_level(logging.INFO, 'xtuner'):
+        _, grads = step(model, batch)
+    assert path.taken and computed == [again]
+    assert f'{again} of 4 layers are computed twice' in caplog.text
+    assert error(grads, expected) < 1e-5
+
+
+def test_room_leaves_what_is_still_to_come(monkeypatch):
+    monkeypatch.setattr(recompute, 'free_bytes', lambda _: 10 * 2**30)
+    most = recompute.room_for_activations(torch.device('cpu'), 0)
+    assert most == (10 * 2**30 - 2**29) // 2
+    assert recompute.room_for_activations(torch.device('cpu'), 2**20) == most - 8 * 2**20

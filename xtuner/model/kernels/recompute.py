@@ -1,0 +1,70 @@
+"""How many layers are computed again in the backward pass: as few as the memory that is free allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from xtuner.model.kernels.host import free_host_bytes
+from xtuner.model.kernels.layer import LayerParts, Run
+
+# Of the free memory on a GPU; a host's is shared with other programs and with what is read from disk.
+_SHARE = {'cuda': 0.9, 'cpu': 0.5}
+# Bytes still to come for each trained value: its gradient, a second copy where ranks add theirs up, two moments.
+_BYTES_A_TRAINED_VALUE = 16
+_LOSS_BYTES = 2**29  # logits and hidden states of the slices that the loss holds
+
+
+def kept_bytes(parts: LayerParts, tokens: int, ranks: Sequence[int], item_bytes: int) -> int:
+    """What a layer keeps for its backward pass where it is not computed again.
+
+    Its input, q, k and v, the attention's output with a float32 for each head, the state between the halves, gate and
+    up, and the adapters' projections.
+
+    Args:
+        parts: The layer.
+        tokens: T.
+        ranks: Sum of the adapters' ranks of each group.
+        item_bytes: Bytes of one activation.
+
+    """
+    size = parts.qkv.num_in
+    columns = 3 * size + parts.qkv.num_out + parts.gate_up.num_out + sum(ranks) + ranks[2]
+    return tokens * (columns * item_bytes + 4 * parts.heads)
+
+
+def working_bytes(parts: LayerParts, tokens: int, item_bytes: int) -> int:
+    """What one layer's backward pass takes beside: a second set of its activations, the widest group's weight twice."""
+    widest = max(group.num_in * group.num_out for group in parts.groups)
+    return kept_bytes(parts, tokens, (0, 0, 0, 0), item_bytes) + 2 * widest * item_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a training process could still take on a device."""
+    if device.type != 'cuda':
+        return free_host_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def room_for_activations(device: torch.device, num_trained: int) -> int:
+    """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet."""
+    free = free_bytes(device) - num_trained * _BYTES_A_TRAINED_VALUE - _LOSS_BYTES
+    return int(free * _SHARE.get(device.type, 0.5))
+
+
+def num_layers_again(runs: Sequence[Run], tokens: int, item_bytes: int, room: int) -> int:
+    """How many of the layers, from the first on, must be computed again for the rest to fit into `room` bytes.
+
+    The first ones, because the last ones' memory is free again by the time the first ones' backward passes come. The
+    last layer never: its backward pass comes at once.
+
+    Example:
+        room for 5 of 8 layers' activations  ->  3
+
+    """
+    parts = runs[0].parts
+    ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
+    fitting = (room - working_bytes(parts, tokens, item_bytes)) // kept_bytes(parts, tokens, ranks, item_bytes)
+    return len(runs) - min(max(fitting, 1), len(runs))
