@@ -121,10 +121,16 @@ class RuntimeConfig:
     """The rest: seed, memory and speed."""
 
     seed: int = option('seed of data order, adapter initialisation and dropout', 42, minimum=0)
-    activation_checkpointing: bool = option('keep one activation a layer and compute the rest again', True)
+    activation_checkpointing: bool | str = option(
+        'True keeps one activation a layer and computes the rest again in the backward pass: slower, least memory; '
+        'auto does so for as few layers as the free memory allows (for all of them off the fast path)',
+        'auto',
+        allowed=(True, False, 'auto'),
+    )
     num_workers: int = option('processes that read batches', 0, minimum=0)
     max_nonfinite_steps: int = option('stop after so many steps in a row without a finite gradient', 10, minimum=1)
     fast: bool = option('use the fused training path where model and device allow it', True)
+    fp8: bool = option('multiply frozen weights in FP8: faster on GPUs that have it, coarser; see docs/speed.md', False)
 
 
 @dataclass(frozen=True, kw_only=True)

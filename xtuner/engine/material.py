@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from xtuner.config.schema import TrainConfig
+from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
-from xtuner.model.fast import enable_fast_path
+from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
@@ -67,9 +67,9 @@ def load_material(config: TrainConfig, checkpoint: Path | None, rank: int, world
         trust_remote_code=source.trust_remote_code,
     )
     model = _adapted(base, config, checkpoint, base_fingerprint)
-    _prepare_for_training(model, config)
+    path = _prepare_for_training(model, config.runtime)
     _describe(model, config, time.perf_counter() - started)
-    logger.info('%s', enable_fast_path(model, enabled=config.runtime.fast))
+    logger.info('%s', path)
     provenance = Provenance(
         base=source.path,
         base_fingerprint=base_fingerprint,
@@ -96,10 +96,12 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
     return adapted
 
 
-def _prepare_for_training(model: Any, config: TrainConfig) -> None:
-    if config.runtime.activation_checkpointing:
+def _prepare_for_training(model: Any, runtime: RuntimeConfig) -> FastPath:
+    if runtime.activation_checkpointing:  # 'auto' too: what leaves the fast path computes all layers again
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
+    by_memory = runtime.activation_checkpointing == 'auto'
+    return enable_fast_path(model, enabled=runtime.fast, recompute_by_memory=by_memory, fp8=runtime.fp8)
 
 
 def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:

@@ -1,5 +1,5 @@
 # Seed, memory, checkpoints, logs and the two questions that are answered along the way.
-runtime = dict(seed=42, activation_checkpointing=True)
+runtime = dict(seed=42, activation_checkpointing='auto')
 checkpoint = dict(interval=100, max_keep=2)
 log = dict(interval=1, trackers=['tensorboard'])
 samples = dict(
