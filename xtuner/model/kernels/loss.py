@@ -26,6 +26,11 @@ def target_rows(labels_N: Tensor) -> Tensor:
     return (labels_N != IGNORE_INDEX).nonzero().squeeze(1)
 
 
+def slice_tokens_for(vocabulary: int, item_bytes: int) -> int:
+    """How many tokens' logits, of `item_bytes` each, are held at once: as many as fit 256 MiB, in steps of 128."""
+    return max(128, min(4096, _LOGITS_BYTES // (vocabulary * item_bytes) // 128 * 128))
+
+
 def fused_linear_cross_entropy(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -54,8 +59,7 @@ def fused_linear_cross_entropy(
     """
     rows = target_rows(labels_N) if rows is None else rows
     if slice_tokens is None:
-        fitting = _LOGITS_BYTES // (weight_VH.shape[0] * hidden_NH.element_size())
-        slice_tokens = max(128, min(4096, fitting // 128 * 128))
+        slice_tokens = slice_tokens_for(weight_VH.shape[0], hidden_NH.element_size())
     with torch.autocast(hidden_NH.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, labels_N, rows, slice_tokens)
 

@@ -1,0 +1,184 @@
+"""Peak memory of a training step of InternLM-7B's shape, predicted against measured, over a dozen configurations.
+
+    python benchmarks/estimate.py [--out FOLDER] [--layers 32] [--rows NAME,NAME]
+
+Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
+computes it. `allocated` is `torch.cuda.max_memory_allocated`, which the prediction is compared with; `card` is what the
+process has taken of the card at the end by the driver, against the prediction with what torch does not count. A row is
+batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.qlora_model import SHAPE, add_adapter, build_base, set_dropout
+from xtuner.model.fast import enable_fast_path, wait_once_a_step
+from xtuner.model.memory import Setup, predict_memory
+from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shape import model_shape
+
+GIB = 2**30
+TARGET_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration."""
+
+    batch: int
+    length: int
+    checkpointing: bool
+    dropout: float = 0.0
+    rank: int = 64
+    bits: int | None = 4
+    fast: bool = True
+    paged: bool = True
+    accumulated: int = 2
+
+    @property
+    def name(self) -> str:
+        """Its name in the table."""
+        parts = [f'{self.batch}x{self.length}', 'on' if self.checkpointing else 'off']
+        parts += [f'dropout {self.dropout}'] if self.dropout else []
+        parts += [f'rank {self.rank}'] if self.rank != 64 else []
+        parts += ['bf16 base'] if self.bits is None else []
+        parts += [] if self.fast else ['stock path']
+        parts += [] if self.paged else ['torch AdamW']
+        parts += ['one micro-batch'] if self.accumulated == 1 else []
+        return ' / '.join(parts)
+
+
+ROWS = [
+    Row(1, 2048, True, dropout=0.1),
+    Row(1, 2048, True),
+    Row(1, 2048, True, accumulated=1),
+    Row(1, 2048, False),
+    Row(4, 2048, True),
+    Row(4, 2048, True, dropout=0.1),
+    Row(4, 2048, False),
+    Row(8, 2048, True),
+    Row(1, 8192, True),
+    Row(4, 2048, True, paged=False),
+    Row(4, 2048, True, rank=16),
+    Row(1, 2048, True, fast=False),
+    Row(1, 2048, False, fast=False),
+    Row(4, 2048, True, dropout=0.1, fast=False),
+    Row(4, 2048, True, bits=None),
+    Row(1, 2048, False, bits=None),
+]
+
+
+def form(row: Row) -> tuple[Any, ...]:
+    """Rows that share a form share a model."""
+    return row.bits, row.rank, row.fast
+
+
+def build(row: Row, layers: int) -> Any:
+    return add_adapter(build_base('cuda', quantise=row.bits == 4, num_hidden_layers=layers), dropout=0.5, rank=row.rank)
+
+
+def prepare(model: Any, row: Row) -> None:
+    base = model.get_base_model()
+    if row.checkpointing:
+        base.gradient_checkpointing_enable({'use_reentrant': False})
+    else:
+        base.gradient_checkpointing_disable()
+    set_dropout(model, row.dropout)
+    model.train()
+    print(enable_fast_path(model, enabled=row.fast), flush=True)
+
+
+def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
+    """GiB: the highest that torch counted, what it holds, and what the card has less than before."""
+    import bitsandbytes as bnb
+
+    loss_of = SupervisedFinetune(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = (bnb.optim.PagedAdamW32bit if row.paged else torch.optim.AdamW)(trained, lr=1e-4)
+    wait_once_a_step(optimizer)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = torch.cuda.memory_allocated()
+    for _ in range(steps):
+        for _ in range(row.accumulated):
+            ids = torch.randint(3, 100_000, (row.batch, row.length), device='cuda')
+            labels = torch.where(torch.rand(ids.shape, device='cuda') < TARGET_SHARE, ids, -100)
+            positions = torch.arange(row.length, device='cuda').expand_as(ids)
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = loss_of(ids, labels, positions)
+            (loss / ids.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    del loss, ids, labels, positions
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return {
+        'allocated': torch.cuda.max_memory_allocated() / GIB,
+        'reserved': torch.cuda.max_memory_reserved() / GIB,
+        'card': (total - free) / GIB,
+        'begin': begin / GIB,
+    }
+
+
+def predict(row: Row, layers: int) -> Any:
+    from transformers import LlamaConfig
+
+    section = {'type': 'peft:LoraConfig', 'r': row.rank, 'lora_dropout': row.dropout, 'target_modules': 'all-linear',
+               'task_type': 'CAUSAL_LM'}  # fmt: skip
+    shape = model_shape(LlamaConfig(**{**SHAPE, 'num_hidden_layers': layers}), section)
+    return predict_memory(Setup(
+        shape, row.batch * row.length, row.length, bits=row.bits, checkpointing=row.checkpointing, fast=row.fast,
+        accumulated=row.accumulated > 1, paged=row.paged, optimizer_spare=0 if row.paged else 4,
+        target_share=TARGET_SHARE,
+    ))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, help='folder for estimate.jsonl and estimate.md')
+    parser.add_argument('--layers', type=int, default=32)
+    parser.add_argument('--steps', type=int, default=4)
+    parser.add_argument('--rows', help='names of rows, separated by commas')
+    args = parser.parse_args()
+    wanted = args.rows.split(',') if args.rows else [row.name for row in ROWS]
+    lines, records, built, model = [], [], None, None
+    lines.append(f'{torch.cuda.get_device_name()}, torch {torch.__version__}\n')
+    lines.append('| configuration | predicted, GiB | measured | off by | card predicted | card measured | highest at |')
+    lines.append('| --- | ---: | ---: | ---: | ---: | ---: | --- |')
+    print('\n'.join(lines), flush=True)
+    for row in (r for r in ROWS if r.name in wanted):
+        if form(row) != built:
+            model = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            model, built = build(row, args.layers), form(row)
+        prepare(model, row)
+        found, expected = measure(model, row, args.steps), predict(row, args.layers)
+        off = expected.allocated / GIB / found['allocated'] - 1
+        lines.append(f'| {row.name} | {expected.allocated / GIB:.2f} | {found["allocated"]:.2f} | {off:+.1%} '
+                     f'| {expected.on_card / GIB:.2f} | {found["card"]:.2f} | {expected.moment} |')  # fmt: skip
+        terms = {k: round(v / GIB, 3) for k, v in {**expected.terms, **expected.beside}.items()}
+        records.append({'row': row.name, 'measured': found, 'predicted': expected.allocated / GIB, 'terms': terms})
+        print(lines[-1], json.dumps(records[-1]), flush=True)
+    print('\n' + '\n'.join(lines))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'estimate.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        (args.out / 'estimate.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

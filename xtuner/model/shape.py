@@ -1,0 +1,134 @@
+"""What a model is made of, counted without its weights: from `config.json` alone, on torch's meta device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xtuner.model.adapter import attach_adapter
+from xtuner.model.kernels.decoder import adapter_obstacle, base_of, static_obstacle
+
+_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a base model and of what is trained on it.
+
+    Attributes:
+        hidden: H, width of the residual stream.
+        inner: I, width of the MLP.
+        num_layers: L.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_size: D.
+        vocabulary: V.
+        linear: (N, K) of each linear layer that quantisation applies to: all but the output head.
+        num_embedding: Elements of the input embedding.
+        num_head: Elements of the output head, 0 where it is the input embedding.
+        num_other: Elements of the rest: norms, biases.
+        num_trained: Trained elements, which are float32.
+        ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one.
+        dropout: Whether adapters drop inputs.
+        obstacle: Why the fast path is not taken, '' where it is.
+        kind: `model_type`.
+    """
+
+    hidden: int
+    inner: int
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    linear: tuple[tuple[int, int], ...]
+    num_embedding: int
+    num_head: int
+    num_other: int
+    num_trained: int
+    ranks: tuple[int, ...]
+    dropout: bool
+    obstacle: str
+    kind: str
+
+    @property
+    def num_linear(self) -> int:
+        """Elements of all linear layers of the blocks."""
+        return sum(n * k for n, k in self.linear)
+
+    @property
+    def num_base(self) -> int:
+        """Elements of the base model."""
+        return self.num_linear + self.num_embedding + self.num_head + self.num_other
+
+
+def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> ModelShape:
+    """Builds the model and its adapter without memory and counts.
+
+    Args:
+        config: A transformers config, such as `load_config` returns.
+        adapter: The `adapter` section of a run's config; None: every weight is trained.
+        trust_remote_code: Whether a model that transformers does not know may run its own code.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        base = _count_base(model)
+        if adapter is None:
+            model.requires_grad_(True)
+        else:
+            model = attach_adapter(model, adapter)
+    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    decoder = causal.get_decoder()
+    projections = [p for name, p in decoder.layers[0].named_modules() if name.rsplit('.', 1)[-1] in _PROJECTIONS]
+    obstacle = static_obstacle(decoder) or next(filter(None, map(adapter_obstacle, projections)), None)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        hidden=text.hidden_size,
+        inner=getattr(text, 'intermediate_size', None) or 4 * text.hidden_size,
+        num_layers=len(decoder.layers),
+        heads=heads,
+        kv_heads=getattr(text, 'num_key_value_heads', None) or heads,
+        head_size=getattr(text, 'head_dim', None) or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        ranks=tuple(_rank(decoder.layers[0], name) for name in _PROJECTIONS),
+        dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
+        obstacle=obstacle or '',
+        kind=config.model_type,
+        **base,
+    )
+
+
+def _count_base(model: Any) -> dict[str, Any]:
+    """Elements by what becomes of them: quantised, looked up, multiplied at the end, left alone."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    linear = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    tied = head is None or head.weight is embedding.weight
+    total = sum(p.numel() for p in model.parameters())
+    counts = {'num_embedding': embedding.weight.numel(), 'num_head': 0 if tied else head.weight.numel()}
+    shapes = tuple((m.out_features, m.in_features) for m in linear)
+    return {
+        **counts,
+        'linear': shapes,
+        'num_other': total - sum(counts.values()) - sum(n * k for n, k in shapes),
+    }
+
+
+def _rank(layer: nn.Module, name: str) -> int:
+    """The rank of the adapter on a layer's projection, 0 where there is none."""
+    projection: Any = next((m for n, m in layer.named_modules() if n.rsplit('.', 1)[-1] == name), None)
+    if projection is None or projection is base_of(projection) or not hasattr(projection, 'r'):
+        return 0
+    return max(projection.r.values(), default=0)
