@@ -20,7 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='?',
         const='newest',
         metavar='CHECKPOINT',
-        help='go on with a run: from its newest checkpoint, or from the one given',
+        help='go on exactly where a run was stopped: at its newest checkpoint, or the one given; without one, begin',
+    )
+    parser.add_argument(
+        '--allow-changes', action='store_true', help='with --resume: go on although config, data or processes changed'
+    )
+    parser.add_argument(
+        '--start-from',
+        type=Path,
+        metavar='CHECKPOINT',
+        help='begin a new run with the weights of a checkpoint or adapter, and nothing else of it',
     )
     parser.add_argument('--seed', type=int, help="seed in place of the config's")
     parser.add_argument(
@@ -54,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
     work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
     start_logging()
 
+    from xtuner.engine.start import Start
     from xtuner.engine.train import train
     from xtuner.ranks import is_first_process
 
-    last = train(config, work_dir=work_dir, resume=args.resume, launcher=args.launcher)
+    start = Start(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
+    last = train(config, work_dir=work_dir, start=start, launcher=args.launcher)
     if is_first_process():
         print(last)
     return 0

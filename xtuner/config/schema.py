@@ -96,6 +96,7 @@ class CheckpointConfig:
 
     interval: int = option('optimizer steps between two checkpoints; the last step is always saved', 100, minimum=1)
     max_keep: int = option('how many checkpoints are kept; -1: all', 2, minimum=-1)
+    keep_best: bool = option('keep the one of the lowest validation loss too; `best` names it', True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBa
 from torch.nn.parallel import DistributedDataParallel
 
 from xtuner.engine.checkpoints import read_state
-from xtuner.engine.loop import TrainLoop
+from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import trainable_parameters
 
@@ -79,31 +79,45 @@ class Runner(mmengine.runner.Runner):
         loop = self.train_loop
         return {
             'step': step,
-            'num_items': loop.plan.num_items,
-            'items_per_step': loop.plan.items_per_step,
-            'num_steps': loop.plan.num_steps,
             'parameters': list(trainable_parameters(self.bare_model)),
             'optimizer': self.optim_wrapper.optimizer.state_dict(),
             'scaler': loop.scaler.state_dict(),
+            'skips': loop.skips.state(),
         }
 
     def restore(self, folder: Path) -> None:
         """Sets optimizer, scaler and step to a checkpoint's; its weights were loaded with the model.
 
+        The optimizer's settings stay the config's: `check_same_run` has seen to it that they are the same, or may be
+        others.
+
         Raises:
-            CheckpointError: the checkpoint is of a run over other data, other batches or other parameters.
+            CheckpointError: the checkpoint is of a run that trained other parameters.
         """
-        state, loop = read_state(folder), self.train_loop
-        now = self.trainer_state(state['step'])
-        for key in ('num_items', 'items_per_step', 'num_steps', 'parameters'):
-            if state[key] != now[key]:
-                raise CheckpointError(
-                    f'{folder}: cannot resume, {_difference(key, state[key], now[key])}; '
-                    'use the data and config it was written with'
-                )
-        self.optim_wrapper.optimizer.load_state_dict(state['optimizer'])
+        state, loop, optimizer = read_state(folder), self.train_loop, self.optim_wrapper.optimizer
+        parameters = list(trainable_parameters(self.bare_model))
+        if state['parameters'] != parameters:
+            raise CheckpointError(
+                f'{folder}: cannot resume, the trainable parameters are not the same ({len(state["parameters"])} then, '
+                f'{len(parameters)} now); use the config it was written with'
+            )
+        settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state['optimizer'])
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         loop.scaler.load_state_dict(state['scaler'])
+        loop.skips = Skips(**state['skips'])
         loop.step = state['step']
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses mmengine's own way, which unpickles the file it is given; `restore` is ours.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError('mmengine resumes from pickles, which nothing here reads; use --resume or --start-from')
+
+    load_checkpoint = resume
 
     # mmengine's runner does these too, for other kinds of project; what is overridden here would only make noise.
     def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
@@ -150,9 +164,3 @@ class Runner(mmengine.runner.Runner):
 
     def dump_config(self) -> None:
         """The flat config is written by `train.py`, before the model is loaded."""
-
-
-def _difference(key: str, then: Any, now: Any) -> str:
-    if isinstance(then, list):
-        return f'the trainable parameters are not the same ({len(then)} then, {len(now)} now)'
-    return f'{key.replace("_", " ")} was {then} and is now {now}'

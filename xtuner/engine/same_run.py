@@ -47,7 +47,7 @@ def describe_run(
         device: Kind of device: 'cuda' with the GPU's name, or 'cpu'.
         world_size: Number of processes.
     """
-    run = _flat(dataclasses.asdict(config), '')
+    run = _flat(vars(config), '')
     run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
             'number of processes': world_size}  # fmt: skip
     versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
@@ -123,8 +123,8 @@ def _short(value: Any) -> str:
 def _flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Nested sections as one level: `{'adapter': {'r': 8}}` gives `{'adapter.r': 8}`; lists stay whole."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f'{where}{key}'
+    for key, section in values.items():
+        name, value = f'{where}{key}', vars(section) if dataclasses.is_dataclass(section) else section
         flat |= _flat(value, f'{name}.') if isinstance(value, Mapping) and value else {name: value}
     return flat
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,14 @@ from mmengine.hooks import Hook
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
+from xtuner.engine.lines import append_line, keep_lines
+from xtuner.errors import Interrupted
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 
 logger = logging.getLogger('xtuner')
+
+SAMPLES_FILE = 'samples.jsonl'
 
 
 class EvaluateChatHook(Hook):
@@ -50,7 +53,10 @@ class EvaluateChatHook(Hook):
         self._sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
 
     def before_train(self, runner: Any) -> None:
-        """The first round, unless the run was resumed."""
+        """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
+        if runner.rank == 0:
+            last = runner.iter - (runner.iter == runner.max_iters)  # the last round comes after the last checkpoint
+            keep_lines(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
         if runner.iter == 0:
             self._round(runner, 0)
 
@@ -73,8 +79,11 @@ class EvaluateChatHook(Hook):
         try:
             for prompt in self._prompts:
                 self._answer(model.llm, prompt, step, Path(runner.work_dir))
-        except (RuntimeError, ValueError) as error:  # out of memory, an odd generation config: not worth a run
-            logger.warning('no sample at step %d, training goes on: %s', step, error)
+        except Interrupted:
+            raise
+        except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
+            reason = ' '.join(str(error).split())
+            logger.warning('no sample at step %d, training goes on: %s: %s', step, type(error).__name__, reason)
         finally:
             release(model.llm)
             model.train(training)
@@ -90,5 +99,4 @@ class EvaluateChatHook(Hook):
         )
         logger.info('sample at step %d\n  > %s\n  %s', step, prompt, answer.strip())
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
-        with (work_dir / 'samples.jsonl').open('a', encoding='utf-8') as file:
-            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+        append_line(work_dir / SAMPLES_FILE, record)
