@@ -26,7 +26,7 @@ from xtuner.model.kernels.host import HostStore, free_host_bytes
 from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
 from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
-from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
+from xtuner.model.kernels.recompute import free_bytes, num_layers_again, room_for_activations
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 _GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
@@ -161,8 +161,11 @@ class FastDecoder:
             return len(runs) - 1 if self._checkpointing() else 0
         if self._room is None:
             trained = sum(a.a_rK.numel() + a.b_Nr.numel() for run in runs for a in flatten(run))
-            self._room = room_for_activations(x.device, trained)
-        num_again = num_layers_again(runs, len(x), runs[0].batch.how.dtype.itemsize, self._room)
+            self._room = room_for_activations(free_bytes(x.device), trained, x.device.type)
+        ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
+        num_again = num_layers_again(
+            runs[0].parts, ranks, len(runs), tokens=len(x), item_bytes=runs[0].batch.how.dtype.itemsize, room=self._room
+        )
         if self._reported is None or num_again > self._reported:
             self._reported = num_again
             _LOGGER.info(
