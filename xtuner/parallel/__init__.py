@@ -1,1 +1,0 @@
-"""Classical import path: `xtuner.parallel.sequence.SequenceParallelSampler`."""
