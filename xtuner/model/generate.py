@@ -121,7 +121,7 @@ def _decode(
     answer: list[int] = []
     if streamer is not None:
         streamer.put(torch.tensor([list(prompt_ids)]))
-    with decoder.lock:
+    with decoder.lock, torch.autocast(causal.device.type, enabled=False):
         ids = decoder.answer(
             prompt_ids, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p
         )

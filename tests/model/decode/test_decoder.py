@@ -25,8 +25,8 @@ GREEDY = Sampling(max_new_tokens=14, temperature=0)
 DRAWN = Sampling(max_new_tokens=14, temperature=0.9, top_p=0.7, seed=3)
 
 
-def four_bit() -> Any:
-    model = quantise(tiny_llama()).eval()
+def four_bit(**shape: Any) -> Any:
+    model = quantise(tiny_llama(**shape)).eval()
     keep_plain_layout(model)  # as `load_model` does
     return model
 
@@ -94,7 +94,7 @@ def test_logits_against_float64() -> None:
         decoder._ids = []
         decoder._prefill(PROMPT[:2])
         for token in PROMPT[2:]:
-            stepped = decoder._step(token)
+            stepped = decoder._run([token])
     for logits in (whole, stepped):  # float32 through two layers
         assert float((logits[0].double() - exact).norm() / exact.norm()) < 5e-6
 

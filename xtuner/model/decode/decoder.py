@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Generator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from xtuner.model.decode.layers import read_layers, rotary_table, state_of
 from xtuner.model.decode.sampling import next_token
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes
+
+if TYPE_CHECKING:
+    from xtuner.model.decode.graph import Mailbox, TokenStep
+
+logger = logging.getLogger('xtuner')
 
 _KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
 _SMALLEST = 512  # tokens a cache has room for
@@ -59,6 +65,9 @@ class Decoder:
         self._state: tuple | None = None
         self._cache: Cache | None = None
         self._ids: list[int] = []  # whose keys and values the cache holds
+        self._step: TokenStep | None = None
+        self._no_step: str | None = None
+        self._mailbox: Mailbox | None = None
         fused = self._weight.is_cuda and has_triton()
         self._kernels = fused_kernels() if fused else None
 
@@ -73,11 +82,49 @@ class Decoder:
         """
         self._prepare(len(prompt) + max_new_tokens)
         logits = self._prefill(list(prompt))
+        drawn = next_token(logits, temperature=temperature, top_p=top_p)
+        yield int(drawn)
+        if max_new_tokens > 1 and self._token_step() is not None:  # recorded after the first token is shown
+            yield from self._run_ahead(drawn, max_new_tokens - 1, temperature, top_p)
+            return
         for _ in range(max_new_tokens - 1):
-            token = int(next_token(logits, temperature=temperature, top_p=top_p))
-            yield token
-            logits = self._step(token)
-        yield int(next_token(logits, temperature=temperature, top_p=top_p))
+            drawn = next_token(self._run([int(drawn)]), temperature=temperature, top_p=top_p)
+            yield int(drawn)
+
+    def _run_ahead(self, drawn: Tensor, num_tokens: int, temperature: float, top_p: float) -> Generator[int]:
+        """Yields further tokens by recorded steps; the step after a token is under way while the host looks at it."""
+        step, mailbox = self._step, self._mailbox
+        assert step is not None and mailbox is not None
+        step.token.copy_(drawn)
+        step.position.fill_(len(self._ids))
+        token, ticket = int(drawn), None
+        for _ in range(num_tokens):
+            drawn = next_token(step.replay(), temperature=temperature, top_p=top_p)
+            step.token.copy_(drawn)
+            previous, ticket = ticket, mailbox.send(drawn)
+            if previous is not None:
+                token = mailbox.receive(previous)
+            self._ids.append(token)  # the step under way puts it into the cache
+            if previous is not None:
+                yield token
+        assert ticket is not None
+        yield mailbox.receive(ticket)
+
+    def _token_step(self) -> TokenStep | None:
+        """The recorded step, made at the first call; None where there can be none."""
+        if self._kernels is None or self._cache is None:
+            return None
+        if self._step is None and self._no_step is None:
+            from xtuner.model.decode.graph import Mailbox, TokenStep
+
+            try:
+                self._step = TokenStep(self.layers, self._decoder, self._head, self._cache, self._angles)
+                self._step.record()
+                self._mailbox = self._mailbox or Mailbox()
+            except ValueError as error:
+                self._no_step = str(error)
+                logger.info('decoding token by token without recorded kernels, which is slower: %s', error)
+        return self._step
 
     def _prepare(self, num_tokens: int) -> None:
         """Sees whether weights have changed, and makes room."""
@@ -85,9 +132,10 @@ class Decoder:
         if state != self._state:
             self._ids = []
             self._state = state
+            self._step, self._no_step = None, None
             self._keep_weights()
         if self._cache is None or self._cache.capacity < num_tokens:
-            self._cache = None
+            self._cache, self._step = None, None  # lets go of the memory before more is taken
             capacity = max(_SMALLEST, 1 << (num_tokens - 1).bit_length())
             capacity = max(num_tokens, min(capacity, self._trained))
             self._ids = []
@@ -100,7 +148,7 @@ class Decoder:
         budget = int(free_host_bytes() * _KEPT_SHARE)
         for layer in self.layers:
             for product in layer.products:
-                budget -= product.keep(self._weight.dtype, budget)
+                budget -= product.keep(budget)
 
     def _prefill(self, prompt: list[int]) -> Tensor:
         """Logits (1, V) after the prompt; what it shares with the ids in the cache is not computed again."""
@@ -111,9 +159,6 @@ class Decoder:
             logits = self._run(prompt[len(self._ids) : len(self._ids) + LARGEST_CHUNK])
         assert logits is not None
         return logits
-
-    def _step(self, token: int) -> Tensor:
-        return self._run([token])
 
     def _run(self, ids: list[int]) -> Tensor:
         assert self._cache is not None

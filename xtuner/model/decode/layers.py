@@ -93,7 +93,8 @@ def _read_layer(layer: Any, config: Any) -> Layer:
     names = _form(layer)
     assert names is not None
     norm_in, norm_mid = (attrgetter(name)(layer) for name in names['norms'])
-    qkv, out, gate_up, down = (Product([attrgetter(name)(layer) for name in names[group]]) for group in _GROUPS)
+    dtype = norm_in.weight.dtype
+    qkv, out, gate_up, down = (Product([attrgetter(name)(layer) for name in names[group]], dtype) for group in _GROUPS)
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, 'head_dim', None) or config.hidden_size // queries
     split = keys if names is _INTERNLM2 else 1

@@ -21,10 +21,11 @@ class Product:
 
     Args:
         projections: The layers, each bare or wrapped by peft; only read.
+        dtype: Of inputs and outputs.
     """
 
-    def __init__(self, projections: list[Any]) -> None:
-        self.projections = projections
+    def __init__(self, projections: list[Any], dtype: torch.dtype) -> None:
+        self.projections, self.dtype = projections, dtype
         self.layers = [FrozenLinear(base_of(projection)) for projection in projections]
         self.num_in = self.layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in self.layers)
@@ -35,15 +36,15 @@ class Product:
         """Each layer's adapter as it is now; None where there is none, it is off or it is merged."""
         return [None if getattr(p, 'merged', False) else adapter_of(p) for p in self.projections]
 
-    def keep(self, dtype: torch.dtype, budget_bytes: int) -> int:
+    def keep(self, budget_bytes: int) -> int:
         """Turns weights and adapters into one float matrix, if it fits; returns the bytes it took.
 
         A single float layer without an adapter is taken as it is.
         """
-        adapters = self.adapters()
+        adapters, dtype = self.adapters(), self.dtype
         weight = self.layers[0].module.weight
         self._kept = None
-        self._bias = self._joined_bias(dtype)
+        self._bias = joined_bias(self.layers, dtype)
         if len(self.layers) == 1 and not any(adapters) and self.layers[0].parts() is None and weight.dtype == dtype:
             self._kept = weight.detach()
             return 0
@@ -76,13 +77,10 @@ class Product:
         for group in groups:
             rows = sum(layer.shape[0] for layer in group)
             weight = _side_by_side(group, x_TK) if len(group) > 1 else _matrix(group[0], x_TK)
-            bias, part = _bias(group, x_TK.dtype), out_TN[:, row : row + rows]
+            bias, part = joined_bias(group, x_TK.dtype), out_TN[:, row : row + rows]
             args = (x_TK, weight.t())
             torch.mm(*args, out=part) if bias is None else torch.addmm(bias, *args, out=part)
             row += rows
-
-    def _joined_bias(self, dtype: torch.dtype) -> Tensor | None:
-        return _bias(self.layers, dtype)
 
 
 def _merged(layer: FrozenLinear, adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
@@ -107,7 +105,7 @@ def _matrix(layer: FrozenLinear, like: Tensor) -> Tensor:
     return _side_by_side([layer], like) if layer.parts() is not None and like.is_cuda else layer.matrix(like.dtype)
 
 
-def _bias(layers: list[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
+def joined_bias(layers: list[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
     """The layers' biases side by side, zeros where one has none; None where none has."""
     biases = [layer.bias(dtype) for layer in layers]
     if all(bias is None for bias in biases):

@@ -1,0 +1,70 @@
+"""The recorded step's kernels, run one by one in Triton's interpreter, against float64 and against the other path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.decode.test_decoder import PROMPT, four_bit
+from tests.model.kernels.conftest import dequantised, tiny_llama, triton_obstacle, with_adapter
+from tests.model.published import write_model
+from xtuner.model.decode.decoder import decoder_for
+from xtuner.model.loading import load_model
+
+if triton_obstacle() or torch.cuda.is_available():
+    pytest.skip(triton_obstacle() or 'the GPU tests record the step', allow_module_level=True)
+
+from xtuner.model.decode.graph import TokenStep
+
+
+def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:
+    """Logits after a prompt whose last three tokens went through the step."""
+    decoder = decoder_for(model.get_base_model() if hasattr(model, 'get_base_model') else model)
+    with torch.inference_mode():
+        decoder._prepare(len(prompt))
+        decoder._prefill(prompt[:-3])
+        assert decoder._cache is not None
+        step = TokenStep(decoder.layers, decoder._decoder, decoder._head, decoder._cache, decoder._angles)
+        step.position.fill_(len(prompt) - 3)
+        for token in prompt[-3:]:
+            step.token.fill_(token)
+            logits = step.run()
+        assert int(step.position) == len(prompt)
+    return logits[0]
+
+
+def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((logits.double() - exact).norm() / exact.norm())
+
+
+def exact_logits(model: Any) -> torch.Tensor:
+    return dequantised(model)(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
+
+
+@pytest.mark.parametrize('kv_heads', [1, 4])
+def test_four_bit(kv_heads: int) -> None:
+    model = four_bit(kv_heads=kv_heads)
+    assert error(stepped_logits(model, PROMPT), exact_logits(model)) < 5e-6
+
+
+def test_four_bit_with_adapters_of_several_ranks() -> None:
+    model = with_adapter(four_bit(), rank=5, rank_pattern={'k_proj': 16}, dropout=0.5).eval()
+    exact = exact_logits(model)
+    assert error(stepped_logits(model, PROMPT), exact) < 5e-6
+    with model.disable_adapter():
+        assert error(stepped_logits(model, PROMPT), exact) > 1e-2
+
+
+def test_float_weights_and_an_adapter_on_some() -> None:
+    model = with_adapter(tiny_llama(), targets=['q_proj', 'v_proj', 'up_proj']).eval()
+    assert error(stepped_logits(model, PROMPT), exact_logits(model)) < 5e-6
+
+
+@pytest.mark.parametrize('name', ['v1-8k', 'v2-bias', 'v2-linear'])
+def test_internlm(tmp_path: Path, name: str) -> None:
+    model: Any = load_model(write_model(tmp_path, name), dtype=torch.float32)
+    exact = model.double()(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
+    assert error(stepped_logits(model.float(), PROMPT), exact) < 1e-5

@@ -1,0 +1,187 @@
+"""One token's way through a decoder as a fixed list of kernels, recorded once as a CUDA graph and replayed.
+
+The token, its position, the cache and everything between have fixed places. Launching the kernels one by one would take
+the host longer than the GPU takes to run them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.model.decode.forward import Cache
+from xtuner.model.decode.layers import Layer
+from xtuner.model.decode.product import Product, joined_bias
+from xtuner.model.kernels import fused_rows, fused_step
+from xtuner.model.kernels.quantized import QuantizedWeight
+
+logger = logging.getLogger('xtuner')
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A product as its kernel takes it; `down` is where its adapters' inner vector goes."""
+
+    weights: fused_step.Weights
+    bias: Tensor | None
+    low_rank: fused_step.LowRank | None
+    down: Tensor | None
+
+    def project(self, x: Tensor) -> None:
+        if self.low_rank is not None and self.down is not None:
+            fused_step.project(self.low_rank, x, self.down)
+
+    def multiply(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """Writes the product, or adds it to what is there."""
+        self.project(x)
+        fused_step.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
+
+    def multiply_gated(self, x: Tensor, out: Tensor) -> None:
+        """Writes the gated product of two layers."""
+        self.project(x)
+        fused_step.multiply_gated(self.weights, x, out, low_rank=self.low_rank, down=self.down)
+
+
+class TokenStep:
+    """The forward pass of one token, with fixed places for all it reads and writes.
+
+    Args:
+        layers: The decoder's layers.
+        decoder: The decoder: its embedding and its last norm are used.
+        head: From hidden states to logits.
+        cache: Where keys and values go.
+        angles: Cosines and sines of all positions.
+
+    Raises:
+        ValueError: a product has a form that the kernels do not take.
+    """
+
+    def __init__(
+        self, layers: list[Layer], decoder: Any, head: Any, cache: Cache, angles: tuple[Tensor, Tensor]
+    ) -> None:
+        self._layers, self._decoder, self._head, self._cache, self._angles = layers, decoder, head, cache, angles
+        self._parts = [[_part(product) for product in layer.products] for layer in layers]
+        heads, like = layers[0].heads, cache.all
+        size = layers[0].qkv.num_in
+        self.token = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.position = torch.zeros((), dtype=torch.int32, device=like.device)
+        self._x = torch.empty(1, size, dtype=torch.float32, device=like.device)
+        self._normed = like.new_empty(1, size)
+        self._qkv = torch.empty(heads.groups, heads.queries + 2 * heads.keys, heads.size, device=like.device)
+        self._query = torch.empty(heads.num_queries, heads.size, device=like.device)
+        self._attended = like.new_empty(heads.num_queries, heads.size)
+        self._gated = like.new_empty(layers[0].down.num_in)
+        self._attention = fused_step.Attention(heads.num_queries, like[0, 0])
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def run(self) -> Tensor:
+        """Enqueues one step: `token` at `position`, which then counts on. Returns logits (1, V)."""
+        self._x.copy_(self._decoder.embed_tokens(self.token))
+        normed = self._normed.view(-1)
+        for number, (layer, (qkv, out, gate_up, down)) in enumerate(zip(self._layers, self._parts, strict=True)):
+            heads = layer.heads
+            keys, values = self._cache.all[2 * number, 0], self._cache.all[2 * number + 1, 0]
+            self._norm(layer.norm_in)
+            qkv.multiply(normed, self._qkv)
+            fused_step.turn_and_store(
+                self._qkv, self._angles, self.position, self._query, keys, values, queries=heads.queries
+            )
+            self._attention(self._query, keys, values, self.position, self._attended, heads.scale)
+            out.multiply(self._attended.view(-1), self._x, add=True)
+            self._norm(layer.norm_mid)
+            gate_up.multiply_gated(normed, self._gated)
+            down.multiply(self._gated, self._x, add=True)
+        self._norm(self._decoder.norm)
+        self.position += 1
+        return self._head(self._normed)
+
+    def _norm(self, module: Any) -> None:
+        fused_rows.rms_norm(self._x, module.weight, module.variance_epsilon, self._normed)
+
+    def record(self) -> None:
+        """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self.run()  # compiles and loads what has not been yet, which cannot be recorded
+            gc.collect()
+            torch.cuda.synchronize()
+            try:
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+                    self._logits = self.run()
+                self._graph = graph
+            except RuntimeError as error:
+                logger.warning('decoding goes on without a recorded graph: %s', error)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self) -> Tensor:
+        """As `run`; the logits lie in one place, to be read before the next."""
+        if self._graph is None or self._logits is None:
+            return self.run()
+        self._graph.replay()
+        return self._logits
+
+
+class Mailbox:
+    """Brings drawn tokens to the host while the GPU goes on."""
+
+    def __init__(self) -> None:
+        self._places = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        self._events = [torch.cuda.Event(), torch.cuda.Event()]
+        self._number = 0
+
+    def send(self, token_1: Tensor) -> int:
+        """Starts a token's way; returns its ticket. At most two may be under way."""
+        place = self._number % 2
+        self._number += 1
+        self._places[place : place + 1].copy_(token_1, non_blocking=True)
+        self._events[place].record()
+        return place
+
+    def receive(self, ticket: int) -> int:
+        """Waits for a token."""
+        self._events[ticket].synchronize()
+        return int(self._places[ticket])
+
+
+def _part(product: Product) -> _Part:
+    quantised = [layer.parts() for layer in product.layers]
+    if any(part is None for part in quantised):
+        weights = fused_step.weights_of([layer.module.weight.detach() for layer in product.layers])
+    else:
+        weights = fused_step.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
+    if isinstance(weights, str):
+        raise ValueError(weights)
+    dtype = product.dtype
+    if weights.form == fused_step.FLOAT and weights.dtype != dtype:
+        raise ValueError(f'a layer has weights in {weights.dtype} among {dtype}')
+    low_rank = _low_rank(product, dtype)
+    down = None
+    if low_rank is not None:
+        down = torch.empty(len(low_rank.down), dtype=torch.float32, device=low_rank.down.device)
+    return _Part(weights, joined_bias(product.layers, dtype), low_rank, down)
+
+
+def _low_rank(product: Product, dtype: torch.dtype) -> fused_step.LowRank | None:
+    """All of a product's adapters, padded with zeros to one rank; None where it has none."""
+    adapters = product.adapters()
+    if not any(adapters):
+        return None
+    rank = max(1 << (a.rank - 1).bit_length() for a in adapters if a)
+    device = product.layers[0].module.weight.device
+    down = torch.zeros(len(adapters) * rank, product.num_in, dtype=dtype, device=device)
+    up = torch.zeros(product.num_out, rank, dtype=dtype, device=device)
+    row = 0
+    for number, (layer, adapter) in enumerate(zip(product.layers, adapters, strict=True)):
+        if adapter:
+            down[number * rank : number * rank + adapter.rank] = adapter.a_rK.detach().float() * adapter.scaling
+            up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr.detach()
+        row += layer.shape[0]
+    return fused_step.LowRank(down, up, rank)
