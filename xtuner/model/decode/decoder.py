@@ -119,7 +119,7 @@ class Decoder:
 
             try:
                 self._step = TokenStep(self.layers, self._decoder, self._head, self._cache, self._angles)
-                self._step.record()
+                self._step.record(len(self._ids))
                 self._mailbox = self._mailbox or Mailbox()
             except ValueError as error:
                 self._no_step = str(error)

@@ -104,8 +104,13 @@ class TokenStep:
     def _norm(self, module: Any) -> None:
         fused_rows.rms_norm(self._x, module.weight, module.variance_epsilon, self._normed)
 
-    def record(self) -> None:
-        """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all."""
+    def record(self, free_position: int) -> None:
+        """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all.
+
+        Args:
+            free_position: Where the cache holds nothing yet: the step is run there once before.
+        """
+        self.position.fill_(free_position)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
