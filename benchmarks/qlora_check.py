@@ -111,6 +111,7 @@ def time_kernels(tokens: int) -> None:
 
     k = fused_kernels()
     h, i, r = 4096, 11008, 64
+    seed = torch.tensor(7, device='cuda')
     new = lambda *shape: torch.randn(*shape, device='cuda', dtype=torch.bfloat16)  # noqa: E731
     for n, m in ((h, h), (i, h), (h, i)):
         linear = bnb.nn.Linear4bit(m, n, bias=False, quant_type='nf4', device='cuda')
@@ -134,11 +135,11 @@ def time_kernels(tokens: int) -> None:
     for width in (h, i):
         x, a, dxa = new(tokens, width), new(r, width), new(tokens, r)
         once = tokens * width * 2
-        timed(f'dropout_project {width}', lambda x=x, a=a, d=dxa: k.dropout_project(x, a, 0.1, 7, d), once)
+        timed(f'dropout_project {width}', lambda x=x, a=a, d=dxa: k.dropout_project(x, a, 0.1, seed, d), once)
         timed('  x A as a plain product', lambda x=x, a=a: x @ a.t(), once)
-        timed('dropout_project_weight_grad', lambda x=x, d=dxa: k.dropout_project_weight_grad(d, x, 0.1, 7), once)
+        timed('dropout_project_weight_grad', lambda x=x, d=dxa: k.dropout_project_weight_grad(d, x, 0.1, seed), once)
         timed('  as a plain product', lambda x=x, d=dxa: torch.mm(d.t(), x, out_dtype=torch.float32), once)
-        args = (x, dxa, a, 0.1, 7)
+        args = (x, dxa, a, 0.1, seed)
         timed('dropout_project_input_grad_', lambda args=args: k.dropout_project_input_grad_(*args), 2 * once)
     logits, targets = new(1024, 103168), torch.randint(0, 103168, (1024,), device='cuda')
     timed('cross_entropy 1024x103168', lambda: k.cross_entropy_(logits, targets), 3 * logits.numel() * 2)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
 
 def triton_obstacle():
     """Why Triton's kernels cannot be tested here; None where they can."""
@@ -37,7 +39,7 @@ def tiny_llama(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32)
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if 'layers' in name and parameter.dim() == 2:
                 parameter.mul_(5)
-    return model
+    return model.to(DEVICE)
 
 
 def quantise(model, dtype=torch.float32):
@@ -66,7 +68,7 @@ def dequantised(model):
     def plain(module):
         for name, child in list(module.named_children()):
             if is_4bit(child):
-                new = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                new = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device=DEVICE)
                 new.weight.data = dequantize_4bit(child.weight.data, child.weight.quant_state)
                 if child.bias is not None:
                     new.bias.data = child.bias.data.clone()
@@ -91,7 +93,7 @@ def with_adapter(model, *, dropout=0.0, rank=8, targets=None, **kwargs):
         for name, parameter in adapted.named_parameters():
             if 'lora_B' in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return adapted.train()
+    return adapted.to(DEVICE).train()
 
 
 @pytest.fixture
@@ -102,4 +104,4 @@ def batch():
     labels = ids.clone()
     labels[:, ::3] = -100
     labels[positions == 0] = -100
-    return {'input_ids': ids, 'position_ids': positions, 'labels': labels}
+    return {k: v.to(DEVICE) for k, v in (('input_ids', ids), ('position_ids', positions), ('labels', labels))}

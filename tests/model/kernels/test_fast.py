@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
+from tests.model.kernels.conftest import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
@@ -15,7 +15,7 @@ pytest.importorskip('bitsandbytes')
 def step(model, batch, *, dtype=None):
     """Loss and gradients of all adapters."""
     model.zero_grad()
-    with torch.autocast('cpu', dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         base = model.get_base_model()
         hidden = base.model(
             input_ids=batch['input_ids'], position_ids=batch['position_ids'], use_cache=False

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
+from tests.model.kernels.conftest import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from tests.model.kernels.test_fast import step
 from xtuner.errors import ConfigError
 from xtuner.model.fast import enable_fast_path
@@ -15,7 +15,6 @@ from xtuner.model.kernels.fp8 import product_obstacle
 from xtuner.model.kernels.quantized import take_apart
 
 bnb = pytest.importorskip('bitsandbytes')
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # e4m3 has three bits after the point: to the nearest, an entry is off by at most 1/16 of itself, 2.6 % in the mean.
 HALF_STEP, MEAN_ERROR = 1 / 16, 0.03
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.kernels.conftest import triton_obstacle
+from tests.model.kernels.conftest import DEVICE, triton_obstacle
 from xtuner.model.kernels import plain
 from xtuner.model.kernels.dispatch import fused_kernels
 from xtuner.model.kernels.quantized import take_apart
@@ -11,7 +11,6 @@ from xtuner.model.kernels.quantized import take_apart
 if triton_obstacle():
     pytest.skip(triton_obstacle(), allow_module_level=True)
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FUSED = fused_kernels()
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 5e-4}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

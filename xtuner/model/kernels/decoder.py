@@ -115,7 +115,7 @@ class FastDecoder:
         if self.scales is not None:
             self.scales.update(runs)
         batch.num_again = self._num_again(runs, x)
-        batch.how.slim = batch.num_again > 0 and len(x) <= MOST_TOKENS
+        batch.how.slim = not self.by_memory and batch.num_again > 0 and len(x) <= MOST_TOKENS  # asked for least memory
         batch.store = self._store(batch.num_again, x)
         x = self._through_layers(x, runs, parameters)
         norm = decoder.norm

@@ -97,8 +97,8 @@ def dequantize_transposed_into(out_KN: Tensor, weight: QuantizedWeight, scale: T
 def fp8_product(
     x_TK: Tensor, scale_T1: Tensor, weight_NK: Tensor, scale: Tensor, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """See `plain.fp8_product`; cuBLAS's, where the device has FP8."""
+    """See `plain.fp8_product`; cuBLAS's, where the device has FP8, which sums faster with fewer bits (22 on Hopper)."""
     if not x_TK.is_cuda:
         return plain.fp8_product(x_TK, scale_T1, weight_NK, scale, bias_N, dtype)
     scales = scale.expand(1, weight_NK.shape[0]).contiguous()
-    return torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=bias_N, out_dtype=dtype)
+    return torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
