@@ -97,6 +97,73 @@ def check() -> None:
         torch.manual_seed(3)
         results.append(gradients(model, ids, dense)[1])
     print('dropout 0.1, Triton against plain (same masks):', errors(results[1], results[0]), flush=True)
+    check_repeats(model, ids, dense)
+    set_dropout(model, 0.0)
+    check_fp8(model, ids, dense)
+
+
+def check_repeats(model: Any, ids: Any, positions: Any) -> None:
+    """Under dropout: the ordinary way, recorded graphs, and recomputation draw the same masks."""
+    results = []
+    for name, checkpointing, room in (('kept', False, None), ('again', True, None), ('by memory', False, 0)):
+        set_checkpointing(model, checkpointing)
+        enable_fast_path(model, recompute_by_memory=room is not None)
+        fast = model.get_base_model().model.forward.fast
+        fast._room = room
+        for _ in range(7):  # graphs from the fifth on
+            torch.manual_seed(3)
+            results.append(gradients(model, ids, positions, fused_loss=True)[1])
+        print(f'dropout 0.1, {name}: graphs {fast._graphs is not None}, against the third batch:',
+              [errors(r, results[2]) for r in results[-7:]], flush=True)  # fmt: skip
+
+
+def check_fp8(model: Any, ids: Any, positions: Any) -> None:
+    """Gradients in FP8 against float32, and what the pieces cost."""
+    enable_fast_path(model, enabled=False)
+    _, exact = gradients(dequantised(model), ids, positions, half=False)
+    for checkpointing in (False, True):
+        set_checkpointing(model, checkpointing)
+        print(enable_fast_path(model, fp8=True))
+        for _ in range(6):
+            loss, grads = gradients(model, ids, positions, fused_loss=True)
+        print(f'  fp8, checkpointing {checkpointing}: loss {loss:.4f}, gradients {errors(grads, exact)}', flush=True)
+
+
+def time_fp8(tokens: int) -> None:
+    """Rounding, weights and products at the 7B's widths; rank 64 appended."""
+    import bitsandbytes as bnb
+    from triton.testing import do_bench
+
+    k, scale = fused_kernels(), torch.tensor(1e-3, device='cuda')
+    for n, m in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)):
+        x = torch.randn(tokens, m, device='cuda', dtype=torch.bfloat16)
+        tail = torch.randn(tokens, 64, device='cuda', dtype=torch.bfloat16)
+        timed(f'quantize_rows {tokens}x{m}', lambda x=x, t=tail: k.quantize_rows(x, t), tokens * m * 3)
+        linear = bnb.nn.Linear4bit(m, n, bias=False, quant_type='nf4', device='cuda')
+        data = torch.randn(n, m, device='cuda', dtype=torch.bfloat16) * 0.02
+        linear.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type='nf4').to('cuda')
+        parts = take_apart(linear)
+        weight = torch.zeros(n, m + 64, device='cuda').to(torch.float8_e4m3fn)
+        turned = torch.zeros(m, n + 64, device='cuda').to(torch.float8_e4m3fn)
+        size = n * m * (1.5 + 1 / 64)
+        timed(f'dequantise to FP8 {n}x{m}', lambda p=parts, w=weight, m=m: k.dequantize_into(w[:, :m], p, scale), size)
+        timed('  transposed', lambda p=parts, w=turned, n=n: k.dequantize_transposed_into(w[:, :n], p, scale), size)
+        rounded, scales = k.quantize_rows(x, tail)
+        columns = torch.ones(1, n, device='cuda')
+        for fast in (False, True):
+            ms = do_bench(
+                lambda f=fast, r=rounded, s=scales, w=weight, c=columns: torch._scaled_mm(
+                    r, w.t(), s, c, out_dtype=torch.bfloat16, use_fast_accum=f
+                ),
+                warmup=10, rep=60, return_mode='median',
+            )  # fmt: skip
+            print(
+                f'  product {n}x{m}, fast accumulation {fast}: {ms:.3f} ms, {2 * tokens * n * m / ms / 1e9:.0f} TFLOP/s'
+            )
+        wide = torch.randn(n, m + 64, device='cuda', dtype=torch.bfloat16)
+        both = torch.cat((x, tail), 1)
+        ms = do_bench(lambda b=both, w=wide: b @ w.t(), warmup=10, rep=60, return_mode='median')
+        print(f'  in bfloat16: {ms:.3f} ms, {2 * tokens * n * m / ms / 1e9:.0f} TFLOP/s', flush=True)
 
 
 def timed(name: str, function: Any, num_bytes: float) -> None:
@@ -150,6 +217,7 @@ def time_kernels(tokens: int) -> None:
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     check()
+    time_fp8(8192)
     for tokens in (2048, 8192):
         print(f'kernels at {tokens} tokens')
         time_kernels(tokens)

@@ -4,8 +4,9 @@
     python benchmarks/qlora_step.py --impl ours --rows 4x2048/off,1x2048/on --profile OUT.txt
     python benchmarks/qlora_step.py --table LOG...         only the table, from the RESULT lines of earlier runs
 
-A row is batch x length / checkpointing [/ dropout]. A step is forward, backward, clipping and a PagedAdamW32bit update
-of rank-64 adapters on all seven projections, over NF4 weights with quantised scales; random weights, random tokens.
+A row is batch x length / checkpointing (off, on, auto) [/ dropout] [/ packed] [/ fp8]; the last two, and auto, are ours
+alone. A step is forward, backward, clipping and a PagedAdamW32bit update of rank-64 adapters on all seven projections,
+over NF4 weights with quantised scales; random weights, random tokens.
 Every implementation runs in a process of its own. `limit` is the arithmetic of the frozen products, the adapters, the
 head and causal attention over the 788 TFLOP/s that an 8192-cubed bf16 product reaches on an H200.
 """
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,19 +51,32 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
-def split_row(row: str) -> tuple[int, int, str, float]:
-    shape, checkpointing, *rest = row.split('/')
-    batch, length = map(int, shape.split('x'))
-    dropout = [r for r in rest if r != 'packed']
-    return batch, length, checkpointing, float(dropout[0]) if dropout else 0.0
+@dataclass(frozen=True)
+class Row:
+    """What one row of the table measures."""
+
+    batch: int
+    length: int
+    checkpointing: str
+    dropout: float
+    packed: bool
+    fp8: bool
+
+    @classmethod
+    def of(cls, text: str) -> Row:
+        """Reads `1x2048/on/0.1/packed`."""
+        shape, checkpointing, *rest = text.split('/')
+        batch, length = map(int, shape.split('x'))
+        dropout = [float(r) for r in rest if r not in ('packed', 'fp8')]
+        return cls(batch, length, checkpointing, sum(dropout), 'packed' in rest, 'fp8' in rest)
 
 
-def positions_of(row: str, ids: Any) -> Any:
+def positions_of(row: Row, ids: Any) -> Any:
     """Each row a sample; in a packed row eight, whose lengths change from step to step."""
     import torch
 
     count = torch.arange(ids.shape[1], device=ids.device)
-    if not row.endswith('/packed'):
+    if not row.packed:
         return count.expand_as(ids)
     cuts = torch.randperm(ids.shape[1] - 2, device=ids.device)[:7].sort().values + 1
     begins = torch.zeros_like(count)
@@ -69,7 +84,7 @@ def positions_of(row: str, ids: Any) -> Any:
     return (count - begins.cummax(0).values).expand_as(ids)
 
 
-def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float) -> Any:
+def load(impl: str, args: argparse.Namespace, row: Row) -> Any:
     import torch
 
     from benchmarks.qlora_model import TARGETS, add_adapter, build_base
@@ -81,8 +96,8 @@ def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float
             str(args.model), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
         )
         return FastLanguageModel.get_peft_model(
-            model, r=64, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS,
-            use_gradient_checkpointing='unsloth' if checkpointing == 'on' else False,
+            model, r=64, lora_alpha=16, lora_dropout=row.dropout, target_modules=TARGETS,
+            use_gradient_checkpointing='unsloth' if row.checkpointing == 'on' else False,
         )  # fmt: skip
     model = build_base('cuda', num_hidden_layers=args.layers)
     if impl == 'liger':
@@ -96,12 +111,22 @@ def load(impl: str, args: argparse.Namespace, checkpointing: str, dropout: float
     adapted = add_adapter(model, dropout=0.5)
     if impl == 'liger':
         adapted = adapted.to(torch.bfloat16)
+    return adapted
+
+
+def set_up(impl: str, model: Any, args: argparse.Namespace, row: Row) -> None:
+    """Puts a model into a row's setting; unsloth fixes its own when it loads."""
+    from benchmarks.qlora_model import set_checkpointing, set_dropout
+
+    if impl == 'unsloth':
+        return
+    set_checkpointing(model, row.checkpointing == 'on')
+    set_dropout(model, row.dropout)
     if impl == 'ours':
         from xtuner.model.fast import enable_fast_path
 
-        print(enable_fast_path(adapted), flush=True)
-        adapted.get_base_model().get_decoder().forward.fast.graphs_allowed = not args.no_graphs
-    return adapted
+        print(enable_fast_path(model, recompute_by_memory=row.checkpointing == 'auto', fp8=row.fp8), flush=True)
+        model.get_base_model().get_decoder().forward.fast.graphs_allowed = not args.no_graphs
 
 
 def loss_of(impl: str, model: Any, ids: Any, positions: Any) -> Any:
@@ -129,11 +154,8 @@ def run(impl: str, args: argparse.Namespace) -> None:
     import bitsandbytes as bnb
     import torch
 
-    from benchmarks.qlora_model import set_checkpointing, set_dropout
-
     rows = args.rows.split(',')
-    _, _, checkpointing, dropout = split_row(rows[0])
-    model = load(impl, args, checkpointing, dropout)
+    model = load(impl, args, Row.of(rows[0]))
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trainable, lr=2e-4)
@@ -154,17 +176,15 @@ def run(impl: str, args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return loss
 
-    for number, row in enumerate(rows):
-        batch, length, checkpointing, dropout = split_row(row)
-        if impl != 'unsloth':
-            set_checkpointing(model, checkpointing == 'on')
-            set_dropout(model, dropout)
+    for number, name in enumerate(rows):
+        row = Row.of(name)
+        set_up(impl, model, args, row)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         seconds, issued = [], []
         try:
             for _ in range(args.steps):
-                ids = torch.randint(3, 100_000, (batch, length), device='cuda')
+                ids = torch.randint(3, 100_000, (row.batch, row.length), device='cuda')
                 positions = positions_of(row, ids)
                 torch.cuda.synchronize()
                 start = time.perf_counter()
@@ -173,14 +193,14 @@ def run(impl: str, args: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
         except torch.OutOfMemoryError:
-            print(f'{impl} {row}: out of memory', flush=True)
+            print(f'{impl} {name}: out of memory', flush=True)
             optimizer.zero_grad()
             continue
         median = statistics.median(seconds[-4:])
         result = {
             'impl': impl,
-            'row': row,
-            'tokens_per_s': round(batch * length / median),
+            'row': name,
+            'tokens_per_s': round(row.batch * row.length / median),
             'step_ms': round(median * 1e3, 1),
             'issue_ms': round(min(issued[-4:]) * 1e3, 1),
             'spread_ms': [round(s * 1e3, 1) for s in seconds[-4:]],
@@ -256,8 +276,10 @@ def run_all(impls: list[str], args: argparse.Namespace) -> list[str]:
     lines = []
     for impl in impls:
         rows = args.rows.split(',')
+        if impl != 'ours':
+            rows = [r for r in rows if not Row.of(r).fp8 and Row.of(r).checkpointing != 'auto']
         if impl == 'unsloth':  # with dropout or packs it does not take its own path
-            rows = [r for r in rows if split_row(r)[3] == 0 and not r.endswith('/packed')]
+            rows = [r for r in rows if not Row.of(r).dropout and not Row.of(r).packed]
             subprocess.run([sys.executable, __file__, '--impl', 'checkpoint', *_passed(args, rows)], check=False)
         # unsloth fixes its setting when it loads; our recorded graphs of one row would count in the next one's peak
         key = {'unsloth': lambda r: r.split('/', 1)[1], 'ours': lambda r: r.startswith('1x2048/on')}.get(
@@ -300,12 +322,12 @@ def print_table(lines: list[str]) -> None:
     )
     print('| --- |' + ' --- |' * 8)
     for row in dict.fromkeys(r for r, _ in found):
-        _, length, checkpointing, _ = split_row(row)
+        wanted = Row.of(row)
         ours = found.get((row, 'ours'))
         cells = [found.get((row, i)) for i in IMPLS]
         texts = [f'{c["tokens_per_s"]:,} · {c["peak_gib"]:.1f}' if c else '-' for c in cells]
         ratios = [f'{ours["tokens_per_s"] / c["tokens_per_s"]:.2f}' if ours and c else '-' for c in cells[1:]]
-        limit = LIMITS.get((checkpointing, length))
+        limit = None if wanted.fp8 else LIMITS.get((wanted.checkpointing, wanted.length))
         share = f'{ours["tokens_per_s"] / limit:.0%}' if ours and limit else '-'
         print(f'| {row} | ' + ' | '.join(texts + ratios) + f' | {share} |')
 

@@ -19,6 +19,7 @@ ISSUE_NAMES = {
 }  # fmt: skip
 TURN = [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
 RECORDS = {
+    'conversation': {'conversation': [{'system': 's', 'input': 'q', 'output': 'a'}]},
     'alpaca': {'instruction': 'i', 'input': 'x', 'output': 'o'},
     'alpaca_zh': {'instruction_zh': 'i', 'input_zh': '', 'output_zh': 'o'},
     'code_alpaca': {'prompt': 'p', 'completion': 'c'},

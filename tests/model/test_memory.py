@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.internlm_7b import SHAPE
 from benchmarks.qlora_model import add_adapter, build_base
 from tests.model.live import LiveBytes
 from xtuner.model import memory_terms
 from xtuner.model.fast import enable_fast_path
+from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.kernels import graphs
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, Kernels
 from xtuner.model.memory import Setup, moments, predict_memory
 from xtuner.model.memory_terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.sft import SupervisedFinetune
-from xtuner.model.shape import ModelShape, model_shape
+from xtuner.model.shape import model_shape
 
 SIZES = {'hidden_size': 256, 'intermediate_size': 688, 'num_attention_heads': 4, 'vocab_size': 512}
 TOKENS = 512
@@ -112,14 +114,6 @@ def test_constants_are_those_of_the_kernels() -> None:
     assert decoder.offload_from_bytes == memory_terms._OFFLOAD_FROM
 
 
-SHAPE_7B = ModelShape(
-    hidden=4096, inner=11008, num_layers=32, heads=32, kv_heads=32, head_size=128, vocabulary=103168,
-    linear=((4096, 4096),) * 128 + ((11008, 4096),) * 64 + ((4096, 11008),) * 32,
-    num_embedding=103168 * 4096, num_head=103168 * 4096, num_other=790528, num_trained=159907840, ranks=(64,) * 7,
-    dropout=False, obstacle='', kind='internlm',
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ('batch', 'length', 'checkpointing', 'gib'),
     [(1, 2048, False, 10.8), (4, 2048, False, 28.4), (1, 2048, True, 5.58), (4, 2048, True, 6.7),
@@ -127,5 +121,12 @@ SHAPE_7B = ModelShape(
 )  # fmt: skip
 def test_7b_on_an_h200(batch: int, length: int, checkpointing: bool, gib: float) -> None:
     """Measured by `benchmarks/qlora_step.py`, in the record of 2026-11-23."""
-    setup = Setup(SHAPE_7B, batch * length, length, checkpointing=checkpointing, accumulated=False)
+    section = {'type': 'peft:LoraConfig', 'r': 64, 'target_modules': 'all-linear', 'task_type': 'CAUSAL_LM'}
+    setup = Setup(
+        model_shape(InternLMConfig(**SHAPE), section),
+        batch * length,
+        length,
+        checkpointing=checkpointing,
+        accumulated=False,
+    )
     assert predict_memory(setup).allocated / 2**30 == pytest.approx(gib, rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import sys
 import traceback
 import types
 import typing
@@ -11,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.classical import is_classical, translate
 from xtuner.config.find import find_config
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, UsageError, nearest
+from xtuner.ranks import is_first_process
 
 # Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
 OPEN_SECTIONS = ('optimizer', 'adapter')
@@ -28,6 +31,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     """
     path = find_config(name)
     values = read_file(path)
+    if is_classical(values):
+        values = _from_classical(values, path)
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     faults: list[str] = []
@@ -35,6 +40,17 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     if faults:
         raise ConfigError(f'{path}: ' + '; '.join(faults))
     return typing.cast(TrainConfig, config)
+
+
+def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        translated, notes = translate(values)
+    except ConfigError as error:
+        raise ConfigError(f'{path}: {error}') from None
+    if is_first_process():
+        for note in notes:
+            print(f'classical config: {note}', file=sys.stderr)
+    return translated
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

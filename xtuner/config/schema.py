@@ -96,6 +96,7 @@ class CheckpointConfig:
 
     interval: int = option('optimizer steps between two checkpoints; the last step is always saved', 100, minimum=1)
     max_keep: int = option('how many checkpoints are kept; -1: all', 2, minimum=-1)
+    keep_best: bool = option('keep the one of the lowest validation loss too; `best` names it', True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +135,6 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How a run spreads over several devices (docs/scale.md)."""
-
-    strategy: str = option(
-        'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1 to 3 (also with _offload), '
-        'or a DeepSpeed .json', 'auto')  # fmt: skip
-    sequence_parallel_size: int = option('devices that share each pack, for packs too long for one', 1, minimum=1)
-    timeout_s: float = option('seconds without progress after which a rank has hung', 1800, minimum=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run. The fields are the top-level names of a config file."""
 
@@ -158,7 +148,6 @@ class TrainConfig:
     log: LogConfig = option('logging', LogConfig())
     samples: SamplesConfig = option('sample generation', SamplesConfig())
     runtime: RuntimeConfig = option('seed, memory and speed', RuntimeConfig())
-    parallel: ParallelConfig = option('several devices', ParallelConfig())
     hooks: list[dict[str, Any]] = option('further mmengine hooks: type and its arguments', [])
 
     def __post_init__(self) -> None:

@@ -106,6 +106,8 @@ def _write_rest(base: Path, adapter: Path, template_name: str | None, folder: Pa
             generation.pop(key, None)
     _write_json(folder / 'generation_config.json', generation)
     tokenizer.save_pretrained(folder)
+    if (base / 'tokenizer.model').is_file() and not (folder / 'tokenizer.model').is_file():
+        shutil.copyfile(base / 'tokenizer.model', folder / 'tokenizer.model')  # an adapter's folder does without it
     if (adapter / PROVENANCE_FILE).is_file():
         shutil.copyfile(adapter / PROVENANCE_FILE, folder / PROVENANCE_FILE)
 

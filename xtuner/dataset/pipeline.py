@@ -187,7 +187,7 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
     try:
         for source in sources:
             for chunk in _without_collector(encode_source(source, config, encoder=encoder, summary=summary)):
-                writer.append([sample for _, sample in chunk])
+                writer.append([sample for _, sample in chunk], [conversation.origin for conversation, _ in chunk])
                 if config.val_ratio:
                     hashes.extend(content_hash(sample) for _, sample in chunk)
             bounds.append(writer.num_samples)

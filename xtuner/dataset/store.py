@@ -3,12 +3,14 @@
 ids.bin          int32 (T,)      all samples' ids, one behind the other
 trained.bin      bool  (T,)      which of them are trained
 offsets.npy      int64 (N + 1,)  where each sample begins
+origins.txt      N lines         where each sample came from
 train_samples.npy, train_starts.npy, val_...   the packs of each part (see `Packs`)
-meta.json        the summary, and the sizes by which a torn folder is told
+meta.json        the summary, a hash of ids and trained, and the sizes by which a torn folder is told
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from xtuner.dataset.pack import Packs
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
 
-_META = 'meta.json'
+_META, _ORIGINS = 'meta.json', 'origins.txt'
 
 
 class StoreWriter:
@@ -34,16 +36,20 @@ class StoreWriter:
         self.folder = folder
         self._ids = (folder / 'ids.bin').open('wb')
         self._trained = (folder / 'trained.bin').open('wb')
+        self._origins = (folder / _ORIGINS).open('w', encoding='utf-8', errors='surrogateescape')
         self._offsets = array('q', [0])
+        self._digests = [hashlib.blake2b(digest_size=16) for _ in range(2)]
 
-    def append(self, samples: Sequence[Sample]) -> None:
-        """Adds samples."""
+    def append(self, samples: Sequence[Sample], origins: Sequence[str]) -> None:
+        """Adds samples; `origins` says of each where it came from."""
         if not samples:
             return
         ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int32)
         trained = np.concatenate([sample.labels for sample in samples]) != IGNORE_INDEX
-        self._ids.write(ids.tobytes())
-        self._trained.write(trained.tobytes())
+        for file, digest, content in zip((self._ids, self._trained), self._digests, (ids, trained), strict=True):
+            file.write(content.tobytes())
+            digest.update(content.tobytes())
+        self._origins.writelines(f'{_one_line(origin)}\n' for origin in origins)
         ends = np.cumsum([len(sample.input_ids) for sample in samples]) + self._offsets[-1]
         self._offsets.extend(ends.tolist())
 
@@ -61,6 +67,7 @@ class StoreWriter:
         """Closes the files; the folder stays incomplete without `finish`."""
         self._ids.close()
         self._trained.close()
+        self._origins.close()
 
     def finish(self, parts: dict[str, Packs], summary: Summary) -> None:
         """Writes the plans and, last, what makes the folder complete."""
@@ -70,8 +77,13 @@ class StoreWriter:
             np.save(self.folder / f'{part}_samples.npy', packs.samples)
             np.save(self.folder / f'{part}_starts.npy', packs.starts)
         sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
-        meta = {'sizes': sizes, 'summary': summary.to_dict()}
+        content = ' '.join(digest.hexdigest() for digest in self._digests)
+        meta = {'sizes': sizes, 'content': content, 'summary': summary.to_dict()}
         (self.folder / _META).write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding='utf-8')
+
+
+def _one_line(text: str) -> str:
+    return text.replace('\n', ' ').replace('\r', ' ')
 
 
 def is_complete(folder: Path) -> bool:
@@ -111,6 +123,7 @@ class PreparedDataset(Dataset):
     def _open(self) -> None:
         meta = json.loads((self.folder / _META).read_text(encoding='utf-8'))
         self.summary = Summary.from_dict(meta['summary'])
+        self._content: str = meta['content']
         self._ids = np.memmap(self.folder / 'ids.bin', dtype=np.int32, mode='r')
         self._trained = np.memmap(self.folder / 'trained.bin', dtype=np.bool_, mode='r')
         self._offsets = np.load(self.folder / 'offsets.npy', mmap_mode='r')
@@ -146,6 +159,20 @@ class PreparedDataset(Dataset):
     def num_samples(self) -> int:
         """Conversations of both parts."""
         return len(self._offsets) - 1
+
+    def origins(self, index: int) -> list[str]:
+        """Where the conversations of a pack came from, such as 'file:line'. Reads a file: for messages."""
+        wanted = set(self._packs[index].tolist())
+        with (self.folder / _ORIGINS).open(encoding='utf-8', errors='surrogateescape') as file:
+            return [line.rstrip('\n') for number, line in enumerate(file) if number in wanted]
+
+    @property
+    def digest(self) -> str:
+        """A hash of this part's ids, of what is trained and of the packs: the same wherever the data came from."""
+        digest = hashlib.blake2b(self._content.encode(), digest_size=16)
+        for part in (self._packs.samples, self._packs.starts, self._offsets):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
     @property
     def fill(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.fingerprint import digest
 from xtuner.dataset.pack import pack_samples
 from xtuner.dataset.pipeline import encode_source
 from xtuner.dataset.prompt import Template
@@ -60,6 +61,11 @@ class PackStream(IterableDataset):
         self.window = window
         self.rank, self.world_size, self.skip = rank, world_size, skip
         self.summary = Summary()
+
+    @property
+    def digest(self) -> str:
+        """A hash of what the sources hold, as far as they tell without being read."""
+        return digest(source.fingerprint() for source in self.sources)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()

@@ -20,6 +20,7 @@ from xtuner.errors import ConfigError, DataError
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
 _UNPACKED_MULTIPLE = 64
+_MOST_NAMED = 8  # conversations of a pack, in a message
 
 
 class MicroBatches:
@@ -51,12 +52,22 @@ class MicroBatches:
         first = self.start_step * self._plan.schedule.accumulative_counts
         yield from islice(self._stream(), first, self._plan.num_micro_batches)
 
+    def origins(self, step: int, micro_batch: int) -> list[str]:
+        """For each row of one of this rank's micro-batches, counted from 0, the conversations in it."""
+        if isinstance(self.dataset, PackStream):
+            size, each = self._plan.schedule.batch_size, self._plan.schedule.accumulative_counts
+            first = (step * each + micro_batch) * size
+            return [f'pack {number + 1} of this process' for number in range(first, first + size)]
+        sampler = StepSampler(self._order(), self._plan, rank=self._rank, start_step=step)
+        indices = next(islice(iter(sampler), micro_batch, None))
+        return [f'pack {index} ({_some(self.dataset.origins(index))})' for index in indices]
+
     def _order(self) -> EpochSampler:
         seed = self._config.runtime.seed
         if self._config.dataset.group_by_length:
             size = self._plan.items_per_micro_batch
             return LengthGroupedEpochSampler(self.dataset.lengths, batch_size=size, seed=seed)
-        return EpochSampler(len(self.dataset), seed=seed)
+        return EpochSampler(len(self.dataset), seed=seed, lengths=self.dataset.lengths)
 
     def _stream(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -66,6 +77,11 @@ class MicroBatches:
                 yield batch
             if not count:
                 raise DataError(f'`dataset.source` {self._config.dataset.source!r} holds no conversation')
+
+
+def _some(names: list[str]) -> str:
+    more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
+    return ', '.join(names[:_MOST_NAMED]) + more
 
 
 def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, get_rank
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from xtuner.dataset.collate import count_targets
+from xtuner.engine.memory_error import is_out_of_memory, memory_message
 from xtuner.engine.plan import Plan
+from xtuner.engine.signals import StopRequest
+from xtuner.engine.step_checks import check_gradients, check_targets, next_batch
 from xtuner.errors import TrainingError
+from xtuner.model.adapter import trainable_parameters
+
+logger = logging.getLogger('xtuner')
+
+# What a micro-batch of a step, both counted from 0, was made of: a text for each row.
+Origins = Callable[[int, int], Sequence[str]]
+
+
+@dataclass
+class Skips:
+    """Steps whose gradient was not finite, so far; part of a checkpoint, so that a resumed run counts on."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def note(self, skipped: bool) -> None:
+        """Counts a step."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+
+    def state(self) -> dict[str, int]:
+        """What `Skips(**state)` takes."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,7 @@ class StepResult:
         num_tokens: Tokens computed, padding included.
         seconds: Wall time, data loading included.
         skipped: The gradient was not finite, so no weight was changed.
+        num_skipped: Steps skipped so far, this one included.
     """
 
     loss: float
@@ -39,6 +71,7 @@ class StepResult:
     num_tokens: int
     seconds: float
     skipped: bool
+    num_skipped: int
 
 
 class TrainLoop(BaseLoop):
@@ -55,6 +88,13 @@ class TrainLoop(BaseLoop):
         seed: Each step seeds torch's generators anew from this, the step and the rank. So dropout needs no saved state,
             and nothing that draws between two steps (a sample generation, a user's hook) can change the run.
         max_nonfinite_steps: The run ends after so many steps in a row without a finite gradient.
+        stop: Whether a signal asks to stop; None: nothing ever does.
+        origins: Names the items of a micro-batch for messages; None leaves that out.
+        memory_knobs: Settings that would need less memory, for the message when it has run out.
+
+    Attributes:
+        step: Optimizer steps done.
+        validation_loss: Of the step under way, once it was validated; None before.
     """
 
     def __init__(
@@ -66,18 +106,24 @@ class TrainLoop(BaseLoop):
         compute_dtype: torch.dtype,
         seed: int,
         max_nonfinite_steps: int,
+        stop: StopRequest | None = None,
+        origins: Origins | None = None,
+        memory_knobs: Sequence[str] = (),
     ) -> None:
         super().__init__(runner, dataloader)
         self.plan = plan
         self.step = 0
-        self.strategy = runner.strategy
-        self._watch = runner.watch
         self.device = next(runner.model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
         self._compute_dtype = compute_dtype
         self._seed = seed
         self._max_nonfinite_steps = max_nonfinite_steps
-        self._nonfinite_in_a_row = 0
+        self.skips = Skips()
+        self.validation_loss: float | None = None
+        self._stop, self._stop_agreed = stop or StopRequest(), False
+        self._origins, self._memory_knobs = origins, memory_knobs
+        self._gradients_checked = False
+        self._trained = trainable_parameters(runner.model)
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
 
     # What mmengine's runner and hooks ask a loop for.
@@ -101,6 +147,12 @@ class TrainLoop(BaseLoop):
         """Passes over the data that the run will begin."""
         return math.ceil(self.plan.num_micro_batches * self.plan.items_per_micro_batch / self.plan.num_items)
 
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal for which the run ends after the step under way, on all ranks alike; None: it goes on."""
+        asked = self._stop_agreed if self.plan.world_size > 1 else self._stop.signal_number is not None
+        return (self._stop.signal_number or signal.SIGTERM) if asked else None
+
     def autocast(self) -> torch.autocast:
         """The context that the model's forward pass runs in."""
         return torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
@@ -121,32 +173,52 @@ class TrainLoop(BaseLoop):
     def run_iter(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step, with the hooks around it."""
         start = time.perf_counter()
-        self._note('reading its data')
-        micro_batches = [next(batches) for _ in range(self.plan.micro_batches_of(self.step))]
-        self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
-        result = self._optimize(micro_batches, start)
-        if self._watch is not None:
-            self._watch.pause()  # hooks may write and generate as long as they like
-        self.runner.call_hook('after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result))
+        self.validation_loss = None
+        micro_batches = [next_batch(batches) for _ in range(self.plan.micro_batches_of(self.step))]
+        try:
+            self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
+            result = self._optimize(micro_batches, start)
+            self.runner.call_hook(
+                'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            where = '; '.join(self._describe(range(len(micro_batches))))
+            raise TrainingError(
+                f'step {self.step + 1}: {memory_message(self.runner, micro_batches, self._memory_knobs)}; '
+                f'the batch: {where}'
+            ) from error
         self.step += 1
         self._stop_if_diverged(result)
 
     def _optimize(self, micro_batches: list[dict[str, Tensor]], start: float) -> StepResult:
-        torch.manual_seed((self._seed << 40) + self.step * self.strategy.world_size + self.strategy.rank)
+        draw = self.step * self.plan.world_size + get_rank()
+        torch.manual_seed(int(np.random.SeedSequence([self._seed, draw]).generate_state(1, np.uint64)[0]))
         optimizer = self.runner.optim_wrapper.optimizer
         factor = self.plan.lr_factor(self.step)
         for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
             group['lr'] = base * factor
-        counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
-        self._note('waiting for the others')
-        num_targets, num_tokens = self._over_ranks(counts).tolist()
-        self._note('computing')
-        if num_targets == 0:
-            raise TrainingError(
-                f'step {self.step + 1} has no target token; see `xtuner log-dataset` for what is trained'
-            )
-        loss = self._backward(micro_batches, num_targets)
-        grad_norm, skipped = self.strategy.update(self.scaler, self.plan.schedule.max_norm, loss)
+        for number, batch in enumerate(micro_batches):
+            check_targets(batch['labels'], self.step, partial(self._rows, number))
+        num_targets, num_tokens = self._count(micro_batches)
+        loss, losses = self._backward(micro_batches, num_targets)
+        self.scaler.unscale_(optimizer)
+        max_norm = self.plan.schedule.max_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self._trained.values(), math.inf if max_norm is None else max_norm
+        ).item()
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+        self.skips.note(skipped)
+        if skipped:
+            self._report_skip(loss, grad_norm, losses)
+        elif not self._gradients_checked:
+            check_gradients(self.runner.model, self.step)
+            self._gradients_checked = True
+        if not skipped or self.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -155,36 +227,69 @@ class TrainLoop(BaseLoop):
             num_tokens=num_tokens,
             seconds=time.perf_counter() - start,
             skipped=skipped,
+            num_skipped=self.skips.total,
         )
 
-    def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> float:
-        """Adds up the gradients of all micro-batches; returns the step's mean loss over all ranks."""
-        total = torch.zeros((), device=self.device)
+    def _count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, int]:
+        """Targets and tokens of the step over all ranks; in the same message, whether one of them is to stop."""
+        counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
+        asked = torch.tensor([self._stop.signal_number is not None], dtype=counts.dtype)
+        num_targets, num_tokens, num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
+        self._stop_agreed = num_asked > 0
+        return num_targets, num_tokens
+
+    def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> tuple[float, list[Tensor]]:
+        """Adds up the gradients of all micro-batches.
+
+        Returns:
+            The step's mean loss over all ranks, and this rank's sum of each micro-batch.
+        """
+        losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            with self.strategy.synchronised(number == len(micro_batches)):
+            with self._synchronised(number == len(micro_batches)):
                 with self.autocast():
                     loss_sum = self.runner.model(**on_device)
-                # The sum over all ranks is wanted, whatever the strategy does to gradients.
-                self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
-            total += loss_sum.detach()
-        return self._over_ranks(total).item() / num_targets
+                # DDP averages gradients over ranks; the sum is wanted.
+                self.scaler.scale(loss_sum * (self.plan.world_size / num_targets)).backward()
+            losses.append(loss_sum.detach())
+        return self._over_ranks(torch.stack(losses).sum()).item() / num_targets, losses
 
-    def _note(self, what: str) -> None:
-        """Tells the other ranks where this one is, so that they can name it should it hang."""
-        if self._watch is not None:
-            self._watch.note(f'step {self.step + 1}, {what}')
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks add up their gradients in the last micro-batch's backward pass only."""
+        return nullcontext() if last or self.plan.world_size == 1 else self.runner.model.no_sync()
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        if self.strategy.world_size > 1:
+        if self.plan.world_size > 1:
             value = value.to(self.device)
             all_reduce(value)
         return value
 
+    def _report_skip(self, loss: float, grad_norm: float, losses: list[Tensor]) -> None:
+        """Says which samples a gradient came from that is not finite: those whose loss is not, or else all."""
+        wrong = [number for number, value in enumerate(losses) if not math.isfinite(value.item())]
+        if not math.isfinite(loss) and not wrong:
+            return  # another rank's, which tells of it
+        logger.warning(
+            'step %d: loss %g, gradient norm %g; no weight was changed (%d steps skipped so far, %d in a row); %s',
+            self.step + 1,
+            loss,
+            grad_norm,
+            self.skips.total,
+            self.skips.in_a_row,
+            '; '.join(self._describe(wrong or range(len(losses)))),
+        )
+
+    def _describe(self, numbers: Iterable[int]) -> list[str]:
+        """A text for each of these micro-batches: what was in it."""
+        return [f'micro-batch {number + 1}: {", ".join(self._rows(number)) or "unknown"}' for number in numbers]
+
+    def _rows(self, number: int) -> Sequence[str]:
+        return self._origins(self.step, number) if self._origins else ()
+
     def _stop_if_diverged(self, result: StepResult) -> None:
-        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if result.skipped else 0
-        if self._nonfinite_in_a_row >= self._max_nonfinite_steps:
+        if self.skips.in_a_row >= self._max_nonfinite_steps:
             raise TrainingError(
-                f'{self._nonfinite_in_a_row} steps in a row had no finite gradient (last: step {self.step}, loss '
+                f'{self.skips.in_a_row} steps in a row had no finite gradient (last: step {self.step}, loss '
                 f'{result.loss}); lower optimizer.lr, or use model.dtype bf16; the last checkpoint is kept'
             )

@@ -11,34 +11,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
-from xtuner.engine.launch import Group
-from xtuner.engine.strategies import choose_strategy
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
 from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
-from xtuner.model.precision import compute_dtype, default_device, dtype_name
+from xtuner.model.precision import default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a run is made of, once it is loaded."""
+class Data:
+    """What is read before the model: the conversations and what encodes them."""
 
-    model: SupervisedFinetune
+    model_folder: Path
+    base_fingerprint: str
     tokenizer: Any
     template: Template
     dataset: Any
     validation: Any
-    provenance: Provenance
-    dtype: torch.dtype
 
     @property
     def pad_id(self) -> int:
@@ -46,46 +43,46 @@ class Material:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_material(config: TrainConfig, checkpoint: Path | None, group: Group, strategy: str) -> Material:
-    """Tokenizer, data, base and adapter, the cheap ones first."""
+def load_data(config: TrainConfig, *, rank: int, world_size: int) -> Data:
+    """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     base_fingerprint = fingerprint(open_weights(folder))
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)
     tokenizer.chat_template = template.chat_template()
-    size = config.parallel.sequence_parallel_size
-    dataset = _open_dataset(config, tokenizer, template, group.rank // size, group.world_size // size)
+    dataset = _open_dataset(config, tokenizer, template, rank, world_size)
     validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
-    if group.watch is not None:  # nodes without a common cache prepare it each for themselves
-        group.watch.gather('data')
-    device = default_device()
-    dtype = compute_dtype(source.dtype, device)
-    choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
+    return Data(folder, base_fingerprint, tokenizer, template, dataset, validation)
+
+
+def load_for_training(
+    config: TrainConfig, data: Data, *, dtype: torch.dtype, checkpoint: Path | None
+) -> SupervisedFinetune:
+    """The base model with its adapter, on its device, ready to be trained.
+
+    Args:
+        config: The run's config.
+        data: What `load_data` found.
+        dtype: The compute dtype.
+        checkpoint: Whose adapter, or whole weights, to begin with; None: a new adapter on the base.
+    """
     started = time.perf_counter()
     # A whole model that is trained needs its weights in float32; a frozen one only computes.
-    start_folder = checkpoint if checkpoint and config.adapter is None else folder
+    start_folder = checkpoint if checkpoint and config.adapter is None else data.model_folder
     base = load_model(
         start_folder,
         dtype=dtype if config.adapter else torch.float32,
         quantization=config.quantization,
-        attention=source.attention,
-        device=device,
-        sharded=strategy == 'fsdp',
-        trust_remote_code=source.trust_remote_code,
+        attention=config.model.attention,
+        device=default_device(),
+        trust_remote_code=config.model.trust_remote_code,
     )
-    model = _adapted(base, config, checkpoint, base_fingerprint)
-    path = _prepare_for_training(model, config.runtime, strategy)
+    model = _adapted(base, config, checkpoint, data.base_fingerprint)
+    path = _prepare_for_training(model, config.runtime)
     _describe(model, config, time.perf_counter() - started)
     logger.info('%s', path)
-    provenance = Provenance(
-        base=source.path,
-        base_fingerprint=base_fingerprint,
-        template=source.template,
-        compute_dtype=dtype_name(dtype),
-        quantization=asdict(config.quantization) if config.quantization else None,
-    )
-    return Material(SupervisedFinetune(model), tokenizer, template, dataset, validation, provenance, dtype)
+    return SupervisedFinetune(model)
 
 
 def _open_dataset(config: TrainConfig, tokenizer: Any, template: Template, rank: int, world_size: int) -> Any:
@@ -104,18 +101,12 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
     return adapted
 
 
-def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> FastPath:
+def _prepare_for_training(model: Any, runtime: RuntimeConfig) -> FastPath:
     if runtime.activation_checkpointing:  # 'auto' too: what leaves the fast path computes all layers again
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
     by_memory = runtime.activation_checkpointing == 'auto'
-    return enable_fast_path(
-        model,
-        enabled=runtime.fast and stage_of(strategy) != 'deepspeed_zero3',  # whose weights come by module hooks alone
-        recompute_by_memory=by_memory,
-        fp8=runtime.fp8,
-        sharded=strategy == 'fsdp',
-    )
+    return enable_fast_path(model, enabled=runtime.fast, recompute_by_memory=by_memory, fp8=runtime.fp8)
 
 
 def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
@@ -136,12 +127,20 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
     )
 
 
-def write_model(material: Material, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """The adapter, or the whole model, with its tokenizer and generation settings; `weights` where it is sharded."""
-    llm: Any = material.model.llm
-    stop_ids = material.template.stop_ids(material.tokenizer)
-    llm.generation_config.eos_token_id = stop_ids
-    llm.save_pretrained(folder, safe_serialization=True, state_dict=weights)
+def write_model(config: TrainConfig, data: Data, model: SupervisedFinetune, dtype: torch.dtype, folder: Path) -> None:
+    """Writes the adapter, or the whole model, with its tokenizer, generation settings and provenance."""
+    llm: Any = model.llm
+    llm.generation_config.eos_token_id = data.template.stop_ids(data.tokenizer)
+    llm.save_pretrained(folder, safe_serialization=True)
     llm.generation_config.save_pretrained(folder)
-    material.tokenizer.save_pretrained(folder)
-    material.provenance.write(folder)
+    data.tokenizer.save_pretrained(folder)
+    if config.adapter is not None:
+        shrink_tokenizer(folder)
+    provenance = Provenance(
+        base=config.model.path,
+        base_fingerprint=data.base_fingerprint,
+        template=config.model.template,
+        compute_dtype=dtype_name(dtype),
+        quantization=asdict(config.quantization) if config.quantization else None,
+    )
+    provenance.write(folder)

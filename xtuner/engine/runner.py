@@ -9,16 +9,14 @@ from typing import Any
 
 import mmengine.runner
 import torch
-from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from xtuner.engine.checkpoints import read_state
-from xtuner.engine.loop import TrainLoop
-from xtuner.engine.strategies import Strategy
-from xtuner.engine.watch import Watch
+from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import trainable_parameters
 
@@ -31,40 +29,38 @@ class Runner(mmengine.runner.Runner):
     """Holds model, optimizer, loop and hooks of one run.
 
     Args:
-        strategy: Holds model and optimizer.
+        model: A `SupervisedFinetune` on its device.
+        optimizer: Over the trainable parameters.
         dataloader: Micro-batches in the plan's order.
         hooks: Ours and the user's, called by priority.
         work_dir: Where everything is written.
         seed: Base seed.
         trackers: 'tensorboard', 'wandb'.
         launcher: 'none', 'pytorch' or 'slurm'.
-        watch: Over the ranks, where there are several.
-        write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder, given
-            `strategy.weights()`.
+        write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder.
     """
 
     def __init__(
         self,
-        strategy: Strategy,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
         dataloader: Iterable[Any],
         *,
-        watch: Watch | None = None,
         hooks: Sequence[Hook],
         work_dir: Path,
         seed: int,
         trackers: Sequence[str],
         launcher: str,
-        write_model: Callable[[Path, Any], None],
+        write_model: Callable[[Path], None],
     ) -> None:
-        self.strategy, self.watch = strategy, watch
         self.write_model = write_model
         self._trackers = list(trackers)
         super().__init__(
-            model=strategy.module,
+            model=model,
             work_dir=str(work_dir),
             train_dataloader=dataloader,
             train_cfg={'type': TrainLoop},
-            optim_wrapper=OptimWrapper(strategy.optimizer),
+            optim_wrapper=OptimWrapper(optimizer),
             default_hooks=None,
             custom_hooks=[RuntimeInfoHook(), *hooks],
             launcher=launcher,
@@ -79,35 +75,49 @@ class Runner(mmengine.runner.Runner):
         self._train_loop = TrainLoop(self, self._train_dataloader, **arguments)
 
     def trainer_state(self, step: int) -> dict[str, Any]:
-        """What a resumed run needs beside the weights, after `step` optimizer steps; every rank calls it."""
+        """What a resumed run needs beside the weights, after `step` optimizer steps."""
         loop = self.train_loop
         return {
             'step': step,
-            'num_items': loop.plan.num_items,
-            'items_per_step': loop.plan.items_per_step,
-            'num_steps': loop.plan.num_steps,
             'parameters': list(trainable_parameters(self.bare_model)),
-            'optimizer': self.strategy.optimizer_state(),
+            'optimizer': self.optim_wrapper.optimizer.state_dict(),
             'scaler': loop.scaler.state_dict(),
+            'skips': loop.skips.state(),
         }
 
     def restore(self, folder: Path) -> None:
         """Sets optimizer, scaler and step to a checkpoint's; its weights were loaded with the model.
 
+        The optimizer's settings stay the config's: `check_same_run` has seen to it that they are the same, or may be
+        others.
+
         Raises:
-            CheckpointError: the checkpoint is of a run over other data, other batches or other parameters.
+            CheckpointError: the checkpoint is of a run that trained other parameters.
         """
-        state, loop = read_state(folder), self.train_loop
-        now = self.trainer_state(state['step'])
-        for key in ('num_items', 'items_per_step', 'num_steps', 'parameters'):
-            if state[key] != now[key]:
-                raise CheckpointError(
-                    f'{folder}: cannot resume, {_difference(key, state[key], now[key])}; '
-                    'use the data and config it was written with'
-                )
-        self.strategy.load_optimizer_state(state['optimizer'])
+        state, loop, optimizer = read_state(folder), self.train_loop, self.optim_wrapper.optimizer
+        parameters = list(trainable_parameters(self.bare_model))
+        if state['parameters'] != parameters:
+            raise CheckpointError(
+                f'{folder}: cannot resume, the trainable parameters are not the same ({len(state["parameters"])} then, '
+                f'{len(parameters)} now); use the config it was written with'
+            )
+        settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state['optimizer'])
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         loop.scaler.load_state_dict(state['scaler'])
+        loop.skips = Skips(**state['skips'])
         loop.step = state['step']
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses mmengine's own way, which unpickles the file it is given; `restore` is ours.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError('mmengine resumes from pickles, which nothing here reads; use --resume or --start-from')
+
+    load_checkpoint = resume
 
     # mmengine's runner does these too, for other kinds of project; what is overridden here would only make noise.
     def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
@@ -120,23 +130,27 @@ class Runner(mmengine.runner.Runner):
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
 
     def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
-        """The strategy has wrapped it already."""
-        return model
+        """Torch's DistributedDataParallel where there are ranks; the model is on its device already."""
+        if not self.distributed:
+            return model
+        device = next(model.parameters()).device
+        # One bucket: an adapter's gradients are few, and one message is faster than many.
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == 'cuda' else None,
+            broadcast_buffers=False,
+            bucket_cap_mb=1024,
+        )
 
     @property
     def bare_model(self) -> Any:
         """The `SupervisedFinetune` itself, without what wraps it for several ranks."""
-        return self.strategy.bare
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
     def timestamp(self) -> str:
         """Nothing: mmengine would make a folder of this name in the work folder, for logs that we do not write."""
         return ''
-
-    def setup_env(self, env_cfg: dict[str, Any]) -> None:
-        """Who we are; threads, process group and seeds are set before."""
-        self._rank, self._world_size = get_dist_info()
-        self._timestamp = ''
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """`xtuner doctor` tells the environment."""
@@ -150,9 +164,3 @@ class Runner(mmengine.runner.Runner):
 
     def dump_config(self) -> None:
         """The flat config is written by `train.py`, before the model is loaded."""
-
-
-def _difference(key: str, then: Any, now: Any) -> str:
-    if isinstance(then, list):
-        return f'the trainable parameters are not the same ({len(then)} then, {len(now)} now)'
-    return f'{key.replace("_", " ")} was {then} and is now {now}'

@@ -6,70 +6,115 @@ What is cheap to check comes first: a wrong argument fails in a second, wrong da
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.runner import set_random_seed
-from torch import nn
 
-from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.batches import MicroBatches, make_plan
-from xtuner.engine.checkpoints import LAST_FILE, list_checkpoints, newest_checkpoint, verify_checkpoint
+from xtuner.engine.checkpoints import list_checkpoints
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
-from xtuner.engine.launch import Group, process_group
-from xtuner.engine.material import Material, load_material, write_model
+from xtuner.engine.launch import process_group
+from xtuner.engine.material import Data, load_data, load_for_training, write_model
+from xtuner.engine.memory_error import memory_knobs
 from xtuner.engine.plan import Plan
 from xtuner.engine.runner import Runner
-from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
-from xtuner.errors import CheckpointError, ConfigError
+from xtuner.engine.same_run import describe_run, write_run
+from xtuner.engine.signals import StopRequest
+from xtuner.engine.space import check_space, checkpoint_bytes
+from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
+from xtuner.errors import ConfigError
+from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import wait_once_a_step
+from xtuner.model.precision import compute_dtype, default_device, dtype_name
+from xtuner.model.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
 
 logger = logging.getLogger('xtuner')
 
-# Sentinel for `resume`: the newest whole checkpoint in the work folder.
-NEWEST = 'newest'
 
-
-def train(config: TrainConfig, *, work_dir: Path, resume: str | Path | None = None, launcher: str = 'none') -> Path:
+def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launcher: str = 'none') -> Path:
     """Runs a config to its end and returns the last checkpoint's folder.
 
     Args:
         config: A checked config.
-        work_dir: Made where it is missing; must hold no checkpoints unless `resume` is given.
-        resume: None starts anew; `NEWEST` or a checkpoint's folder goes on exactly from there.
+        work_dir: Made where it is missing; must hold no checkpoints unless `start` says to go on from them.
+        start: Anew, exactly where another run was stopped, or with another's weights.
         launcher: 'none', or who started this process as one of several: 'pytorch' or 'slurm'.
 
     Raises:
         XTunerError: anything a user can mend, before or during the run.
     """
     _check_open_sections(config)
-    checkpoint = _find_checkpoint(work_dir, resume)
-    with process_group(launcher, timeout_s=config.parallel.timeout_s) as group:
-        _run(config, work_dir, checkpoint, launcher, group)
-    last = work_dir / (work_dir / LAST_FILE).read_text(encoding='utf-8').strip()
+    with process_group(launcher) as (rank, world_size):
+        checkpoint = find_checkpoint(work_dir, start, rank=rank)
+        _run(config, work_dir, checkpoint, start, launcher, rank, world_size)
+    last = [checkpoint, *list_checkpoints(work_dir)][-1]
     logger.info('done: %s', last)
-    return last
+    return cast(Path, last)
 
 
-def _run(config: TrainConfig, work_dir: Path, checkpoint: Path | None, launcher: str, group: Group) -> None:
-    name = choose_strategy(config, group.world_size)
+def _run(
+    config: TrainConfig,
+    work_dir: Path,
+    checkpoint: Path | None,
+    start: Start,
+    launcher: str,
+    rank: int,
+    world_size: int,
+) -> None:
     set_random_seed(config.runtime.seed)
-    material = load_material(config, checkpoint, group, name)
-    _open_work_dir(work_dir, config)  # only now: a run that could not begin leaves nothing behind
-    runner = _make_runner(config, material, work_dir, launcher, group, name)
+    data = load_data(config, rank=rank, world_size=world_size)
+    plan = make_plan(data.dataset, config, world_size)
+    device = default_device()
+    dtype = compute_dtype(config.model.dtype, device)
+    run = describe_run(
+        config,
+        base_fingerprint=data.base_fingerprint,
+        data_digest=data.dataset.digest,
+        compute_dtype=dtype_name(dtype),
+        device=device.type if device.type == 'cpu' else torch.cuda.get_device_name(device),
+        world_size=world_size,
+    )
     if checkpoint is not None:
-        runner.restore(checkpoint)
-        runner.train_loop.dataloader.start_step = runner.iter
-        logger.info('resuming from %s at step %d', checkpoint, runner.iter)
-    try:
-        runner.train()
-    finally:
-        runner.visualizer.close()
+        check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)
+    if start.weights is not None:
+        check_weights_folder(config, start.weights, data.base_fingerprint)
+    model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights)
+    if rank == 0:
+        _check_space(work_dir, config, plan, model, data)
+        open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
+
+    def write(folder: Path) -> None:
+        write_model(config, data, model, dtype, folder)
+        write_run(folder, run)
+
+    with StopRequest() as stop:
+        runner = _make_runner(config, data, model, plan, dtype, stop, write, work_dir, launcher, rank)
+        if checkpoint is not None:
+            runner.restore(checkpoint)
+            runner.train_loop.dataloader.start_step = runner.iter
+            logger.info('resuming from %s at step %d', checkpoint, runner.iter)
+        try:
+            runner.train()
+        finally:
+            runner.visualizer.close()
+
+
+def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: SupervisedFinetune, data: Data) -> None:
+    """Whether all the checkpoints that will be there at a time have room; one more than are kept, while it is saved."""
+    num_saves = math.ceil(plan.num_steps / config.checkpoint.interval)
+    kept = config.checkpoint.max_keep + (data.validation is not None and config.checkpoint.keep_best)
+    most = num_saves if config.checkpoint.max_keep < 1 else min(num_saves, kept + 1)
+    missing = most - len(list_checkpoints(work_dir))
+    if missing > 0:
+        size = checkpoint_bytes(trainable_parameters(model).values())
+        check_space(work_dir, missing * size, f'{missing} checkpoints')
 
 
 def _check_open_sections(config: TrainConfig) -> None:
@@ -85,98 +130,67 @@ def _check_open_sections(config: TrainConfig) -> None:
             )
 
 
-def _open_work_dir(work_dir: Path, config: TrainConfig) -> None:
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        (work_dir / 'config.py').write_text(flatten(config, title='The config of this run.'), encoding='utf-8')
-    except OSError as error:
-        raise CheckpointError(f'cannot write to {work_dir}: {error.strerror}; give another --work-dir') from error
-
-
-def _find_checkpoint(work_dir: Path, resume: str | Path | None) -> Path | None:
-    if resume is None:
-        if list_checkpoints(work_dir):
-            raise CheckpointError(
-                f'{work_dir} already holds checkpoints; add --resume to go on with that run, or give another --work-dir'
-            )
-        return None
-    if resume == NEWEST:
-        return newest_checkpoint(work_dir, warn=logger.warning)
-    verify_checkpoint(Path(resume))
-    return Path(resume)
-
-
 def _make_runner(
-    config: TrainConfig, material: Material, work_dir: Path, launcher: str, group: Group, strategy_name: str
+    config: TrainConfig,
+    data: Data,
+    model: SupervisedFinetune,
+    plan: Plan,
+    dtype: torch.dtype,
+    stop: StopRequest,
+    write: Callable[[Path], None],
+    work_dir: Path,
+    launcher: str,
+    rank: int,
 ) -> Runner:
-    runtime = config.runtime
-    strategy = make_strategy(config, strategy_name, group.rank, group.world_size)
-    size = config.parallel.sequence_parallel_size
-    plan = make_plan(material.dataset, config, group.world_size // size)
-    batches = MicroBatches(material.dataset, config, plan, pad_id=material.pad_id, rank=group.rank // size)
-
-    def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = build(config.optimizer, 'optimizer', parameters)
-        if runtime.fast:
-            wait_once_a_step(optimizer)
-        return optimizer
-
-    strategy.prepare(material.model, make_optimizer)
-    _describe(plan, strategy, config)
+    schedule, runtime = config.schedule, config.runtime
+    batches = MicroBatches(data.dataset, config, plan, pad_id=data.pad_id, rank=rank)
+    optimizer = build(config.optimizer, 'optimizer', trainable_parameters(model).values())
+    if runtime.fast:
+        wait_once_a_step(optimizer)
+    logger.info(
+        'plan: %d items, %d steps of %d x %d x %d (accumulated x batch x devices), warm-up %d steps',
+        plan.num_items,
+        plan.num_steps,
+        schedule.accumulative_counts,
+        schedule.batch_size,
+        plan.world_size,
+        plan.num_warmup_steps,
+    )
     runner = Runner(
-        strategy,
+        model,
+        optimizer,
         batches,
-        watch=group.watch,
-        hooks=_hooks(config, material),
+        hooks=_hooks(config, data),
         work_dir=work_dir,
         seed=runtime.seed,
         trackers=config.log.trackers,
         launcher=launcher,
-        write_model=lambda folder, weights: write_model(material, folder, weights),
+        write_model=write,
     )
     runner.set_loop(
-        plan=plan, compute_dtype=material.dtype, seed=runtime.seed, max_nonfinite_steps=runtime.max_nonfinite_steps
+        plan=plan,
+        compute_dtype=dtype,
+        seed=runtime.seed,
+        max_nonfinite_steps=runtime.max_nonfinite_steps,
+        stop=stop,
+        origins=batches.origins,
+        memory_knobs=memory_knobs(config),
     )
     return runner
 
 
-def _describe(plan: Plan, strategy: Strategy, config: TrainConfig) -> None:
-    """How many steps of what size, on how many devices: the one place where it is said."""
-    schedule, size = config.schedule, config.parallel.sequence_parallel_size
-    shared = f', {size} devices a pack' if size > 1 else ''
-    logger.info(
-        'plan: %d items, %d steps, warm-up %d; %d device%s (%s%s); a step is %d x %d x %d = %d items (batch x '
-        'accumulated x %s), up to %s tokens',
-        plan.num_items,
-        plan.num_steps,
-        plan.num_warmup_steps,
-        strategy.world_size,
-        's' * (strategy.world_size > 1),
-        strategy.name,
-        shared,
-        schedule.batch_size,
-        schedule.accumulative_counts,
-        plan.world_size,
-        plan.items_per_step,
-        'devices' if size == 1 else 'groups of devices',
-        f'{plan.items_per_step * config.dataset.max_length:,}',
-    )
-
-
-def _hooks(config: TrainConfig, material: Material) -> list[Any]:
+def _hooks(config: TrainConfig, data: Data) -> list[Any]:
     samples, interval = config.samples, config.checkpoint.interval
     validation = []
-    if material.validation is not None:
+    if data.validation is not None:
         validation = [
-            ValidateHook(
-                material.validation, pad_id=material.pad_id, batch_size=config.schedule.batch_size, interval=interval
-            )
+            ValidateHook(data.validation, pad_id=data.pad_id, batch_size=config.schedule.batch_size, interval=interval)
         ]
     return [
-        DatasetInfoHook(material.dataset, material.tokenizer),
+        DatasetInfoHook(data.dataset, data.tokenizer),
         EvaluateChatHook(
-            material.tokenizer,
-            material.template,
+            data.tokenizer,
+            data.template,
             samples.prompts,
             system=samples.system,
             every_n_iters=samples.interval,
@@ -184,6 +198,6 @@ def _hooks(config: TrainConfig, material: Material) -> list[Any]:
         ),
         LogHook(config.log.interval),
         *validation,
-        CheckpointHook(interval, config.checkpoint.max_keep),
+        CheckpointHook(interval, config.checkpoint.max_keep, keep_best=config.checkpoint.keep_best),
         *[build(hook, f'hooks[{i}]') for i, hook in enumerate(config.hooks)],
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from xtuner.model.kernels.graphs import MOST_TOKENS
 from xtuner.model.kernels.loss import slice_tokens_for
+from xtuner.model.kernels.recompute import kept_bytes
 from xtuner.model.shape import ModelShape
 
 _PLACES = 3  # `graphs._AHEAD`: places for layers' inputs beside recorded graphs
@@ -82,7 +83,7 @@ class Setup:
     @property
     def graphs(self) -> bool:
         """Whether layers are recorded as CUDA graphs (`kernels.graphs.suits`)."""
-        return self.on_fast_path and self.tokens <= MOST_TOKENS and not self.shape.dropout and any(self.shape.ranks)
+        return self.on_fast_path and self.tokens <= MOST_TOKENS and self.value_bytes == 2 and any(self.shape.ranks)
 
     @property
     def offloaded(self) -> bool:
@@ -152,15 +153,9 @@ def row_bytes(setup: Setup) -> int:
 
 
 def kept_by_fast_layer(setup: Setup) -> int:
-    """T ((3 H + A + 2 KV + A + 2 I + 2 r + 7 r - H) b + 4 heads), what `kernels.layer.Kept` lists.
-
-    Input H, rotated q, k, v, attention's output A, the state between the halves H, gate and up 2 I with room for their
-    ranks, each group's scaled projection, and attention's float32 log-sums.
-    """
-    shape, (qkv, out, gate_up, down) = setup.shape, setup.group_ranks
-    wide = 2 * shape.hidden + _qkv_width(shape) + _attended(shape) + 2 * shape.inner
-    ranks = qkv + out + 2 * gate_up + down
-    return setup.tokens * ((wide + ranks) * setup.value_bytes + 4 * shape.heads)
+    """T ((3 H + A + 2 KV + 2 I + ranks) b + 4 heads): `recompute.kept_bytes`, by which the fast path goes itself."""
+    assert setup.shape.parts is not None
+    return kept_bytes(setup.shape.parts, setup.tokens, setup.group_ranks, setup.value_bytes)
 
 
 def kept_by_stock_layer(setup: Setup) -> int:

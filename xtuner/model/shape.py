@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
 from xtuner.model.adapter import attach_adapter
-from xtuner.model.kernels.decoder import adapter_obstacle, base_of, static_obstacle
+from xtuner.model.kernels.decoder import FastDecoder, adapter_obstacle, base_of, static_obstacle
+from xtuner.model.kernels.dispatch import PLAIN
+from xtuner.model.kernels.layer import LayerParts
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
@@ -37,6 +40,7 @@ class ModelShape:
         dropout: Whether adapters drop inputs.
         obstacle: Why the fast path is not taken, '' where it is.
         kind: `model_type`.
+        parts: A layer as the fast path sees it, None where it is not taken.
     """
 
     hidden: int
@@ -55,6 +59,7 @@ class ModelShape:
     dropout: bool
     obstacle: str
     kind: str
+    parts: LayerParts | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_linear(self) -> int:
@@ -107,6 +112,7 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
         dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
         obstacle=obstacle or '',
         kind=config.model_type,
+        parts=None if obstacle else FastDecoder(decoder, PLAIN, folded=True).layers[0],
         **base,
     )
 

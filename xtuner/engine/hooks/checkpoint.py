@@ -3,70 +3,60 @@
 from __future__ import annotations
 
 import logging
-import signal
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import barrier
 from mmengine.hooks import Hook
 
-from xtuner.engine.checkpoints import write_checkpoint
+from xtuner.engine.checkpoints import VALIDATION_LOSS, write_checkpoint
+from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.errors import Interrupted
+from xtuner.model.adapter import trainable_parameters
 
 logger = logging.getLogger('xtuner')
 
 
 class CheckpointHook(Hook):
-    """Saves through the runner; SIGTERM and SIGINT save once, after the step under way, and end the run.
+    """Saves through the runner; a request to stop saves once, after the step under way, and ends the run.
 
     Args:
         interval: Optimizer steps between two checkpoints.
         max_keep: How many are kept; -1 keeps all.
+        keep_best: Whether the one of the lowest validation loss is kept as well.
     """
 
     priority = 'VERY_LOW'
 
-    def __init__(self, interval: int, max_keep: int) -> None:
-        self._interval, self._max_keep = interval, max_keep
-        self._signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def before_train(self, runner: Any) -> None:
-        """Takes over the two signals for the time of training."""
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    def __init__(self, interval: int, max_keep: int, *, keep_best: bool = True) -> None:
+        self._interval, self._max_keep, self._keep_best = interval, max_keep, keep_best
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Saves when it is time.
 
         Raises:
             Interrupted: a signal came; the checkpoint is written.
+            CheckpointError: there is no room for it, or the file system refuses.
         """
         step = runner.iter + 1
-        if self._signal is not None or step % self._interval == 0 or step == runner.max_iters:
+        signal_number = runner.train_loop.stop_signal
+        if signal_number is not None or step % self._interval == 0 or step == runner.max_iters:
             self._save(runner, step)
-        if self._signal is not None:
-            raise Interrupted(self._signal, f'stopped at step {step}, saved; the same command with --resume goes on')
-
-    def after_train(self, runner: Any) -> None:
-        """Gives the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self._signal is not None:  # asked twice: now
-            raise Interrupted(number, 'stopped at once; the last checkpoint is kept')
-        self._signal = number
-        logger.warning('%s: saving after this step; once more stops at once', signal.Signals(number).name)
+        if signal_number is not None:
+            raise Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume goes on')
 
     def _save(self, runner: Any, step: int) -> None:
-        state, weights = runner.trainer_state(step), runner.strategy.weights()  # every rank has a part in these
         if runner.rank == 0:
+            work_dir, optimizer = Path(runner.work_dir), runner.optim_wrapper.optimizer
+            needed = checkpoint_bytes(trainable_parameters(runner.bare_model).values(), optimizer.state)
+            check_space(work_dir, needed, f'the checkpoint of step {step} would')
             folder = write_checkpoint(
-                Path(runner.work_dir),
+                work_dir,
                 step,
-                write_model=lambda to: runner.write_model(to, weights),
-                state=state,
+                write_model=runner.write_model,
+                state=runner.trainer_state(step) | {VALIDATION_LOSS: runner.train_loop.validation_loss},
                 max_keep=self._max_keep,
+                keep_best=self._keep_best,
             )
             logger.info('saved %s', folder)
         barrier()

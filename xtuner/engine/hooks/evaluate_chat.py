@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,14 @@ from mmengine.hooks import Hook
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
+from xtuner.engine.lines import append_line, keep_lines
+from xtuner.errors import Interrupted
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 
 logger = logging.getLogger('xtuner')
+
+SAMPLES_FILE = 'samples.jsonl'
 
 
 class EvaluateChatHook(Hook):
@@ -48,10 +51,12 @@ class EvaluateChatHook(Hook):
         self._tokenizer, self._template, self._prompts = tokenizer, prompt_template, list(evaluation_inputs)
         self._system, self._interval = system, every_n_iters
         self._sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
-        self._prints = True
 
     def before_train(self, runner: Any) -> None:
-        """The first round, unless the run was resumed."""
+        """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
+        if runner.rank == 0:
+            last = runner.iter - (runner.iter == runner.max_iters)  # the last round comes after the last checkpoint
+            keep_lines(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
         if runner.iter == 0:
             self._round(runner, 0)
 
@@ -66,19 +71,19 @@ class EvaluateChatHook(Hook):
         self._round(runner, runner.iter)
 
     def _round(self, runner: Any, step: int) -> None:
-        # Where each rank holds a part of the weights, all compute the answers and the first one prints them.
-        self._prints = runner.rank == 0
-        if not self._prompts or not (self._prints or runner.strategy.together):
+        if not self._prompts or runner.rank != 0:
             return
         model = runner.bare_model
         training = model.training
         model.eval()
         try:
-            with runner.strategy.whole():
-                for prompt in self._prompts:
-                    self._answer(model.llm, prompt, step, Path(runner.work_dir))
-        except (RuntimeError, ValueError) as error:  # out of memory, an odd generation config: not worth a run
-            logger.warning('no sample at step %d, training goes on: %s', step, error)
+            for prompt in self._prompts:
+                self._answer(model.llm, prompt, step, Path(runner.work_dir))
+        except Interrupted:
+            raise
+        except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
+            reason = ' '.join(str(error).split())
+            logger.warning('no sample at step %d, training goes on: %s: %s', step, type(error).__name__, reason)
         finally:
             release(model.llm)
             model.train(training)
@@ -89,12 +94,9 @@ class EvaluateChatHook(Hook):
         stop_ids = self._template.stop_ids(self._tokenizer)
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
-        if not self._prints:
-            return
         answer = self._tokenizer.decode(
             [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
         )
         logger.info('sample at step %d\n  > %s\n  %s', step, prompt, answer.strip())
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
-        with (work_dir / 'samples.jsonl').open('a', encoding='utf-8') as file:
-            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+        append_line(work_dir / SAMPLES_FILE, record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 
+from xtuner.engine.lines import append_line, keep_lines
 from xtuner.engine.loop import StepResult
 
 logger = logging.getLogger('xtuner')
@@ -33,11 +33,8 @@ class LogHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Drops the lines of steps that a resumed run will do again, so that each step stands in the file once."""
-        path = Path(runner.work_dir) / METRICS_FILE
-        if runner.rank == 0 and path.is_file():
-            lines = path.read_text(encoding='utf-8').splitlines()
-            kept = [line for line in lines if _step_of(line) <= runner.iter]
-            path.write_text(''.join(f'{line}\n' for line in kept), encoding='utf-8')
+        if runner.rank == 0:
+            keep_lines(Path(runner.work_dir) / METRICS_FILE, runner.iter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Writes the step's line, and prints each `interval`-th, the first and the last."""
@@ -58,8 +55,9 @@ class LogHook(Hook):
             'seconds': round(result.seconds, 4),
             'peak_memory_gib': round(memory, 3),
             'skipped': result.skipped,
+            'num_skipped': result.num_skipped,
         }
-        append_metrics(Path(runner.work_dir), numbers)
+        append_line(Path(runner.work_dir) / METRICS_FILE, numbers)
         scalars = {k: v for k, v in numbers.items() if k != 'step'}
         runner.visualizer.add_scalars(scalars, step=step)
         first = self._seconds is None
@@ -81,20 +79,6 @@ class LogHook(Hook):
                 _clock((last - step) * self._seconds),
                 skipped,
             )
-
-
-def append_metrics(work_dir: Path, numbers: dict[str, Any]) -> None:
-    """Adds one line to `metrics.jsonl`; `numbers` holds the `step` it belongs to."""
-    with (work_dir / METRICS_FILE).open('a', encoding='utf-8') as file:
-        file.write(json.dumps(numbers) + '\n')
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line torn by a crash counts as beyond the end."""
-    try:
-        return int(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
-        return float('inf')
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,8 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 
 from xtuner.dataset.collate import collate, count_targets
-from xtuner.engine.hooks.log import append_metrics
+from xtuner.engine.hooks.log import METRICS_FILE
+from xtuner.engine.lines import append_line
 
 logger = logging.getLogger('xtuner')
 
@@ -38,9 +39,10 @@ class ValidateHook(Hook):
         step = runner.iter + 1
         if step % self._interval == 0 or step == runner.max_iters:
             loss = self.evaluate(runner.bare_model, runner.train_loop)
+            runner.train_loop.validation_loss = loss
             if runner.rank == 0:
                 logger.info('step %d · validation loss %.4f', step, loss)
-                append_metrics(Path(runner.work_dir), {'step': step, 'val_loss': loss})
+                append_line(Path(runner.work_dir) / METRICS_FILE, {'step': step, 'val_loss': loss})
                 runner.visualizer.add_scalars({'val_loss': loss}, step=step)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from xtuner.model.kernels.host import free_host_bytes
-from xtuner.model.kernels.layer import LayerParts, Run
+from xtuner.model.kernels.layer import LayerParts
 
 # Of the free memory on a GPU; a host's is shared with other programs and with what is read from disk.
 _SHARE = {'cuda': 0.9, 'cpu': 0.5}
@@ -48,13 +48,21 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def room_for_activations(device: torch.device, num_trained: int) -> int:
-    """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet."""
-    free = free_bytes(device) - num_trained * _BYTES_A_TRAINED_VALUE - _LOSS_BYTES
-    return int(free * _SHARE.get(device.type, 0.5))
+def room_for_activations(free: int, num_trained: int, kind: str) -> int:
+    """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet.
+
+    Args:
+        free: `free_bytes` of it.
+        num_trained: Trained values.
+        kind: Of the device: 'cuda' or 'cpu'.
+
+    """
+    return int((free - num_trained * _BYTES_A_TRAINED_VALUE - _LOSS_BYTES) * _SHARE.get(kind, 0.5))
 
 
-def num_layers_again(runs: Sequence[Run], tokens: int, item_bytes: int, room: int) -> int:
+def num_layers_again(
+    parts: LayerParts, ranks: Sequence[int], num_layers: int, *, tokens: int, item_bytes: int, room: int
+) -> int:
     """How many of the layers, from the first on, must be computed again for the rest to fit into `room` bytes.
 
     The first ones, because the last ones' memory is free again by the time the first ones' backward passes come. The
@@ -64,7 +72,5 @@ def num_layers_again(runs: Sequence[Run], tokens: int, item_bytes: int, room: in
         room for 5 of 8 layers' activations  ->  3
 
     """
-    parts = runs[0].parts
-    ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
     fitting = (room - working_bytes(parts, tokens, item_bytes)) // kept_bytes(parts, tokens, ranks, item_bytes)
-    return len(runs) - min(max(fitting, 1), len(runs))
+    return num_layers - min(max(fitting, 1), num_layers)

@@ -1,0 +1,13 @@
+"""Conversations as map functions return them: `conversation`, a list of `system`, `input` and `output`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner.dataset.map_fns.registration import map_fn
+
+
+@map_fn('conversation')
+def conversation_map_fn(example: dict[str, Any]) -> dict[str, Any]:
+    """Passes the turns on as they are; `system` may stand in any of them, `loss` beside an `output`."""
+    return {'conversation': example['conversation'], 'tools': example.get('tools')}

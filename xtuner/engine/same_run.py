@@ -1,0 +1,143 @@
+"""What makes a run the same run: its config, data, base and processes, kept with each checkpoint as `run.json`.
+
+A run that goes on under other settings than it began with ends with other weights than either would alone. So what
+differs is named, field by field, and refused unless the user allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from xtuner import __version__
+from xtuner.config.schema import TrainConfig
+from xtuner.errors import CheckpointError
+from xtuner.registry import reference
+
+RUN_FILE = 'run.json'
+# Packages whose change may change the last bits.
+_PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
+# Fields that change nothing in the weights, or whose effect another entry stands for: the base's fingerprint for its
+# path, the data's digest for where it came from.
+_FREE = (
+    'model.path', 'model.revision', 'model.trust_remote_code', 'model.dtype', 'dataset.cache_dir', 'checkpoint.',
+    'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps',
+)  # fmt: skip
+_OF_THE_DATA = tuple(f'dataset.{name}' for name in (
+    'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
+# What a checkpoint brings with it, so that the config's value would be ignored.
+_FIXED = ('adapter', 'optimizer.type', 'base weights')
+
+
+def describe_run(
+    config: TrainConfig, *, base_fingerprint: str, data_digest: str, compute_dtype: str, device: str, world_size: int
+) -> dict[str, Any]:
+    """The content of `run.json`: under `run` what must stay as it is, under `versions` what had better.
+
+    Args:
+        config: The run's config.
+        base_fingerprint: Of the base's weights.
+        data_digest: Of the prepared conversations and their packs.
+        compute_dtype: 'bf16', 'fp16' or 'fp32', after 'auto' was decided.
+        device: Kind of device: 'cuda' with the GPU's name, or 'cpu'.
+        world_size: Number of processes.
+    """
+    run = _flat(vars(config), '')
+    run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
+            'number of processes': world_size}  # fmt: skip
+    versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
+    return json.loads(json.dumps({'run': run, 'versions': versions | _versions()}, default=_text))
+
+
+def write_run(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes `run.json` into a checkpoint's folder."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / RUN_FILE).write_text(text + '\n', encoding='utf-8')
+
+
+def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool) -> list[str]:
+    """Compares a checkpoint's run with the one that is to go on from it.
+
+    Args:
+        folder: The checkpoint.
+        now: What `describe_run` says of the new run.
+        allow_changes: Whether differences are only told.
+
+    Returns:
+        What differs all the same, for the log: changes that were allowed, and versions.
+
+    Raises:
+        CheckpointError: something differs and is not allowed, or cannot be changed within a run at all.
+    """
+    try:
+        then = json.loads((folder / RUN_FILE).read_text(encoding='utf-8'))
+        run_then, versions_then = dict(then['run']), dict(then['versions'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f'{folder}: cannot resume, {RUN_FILE} does not tell its run ({error}); --start-from takes its weights'
+        ) from error
+    changes = _changes(run_then, now['run'])
+    fixed = [text for name, text in changes.items() if name.split('.')[0] in _FIXED or name in _FIXED]
+    if fixed:
+        raise CheckpointError(
+            f'{folder}: cannot resume, {"; ".join(fixed)}: that cannot change within a run; put it back, or begin a '
+            'new run with --start-from'
+        )
+    if changes and not allow_changes:
+        raise CheckpointError(
+            f'{folder}: cannot resume exactly, {"; ".join(changes.values())}; put it back, add --allow-changes to go '
+            'on all the same, or begin a new run with --start-from'
+        )
+    return [*changes.values(), *_changes(versions_then, now['versions']).values()]
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """By name, a text for each entry that differs and counts."""
+    names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+    if 'data' not in names:  # the same conversations, wherever they came from
+        names = [name for name in names if name not in _OF_THE_DATA]
+    counted = [name for name in names if not name.startswith(_FREE)]
+    if now.get('dataset.streaming') and 'runtime.num_workers' in names:  # they take turns in the stream
+        counted.append('runtime.num_workers')
+    return {name: _difference(name, then.get(name), now.get(name)) for name in counted}
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    if name in ('data', 'base weights'):
+        what = 'conversations or their packs' if name == 'data' else 'weights of the base model'
+        return f'the {what} are not the same ({str(then)[:12]} then, {str(now)[:12]} now)'
+    shown = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
+    return f'{shown} was {_short(then)} and is now {_short(now)}'
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def _flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested sections as one level: `{'adapter': {'r': 8}}` gives `{'adapter.r': 8}`; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, section in values.items():
+        name, value = f'{where}{key}', vars(section) if dataclasses.is_dataclass(section) else section
+        flat |= _flat(value, f'{name}.') if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return reference(value) if callable(value) else repr(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

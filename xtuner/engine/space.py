@@ -1,0 +1,57 @@
+"""Room on the disk: what a checkpoint will take, and whether it is there, before a run and before each save."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.errors import CheckpointError
+
+OVERHEAD_BYTES = 5 * 2**20
+"""What a checkpoint holds beside weights and moments: tokenizer, settings, manifest. InternLM's take 4.5 MB."""
+
+
+def checkpoint_bytes(trained: Iterable[torch.Tensor], optimizer_state: Mapping[Any, Any] | None = None) -> int:
+    """The most that a checkpoint takes on disk.
+
+    Args:
+        trained: The parameters that are trained; they are written as they are.
+        optimizer_state: `optimizer.state`; None or empty, as before the first step, counts two moments of float32.
+    """
+    parameters = list(trained)
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    moments = sum(_tensor_bytes(state) for state in (optimizer_state or {}).values())
+    return weights + (moments or 2 * 4 * sum(p.numel() for p in parameters)) + OVERHEAD_BYTES
+
+
+def check_space(work_dir: Path, needed: int, what: str) -> None:
+    """Compares the free space of a folder, which need not exist yet, with what is needed.
+
+    Raises:
+        CheckpointError: there is too little; says how much, and what would help.
+    """
+    folder = work_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f'{work_dir} has {_size(free)} free, and {what} need up to {_size(needed)}; '
+            'free some, lower checkpoint.max_keep, or give another --work-dir'
+        )
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    return 0
+
+
+def _size(num_bytes: int) -> str:
+    return f'{num_bytes / 2**30:.1f} GiB' if num_bytes >= 2**30 else f'{num_bytes / 2**20:.0f} MiB'

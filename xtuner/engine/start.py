@@ -1,0 +1,194 @@
+"""Where a run begins: anew, exactly where another was stopped, or anew with another's weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import broadcast
+
+from xtuner.config.flatten import flatten
+from xtuner.config.schema import TrainConfig
+from xtuner.engine.checkpoints import (
+    MANIFEST_FILE,
+    clear_leftovers,
+    list_checkpoints,
+    newest_checkpoint,
+    point_to_checkpoints,
+    recover,
+    step_of,
+    verify_checkpoint,
+)
+from xtuner.engine.same_run import check_same_run
+from xtuner.errors import CheckpointError, ConfigError, UsageError
+from xtuner.model.adapter import check_adapter
+from xtuner.registry import build
+
+logger = logging.getLogger('xtuner')
+
+NEWEST = 'newest'
+"""Sentinel for `Start.resume`: the newest whole checkpoint in the work folder, or a new run where there is none."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the user wants a run to begin.
+
+    Attributes:
+        resume: None; `NEWEST`; or a checkpoint's folder, to go on exactly from there.
+        weights: A folder whose adapter (or whole weights) a new run begins with; None: new ones.
+        allow_changes: Whether a run may go on although config, data or processes have changed.
+    """
+
+    resume: str | Path | None = None
+    weights: Path | None = None
+    allow_changes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resume is not None and self.weights is not None:
+            raise UsageError('--resume goes on with a run and --start-from begins a new one; give one of them')
+        if self.allow_changes and self.resume is None:
+            raise UsageError('--allow-changes is for a run that goes on; add --resume')
+
+
+NEW_RUN = Start()
+
+
+def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None for a new run.
+
+    Raises:
+        CheckpointError: there is a run already and nothing was said of it, or the checkpoint is not whole.
+    """
+    if isinstance(start.resume, Path) or start.resume not in (None, NEWEST):
+        folder = Path(start.resume or '')
+        if not folder.is_dir():
+            raise CheckpointError(f'--resume {folder}: no such folder{_offer(work_dir)}')
+        if list_checkpoints(folder):
+            raise CheckpointError(f'--resume {folder}: that is a work folder, not a checkpoint{_offer(folder)}')
+        verify_checkpoint(folder)
+        _check_step_name(folder)
+        return folder
+    if rank == 0 and work_dir.is_dir():
+        _try_to_recover(work_dir)
+    if start.resume is None:
+        if list_checkpoints(work_dir):
+            raise CheckpointError(
+                f'{work_dir} already holds checkpoints; add --resume to go on with that run, or give another --work-dir'
+            )
+        return None
+    return _newest_on_all_ranks(work_dir, rank)
+
+
+def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: str) -> None:
+    """Looks at what `--start-from` names before the base is loaded.
+
+    Raises:
+        CheckpointError: nothing there, not whole, or of another base.
+        ConfigError: the config's `adapter` is of another form than the one in the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f'--start-from {folder}: no such folder')
+    if (folder / MANIFEST_FILE).is_file():
+        verify_checkpoint(folder)
+    if config.adapter is None:
+        return
+    check_adapter(folder, base_fingerprint)
+    from peft import PeftConfig
+
+    saved, wanted = PeftConfig.from_pretrained(str(folder)).to_dict(), build(config.adapter, 'adapter').to_dict()
+    # 'all-linear' has become a list of names where it was used.
+    named = [key for key in config.adapter if key != 'type' and config.adapter[key] != 'all-linear']
+    for key in ('peft_type', *named):
+        if _plain(saved.get(key)) != _plain(wanted.get(key)):
+            raise ConfigError(
+                f'`adapter.{key}` is {wanted.get(key)!r}, and {folder} was trained with {saved.get(key)!r}; '
+                'set it to that, or begin without --start-from'
+            )
+
+
+def check_resumable(checkpoint: Path, run: Mapping[str, Any], start: Start, *, work_dir: Path, num_steps: int) -> None:
+    """Compares the run that is to go on with the one that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: they differ, and that is not allowed.
+    """
+    told = check_same_run(checkpoint, run, allow_changes=start.allow_changes)
+    for text in told:
+        logger.warning('going on although %s', text)
+    if step_of(checkpoint) > num_steps:
+        raise CheckpointError(
+            f'{checkpoint} is at step {step_of(checkpoint)}, and this run has only {num_steps}; raise --max-steps'
+        )
+    later = [folder for folder in list_checkpoints(work_dir) if step_of(folder) > step_of(checkpoint)]
+    if start.allow_changes and start.resume != NEWEST and later:
+        raise CheckpointError(
+            f'{work_dir} holds later checkpoints, up to {later[-1].name}, of the run before the changes; give another '
+            '--work-dir'
+        )
+
+
+def open_work_dir(work_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Makes the work folder, with the flat config in it, and clears away what a killed run left.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(work_dir)
+        (work_dir / 'config.py').write_text(flatten(config, title='The config of this run.'), encoding='utf-8')
+        if checkpoint is not None and checkpoint.resolve().parent == work_dir.resolve():
+            point_to_checkpoints(work_dir, step_of(checkpoint))
+    except OSError as error:
+        raise CheckpointError(f'cannot write to {work_dir}: {error.strerror}; give another --work-dir') from error
+
+
+def _newest_on_all_ranks(work_dir: Path, rank: int) -> Path | None:
+    """The first rank looks, and tells the step: 0 for none, -1 where it found no whole one."""
+    step, failure, found = torch.zeros(1, dtype=torch.int64), None, None
+    if rank == 0:
+        try:
+            found = newest_checkpoint(work_dir, warn=logger.warning)
+            step[0] = step_of(found) if found else 0
+        except CheckpointError as error:
+            step[0], failure = -1, error
+    broadcast(step)
+    if failure is not None:
+        raise failure
+    if step.item() < 0:
+        raise CheckpointError(f'{work_dir}: the first process found no whole checkpoint')
+    if step.item() == 0:
+        if rank == 0:
+            logger.info('%s holds no checkpoint yet: a new run begins', work_dir)
+        return None
+    return next(folder for folder in list_checkpoints(work_dir) if step_of(folder) == step.item())
+
+
+def _try_to_recover(work_dir: Path) -> None:
+    try:
+        recover(work_dir)
+    except OSError as error:
+        raise CheckpointError(f'cannot write to {work_dir}: {error.strerror}; give another --work-dir') from error
+
+
+def _check_step_name(folder: Path) -> None:
+    try:
+        step_of(folder.resolve())
+    except ValueError:
+        raise CheckpointError(
+            f'--resume {folder}: a checkpoint is called checkpoint-STEP; give it its name back, or --start-from it'
+        ) from None
+
+
+def _offer(work_dir: Path) -> str:
+    folders = list_checkpoints(work_dir)
+    return f'; did you mean {folders[-1]}?' if folders else ''
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (list, tuple, set)) else value

@@ -1,0 +1,89 @@
+"""What a step must have: a batch, something to learn in each of its items, and a gradient for each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.errors import DataError, TrainingError
+from xtuner.model.adapter import trainable_parameters
+
+_MOST_NAMED = 3
+
+
+def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The next micro-batch.
+
+    Raises:
+        TrainingError: a process that reads batches has died.
+        DataError: a record is wrong, in the words of the process that read it.
+    """
+    try:
+        return next(batches)
+    except DataError as error:
+        lines = str(error).strip().splitlines()  # a worker's error comes with its traceback; its own words come last
+        raise DataError(lines[-1].split(': ', 1)[-1] if len(lines) > 1 else lines[0]) from error
+    except RuntimeError as error:
+        if not str(error).startswith('DataLoader worker'):
+            raise
+        raise TrainingError(
+            f'a process that reads batches died ({str(error).splitlines()[0]}); --resume goes on from the last '
+            'checkpoint, and runtime.num_workers=0 reads without such processes'
+        ) from error
+
+
+def check_targets(labels: Tensor, step: int, rows: Callable[[], Sequence[str]]) -> None:
+    """Looks for a row without anything to learn.
+
+    Args:
+        labels: int64 (B, S).
+        step: Steps done.
+        rows: Names the rows.
+
+    Raises:
+        TrainingError: there is one; names it.
+    """
+    empty = ((labels[:, 1:] != IGNORE_INDEX).sum(1) == 0).nonzero().flatten().tolist()
+    if not empty:
+        return
+    names = rows()
+    named = ', '.join(names[row] for row in empty[:_MOST_NAMED]) if names else f'row {empty[0] + 1} of a micro-batch'
+    raise TrainingError(f'step {step + 1} has no target token in {named}; see `xtuner log-dataset` for what is trained')
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Looks, after a backward pass, for adapters (or single parameters) that learn nothing.
+
+    A new LoRA's first factor has a gradient of zero, since the second factor is zero: an adapter counts as a whole.
+
+    Raises:
+        TrainingError: there is one; names it.
+    """
+    idle = adapters_without_gradient(model)
+    if idle:
+        more = f' and {len(idle) - _MOST_NAMED} more' if len(idle) > _MOST_NAMED else ''
+        raise TrainingError(
+            f'step {step + 1} gave no gradient to {", ".join(idle[:_MOST_NAMED])}{more}: the loss does not depend on '
+            'it; leave it out of adapter.target_modules'
+        )
+
+
+def adapters_without_gradient(model: nn.Module) -> list[str]:
+    """Names of modules with an adapter none of whose parameters has a gradient other than zero."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    learns: dict[str, bool] = {}
+    for name, parameter in trainable_parameters(model).items():
+        owner = _owner(name, adapted)
+        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        learns[owner] = learns.get(owner, False) or has_gradient
+    return [owner for owner, learnt in learns.items() if not learnt]
+
+
+def _owner(name: str, adapted: set[str]) -> str:
+    """The adapted module that a parameter belongs to, or its own name."""
+    parts = name.split('.')
+    return next((prefix for end in range(len(parts)) if (prefix := '.'.join(parts[:end])) in adapted), name)

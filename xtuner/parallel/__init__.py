@@ -1,0 +1,1 @@
+"""Classical import path: `xtuner.parallel.sequence.SequenceParallelSampler`."""
