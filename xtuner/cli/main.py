@@ -30,6 +30,7 @@ COMMANDS = {
     'list-cfg': Command('xtuner.cli.list_cfg', 'list the configs that come with xtuner'),
     'copy-cfg': Command('xtuner.cli.copy_cfg', 'write a config as one flat, commented file to edit'),
     'print-config': Command('xtuner.cli.print_config', 'show a config as training will see it'),
+    'estimate': Command('xtuner.cli.estimate', 'predict memory, steps and hours, without weights or a GPU'),
     'train': Command('xtuner.cli.train', 'fine-tune a model'),
     'preprocess': Command('xtuner.cli.preprocess', 'prepare the data of a config ahead of training'),
     'log-dataset': Command('xtuner.cli.log_dataset', 'show conversations as the model will see them'),

@@ -53,6 +53,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float('inf'):
+        raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
+    return value
+
+
 def non_negative_float(text: str) -> float:
     """Argparse type: a finite number from 0."""
     value = float(text)

@@ -131,6 +131,7 @@ class RuntimeConfig:
     num_workers: int = option('processes that read batches', 0, minimum=0)
     max_nonfinite_steps: int = option('stop after so many steps in a row without a finite gradient', 10, minimum=1)
     fast: bool = option('use the fused training path where model and device allow it', True)
+    check_memory: bool = option('refuse a run that is predicted not to fit the free memory of the GPU', True)
     fp8: bool = option('multiply frozen weights in FP8: faster on GPUs that have it, coarser; see docs/speed.md', False)
 
 

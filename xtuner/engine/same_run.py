@@ -26,7 +26,7 @@ _PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
 # path, the data's digest for where it came from.
 _FREE = (
     'model.path', 'model.revision', 'model.trust_remote_code', 'model.dtype', 'dataset.cache_dir', 'checkpoint.',
-    'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps',
+    'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
     'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip

@@ -23,6 +23,7 @@ from xtuner.engine.launch import process_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
 from xtuner.engine.memory_error import memory_knobs
 from xtuner.engine.plan import Plan
+from xtuner.engine.preflight import check_memory
 from xtuner.engine.runner import Runner
 from xtuner.engine.same_run import describe_run, write_run
 from xtuner.engine.signals import StopRequest
@@ -85,6 +86,7 @@ def _run(
         check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)
+    check_memory(config, data, device, world_size)
     model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights)
     if rank == 0:
         _check_space(work_dir, config, plan, model, data)

@@ -72,7 +72,7 @@ def load_tokenizer(
     Raises:
         ModelError: there is none, or it needs remote code.
     """
-    folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
+    folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not trust_remote_code:
         raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_TOKENIZER_FILES)} is there')
     settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}

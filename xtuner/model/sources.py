@@ -13,17 +13,21 @@ logger = logging.getLogger('xtuner')
 
 MODELSCOPE = 'modelscope:'
 _ID = re.compile(r'[\w.-]+/[\w.-]+|[\w.-]+')
+_WEIGHTS = ['*.safetensors', '*.bin']
 # Copies of the weights that are never read here.
 _UNUSED = ['*.h5', '*.msgpack', '*.onnx', '*.gguf', '*.pth', 'consolidated*', 'original/*']
 
 
-def resolve_model(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def resolve_model(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Path:
     """The local folder of a model, downloaded where it is not here yet.
 
     Args:
         path: A local folder, a Hugging Face id such as `internlm/internlm-7b`, or `modelscope:OWNER/NAME`.
         revision: Branch, tag or commit of a hub model; None takes the newest.
         trust_remote_code: Whether code files are fetched too.
+        weights: False fetches config and tokenizer only.
 
     Raises:
         ModelError: nothing there under that name, or no network and no local copy.
@@ -31,22 +35,22 @@ def resolve_model(path: str | Path, *, revision: str | None = None, trust_remote
     if (folder := Path(path)).is_dir():
         return folder
     name = str(path)
+    unwanted = [*_UNUSED, *([] if trust_remote_code else ['*.py']), *([] if weights else _WEIGHTS)]
     if name.startswith(MODELSCOPE):
-        return _from_modelscope(name.removeprefix(MODELSCOPE), revision, trust_remote_code)
+        return _from_modelscope(name.removeprefix(MODELSCOPE), revision, unwanted)
     if folder.is_file():
         raise ModelError(f'model {name!r} is a file; name the folder that holds it')
     if not _ID.fullmatch(name) or name.startswith('.'):
         raise ModelError(f'model {name!r}: no such folder, and no hub id of the form OWNER/NAME')
-    return _from_hugging_face(name, revision, trust_remote_code)
+    return _from_hugging_face(name, revision, unwanted + (_second_copy(name, revision) if weights else []))
 
 
-def _from_hugging_face(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _from_hugging_face(name: str, revision: str | None, unwanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    ignored = [*_UNUSED, *([] if trust_remote_code else ['*.py']), *_second_copy(name, revision)]
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
     except RevisionNotFoundError as error:
         raise ModelError(f'model {name!r} has no revision {revision!r} on the hub') from error
     except LocalEntryNotFoundError as error:
@@ -74,17 +78,16 @@ def _second_copy(name: str, revision: str | None) -> list[str]:
     return ['*.bin'] if any(file.endswith('.safetensors') for file in files) else []
 
 
-def _from_modelscope(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _from_modelscope(name: str, revision: str | None, unwanted: list[str]) -> Path:
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
         raise ModelError(f'model {MODELSCOPE + name!r}: write modelscope:OWNER/NAME')
     try:
         from modelscope import snapshot_download
     except ImportError as error:
         raise ModelError(f'model {MODELSCOPE + name!r} needs modelscope: pip install "xtuner[modelscope]"') from error
-    ignored = [*_UNUSED, *([] if trust_remote_code else ['*.py'])]
     options: dict[str, Any] = {'revision': revision} if revision else {}
     try:
-        return Path(snapshot_download(name, ignore_patterns=ignored, **options))
+        return Path(snapshot_download(name, ignore_patterns=unwanted, **options))
     except Exception as error:
         where = f' at revision {revision!r}' if revision else ''
         raise ModelError(f'model {name!r}{where} cannot be fetched from ModelScope: {_first_line(error)}') from error

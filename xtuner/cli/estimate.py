@@ -1,0 +1,70 @@
+"""Predicts a run's memory by term, steps, tokens, disk and hours: without the weights and without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from xtuner.cli.options import add_config_arguments, config_overrides, positive_float, positive_int
+
+if TYPE_CHECKING:
+    from xtuner.engine.estimate import DataSize
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument('--gpu', metavar='CARD', help='a card such as h100 or rtx4090; else the GPU of this machine')
+    parser.add_argument('--num-gpus', type=positive_int, default=1, help='how many GPUs train together (1)')
+    parser.add_argument('--step-seconds', type=positive_float, help="a step's measured time, from which hours follow")
+    parser.add_argument('--no-data', action='store_true', help='leave the data alone: memory for full rows only')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the estimate on stdout."""
+    from xtuner.cli.log import start_logging
+    from xtuner.config.load import load_config
+
+    config = load_config(args.config, config_overrides(args))
+    start_logging()
+
+    from xtuner.engine.cards import find_card, local_card
+    from xtuner.engine.estimate import estimate
+    from xtuner.engine.estimate_text import describe
+    from xtuner.model.sources import resolve_model
+
+    card = find_card(args.gpu) if args.gpu else local_card()
+    model = config.model
+    folder = resolve_model(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False
+    )
+    data = None if args.no_data else _size_of_data(config, folder)
+    free = card.num_bytes if card else None
+    result = estimate(config, folder, data=data, world_size=args.num_gpus, free=free)
+    if args.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        print('\n'.join(describe(config, result, card=card, step_seconds=args.step_seconds)))
+    return 0
+
+
+def _size_of_data(config: Any, folder: Any) -> DataSize | None:
+    """Prepares the data, or takes it from the cache; what keeps it from being had is said and left."""
+    from xtuner.dataset.pipeline import prepare_dataset
+    from xtuner.dataset.template import get_template
+    from xtuner.engine.estimate import data_size
+    from xtuner.errors import XTunerError
+    from xtuner.model.loading import load_tokenizer
+
+    if config.dataset.streaming:
+        return None
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
+        template = get_template(config.model.template, tokenizer)
+        return data_size(prepare_dataset(config.dataset, tokenizer=tokenizer, template=template))
+    except XTunerError as error:
+        print(f'the size of the data is not known: {error}', file=sys.stderr)
+        return None

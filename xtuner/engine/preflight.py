@@ -1,0 +1,52 @@
+"""Before a model is loaded: whether its training is going to fit the memory that is free on the GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from xtuner.config.schema import TrainConfig
+from xtuner.dataset.stream import PackStream
+from xtuner.engine.estimate import data_size, knobs, setup_of, shape_of
+from xtuner.engine.estimate_text import gib, knob_texts
+from xtuner.engine.material import Data
+from xtuner.errors import TrainingError
+from xtuner.model.memory import predict_memory
+from xtuner.model.memory_terms import CONTEXT_BYTES
+
+logger = logging.getLogger('xtuner')
+
+# Predictions and measurements differ by less (benchmarks/README.md): refused beyond, warned of within.
+_TOLERANCE = 0.1
+_SHOWN_TERMS = 3
+
+
+def check_memory(config: TrainConfig, data: Data, device: torch.device, world_size: int) -> None:
+    """Compares what the config's least memory is predicted to be with what the GPU has free.
+
+    On a CPU nothing is predicted and nothing checked.
+
+    Raises:
+        TrainingError: it will not fit; names the largest terms and what to turn.
+    """
+    if device.type != 'cuda':
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    size = None if isinstance(data.dataset, PackStream) else data_size(data.dataset)
+    setup = setup_of(config, shape_of(config, data.model_folder), data=size, world_size=world_size)
+    memory = predict_memory(setup)
+    # The process's own context is there already; a paged optimizer's state goes to the host where it must.
+    needed = memory.on_card - CONTEXT_BYTES - memory.beside.get('paged optimizer', 0)
+    if needed < free * (1 - _TOLERANCE):
+        return
+    largest = sorted(memory.terms.items(), key=lambda term: -term[1])[:_SHOWN_TERMS]
+    message = (
+        f'this run is predicted to need {gib(needed)} of {device}, and {gib(free)} of its {gib(total)} are free; '
+        f'largest: {", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in largest)}; '
+        f'{", or ".join(knob_texts(knobs(config, setup)))}'
+    )
+    if needed < free * (1 + _TOLERANCE) or not config.runtime.check_memory:
+        logger.warning('%s', message)
+        return
+    raise TrainingError(f'{message}; runtime.check_memory=False tries all the same')
