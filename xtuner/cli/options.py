@@ -61,6 +61,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_int(text: str) -> int:
+    """Argparse type: a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'must be 0 or more, got {text}')
+    return value
+
+
 def non_negative_float(text: str) -> float:
     """Argparse type: a finite number from 0."""
     value = float(text)

@@ -1,116 +1,114 @@
-"""What an adapter adds to a weight, from its files alone."""
+"""What an adapter does to one of the base's tensors, computed a block of rows at a time.
+
+Letters: O outputs, I inputs, r rank; a linear layer's weight is (O, I), an embedding's (words, width).
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from xtuner.errors import CheckpointError
+Rows = Callable[[int, int], Tensor]
+"""Gives rows `start` to `stop` of a tensor, in memory of their own."""
 
-_PREFIX = 'base_model.model.'
-_PART = re.compile(r'^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?$')
+
+class Delta(Protocol):
+    """One adapter's effect on one tensor."""
+
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the changed tensor.
+
+        Args:
+            base: float32, these rows of the base's tensor; may be written over.
+            start: The first of the rows.
+            stop: The row after the last.
+
+        Returns:
+            float32 (stop - start, ...).
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class LoraModule:
-    """The tensors of one adapted linear layer.
+class LowRank:
+    """LoRA: `W + scale * up @ down` (arXiv:2106.09685).
 
     Attributes:
-        down: lora_A, float (r, in).
-        up: lora_B, float (out, r).
-        scale: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv:2312.03732).
-        magnitude: DoRA's row magnitudes (out,) (arXiv:2402.09353), or None.
+        up: float32, one row for each row of the weight, (O, r): lora_B of a linear layer. Where the weight stands
+            transposed (an embedding, a Conv1D), lora_A's transpose.
+        down: float32 (r, I): lora_A, or lora_B's transpose.
+        scale: alpha / r, or alpha / sqrt(r) with rank stabilisation (arXiv:2312.03732).
+        factor: DoRA's magnitude over the norm of each output's weights (arXiv:2402.09353): (O, 1), or (1, I) where
+            the weight stands transposed; None for plain LoRA.
     """
 
-    down: Tensor
     up: Tensor
+    down: Tensor
     scale: float
-    magnitude: Tensor | None = None
+    factor: Tensor | None = None
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """The merged weight.
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """As `Delta.rows`."""
+        merged = base.addmm_(self.up[start:stop], self.down, alpha=self.scale)
+        if self.factor is None:
+            return merged
+        return merged.mul_(self.factor if self.factor.shape[0] == 1 else self.factor[start:stop])
+
+    def with_magnitude(
+        self, magnitude: Tensor, weight: Rows, blocks: Iterable[tuple[int, int]], *, by_row: bool
+    ) -> LowRank:
+        """The same as a DoRA.
 
         Args:
-            weight: (out, in), any float dtype.
-
-        Returns:
-            float32 (out, in): `W + scale * B A`, its rows rescaled to the magnitudes where the adapter is a DoRA.
+            magnitude: float32, one number an output.
+            weight: The base's weight in float32; it is read once more for the norms.
+            blocks: Ranges of rows that cover it.
+            by_row: Whether an output is a row of the weight, else a column.
         """
-        merged = torch.addmm(weight.float(), self.up.float(), self.down.float(), alpha=self.scale)
-        if self.magnitude is None:
-            return merged
-        return merged * (self.magnitude.float() / merged.norm(dim=1))[:, None]
+        squares = []
+        for start, stop in blocks:
+            squares.append(self.rows(weight(start, stop), start, stop).double().square_().sum(1 if by_row else 0))
+        norms = (torch.cat(squares) if by_row else torch.stack(squares).sum(0)).sqrt()
+        factor = (magnitude.double() / norms).float()
+        return LowRank(self.up, self.down, self.scale, factor[:, None] if by_row else factor[None])
 
 
-class AdapterFile:
-    """A saved LoRA adapter, read one module at a time.
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor that was trained whole, and perhaps resized: `modules_to_save`, and biases."""
 
-    Args:
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+    values: Rows
 
-    Raises:
-        CheckpointError: another kind of adapter, or a file that cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            self.config: dict[str, Any] = json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))
-            self._file = safe_open(folder / 'adapter_model.safetensors', 'pt')
-            names = list(self._file.keys())
-        except Exception as error:
-            raise CheckpointError(f'{folder}: the adapter cannot be read: {error}') from error
-        self._check_supported()
-        self._parts: dict[str, dict[str, str]] = {}
-        self._whole: dict[str, str] = {}
-        for key in names:
-            name = key.removeprefix(_PREFIX)
-            if match := _PART.match(name):
-                self._parts.setdefault(match['module'], {})[match['part']] = key
-            else:  # modules_to_save and trained biases: they replace the base's tensor
-                self._whole[name.replace('.base_layer.', '.')] = key
-
-    @property
-    def targets(self) -> set[str]:
-        """Names of the base's tensors that the adapter changes."""
-        return {f'{module}.weight' for module in self._parts} | set(self._whole)
-
-    def apply(self, name: str, weight: Tensor) -> Tensor:
-        """The merged tensor of that name: float32 where the adapter changes it, else as it came."""
-        if name in self._whole:
-            return self._file.get_tensor(self._whole[name]).float()
-        module = name.removesuffix('.weight')
-        return self._lora(module).apply(weight) if module in self._parts else weight
-
-    def _lora(self, module: str) -> LoraModule:
-        tensors = {part: self._file.get_tensor(key) for part, key in self._parts[module].items()}
-        if 'lora_A' not in tensors or 'lora_B' not in tensors:
-            raise CheckpointError(f'{self._folder}: {module} has only {", ".join(tensors)}')
-        down = tensors['lora_A']
-        alpha = _pattern(self.config.get('alpha_pattern') or {}, module, self.config['lora_alpha'])
-        divisor = math.sqrt(down.shape[0]) if self.config.get('use_rslora') else down.shape[0]
-        return LoraModule(down, tensors['lora_B'], alpha / divisor, tensors.get('lora_magnitude_vector'))
-
-    def _check_supported(self) -> None:
-        kind = self.config.get('peft_type')
-        if kind != 'LORA':
-            raise CheckpointError(f'{self._folder}: only LoRA adapters can be merged, this one is {kind}')
-        for key in ('fan_in_fan_out', 'lora_bias'):
-            if self.config.get(key):
-                raise CheckpointError(f'{self._folder}: `{key}` is not supported by merge')
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """As `Delta.rows`."""
+        return self.values(start, stop)
 
 
-def _pattern(patterns: dict[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that matches the module's name from its end, as peft reads them."""
-    for pattern, value in patterns.items():
-        if re.match(rf'(.*\.)?({pattern})$', module):
-            return value
-    return default
+@dataclass(frozen=True)
+class Added:
+    """A bias of lora_B, which adds to the layer's: `b + scale * lora_B.bias`."""
+
+    bias: Tensor
+    scale: float
+
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """As `Delta.rows`."""
+        return base.add_(self.bias[start:stop], alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Single trained rows of an embedding: their numbers, int64 (n,), and their values, float32 (n, width)."""
+
+    indices: Tensor
+    values: Tensor
+
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """As `Delta.rows`."""
+        here = (self.indices >= start) & (self.indices < stop)
+        base[self.indices[here] - start] = self.values[here]
+        return base

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from xtuner import __version__
+from xtuner.convert.folder import copy_companions, generation_settings, write_json
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import ShardWriter
+from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
 from xtuner.model.internlm2.modeling import split_wqkv
-from xtuner.model.loading import load_config, load_tokenizer, resolve_model
-from xtuner.model.weights import open_weights
+from xtuner.model.loading import load_config, load_tokenizer, read_json, resolve_model
+from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 
@@ -64,7 +66,8 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
             f'{base} is a model of type {config.model_type!r}; to-llama converts {" and ".join(_FAMILIES)}'
         )
     check_weights(base, config)
-    with whole_folder(out) as folder:
+    job = ['to-llama', __version__, fingerprint(open_weights(base)), max_shard_bytes]
+    with whole_folder(out, job) as folder:
         _write(base, config, folder, max_shard_bytes)
     return out
 
@@ -113,18 +116,27 @@ def llama_tensors(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str,
 
 def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
     reader = open_weights(base)
-    names = reader.names()
-    writer = ShardWriter(folder, max_shard_bytes)
-    for number, name in enumerate(names, 1):
-        for llama_name, tensor in llama_tensors(name, reader.read(name), config):
-            writer.add(llama_name, tensor)
-        if number % 50 == 0 or number == len(names):
-            logger.info('%d of %d tensors, %.1f GB', number, len(names), writer.num_bytes / 1e9)
-    writer.close()
+    source: dict[str, str] = {}  # for each of Llama's names the published one
+    plans = []
+    for name in reader.names():
+        empty = torch.empty(reader.shape(name), dtype=reader.dtype(name), device='meta')
+        for llama_name, tensor in llama_tensors(name, empty, config):
+            source[llama_name] = name
+            plans.append(TensorPlan(llama_name, tuple(tensor.shape), tensor.dtype))
+
+    def blocks(plan: TensorPlan) -> Iterator[Tensor]:
+        name = source[plan.name]
+        if reader.shape(name) == plan.shape:
+            yield from (reader.rows(name, start, stop) for start, stop in row_blocks(plan.shape))
+        else:
+            yield dict(llama_tensors(name, reader.rows(name), config))[plan.name]
+
+    write_weights(folder, plans, max_shard_bytes, blocks)
     converted = llama_config(config)
     converted.save_pretrained(folder)
     check_weights(folder, converted)
     load_tokenizer(base).save_pretrained(folder)
-    if (base / 'generation_config.json').is_file():
-        settings = json.loads((base / 'generation_config.json').read_text(encoding='utf-8'))
-        (folder / 'generation_config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
+    copy_companions(base, folder)
+    file = base / 'generation_config.json'
+    if file.is_file():
+        write_json(folder / 'generation_config.json', generation_settings(read_json(file), None))

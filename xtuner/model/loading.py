@@ -142,7 +142,7 @@ def load_model(
         'trust_remote_code': trust_remote_code and not native,
     }
     if quantization is not None:
-        arguments['quantization_config'] = _quantization(quantization, dtype, device)
+        arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device)
     check_weights(folder, config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
@@ -188,7 +188,10 @@ def _attention(name: str) -> str:
     return 'sdpa' if name == 'auto' else name
 
 
-def _quantization(quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+def bitsandbytes_config(
+    quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device
+) -> BitsAndBytesConfig:
+    """transformers' form of our settings, after a trial on the device; raises ModelError where that fails."""
     check_bitsandbytes(quantization.bits, device)
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)

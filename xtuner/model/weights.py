@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ _INDEX = '.index.json'
 # Buffers that some published checkpoints carry although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
 _SAMPLE_LENGTH = 512  # elements that the fingerprint takes from each of three places
+_MAPPED_BYTES = 2**28  # of a mapped file that may be looked at before its pages are given back
 # safetensors' names of the dtypes that published weights come in.
-_DTYPES = {
+DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
     'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
     'F8_E4M3': torch.float8_e4m3fn, 'F8_E5M2': torch.float8_e5m2,
@@ -50,6 +52,8 @@ class WeightReader:
         self._files = files
         self._open: dict[Path, Any] = {}
         self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
+        self._raw: dict[Path, Any] = {}
+        self._mapped_bytes = 0
 
     def names(self) -> list[str]:
         """Names of all tensors, file by file, stray buffers left out."""
@@ -73,13 +77,35 @@ class WeightReader:
         """
         return self._look(name, lambda source: source.get_tensor(name), lambda tensor: tensor)
 
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` of a tensor, in memory of their own: a walk over any model needs one block at a time.
+
+        Raises:
+            ModelError: as `read`.
+        """
+        path, shape = self.file(name), self.shape(name)
+        if path.suffix != '.safetensors' or not shape:
+            rows = self.read(name).clone() if not shape else self.read(name)[start:stop].clone()
+            self._mapped_bytes += rows.nbytes
+            if self._mapped_bytes > _MAPPED_BYTES and zipfile.is_zipfile(path):
+                self._open.pop(path, None)
+                self._mapped_bytes = 0
+            return rows
+        stop = shape[0] if stop is None else min(stop, shape[0])
+        start = min(start, stop)
+        rows = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
+        begin = self._places(path)[name][0] + start * math.prod(shape[1:]) * rows.element_size()
+        if rows.numel():
+            self._read_into(path, begin, rows.view(-1).view(torch.uint8).numpy().data)
+        return rows
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it; raises as `read`."""
         return tuple(self._look(name, lambda source: source.get_slice(name).get_shape(), lambda tensor: tensor.shape))
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype, without reading it; raises as `read`."""
-        return self._look(name, lambda source: _DTYPES[source.get_slice(name).get_dtype()], lambda tensor: tensor.dtype)
+        return self._look(name, lambda source: DTYPES[source.get_slice(name).get_dtype()], lambda tensor: tensor.dtype)
 
     def sample(self, name: str) -> bytes:
         """Raw bytes from a tensor's beginning, middle and end: what the fingerprint looks at.
@@ -101,6 +127,17 @@ class WeightReader:
                 file.seek(begin + start * size)
                 parts_read.append(file.read(min(_SAMPLE_LENGTH * size, end - begin - start * size)))
         return b''.join(parts_read)
+
+    def _read_into(self, path: Path, begin: int, buffer: memoryview) -> None:
+        """Fills the buffer with a file's bytes; unlike a mapping, that keeps no page of the file in this process."""
+        if path not in self._raw:
+            self._raw[path] = path.open('rb', buffering=0)
+        self._raw[path].seek(begin)
+        while buffer:
+            length = self._raw[path].readinto(buffer)
+            if not length:
+                raise ModelError(f'{path} is cut off: it ends within a tensor')
+            buffer = buffer[length:]
 
     def _places(self, path: Path) -> dict[str, tuple[int, int]]:
         """Where each tensor's bytes begin and end in a .safetensors file, from its header."""

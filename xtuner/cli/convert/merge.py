@@ -1,4 +1,8 @@
-"""Merges an adapter into its base model: plain weights that any tool loads."""
+"""Merges adapters into their base model: plain weights that any tool loads.
+
+`--base original` adds to the published weights; `--base dequantized` adds to the 4- or 8-bit values that training saw
+in their place, so that the result answers as the model did in training. Interrupted, it goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,25 @@ import argparse
 import re
 from pathlib import Path
 
+from xtuner.cli.options import non_negative_int
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('llm', help='the base model: a folder or a hub id')
     parser.add_argument('adapter', type=Path, help='a checkpoint folder of `xtuner train`, or any peft LoRA adapter')
     parser.add_argument('out', type=Path, help='where the merged model goes; missing or empty')
+    parser.add_argument('--weight', type=float, default=1.0, help="how much of the adapter's change is taken (1)")
+    parser.add_argument('--add', type=weighted, action='append', default=[], metavar='ADAPTER[:WEIGHT]',
+                        help='a further adapter of the same base; may be given several times')  # fmt: skip
     parser.add_argument('--dtype', choices=('fp16', 'bf16', 'fp32'), help='fp16, or bf16 where training used it')
+    parser.add_argument('--base', choices=('original', 'dequantized'), default='original',
+                        help='added to: the published weights (default), or what quantised training saw')  # fmt: skip
     parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where products are computed (cpu)')
+    parser.add_argument('--verify', type=non_negative_int, metavar='N',
+                        help='compare with base and adapter on N prompts; 0: never (4 where cheap)')  # fmt: skip
+    parser.add_argument('--force', action='store_true', help='take an adapter that was trained on another base')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,8 +38,32 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
     from xtuner.convert.merge import merge
 
-    print(merge(args.llm, args.adapter, args.out, dtype=args.dtype, max_shard_bytes=args.max_shard_size))
+    out = merge(
+        args.llm,
+        args.adapter,
+        args.out,
+        weight=args.weight,
+        more=args.add,
+        dtype=args.dtype,
+        base=args.base,
+        max_shard_bytes=args.max_shard_size,
+        device=args.device,
+        verify=args.verify,
+        force=args.force,
+    )
+    print(out)
     return 0
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """argparse type: an adapter's folder, perhaps with its weight, as in `runs/b:0.5`."""
+    path, _, weight = text.rpartition(':')
+    if not path or Path(text).is_dir():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def size(text: str) -> int:

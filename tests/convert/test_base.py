@@ -1,0 +1,76 @@
+"""`--base dequantized`: bit for bit what `load_model` holds for training, whatever the settings and the dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import write_internlm
+from tests.convert.adapters import make_base, make_gpt2
+from xtuner.config.schema import QuantizationConfig
+from xtuner.convert.base import QuantizedBase
+from xtuner.model.loading import load_model
+from xtuner.model.weights import open_weights
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+SETTINGS = {
+    'nf4': QuantizationConfig(),
+    'nf4, plain scales': QuantizationConfig(double_quant=False),
+    'fp4': QuantizationConfig(quant_type='fp4'),
+    '8 bit': QuantizationConfig(bits=8),
+}
+
+
+def values_in_memory(folder: Path, dtype: torch.dtype, settings: QuantizationConfig) -> dict[str, torch.Tensor]:
+    """Each weight as a loaded layer computes with it."""
+    import bitsandbytes as bnb
+
+    model = load_model(folder, dtype=dtype, quantization=settings)
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    num_quantized = 0
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            held[f'{name}.weight'] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            whole = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
+            held[f'{name}.weight'] = whole.to(dtype)
+        num_quantized += isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    assert num_quantized
+    return held
+
+
+@pytest.mark.parametrize('settings', SETTINGS)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_bit_for_bit_what_training_holds(tmp_path: Path, settings: str, dtype: str) -> None:
+    folder = write_internlm(tmp_path / 'base', vocab_size=120, hidden=64)
+    held = values_in_memory(folder, DTYPES[dtype], SETTINGS[settings])
+    reader = open_weights(folder)
+    base = QuantizedBase(reader, SETTINGS[settings], DTYPES[dtype], torch.device('cpu'))
+    assert set(reader.names()) == set(held)
+    for name, tensor in held.items():
+        rows = base.open(name)
+        again = torch.cat([rows(0, 5), rows(5, len(tensor))])
+        assert again.dtype == tensor.dtype
+        assert torch.equal(again, tensor), name
+    changed = [n for n in held if n.endswith('weight') and not torch.equal(held[n].float(), reader.read(n).float())]
+    assert 'model.layers.0.mlp.down_proj.weight' in changed
+    if dtype == 'fp32':
+        assert not {'lm_head.weight', 'model.embed_tokens.weight', 'model.norm.weight'} & set(changed)
+
+
+def test_a_shared_head_stays_as_it_is(tmp_path: Path) -> None:
+    folder = make_base(tmp_path / 'base', tied=True)
+    base = QuantizedBase(open_weights(folder), QuantizationConfig(), torch.float32, torch.device('cpu'))
+    whole = open_weights(folder).read('model.embed_tokens.weight')
+    assert torch.equal(base.open('model.embed_tokens.weight')(0, len(whole)), whole)
+
+
+def test_layers_that_hold_their_weights_transposed(tmp_path: Path) -> None:
+    folder = make_gpt2(tmp_path / 'base')
+    held = values_in_memory(folder, torch.float32, QuantizationConfig())
+    base = QuantizedBase(open_weights(folder), QuantizationConfig(), torch.float32, torch.device('cpu'))
+    for name in ('transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_proj.weight'):
+        rows = base.open(name)(0, held[name].shape[1])
+        assert torch.equal(rows, held[name].T)

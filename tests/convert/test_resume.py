@@ -1,0 +1,133 @@
+"""A merge that is killed leaves nothing that looks finished, and ends with the same bytes when it is run again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.convert.adapters import make_base, save_trained
+from xtuner.convert import shards
+from xtuner.convert.merge import merge
+from xtuner.convert.output import whole_folder
+from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.errors import CheckpointError, ModelError
+from xtuner.model.weights import open_weights
+
+# The merge as the command runs it, with blocks so small and slow that a signal falls between any two of them.
+SLOW = """
+import sys
+import time
+from xtuner.convert import shards
+shards.BLOCK_ELEMENTS = 2000
+append = shards._append
+def slowly(file, data):
+    print('writing', flush=True)
+    time.sleep(0.005)
+    append(file, data)
+shards._append = slowly
+from xtuner.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / 'base')
+    save_trained(base, tmp_path / 'adapter')
+    words = ['convert', 'merge', str(base), str(tmp_path / 'adapter'), '--max-shard-size', '30KB', '--verify', '0']
+    command = [sys.executable, '-c', SLOW, *words]
+    monkeypatch.setattr(shards, 'BLOCK_ELEMENTS', 2000)
+    merge(str(base), tmp_path / 'adapter', tmp_path / 'whole', max_shard_bytes=30_000, verify=0)
+    out, partial = tmp_path / 'out', tmp_path / '.partial-out'
+    with subprocess.Popen(
+        [*command, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(30):  # blocks and headers
+            assert process.stdout.readline() == 'writing\n'
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    assert not (partial / 'model.safetensors.index.json').exists()
+    finished = list(partial.glob('*.safetensors'))
+    assert finished
+    before = {path.name: path.stat().st_mtime_ns for path in finished}
+    merge(str(base), tmp_path / 'adapter', out, max_shard_bytes=30_000, verify=0)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before, 'a finished shard was written again'
+    assert files(out) == files(tmp_path / 'whole')
+    assert not partial.exists()
+
+
+def content(plan: TensorPlan) -> torch.Tensor:
+    return torch.arange(torch.Size(plan.shape).numel()).reshape(plan.shape).to(plan.dtype)
+
+
+def write(folder: Path, plans: list[TensorPlan], stop_at: str = '') -> None:
+    def blocks(plan: TensorPlan) -> list[torch.Tensor]:
+        if plan.name == stop_at:
+            raise OSError('no space left')
+        whole = content(plan)
+        return [whole[a:b] if plan.shape else whole for a, b in row_blocks(plan.shape)]
+
+    write_weights(folder, plans, 100, blocks)
+
+
+PLANS = [
+    TensorPlan('a', (4, 3), torch.float32),
+    TensorPlan('b', (5,), torch.bfloat16),
+    TensorPlan('c', (), torch.int64),
+    TensorPlan('d', (70, 2), torch.float16),
+    TensorPlan('none', (0, 3), torch.float16),
+]
+
+
+def test_shards_are_read_by_others_and_hold_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(shards, 'BLOCK_ELEMENTS', 7)
+    write(tmp_path, PLANS)
+    reader = open_weights(tmp_path)
+    assert sorted(reader.names()) == ['a', 'b', 'c', 'd', 'none']
+    held = {name: tensor for file in tmp_path.glob('*.safetensors') for name, tensor in load_file(file).items()}
+    for plan in PLANS:
+        assert held[plan.name].dtype == plan.dtype
+        assert torch.equal(held[plan.name], content(plan))
+        assert torch.equal(reader.rows(plan.name), held[plan.name])
+    sizes = [sum(load_file(file)[n].nbytes for n in load_file(file)) for file in tmp_path.glob('*.safetensors')]
+    assert sorted(sizes) == [0, 66, 280]  # a, b and c fit into 100 bytes; d alone is larger
+
+
+def test_where_the_disk_refuses_the_work_is_kept_and_where_the_input_is_wrong_it_is_not(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    with pytest.raises(ModelError, match=r'no space left.*the same command goes on'), whole_folder(out, 1) as folder:
+        write(folder, PLANS, stop_at='d')
+    assert [p.name for p in (tmp_path / '.partial-out').glob('*.safetensors')] == ['model-00001-of-00003.safetensors']
+    with pytest.raises(CheckpointError), whole_folder(out, 1):
+        raise CheckpointError('wrong')
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_job_does_not_go_on_with_it(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    with pytest.raises(ModelError), whole_folder(out, 'fp16') as folder:
+        write(folder, PLANS, stop_at='d')
+    with whole_folder(out, 'bf16') as folder:
+        assert not list(folder.glob('*.safetensors'))
+        write(folder, PLANS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
+
+
+def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 100}))
+    with pytest.raises(ModelError, match='GB free'):
+        write(tmp_path, PLANS)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""What a model folder holds beside its weights, so that other tools need nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xtuner.dataset.template import get_template
+from xtuner.model.adapter import PROVENANCE_FILE, Provenance
+from xtuner.model.loading import load_tokenizer, read_json
+
+# Files of a tokenizer in any of its published forms, and the terms under which a model may be used.
+_COMPANIONS = (
+    '*.model', 'tokenizer*.json', 'vocab.json', 'vocab.txt', 'merges.txt', 'added_tokens.json',
+    'special_tokens_map.json', 'chat_template*', '*.tiktoken', 'LICENSE*', 'NOTICE*', 'preprocessor_config.json',
+)  # fmt: skip
+# What transformers refuses to save where nothing is sampled.
+_SAMPLING_ONLY = ('temperature', 'top_p', 'top_k', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
+
+
+def write_model_files(
+    folder: Path, base: Path, adapter: Path | None, provenance: Provenance | None, changes: dict[str, Any]
+) -> None:
+    """Writes config, generation settings with the right stop ids, tokenizer with its chat template, and provenance.
+
+    Args:
+        folder: Where the weights are.
+        base: The base model's folder.
+        adapter: The adapter's folder, whose tokenizer is taken where it has one; None: no adapter.
+        provenance: What the adapter says it was trained with.
+        changes: Fields of the config that differ from the base's.
+    """
+    write_config(folder, read_json(base / 'config.json') | changes)
+    own = adapter is not None and (adapter / 'tokenizer_config.json').is_file()
+    tokenizer: Any = load_tokenizer(adapter if own and adapter else base)
+    stops = None
+    if provenance:
+        template = get_template(provenance.template, tokenizer)
+        if provenance.template != 'from_tokenizer':
+            tokenizer.chat_template = template.chat_template()
+        stops = template.stop_ids(tokenizer)
+    file = base / 'generation_config.json'
+    write_json(folder / 'generation_config.json', generation_settings(read_json(file) if file.is_file() else {}, stops))
+    tokenizer.save_pretrained(folder)
+    copy_companions(base, folder)
+    if adapter is not None and (adapter / PROVENANCE_FILE).is_file():
+        shutil.copyfile(adapter / PROVENANCE_FILE, folder / PROVENANCE_FILE)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json` without what belongs to the published folder alone."""
+    config = {key: value for key, value in config.items() if key not in ('auto_map', 'torch_dtype')}
+    write_json(folder / 'config.json', config)  # auto_map names code files, which are neither copied nor needed
+
+
+def generation_settings(settings: Mapping[str, Any], stop_ids: list[int] | None) -> dict[str, Any]:
+    """Generation settings that transformers accepts.
+
+    Args:
+        settings: The base's.
+        stop_ids: Where an answer ends; None keeps the base's.
+    """
+    kept = dict(settings)
+    if not kept.get('do_sample'):
+        for key in _SAMPLING_ONLY:
+            kept.pop(key, None)
+    if stop_ids:
+        kept['eos_token_id'] = stop_ids
+    return kept
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copies the tokenizer's files and the terms of use that are not in the folder yet; returns their names."""
+    files = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    names = sorted(path.name for path in files if not (folder / path.name).exists())
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return names
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a file of settings."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
