@@ -33,6 +33,12 @@ V2 = V1 | {
     'bias': False, 'model_type': 'internlm2', 'num_key_value_heads': KEY_HEADS, 'rope_theta': 1000000,
     'rope_scaling': None, 'attn_implementation': 'eager', 'transformers_version': '4.41.0', 'pretraining_tp': 1,
 }  # fmt: skip
+V3 = {key: value for key, value in V2.items() if key not in ('attn_implementation', 'pretraining_tp')} | {
+    'architectures': ['InternLM3ForCausalLM'],
+    'auto_map': {key: value.replace('internlm', 'internlm3') for key, value in V1['auto_map'].items()},
+    'bias': False, 'qkv_bias': False, 'head_dim': 12, 'model_type': 'internlm3', 'rope_theta': 50000000,
+    'transformers_version': '4.47.1', 'attention_dropout': 0.0,
+}  # fmt: skip
 
 
 def _plain(base: float) -> dict:
@@ -53,6 +59,11 @@ CONFIGS = {
                         'reference_rotary': {'base': 1000000, 'type': 'dynamic', 'factor': 2.0}},
     'v2-linear': V2 | {'rope_scaling': {'type': 'linear', 'factor': 4.0},
                        'reference_rotary': {'base': 1000000, 'type': 'linear', 'factor': 4.0}},
+    'v3': V3 | {'rope_scaling': {'rope_type': 'dynamic', 'factor': 6.0},
+                'reference_rotary': {'base': 50000000, 'type': 'dynamic', 'factor': 6.0}},
+    'v3-plain': V3 | {'rope_scaling': None} | _plain(50000000),
+    'v3-mixed': V3 | {'bias': True, 'rope_scaling': None} | _plain(50000000),
+    'v3-bias': V3 | {'bias': True, 'qkv_bias': True, 'rope_scaling': None} | _plain(50000000),
 }  # fmt: skip
 
 
@@ -65,21 +76,29 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
     fused = config['model_type'] == 'internlm2'
     key_heads = config.get('num_key_value_heads', HEADS)
-    size = HIDDEN // HEADS
+    size = config.get('head_dim') or HIDDEN // HEADS
+    biased = ('attn', 'attention') if config['bias'] else ()
+    if config['model_type'] == 'internlm3':
+        biased = (*('q_proj', 'k_proj', 'v_proj') * config['qkv_bias'], *('o_proj', 'mlp') * config['bias'])
     if fused:
         linears = {'attention.wqkv': ((HEADS + 2 * key_heads) * size, HIDDEN), 'attention.wo': (HIDDEN, HIDDEN),
                    'feed_forward.w1': (INTER, HIDDEN), 'feed_forward.w3': (INTER, HIDDEN),
                    'feed_forward.w2': (HIDDEN, INTER)}  # fmt: skip
         norms, names = ('attention_norm', 'ffn_norm'), ('model.tok_embeddings.weight', 'output.weight')
     else:
-        linears = {f'self_attn.{p}_proj': (HIDDEN, HIDDEN) for p in 'qkvo'}
+        linears = {
+            'self_attn.q_proj': (HEADS * size, HIDDEN),
+            'self_attn.k_proj': (key_heads * size, HIDDEN),
+            'self_attn.v_proj': (key_heads * size, HIDDEN),
+            'self_attn.o_proj': (HIDDEN, HEADS * size),
+        }
         linears |= {'mlp.gate_proj': (INTER, HIDDEN), 'mlp.up_proj': (INTER, HIDDEN), 'mlp.down_proj': (HIDDEN, INTER)}
         norms, names = ('input_layernorm', 'post_attention_layernorm'), ('model.embed_tokens.weight', 'lm_head.weight')
     tensors = {names[0]: normal(VOCAB, HIDDEN, scale=1.0)}
     for i in range(LAYERS):
         for name, shape in linears.items():
             tensors[f'model.layers.{i}.{name}.weight'] = normal(*shape)
-            if config['bias'] and ('attn' in name or 'attention' in name):
+            if any(part in name for part in biased):
                 tensors[f'model.layers.{i}.{name}.bias'] = normal(shape[0])
         for name in norms:
             tensors[f'model.layers.{i}.{name}.weight'] = 1 + normal(HIDDEN)
@@ -103,14 +122,17 @@ def numpy_weights(name: str) -> dict[str, np.ndarray]:
     return {key: tensor.numpy() for key, tensor in random_weights(CONFIGS[name]).items()}
 
 
-def write_tokenizer(folder: Path, family: str = 'InternLM') -> Path:
+_DEFINED = {'InternLM': ['<eoh>', '<eoa>'], 'InternLM2': ['[UNUSED_TOKEN_0]', '[UNUSED_TOKEN_1]'], 'InternLM3': []}
+
+
+def write_tokenizer(folder: Path, family: str = 'InternLM', *, dummy_prefix: bool = False) -> Path:
     """Adds a small sentencepiece tokenizer in the published form."""
     trained = BytesIO()
     texts = ['the cat sat on the mat', 'Hello, how are you? I am well!', '<|User|>: <|Bot|>:', '你好 世界'] * 20
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=trained, model_type='bpe', vocab_size=VOCAB, byte_fallback=True,
-        normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
-        user_defined_symbols=['<eoh>', '<eoa>'] if family == 'InternLM' else ['[UNUSED_TOKEN_0]', '[UNUSED_TOKEN_1]'],
+        normalization_rule_name='identity', add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False,
+        split_digits=True, user_defined_symbols=_DEFINED[family],
         hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +150,13 @@ def write_tokenizer(folder: Path, family: str = 'InternLM') -> Path:
                             'single_word': False, 'special': True} for old, new in names.items()
         }  # fmt: skip
         settings['additional_special_tokens'] = list(names.values())
+    if family == 'InternLM3':  # its names stand behind the pieces
+        settings['added_tokens_decoder'] = {
+            str(len(pieces(folder)) + i): {'content': name, 'lstrip': False, 'normalized': False, 'rstrip': False,
+                                           'single_word': False, 'special': True}
+            for i, name in enumerate(['<|im_start|>', '<|im_end|>'])
+        }  # fmt: skip
+        settings['additional_special_tokens'] = ['<|im_start|>', '<|im_end|>']
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
     return folder
 

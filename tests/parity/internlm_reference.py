@@ -1,7 +1,7 @@
-"""InternLM and InternLM2 in NumPy, from the architecture's definition; shares no code with the package.
+"""InternLM, InternLM2 and InternLM3 in NumPy, from the architecture's definition; shares no code with the package.
 
 float32 throughout. One text at a time, no padding. A cache holds what the originals' hold: the values, and the keys,
-unrotated for InternLM (they are all rotated anew at the current base), rotated for InternLM2.
+unrotated for InternLM (they are all rotated anew at the current base), rotated for InternLM2 and InternLM3.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def logits(
     fused = 'model.tok_embeddings.weight' in weights
     heads, eps = config['num_attention_heads'], config['rms_norm_eps']
     key_heads = config.get('num_key_value_heads') or heads
-    head_size, trained = config['hidden_size'] // heads, config['max_position_embeddings']
+    head_size, trained = config.get('head_dim') or config['hidden_size'] // heads, config['max_position_embeddings']
+    rotated = config['model_type'] != 'internlm'  # whether the cache holds keys as they were rotated
     before = cache[0][0].shape[1] if cache else 0
     length = before + len(ids)
     theta = angles(length, head_size, config['reference_rotary'], trained, base_length or length)
@@ -94,14 +95,17 @@ def logits(
         if fused:
             q, k, v = fused_heads(linear(normed, weights, f'{block}{attention}.wqkv'), heads, key_heads)
         else:
-            q, k, v = (split_heads(linear(normed, weights, f'{block}{attention}.{p}_proj'), heads) for p in 'qkv')
-        if fused:
+            q, k, v = (
+                split_heads(linear(normed, weights, f'{block}{attention}.{p}_proj'), count)
+                for p, count in zip('qkv', (heads, key_heads, key_heads), strict=True)
+            )
+        if rotated:
             k = rotate(k, theta[before:])
         if before:
             k, v = np.concatenate([cache[i][0], k], axis=1), np.concatenate([cache[i][1], v], axis=1)
         if cache is not None:
             cache[i : i + 1] = [(k, v)]
-        mixed = attend(rotate(q, theta[before:]), k if fused else rotate(k, theta), v)
+        mixed = attend(rotate(q, theta[before:]), k if rotated else rotate(k, theta), v)
         x = x + linear(mixed, weights, f'{block}{attention}.{"wo" if fused else "o_proj"}')
         normed = rms_norm(x, weights[f'{block}{second}.weight'], eps)
         gated = silu(linear(normed, weights, f'{block}{mlp}.{gate}')) * linear(normed, weights, f'{block}{mlp}.{up}')

@@ -1,4 +1,4 @@
-"""InternLM and InternLM2 against a reference in NumPy: logits, loss, greedy answers, in each published form.
+"""InternLM, InternLM2 and InternLM3 against a reference in NumPy: logits, loss, greedy answers, in each published form.
 
 Tolerance: float32 with sums of at most 48 terms of size around 1, in another order: 1e-5 relative to logits of size
 around 5, hence 5e-5 absolute where logits are larger; `close` states it relative to the largest logit.
@@ -53,7 +53,7 @@ def test_the_reference_tells_the_forms_apart() -> None:
 
 
 @pytest.mark.parametrize('layout', ['bin', 'bin-sharded', 'safetensors', 'safetensors-sharded'])
-@pytest.mark.parametrize('name', ['v1', 'v2'])
+@pytest.mark.parametrize('name', ['v1', 'v2', 'v3'])
 @pytest.mark.parametrize('attention', ['sdpa', 'eager'])
 def test_every_layout_and_attention(tmp_path: Path, name: str, layout: str, attention: str) -> None:
     ids = text(SHORT)
@@ -96,7 +96,7 @@ def test_greedy_answers_past_the_trained_length(tmp_path: Path, name: str, cache
     assert ours[0].tolist() == theirs
 
 
-@pytest.mark.parametrize('name', ['v1', 'v1-8k', 'v1-8k-factor', 'v2', 'v2-dynamic', 'v2-linear'])
+@pytest.mark.parametrize('name', ['v1', 'v1-8k', 'v1-8k-factor', 'v2', 'v2-dynamic', 'v2-linear', 'v3'])
 def test_a_text_read_in_pieces(tmp_path: Path, name: str) -> None:
     """Past the trained length, beside a row that is padded at the left."""
     model = load(tmp_path, name)
@@ -126,7 +126,7 @@ def test_a_cache_matters_to_the_reference() -> None:
     assert np.abs(in_steps - reference.logits(weights, config, ids)[-1]).max() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['v1-8k', 'v2-dynamic'])
+@pytest.mark.parametrize('name', ['v1-8k', 'v2-dynamic', 'v3'])
 def test_a_long_call_does_not_change_the_next(tmp_path: Path, name: str) -> None:
     model = load(tmp_path, name)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_save_and_load_again(tmp_path: Path, name: str) -> None:
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize('name', ['v1', 'v1-8k', 'v2'])
+@pytest.mark.parametrize('name', ['v1', 'v1-8k', 'v2', 'v3'])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str) -> None:
     ids = torch.tensor([text(LONG)])
     gradients = []

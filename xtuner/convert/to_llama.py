@@ -1,4 +1,4 @@
-"""InternLM and InternLM2 as a plain Llama checkpoint, which every tool runs without code of the model's own."""
+"""InternLM, 2 and 3 as a plain Llama checkpoint, which every tool runs without code of the model's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 
-_FAMILIES = ('internlm', 'internlm2')
+_FAMILIES = ('internlm', 'internlm2', 'internlm3')
 _RENAMED = {
     'model.tok_embeddings.weight': 'model.embed_tokens.weight',
     'output.weight': 'lm_head.weight',
@@ -38,7 +38,8 @@ _RENAMED = {
 # Fields that mean the same in both configs.
 _SHARED = (
     'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-    'num_key_value_heads', 'hidden_act', 'max_position_embeddings', 'initializer_range', 'rms_norm_eps', 'use_cache',
+    'num_key_value_heads', 'head_dim', 'hidden_act',
+    'max_position_embeddings', 'initializer_range', 'rms_norm_eps', 'use_cache',
     'pad_token_id', 'bos_token_id', 'eos_token_id', 'tie_word_embeddings', 'dtype',
 )  # fmt: skip
 
@@ -47,7 +48,7 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
     """Writes a model folder with the same weights under Llama's names, tensor by tensor.
 
     Args:
-        llm: An InternLM or InternLM2 model: a folder, a hub id or `modelscope:OWNER/NAME`.
+        llm: An InternLM model of any generation: a folder, a hub id or `modelscope:OWNER/NAME`.
         out: A folder that is missing or empty. It appears as a whole at the end.
         revision: Of a hub model.
         max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
@@ -62,9 +63,10 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
     base = resolve_model(llm, revision=revision)
     config = load_config(base)
     if config.model_type not in _FAMILIES:
-        raise ModelError(
-            f'{base} is a model of type {config.model_type!r}; to-llama converts {" and ".join(_FAMILIES)}'
-        )
+        raise ModelError(f'{base} is a model of type {config.model_type!r}; to-llama converts {", ".join(_FAMILIES)}')
+    if config.model_type == 'internlm3' and config.bias != config.qkv_bias:
+        raise ModelError(f'{base}: its projections q, k and v have biases and o has none, or the other way round '
+                         '(`qkv_bias`, `bias`), for which Llama has no form')  # fmt: skip
     check_weights(base, config)
     job = ['to-llama', __version__, fingerprint(open_weights(base)), max_shard_bytes]
     with whole_folder(out, job) as folder:
@@ -76,7 +78,7 @@ def llama_config(config: Any) -> LlamaConfig:
     """Llama's config of the same model.
 
     Args:
-        config: An `InternLMConfig` or `InternLM2Config`.
+        config: An `InternLMConfig`, `InternLM2Config` or `InternLM3Config`.
     """
     rope = dict(config.rope_parameters)
     if config.model_type == 'internlm' and config.ntk_factor is not None:
@@ -89,7 +91,8 @@ def llama_config(config: Any) -> LlamaConfig:
     rope.pop('type', None)
     return LlamaConfig(
         **{key: getattr(config, key) for key in _SHARED},
-        attention_bias=config.bias,
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
         rope_parameters=rope,
         architectures=['LlamaForCausalLM'],
     )

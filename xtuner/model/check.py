@@ -13,7 +13,7 @@ from xtuner.model.weights import open_weights
 
 # Families whose published tensors have the names of their modules. What transformers renames while it loads cannot
 # be checked before; its own report is checked after loading.
-_NAMED_ALIKE = ('internlm', 'internlm2', 'llama')
+_NAMED_ALIKE = ('internlm', 'internlm2', 'internlm3', 'llama')
 
 
 def check_weights(folder: Path, config: Any) -> None:

@@ -32,6 +32,9 @@ from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
 from xtuner.model.internlm2.configuration import InternLM2Config
 from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.internlm3.configuration import InternLM3Config
+from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
+from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
 from xtuner.model.sources import resolve_model
 
@@ -39,15 +42,16 @@ __all__ = ['load_config', 'load_model', 'load_tokenizer', 'register', 'resolve_m
 
 logger = logging.getLogger('xtuner')
 
-_TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer}
+_TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer, 'internlm3': InternLM3Tokenizer}
 _TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 
 
 def register() -> None:
-    """Makes transformers' Auto classes know InternLM and InternLM2; importing this module calls it."""
+    """Makes transformers' Auto classes know InternLM, InternLM2 and InternLM3; importing this module calls it."""
     families: tuple[tuple[Any, Any, Any, Any], ...] = (
         (InternLMConfig, InternLMModel, InternLMForCausalLM, InternLMTokenizer),
         (InternLM2Config, InternLM2Model, InternLM2ForCausalLM, InternLM2Tokenizer),
+        (InternLM3Config, InternLM3Model, InternLM3ForCausalLM, InternLM3Tokenizer),
     )
     for config, backbone, model, tokenizer in families:
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -97,6 +101,8 @@ def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMToken
     if not (folder / 'tokenizer.model').is_file() and PREFIX_KEY not in settings:
         return None
     named = f'{settings.get("tokenizer_class", "")} {settings.get("auto_map", "")}'
+    if 'InternLM3' in named or (PREFIX_KEY in settings and SPACES_KEY in settings):
+        return InternLM3Tokenizer
     if 'InternLM' in named:
         return InternLM2Tokenizer if 'InternLM2' in named else InternLMTokenizer
     config = read_json(folder / 'config.json') if (folder / 'config.json').is_file() else {}

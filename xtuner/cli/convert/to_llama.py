@@ -1,4 +1,4 @@
-"""Writes an InternLM or InternLM2 model as a plain Llama checkpoint, for vLLM, llama.cpp and others."""
+"""Writes an InternLM model of any generation as a plain Llama checkpoint, for vLLM, llama.cpp and others."""
 
 from __future__ import annotations
 

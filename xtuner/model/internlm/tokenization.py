@@ -56,6 +56,10 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         }
         rust = to_rust(proto, {i: str(token) for i, token in added.items() if i < len(proto.pieces)})
         rust.add_tokens([token for _, token in sorted(added.items())])
+        for id_, token in added.items():
+            if rust.token_to_id(str(token)) != id_:
+                raise ModelError(f'{file}: the tokenizer config gives {str(token)!r} the id {id_}, and the model has '
+                                 f'{len(proto.pieces)} pieces: the two do not belong together')  # fmt: skip
         kwargs = _DEFAULTS | {key: value for key, value in kwargs.items() if key != 'tokenizer_file'}
         return kwargs | {'tokenizer_object': rust, PREFIX_KEY: bool(proto.normalizer_spec.add_dummy_prefix)}
 

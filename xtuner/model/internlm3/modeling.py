@@ -1,0 +1,49 @@
+"""InternLM3: Llama with grouped keys, heads of a size of their own, and biases under two switches.
+
+Parameter names are Llama's, so the published checkpoints load as they are.
+"""
+
+# transformers types its modules for its own use; what mypy misses where they are overridden is of no consequence.
+# mypy: disable-error-code="override, misc, assignment, arg-type, type-arg, operator"
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel
+
+from xtuner.model.chat import ChatMixin
+from xtuner.model.internlm.rotary import DynamicNTKRotaryEmbedding
+from xtuner.model.internlm3.configuration import InternLM3Config
+
+
+class InternLM3Model(LlamaModel):
+    """The decoder."""
+
+    config_class = InternLM3Config
+
+    def __init__(self, config: InternLM3Config) -> None:
+        super().__init__(config)
+        if config.bias != config.qkv_bias:  # Llama has one switch for all four projections
+            layers: Any = self.layers
+            for layer in layers:
+                old = layer.self_attn.o_proj
+                layer.self_attn.o_proj = nn.Linear(old.in_features, old.out_features, bias=config.bias)
+        if config.ntk_factor is not None:
+            self.rotary_emb = DynamicNTKRotaryEmbedding(config, config.ntk_factor)
+        self.post_init()
+
+
+class InternLM3ForCausalLM(ChatMixin, LlamaForCausalLM):
+    """The language model, with `chat` and `stream_chat` as InternLM's model cards show them."""
+
+    config_class = InternLM3Config
+    chat_template_name = 'internlm2_chat'
+
+    def __init__(self, config: InternLM3Config) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = InternLM3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
