@@ -39,6 +39,7 @@ COMMANDS = {
     'convert merge': Command('xtuner.cli.convert.merge', 'merge an adapter into its base model'),
     'convert to-llama': Command('xtuner.cli.convert.to_llama', 'write InternLM as a plain Llama checkpoint'),
     'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
+    'serve': Command('xtuner.cli.serve', 'serve a model and adapters over HTTP, in the form of the OpenAI API'),
 }
 
 

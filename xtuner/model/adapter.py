@@ -93,15 +93,21 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
 
 
 def load_adapter(
-    model: nn.Module, folder: Path, *, trainable: bool = False, base_fingerprint: str | None = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    base_fingerprint: str | None = None,
+    name: str = 'default',
 ) -> Any:
     """Puts a saved adapter on its base.
 
     Args:
-        model: The base model.
+        model: The base model, or a `peft.PeftModel` that holds other adapters already.
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         trainable: Whether its parameters shall require gradients.
         base_fingerprint: The fingerprint of `model`'s weights, to compare with the adapter's; None skips that.
+        name: What peft calls it.
 
     Returns:
         The `peft.PeftModel`.
@@ -113,7 +119,10 @@ def load_adapter(
 
     check_adapter(folder, base_fingerprint)
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=trainable)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f'adapter {folder} does not fit this base model: {error}') from error
 

@@ -1,0 +1,109 @@
+"""Serves a model over HTTP in OpenAI's form, with any number of adapters on it, many answers at a time.
+
+Each adapter is a model of its own: the field `model` of a request chooses it by its name, which is its folder's unless
+another is given. The API key is read from a file or from the variable XTUNER_API_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+from pathlib import Path
+
+from xtuner.cli.options import add_sampling_arguments, positive_int
+from xtuner.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('llm', help='a model: a folder or a hub id')
+    parser.add_argument('--adapter', action='append', default=[], metavar='[NAME=]FOLDER',
+                        help='a checkpoint folder of `xtuner train`, or any peft adapter; may be given again')  # fmt: skip
+    parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
+    parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
+    parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
+    parser.add_argument('--host', default='127.0.0.1', help='address to listen at (127.0.0.1: this machine alone)')
+    parser.add_argument('--port', type=port_number, default=8000, help='port to listen at; 0 takes a free one (8000)')
+    parser.add_argument('--api-key-file', type=Path, help='file whose first line clients must show as their API key')
+    parser.add_argument('--max-streams', type=positive_int, default=16, help='answers drawn at a time (16)')
+    parser.add_argument('--max-waiting', type=positive_int, default=64, help='answers that may wait; then 429 (64)')
+    parser.add_argument('--max-length', type=positive_int, default=4096,
+                        help="tokens of prompt and answer, at most the model's own limit (4096)")  # fmt: skip
+    parser.add_argument('--max-body-kib', type=positive_int, default=1024, help='size of a request in KiB (1024)')
+    parser.add_argument('--grace', type=positive_int, default=30, metavar='SECONDS',
+                        help='time that answers have to end when the service is told to (30)')  # fmt: skip
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads, then serves until a signal comes."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+    key = read_key(args.api_key_file)
+    try:
+        from xtuner.serve.run import run_service
+    except ModuleNotFoundError as error:
+        if error.name not in ('starlette', 'uvicorn'):
+            raise
+        raise UsageError(f"serving needs {error.name}: pip install 'xtuner[serve]'") from None
+    from xtuner.model.generate import Sampling
+
+    run_service(
+        args.llm,
+        adapters=args.adapter,
+        template=args.prompt_template,
+        bits=args.bits,
+        trust_remote_code=args.trust_remote_code,
+        sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
+        host=args.host,
+        port=args.port,
+        loopback=is_loopback(args.host),
+        api_key=key,
+        num_streams=args.max_streams,
+        num_waiting=args.max_waiting,
+        max_length=args.max_length,
+        body_bytes=1024 * args.max_body_kib,
+        grace_s=args.grace,
+    )
+    return 0
+
+
+def read_key(file: Path | None) -> str:
+    """The API key: the first line of the file, or the variable XTUNER_API_KEY, or '' for none.
+
+    Raises:
+        UsageError: the file cannot be read, or the key is empty or holds a character that no header can carry.
+    """
+    if file is None:
+        key, source = os.environ.get('XTUNER_API_KEY', ''), 'XTUNER_API_KEY'
+        if not key:
+            return ''
+    else:
+        source = f'--api-key-file {file}'
+        try:
+            key = (file.read_text(encoding='utf-8').splitlines() or [''])[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f'{source}: cannot be read ({type(error).__name__})') from None
+    if not key.strip() or not key.isascii() or not key.isprintable():
+        raise UsageError(f'{source}: holds no API key: one line of printable ASCII characters')
+    return key.strip()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if host == 'localhost':
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def port_number(text: str) -> int:
+    """Argparse type: a port."""
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f'must be from 0 to 65535, got {text}')
+    return value

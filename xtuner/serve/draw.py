@@ -1,0 +1,48 @@
+"""Drawing the next token of many answers at once, each in its own way.
+
+Every answer draws its numbers from a generator of its own, so what it says does not depend on who is served beside it.
+
+Letters of shapes: B answers, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+from torch import Tensor
+
+from xtuner.model.generate import Sampling
+
+
+@torch.inference_mode()
+def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int]:
+    """The next token of each answer.
+
+    At temperature 0 the likeliest. Otherwise words are ordered by probability and cut where the share `top_p` is
+    reached, the word that reaches it included; a number drawn evenly from [0, their sum) falls on one of them.
+
+    Args:
+        logits_BV: float32.
+        samplings: One an answer.
+        randoms: Likewise; one number is taken from each whose temperature is not 0.
+    """
+    tokens = logits_BV.argmax(-1)
+    rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if rows:
+        device = logits_BV.device
+        drawn = logits_BV[rows] if len(rows) < len(samplings) else logits_BV
+        settings = [(samplings[r].temperature, samplings[r].top_p, randoms[r].random()) for r in rows]
+        temperature, top_p, number = torch.tensor(settings, dtype=torch.float64, device=device).T[..., None]
+        # Less the greatest first: a tiny temperature must not reach infinity.
+        scaled = (drawn - drawn.amax(-1, keepdim=True)) / temperature.float().clamp(min=1e-6)
+        shares, order = scaled.softmax(-1).sort(-1, descending=True)
+        mass = shares.double().cumsum(-1)
+        kept = (mass - shares < top_p) | (top_p >= 1)
+        kept[:, 0] = True
+        total = (shares * kept).double().sum(-1, keepdim=True)
+        place = torch.searchsorted(mass, number * total, right=True)
+        place = place.clamp(max=kept.sum(-1, keepdim=True) - 1)  # rounding must not leave the words that are kept
+        tokens[rows] = order.gather(-1, place)[:, 0]
+    return tokens.tolist()

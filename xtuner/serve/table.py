@@ -1,0 +1,78 @@
+"""Which answer holds which row of the store.
+
+Answers of one adapter stand side by side, for they share a forward pass, and no row between two answers is free:
+
+    row     0  1  2  3  4  5  6  7
+    adapter a  a  a  b  b  c  .  .
+
+One that joins or leaves costs at most one move for each adapter behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar('T')
+
+
+class Table(Generic[T]):
+    """Rows and who holds them.
+
+    Args:
+        groups: The adapters, in the order in which they stand.
+        move: Called with (source row, target row, what moves) when something has to change its row.
+    """
+
+    def __init__(self, groups: Sequence[Hashable], move: Callable[[int, int, T], None]) -> None:
+        self._groups: dict[Hashable, list[T]] = {group: [] for group in groups}
+        self._move = move
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups.values()))
+
+    def items(self) -> list[tuple[Hashable, T]]:
+        """All answers with their adapters."""
+        return [(group, item) for group, held in self._groups.items() for item in held]
+
+    def group(self, group: Hashable) -> tuple[int, list[T]]:
+        """The first row of an adapter, and its answers in the order of their rows."""
+        return self._first(group), list(self._groups[group])
+
+    def row(self, group: Hashable, item: T) -> int:
+        """The row of an answer."""
+        return self._first(group) + self._groups[group].index(item)
+
+    def add(self, group: Hashable, item: T) -> int:
+        """Gives an answer the row behind the others of its adapter; returns it."""
+        for later in reversed(self._behind(group)):
+            held, first = self._groups[later], self._first(later)
+            if held:
+                self._move(first, first + len(held), held[0])
+                held.append(held.pop(0))
+        self._groups[group].append(item)
+        return self._first(group) + len(self._groups[group]) - 1
+
+    def remove(self, group: Hashable, item: T) -> None:
+        """Frees the row of an answer."""
+        held, first = self._groups[group], self._first(group)
+        at = held.index(item)
+        hole = first + len(held) - 1
+        last = held.pop()
+        if at < len(held):
+            self._move(hole, first + at, last)
+            held[at] = last
+        for later in self._behind(group):
+            held = self._groups[later]
+            if held:
+                self._move(hole + len(held), hole, held[-1])
+                held.insert(0, held.pop())
+                hole += len(held)
+
+    def _first(self, group: Hashable) -> int:
+        names = list(self._groups)
+        return sum(len(self._groups[name]) for name in names[: names.index(group)])
+
+    def _behind(self, group: Hashable) -> list[Hashable]:
+        names = list(self._groups)
+        return names[names.index(group) + 1 :]

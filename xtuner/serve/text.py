@@ -1,0 +1,69 @@
+"""The text of an answer as its ids come: no half characters, and an end at the first stop word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from xtuner.model.generate import UNFINISHED
+
+
+class AnswerText:
+    """Turns ids into text, each id once.
+
+    An id is decoded beside those of the piece before it, never alone, for tokenizers drop the space in front of a first
+    word; so the cost of an id does not grow with the answer.
+
+    Args:
+        tokenizer: Decodes the ids.
+        stop: Words that end the answer and are not part of it.
+
+    Attributes:
+        stopped: Whether a stop word has come.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []  # of the last piece and of what came after it
+        self._num_shown = 0  # ids of the last piece
+        self._held = ''  # text that may be the beginning of a stop word
+
+    def push(self, id_: int) -> str:
+        """Takes the next id; returns the text that is certain now, perhaps ''."""
+        self._ids.append(id_)
+        text = self._decode(self._ids)
+        if text.endswith(UNFINISHED):
+            return ''
+        return self._show(text)
+
+    def end(self) -> str:
+        """Returns what was held back: bytes that never made a character, the beginning of a stop word."""
+        if self.stopped:
+            return ''
+        text = self._show(self._decode(self._ids)) + ('' if self.stopped else self._held)
+        self._held = ''
+        return text
+
+    def _show(self, text: str) -> str:
+        before = self._decode(self._ids[: self._num_shown])
+        # A special token may change how the text in front of it is written; what is shown stays as it is.
+        new = text[len(before) :] if text.startswith(before) else self._decode(self._ids[self._num_shown :])
+        self._ids = self._ids[self._num_shown :]
+        self._num_shown = len(self._ids)
+        self._held += new
+        found = [at for word in self._stop if (at := self._held.find(word)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        keep = max((_overlap(self._held, word) for word in self._stop), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ''
+
+
+def _overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` begin `word`."""
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
