@@ -14,6 +14,7 @@ ORDER = ['errors', 'ranks', 'registry', 'config', 'dataset', 'model', 'engine']
 ALLOWED = {room: set(ORDER[: i + 1]) for i, room in enumerate(ORDER)}
 ALLOWED['convert'] = ALLOWED['model'] | {'convert'}
 ALLOWED['chat'] = ALLOWED['model'] | {'chat'}
+ALLOWED['serve'] = ALLOWED['model'] | {'chat', 'serve'}
 
 
 def imported_rooms(file: Path) -> set[str]:

@@ -85,7 +85,9 @@ class Running:
 
 
 @contextmanager
-def serving(loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: float = 10, **options: Any) -> Iterator[Running]:  # fmt: skip
+def serving(
+    loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
+) -> Iterator[Running]:
     """Serves in a thread of this process; `options` are of Limits, or of Service."""
     import uvicorn
 
@@ -117,7 +119,6 @@ def serving(loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: 
 def server(loaded: Any) -> Iterator[Running]:
     with serving(loaded) as running:
         yield running
-
 
 
 @pytest.fixture

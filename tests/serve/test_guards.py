@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -147,10 +148,8 @@ def test_slow_clients_are_shown_the_door(loaded: Any) -> None:
         assert time.monotonic() < began + 3
         assert b' 408 ' in stuck.recv(1000)
         for gone in (slow, idle, second):
-            with gone:
-                try:
-                    assert gone.recv(10) == b''
-                except ConnectionResetError:
+            with gone, contextlib.suppress(ConnectionResetError):
+                while gone.recv(1000):
                     pass
         stuck.close()
 
@@ -160,7 +159,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(loaded: Any, endless: Any) 
         client = running.client()
         held = [client.chat.completions.create(**chat(running, max_tokens=2000, stream=True)) for _ in range(3)]
         for stream in held:
-            next(iter(stream))
+            assert [next(stream) for _ in range(2)][1].choices[0].delta.content
         waiting = [threading.Thread(target=post, args=(running, chat(running))) for _ in range(2)]
         for thread in waiting:
             thread.start()
@@ -181,7 +180,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(loaded: Any, endless: Any) 
 
 
 def test_an_api_key(loaded: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(loaded, api_key='sesame-123') as running, caplog.at_level(logging.DEBUG):
+    with serving(loaded, api_key='sesame-123', only_loopback=False) as running, caplog.at_level(logging.DEBUG):
         good = running.client(api_key='sesame-123')
         assert good.chat.completions.create(**chat(running)).choices
         assert len(list(good.models.list())) == 3
@@ -233,4 +232,4 @@ def test_a_character_of_several_tokens_comes_whole(loaded: Any, endless: Any) ->
         pieces = [chunk.choices[0].delta.content or '' for chunk in stream]
     assert ''.join(pieces) == text
     assert '\ufffd' not in ''.join(pieces)
-    assert '🙂' in ''.join(piece for piece in pieces if len(piece) <= 2)
+    assert len([piece for piece in pieces if piece]) > 3, 'it came in one piece'

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('llm', help='a model: a folder or a hub id')
     parser.add_argument('--adapter', action='append', default=[], metavar='[NAME=]FOLDER',
-                        help='a checkpoint folder of `xtuner train`, or any peft adapter; may be given again')  # fmt: skip
+                        help='a checkpoint folder of `xtuner train`, or any peft adapter; repeatable')  # fmt: skip
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
     parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")

@@ -106,7 +106,7 @@ class BatchDecoder:
         if getattr(config, 'layer_types', None) is None and getattr(config, 'sliding_window', None):
             self._sliding = config.sliding_window  # of all layers, as in Mistral
         self._window = _Window()
-        layers = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
+        layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
         self._cache = Cache(layers=layers)
         self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
 

@@ -206,9 +206,7 @@ class Batcher:
         while self._waiting and len(self._table) < self._decoder.num_rows and self._reading is None:
             answer = self._waiting[0]
             longest = max(len(a.prompt_ids) for a in [*joining, answer])
-            if joining and (
-                answer.adapter != joining[0].adapter or longest * (len(joining) + 1) > READ_AT_ONCE
-            ):
+            if joining and (answer.adapter != joining[0].adapter or longest * (len(joining) + 1) > READ_AT_ONCE):
                 break
             joining.append(self._waiting.popleft())
             self._table.add(answer.adapter, answer)

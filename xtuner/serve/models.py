@@ -1,4 +1,4 @@
-"""What is served: one base, any number of adapters on it, each under a name with the prompt format it was tuned with."""
+"""What is served: one base, any number of adapters on it, each with its name and its prompt format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServedModel:
         name: What clients call it.
         adapter: What peft calls its adapter; None for the base.
         tokenizer: Its tokenizer.
-        template: Its prompt format; None for a base that has none.
+        template: Its prompt format; None where none is known.
         why_no_template: Why, for the client that asks it to chat.
     """
 
@@ -161,9 +161,9 @@ def _served(
     try:
         return ServedModel(name, peft_name, tokenizer, get_template(wanted, tokenizer))
     except ConfigError as error:
-        if template or adapter:
+        if template:
             raise
-        return ServedModel(name, None, tokenizer, None, str(error))
+        return ServedModel(name, peft_name, tokenizer, None, str(error))
 
 
 def _peft_name(name: str) -> str:

@@ -112,8 +112,8 @@ def _request(content: Mapping[str, Any], prompts: tuple[Any, ...], max_tokens: s
     usage = _value(options, 'include_usage', False, 'true or false', lambda v: isinstance(v, bool))
     sampling = Sampling(
         default.max_new_tokens,
-        _value(content, 'temperature', default.temperature, 'a number from 0 to 2', lambda v: _number(v) and 0 <= v <= 2),
-        _value(content, 'top_p', default.top_p, 'a number from 0 to 1', lambda v: _number(v) and 0 <= v <= 1),
+        _value(content, 'temperature', default.temperature, 'a number from 0 to 2', lambda v: _number(v, 2)),
+        _value(content, 'top_p', default.top_p, 'a number from 0 to 1', lambda v: _number(v, 1)),
         _value(content, 'seed', None, 'a whole number', _whole),
     )
     return Request(
@@ -163,12 +163,13 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value: Any, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _kind(value: Any) -> str:
     """A value as an error message may show it: numbers and truth values as they are, of the rest the kind alone."""
     if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1e12):
         return json.dumps(value)
-    return {str: 'a text', list: 'a list', dict: 'an object'}.get(type(value), 'a large number')
+    kinds: dict[type, str] = {str: 'a text', list: 'a list', dict: 'an object'}
+    return kinds.get(type(value), 'a large number')

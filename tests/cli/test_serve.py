@@ -1,0 +1,134 @@
+"""`xtuner serve` as a process: it says where it listens, ends in good order, and says what is wrong with a call."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xtuner.cli.main import main
+from xtuner.cli.serve import is_loopback, read_key
+
+
+class Process:
+    """The command, and what it said."""
+
+    def __init__(self, *words: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', 'xtuner.cli.main', 'serve', *words],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | environment,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(iter(self.process.stderr.readline, ''))
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if found := re.search(pattern, ''.join(self.lines)):
+                return found
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.02)
+        raise AssertionError(f'{pattern} never came: {self.lines}')
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(30)
+        self._reader.join(5)
+        return status
+
+
+@pytest.fixture
+def service(tiny_internlm: Path, tmp_path: Path) -> Iterator[Process]:
+    (tmp_path / 'key').write_text('open-sesame\n', encoding='utf-8')
+    process = Process(str(tiny_internlm), '--port', '0', '--prompt-template', 'internlm_chat', '--max-streams', '2',
+                      '--temperature', '0', '--api-key-file', str(tmp_path / 'key'))  # fmt: skip
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+def test_a_stream_under_way_is_ended_before_the_process(service: Process, tiny_internlm: Path) -> None:
+    """SIGTERM: no new connection, the answer comes whole, exit status 0."""
+    from openai import APIConnectionError, OpenAI
+
+    url = service.wait_for(r'serving at (http://127\.0\.0\.1:\d+/v1)').group(1)
+    client = OpenAI(base_url=url, api_key='open-sesame', max_retries=0)
+    messages: Any = [{'role': 'user', 'content': 'Hello'}]
+    options: Any = {'model': tiny_internlm.name, 'messages': messages, 'max_tokens': 1500, 'seed': 3}
+    stream = client.chat.completions.create(**options, stream=True)
+    pieces = [next(stream), next(stream)]
+    service.process.send_signal(signal.SIGTERM)
+    pieces += stream
+    assert pieces[-1].choices[0].finish_reason in ('length', 'stop')
+    assert service.process.wait(30) == 0
+    with pytest.raises(APIConnectionError):
+        client.models.list()
+    said = ''.join(service.lines)
+    assert 'chat 200' in said
+    assert 'sesame' not in said and 'Traceback' not in said
+
+
+def test_a_wrong_call_is_one_line(tiny_internlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = str(tiny_internlm)
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = str(other.getsockname()[1])
+        (tmp_path / 'empty').write_text('\n', encoding='utf-8')
+        for words, message in [
+            ([model, '--port', port], f'127.0.0.1:{port} cannot be had'),
+            ([model, '--host', 'no.such.host.invalid', '--port', '0'], '--host no.such.host.invalid'),
+            ([model, '--port', '70000'], 'must be from 0 to 65535'),
+            ([model, '--api-key-file', str(tmp_path / 'none')], 'cannot be read'),
+            ([model, '--api-key-file', str(tmp_path / 'empty')], 'holds no API key'),
+            ([model, '--port', '0', *2 * ['--adapter', f'a={tmp_path}']], "the name 'a' is taken"),
+        ]:
+            assert main(['serve', *words]) == 2
+            assert message in capsys.readouterr().err
+
+
+def test_the_key_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('XTUNER_API_KEY', raising=False)
+    assert read_key(None) == ''
+    monkeypatch.setenv('XTUNER_API_KEY', 'from-environment')
+    assert read_key(None) == 'from-environment'
+    (tmp_path / 'key').write_text('  from-file \nsecond line\n', encoding='utf-8')
+    assert read_key(tmp_path / 'key') == 'from-file'
+
+
+def test_which_addresses_are_this_machine_alone() -> None:
+    assert [is_loopback(h) for h in ('localhost', '127.0.0.1', '127.0.0.2', '::1')] == [True] * 4
+    assert [is_loopback(h) for h in ('0.0.0.0', '::', '192.168.1.1', 'example.com', '')] == [False] * 5
+
+
+def test_a_word_of_warning_where_others_can_reach_it(tiny_internlm: Path) -> None:
+    """The address is any of this machine's; nothing connects to it."""
+    process = Process(str(tiny_internlm), '--host', '0.0.0.0', '--port', '0', XTUNER_API_KEY='')
+    try:
+        process.wait_for('WITHOUT AN API KEY')
+    finally:
+        process.process.kill()
+        process.process.wait()
+
+
+def test_without_its_extra_the_command_says_how_to_get_it(
+    tiny_internlm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, 'uvicorn', None)
+    for name in [n for n in sys.modules if n.startswith('xtuner.serve')]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(['serve', str(tiny_internlm), '--port', '0']) == 2
+    assert "pip install 'xtuner[serve]'" in capsys.readouterr().err

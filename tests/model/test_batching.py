@@ -1,0 +1,92 @@
+"""Rows of unequal lengths in one pass, for each family: the logits of each text alone without a cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+
+from xtuner.errors import ModelError
+from xtuner.model.batching import BatchDecoder
+from xtuner.model.internlm.configuration import InternLMConfig
+from xtuner.model.internlm.modeling import InternLMForCausalLM
+from xtuner.model.internlm2.configuration import InternLM2Config
+from xtuner.model.internlm2.modeling import InternLM2ForCausalLM
+
+SIZE: dict[str, Any] = {
+    'vocab_size': 97, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+    'num_key_value_heads': 2, 'max_position_embeddings': 128, 'initializer_range': 0.2,
+}  # fmt: skip
+MODELS: dict[str, Any] = {
+    'internlm': lambda: InternLMForCausalLM(InternLMConfig(**SIZE | {'num_key_value_heads': 4})),
+    'internlm, dynamic NTK': lambda: InternLMForCausalLM(
+        InternLMConfig(**SIZE | {'num_key_value_heads': 4, 'rotary': {'base': 10000, 'type': 'dynamic'}})
+    ),
+    'internlm2': lambda: InternLM2ForCausalLM(InternLM2Config(**SIZE)),
+    'llama': lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
+    'qwen2': lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE)),
+    'mistral, a window of 6': lambda: MistralForCausalLM(MistralConfig(**SIZE, sliding_window=6)),
+    'gemma3, a window of 6 in some layers': lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=6, layer_types=['sliding_attention', 'full_attention'])
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+def test_each_row_is_its_text_alone(model: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (44, 9, 20, 30)]
+    starts = [30, 1, 13, 5]  # how much of each is its prompt
+    decoder = BatchDecoder(model, num_rows=5, max_length=64)
+    decoder.prefill([texts[0][:16]], row=1)  # a long one in two pieces, three short ones together
+    got: list[list[Any]] = [[decoder.prefill([texts[0][16:30]], row=1, start=16)[0]], [], [], []]
+    together = decoder.prefill([text[:n] for text, n in zip(texts[1:], starts[1:], strict=True)], row=2)
+    for number in (1, 2, 3):
+        got[number].append(together[number - 1])
+    order, first, lengths = [0, 1, 2, 3], 1, list(starts)
+    while order:
+        ids = [texts[number][lengths[number]] for number in order]
+        for number, logits in zip(order, decoder.step(ids, [lengths[n] for n in order], row=first), strict=True):
+            got[number].append(logits)
+            lengths[number] += 1
+        for number in [n for n in order if lengths[n] == len(texts[n])]:  # one that ends leaves, the last takes its row
+            at = order.index(number)
+            last = order.pop()
+            if last != number:
+                decoder.move(first + len(order), first + at, lengths[last])
+                order[at] = last
+        if order == [0, 2]:  # one more in front
+            decoder.move(1 + 1, 0, lengths[2])
+            order, first = [2, 0], 0
+    with torch.inference_mode():
+        for text, start, logits in zip(texts, starts, got, strict=True):
+            want = copy.deepcopy(model).double()(torch.tensor([text]), use_cache=False).logits[0, start - 1 :]
+            assert torch.stack(logits).shape == want.shape
+            # float32 against float64: a wrong place or a wrong row is of order 1.
+            torch.testing.assert_close(torch.stack(logits).double(), want, atol=2e-4, rtol=1e-3)
+
+
+def test_the_store_has_one_size(model: Any) -> None:
+    decoder = BatchDecoder(model, num_rows=3, max_length=64)
+    config = model.config
+    head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * 3 * config.num_key_value_heads * 64 * head * 4
+    assert decoder.store_bytes == size
+    decoder.prefill([[5] * 64] * 3, row=0)
+    assert decoder.store_bytes == size
+
+
+def test_a_recurrent_model_is_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZE))
+    model.config.layer_types = ['linear_attention', 'full_attention']
+    with pytest.raises(ModelError, match='linear_attention'):
+        BatchDecoder(model, num_rows=1, max_length=8)

@@ -1,0 +1,44 @@
+"""Drawing: the shares of temperature and top-p, by counting, beside transformers' own processors."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from xtuner.model.generate import Sampling
+from xtuner.serve.draw import draw_tokens
+
+LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0, 2.0])
+
+
+@pytest.mark.parametrize(('temperature', 'top_p'), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.9), (1.0, 0.0)])
+def test_shares_are_those_of_transformers(temperature: float, top_p: float) -> None:
+    num = 20_000
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+    want = warpers(torch.zeros(1, 1, dtype=torch.long), LOGITS[None].clone()).softmax(-1)[0]
+    random = Random(0)
+    drawn = draw_tokens(LOGITS.expand(num, -1), [Sampling(1, temperature, top_p)] * num, [random] * num)
+    got = torch.bincount(torch.tensor(drawn), minlength=len(LOGITS)) / num
+    assert set(drawn) == set(want.nonzero()[:, 0].tolist()), 'another set of words'
+    deviation = (want * (1 - want) / num).sqrt()
+    assert ((got - want).abs() <= 4.5 * deviation + 1e-9).all()
+
+
+def test_each_in_its_own_way_and_no_number_taken_by_the_greedy() -> None:
+    logits = torch.stack([LOGITS, LOGITS, LOGITS.flip(0)])
+    samplings = [Sampling(1, 0.0, 1.0), Sampling(1, 1.0, 1.0), Sampling(1, 0.0, 0.1)]
+    randoms = [Random(number) for number in range(3)]
+    alone = draw_tokens(LOGITS[None], samplings[1:2], [Random(1)])
+    assert draw_tokens(logits, samplings, randoms) == [1, alone[0], 4]
+    assert [r.getstate() == Random(n).getstate() for n, r in enumerate(randoms)] == [True, False, True]
+
+
+@pytest.mark.parametrize('temperature', [1e-9, 1e9])
+def test_extreme_temperatures_stay_finite(temperature: float) -> None:
+    big = torch.tensor([[1e4, -1e4, 0.0, float('-inf')]])
+    drawn = {draw_tokens(big, [Sampling(1, temperature, 1.0)], [Random(n)])[0] for n in range(50)}
+    assert drawn == ({0} if temperature < 1 else {0, 1, 2})

@@ -1,0 +1,87 @@
+"""What is loaded and under which names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xtuner.errors import CheckpointError, DataError, ModelError, UsageError
+from xtuner.model.adapter import Provenance
+from xtuner.model.weights import fingerprint, open_weights
+from xtuner.serve.models import load_served, name_adapters
+
+
+def test_names_are_given_or_the_folders() -> None:
+    assert name_adapters(['a/b/first', 'x=a/b/first', 'v1.5=c'], 'base') == {
+        'first': Path('a/b/first'), 'x': Path('a/b/first'), 'v1.5': Path('c')}  # fmt: skip
+    for words in (['a/one', 'b/one'], ['base=a'], ['x=a', 'x=b'], ['=a']):
+        with pytest.raises(UsageError, match='NAME='):
+            name_adapters(words, 'base')
+
+
+def test_a_base_without_a_format_completes_and_says_why_it_does_not_chat(base: Path) -> None:
+    model = load_served(str(base)).served[0]
+    assert model.name == base.name and model.encode_text('Hi')[0] == model.tokenizer.bos_token_id
+    assert model.stop_ids == {model.tokenizer.eos_token_id}
+    with pytest.raises(DataError, match='no prompt format'):
+        model.encode_chat([{'role': 'user', 'content': 'Hi'}])
+
+
+def with_origin(adapter: Path, folder: Path, base: Path, **fields: Any) -> Path:
+    """A copy of an adapter with what `xtuner train` writes beside it."""
+    shutil.copytree(adapter, folder)
+    origin = {'base': str(base), 'base_fingerprint': fingerprint(open_weights(base)), 'template': 'internlm_chat',
+              'compute_dtype': 'fp32'} | fields  # fmt: skip
+    Provenance(**origin).write(folder)
+    return folder
+
+
+def test_each_adapter_keeps_its_format_and_the_base_its_bits(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    four: Any = {'bits': 4, 'quant_type': 'nf4', 'double_quant': True}
+    first = with_origin(adapters['first'], tmp_path / 'first', base, quantization=four)
+    other = with_origin(adapters['first'], tmp_path / 'v1.5', base, quantization=four, template='default')
+    loaded = load_served(str(base), adapters=[str(first), str(other)])
+    assert [m.name for m in loaded.served] == [base.name, 'first', 'v1.5']
+    assert [m.template and m.template.name for m in loaded.served] == [None, 'internlm_chat', 'default']
+    assert loaded.model.get_base_model().is_loaded_in_4bit
+    assert loaded.max_length == 2048
+    third = with_origin(adapters['second'], tmp_path / 'third', base)
+    with pytest.raises(UsageError, match="'first' and 'third' were trained on the base in different bits; choose with"):
+        load_served(str(base), adapters=[str(first), str(third)])
+
+
+def test_what_cannot_be_served(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    foreign = with_origin(adapters['first'], tmp_path / 'foreign', base, base_fingerprint='0' * 64)
+    with pytest.raises(CheckpointError, match='another base'):
+        load_served(str(base), adapters=[str(foreign)])
+    with pytest.raises(CheckpointError, match='no adapter there'):
+        load_served(str(base), adapters=[str(tmp_path)])
+    from peft import PromptTuningConfig, get_peft_model
+
+    from xtuner.model.loading import load_model
+
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type='CAUSAL_LM')
+    get_peft_model(load_model(base, dtype=torch.float32), config).save_pretrained(tmp_path / 'prompt')
+    with pytest.raises(ModelError, match='adds tokens to the prompt'):
+        load_served(str(base), adapters=[str(tmp_path / 'prompt')])
+
+
+def test_using_an_adapter_is_having_it_alone(base: Path, adapters: dict[str, Path], loaded: Any) -> None:
+    from xtuner.model.adapter import load_adapter
+    from xtuner.model.loading import load_model
+
+    ids = torch.tensor([[1, 5, 9, 13]])
+    for name in ('second', None, 'first', None, 'second'):
+        alone: Any = load_model(base, dtype=torch.float32)
+        alone = load_adapter(alone, adapters[name]).eval() if name else alone
+        loaded.use(name)
+        with torch.inference_mode():
+            assert torch.equal(loaded.model(ids).logits, alone(ids).logits), name
+    assert json.loads((adapters['second'] / 'adapter_config.json').read_text())['use_dora']
