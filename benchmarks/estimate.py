@@ -3,9 +3,9 @@
     python benchmarks/estimate.py [--out FOLDER] [--layers 32] [--rows NAME,NAME]
 
 Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
-computes it. `allocated` is `torch.cuda.max_memory_allocated`, which the prediction is compared with; `card` is what the
-process has taken of the card at the end by the driver, against the prediction with what torch does not count. A row is
-batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
+computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is what torch has taken of the card at most, which
+grows with what is free where layers' inputs go to the host; beside it the prediction with graphs and fragments. A row
+is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
 """
 
 from __future__ import annotations
@@ -70,10 +70,14 @@ ROWS = [
     Row(8, 2048, True),
     Row(1, 8192, True),
     Row(4, 2048, True, paged=False),
+    Row(2, 4096, True),
+    Row(1, 4096, False, dropout=0.1),
     Row(4, 2048, True, rank=16),
+    Row(3, 1024, False, rank=16),
     Row(1, 2048, True, fast=False),
     Row(1, 2048, False, fast=False),
     Row(4, 2048, True, dropout=0.1, fast=False),
+    Row(1, 2048, False, dropout=0.1, fast=False),
     Row(4, 2048, True, bits=None),
     Row(1, 2048, False, bits=None),
 ]
@@ -100,7 +104,7 @@ def prepare(model: Any, row: Row) -> None:
 
 
 def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
-    """GiB: the highest that torch counted, what it holds, and what the card has less than before."""
+    """GiB: the most that torch counted and held, what the driver has given out, and what there was before the step."""
     import bitsandbytes as bnb
 
     loss_of = SupervisedFinetune(model)
@@ -108,6 +112,7 @@ def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
     optimizer: Any = (bnb.optim.PagedAdamW32bit if row.paged else torch.optim.AdamW)(trained, lr=1e-4)
     wait_once_a_step(optimizer)
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # of the rows before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     begin = torch.cuda.memory_allocated()
@@ -128,7 +133,8 @@ def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
     return {
         'allocated': torch.cuda.max_memory_allocated() / GIB,
         'reserved': torch.cuda.max_memory_reserved() / GIB,
-        'card': (total - free) / GIB,
+        'driver': (total - free) / GIB,
+        'paged': sum(p.numel() for p in trained) * 8 * row.paged / GIB,
         'begin': begin / GIB,
     }
 
@@ -146,6 +152,11 @@ def predict(row: Row, layers: int) -> Any:
     ))  # fmt: skip
 
 
+def reserved(expected: Any) -> int:
+    beside = expected.beside
+    return expected.allocated + beside.get('recorded graphs', 0) + beside['fragments']
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, help='folder for estimate.jsonl and estimate.md')
@@ -155,8 +166,11 @@ def main() -> None:
     args = parser.parse_args()
     wanted = args.rows.split(',') if args.rows else [row.name for row in ROWS]
     lines, records, built, model = [], [], None, None
-    lines.append(f'{torch.cuda.get_device_name()}, torch {torch.__version__}\n')
-    lines.append('| configuration | predicted, GiB | measured | off by | card predicted | card measured | highest at |')
+    torch.zeros(1, device='cuda')
+    free, total = torch.cuda.mem_get_info()
+    bare = f'a bare context takes {(total - free) / GIB:.2f} GiB'
+    lines.append(f'{torch.cuda.get_device_name()}, torch {torch.__version__}; {bare}\n')
+    lines.append('| configuration | predicted, GiB | measured | off by | reserved, predicted | reserved | highest at |')
     lines.append('| --- | ---: | ---: | ---: | ---: | ---: | --- |')
     print('\n'.join(lines), flush=True)
     for row in (r for r in ROWS if r.name in wanted):
@@ -169,7 +183,7 @@ def main() -> None:
         found, expected = measure(model, row, args.steps), predict(row, args.layers)
         off = expected.allocated / GIB / found['allocated'] - 1
         lines.append(f'| {row.name} | {expected.allocated / GIB:.2f} | {found["allocated"]:.2f} | {off:+.1%} '
-                     f'| {expected.on_card / GIB:.2f} | {found["card"]:.2f} | {expected.moment} |')  # fmt: skip
+                     f'| {reserved(expected) / GIB:.2f} | {found["reserved"]:.2f} | {expected.moment} |')  # fmt: skip
         terms = {k: round(v / GIB, 3) for k, v in {**expected.terms, **expected.beside}.items()}
         records.append({'row': row.name, 'measured': found, 'predicted': expected.allocated / GIB, 'terms': terms})
         print(lines[-1], json.dumps(records[-1]), flush=True)

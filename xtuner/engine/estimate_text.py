@@ -62,7 +62,8 @@ def _memory(memory: Prediction, setup: Setup) -> list[str]:
         'graphs': 'memory of recorded CUDA graphs',
         'recorded graphs': 'kept for CUDA graphs',
         'paged optimizer': 'may move to the host when memory is short',
-        'CUDA': 'context and kernels, measured on an H200',
+        'fragments': "pieces that torch's allocator cannot use",
+        'CUDA': 'context and kernels, measured on an H100',
     }
     lines = [f'{"peak memory":{_WIDTH}}{"GiB":>8}   highest at {memory.moment}']
     lines += _rows(memory.terms, texts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xtuner.model.kernels.graphs import MOST_TOKENS
 from xtuner.model.memory_terms import (
     CONTEXT_BYTES,
+    FRAGMENTS,
     Setup,
     base_weights,
     cast_weights,
@@ -34,10 +35,19 @@ def moments(setup: Setup) -> Mapping[str, Mapping[str, int]]:
     grads, layer = gradients(setup), kept_by_layer(setup)
     before = grads if setup.accumulated or setup.world_size > 1 else 0
     one = grads // setup.shape.num_layers
-    kept, work = kept_activations(setup) + cast_weights(setup), layer_workspace(setup)
+    kept, work = kept_activations(setup), layer_workspace(setup)
+    anew = layer if setup.checkpointing and not setup.on_fast_path else cast_weights(setup)
     ends = {
-        'the loss': {'gradients': before, 'activations': kept, 'loss': loss_workspace(setup)},
-        'the first layer of the backward pass': {'gradients': before + one, 'activations': kept, 'workspace': work},
+        'the loss': {
+            'gradients': before,
+            'activations': kept + cast_weights(setup),
+            'loss': loss_workspace(setup),
+        },
+        'the first layer of the backward pass': {
+            'gradients': before + one,
+            'activations': kept + anew,
+            'workspace': work,
+        },
         'the last layer of the backward pass': {
             'gradients': grads,
             'activations': layer + in_flight(setup) + row_bytes(setup) + cast_weights(setup) // setup.shape.num_layers,
@@ -96,6 +106,7 @@ def predict_memory(setup: Setup) -> Prediction:
         loss = sum(v for k, v in candidates['the loss'].items() if k != 'activations') + graph_places(setup)
         outside = max(loss, sum(candidates['the end of a recorded backward pass'].values()))
         beside['recorded graphs'] = max(0, graph_pool(setup) + outside - highest)
+    beside['fragments'] = int(FRAGMENTS * (sum(run.values()) + highest))
     return Prediction(
         terms={k: v for k, v in {**run, **candidates[moment]}.items() if v},
         beside={k: v for k, v in beside.items() if v},

@@ -19,8 +19,10 @@ _OFFLOAD_FROM = 2**28  # `FastDecoder.offload_from_bytes`
 _BLOCK, _COARSE = 64, 256  # bitsandbytes: values that share a scale, scales that share one
 # cuBLAS keeps 32 MiB for each stream that multiplies on compute capability 9.0, 8 MiB before; 9.0 is assumed.
 _PRODUCT_SPACE = 2**25
-# CUDA's context and the code of the libraries' kernels, which torch does not count; measured, see benchmarks/.
-CONTEXT_BYTES = 550 * 2**20
+# CUDA's context and the libraries' kernels, which torch does not count, and what its allocator holds in unused pieces,
+# as a share of what is used; measured on an H100 (benchmarks/estimate_h100_2026-11-25.md).
+CONTEXT_BYTES = 920 * 2**20
+FRAGMENTS = 0.05
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def gradients(setup: Setup) -> int:
 
 
 def library_space(setup: Setup) -> int:
-    """cuBLAS's own space, 32 MiB a stream; recorded graphs have a stream of their own."""
-    return _PRODUCT_SPACE * (2 if setup.graphs else 1)
+    """cuBLAS's own space: 32 MiB each for the forward pass, the backward pass's thread, and recorded graphs."""
+    return _PRODUCT_SPACE * (3 if setup.graphs else 2)
 
 
 # ---- what a forward pass keeps for the backward pass
@@ -159,17 +161,19 @@ def kept_by_fast_layer(setup: Setup) -> int:
 
 
 def kept_by_stock_layer(setup: Setup) -> int:
-    """With seven adapters, in half precision: T (28 H + 8 I + 14 r + 4 heads + 8), what autograd saves.
+    """With seven adapters, in half precision: T (28 H + 8 I + 14 r + 4 heads + 8), on 4 bit 8 H less.
 
     Of transformers' layer under peft and autocast: each norm keeps a float32 copy of its input (4 H); each adapter a
     half-precision copy of its own (6 H for q, k, v; 2 A for o; 4 H for gate and up; 2 I for down) and its projection
-    (2 r), with dropout a mask of a byte too; q, k, v; attention's output; gate, silu(gate), up. A trained base keeps
-    one copy a product. Read from `LlamaDecoderLayer` and `lora.Linear`.
+    (2 r), with dropout a mask of a byte too; q, k, v; attention's output; gate, silu(gate), up. Products that read the
+    same tensor share it where nothing is cast or dropped: on a quantised base, or where the base itself is trained.
+    Read from `LlamaDecoderLayer`, and peft's `lora.layer.Linear` and `lora.bnb.Linear4bit`.
     """
     shape, b, adapted = setup.shape, setup.value_bytes, [rank > 0 for rank in setup.shape.ranks]
     copies = [sum(adapted[:3]), adapted[3], sum(adapted[4:6]), adapted[6]]
-    if setup.full or b == 4:  # the input itself is what products save, once for all that read it
+    if setup.full or ((setup.bits or b == 4) and not shape.dropout):
         copies = [min(1, c or setup.full) for c in copies]
+        copies[1] = 0  # o's input is attention's output
     inputs = (shape.hidden, _attended(shape), shape.hidden, shape.inner)
     read = sum(c * k for c, k in zip(copies, inputs, strict=True))
     masks = sum(on * k for on, k in zip(copies, inputs, strict=True)) if shape.dropout else 0
@@ -245,10 +249,10 @@ def _fast_workspace(setup: Setup) -> int:
 
 
 def _stock_workspace(setup: Setup) -> int:
-    """At down's product: T (2 H b + I (2 b + 4)), its input's gradient in both dtypes, and the weight as floats."""
+    """At down's product: T (2 H b + I (2 b + 4)), its input's gradients; on 4 bit 3 b, and the weight as floats."""
     shape, b = setup.shape, setup.value_bytes
     weight = 0 if setup.bits is None else shape.hidden * shape.inner * b
-    return setup.tokens * (2 * shape.hidden * b + shape.inner * (2 * b + 4)) + weight
+    return setup.tokens * (2 * shape.hidden * b + shape.inner * (2 * b + (b if setup.bits else 4))) + weight
 
 
 def loss_workspace(setup: Setup) -> int:
