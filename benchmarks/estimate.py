@@ -3,7 +3,7 @@
     python benchmarks/estimate.py [--out FOLDER] [--layers 32] [--rows NAME,NAME]
 
 Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
-computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is what torch has taken of the card at most, which
+computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is the most that torch took of the card, which
 grows with what is free where layers' inputs go to the host; beside it the prediction with graphs and fragments. A row
 is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
 """
