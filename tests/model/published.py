@@ -38,6 +38,7 @@ V3 = {key: value for key, value in V2.items() if key not in ('attn_implementatio
     'auto_map': {key: value.replace('internlm', 'internlm3') for key, value in V1['auto_map'].items()},
     'bias': False, 'qkv_bias': False, 'head_dim': 12, 'model_type': 'internlm3', 'rope_theta': 50000000,
     'transformers_version': '4.47.1', 'attention_dropout': 0.0,
+    'vocab_size': VOCAB + 8,  # with room for the names behind the pieces
 }  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
         }
         linears |= {'mlp.gate_proj': (INTER, HIDDEN), 'mlp.up_proj': (INTER, HIDDEN), 'mlp.down_proj': (HIDDEN, INTER)}
         norms, names = ('input_layernorm', 'post_attention_layernorm'), ('model.embed_tokens.weight', 'lm_head.weight')
-    tensors = {names[0]: normal(VOCAB, HIDDEN, scale=1.0)}
+    vocab = config['vocab_size']
+    tensors = {names[0]: normal(vocab, HIDDEN, scale=1.0)}
     for i in range(LAYERS):
         for name, shape in linears.items():
             tensors[f'model.layers.{i}.{name}.weight'] = normal(*shape)
@@ -102,7 +104,7 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
                 tensors[f'model.layers.{i}.{name}.bias'] = normal(shape[0])
         for name in norms:
             tensors[f'model.layers.{i}.{name}.weight'] = 1 + normal(HIDDEN)
-    return tensors | {'model.norm.weight': 1 + normal(HIDDEN), names[1]: normal(VOCAB, HIDDEN)}
+    return tensors | {'model.norm.weight': 1 + normal(HIDDEN), names[1]: normal(vocab, HIDDEN)}
 
 
 def write_model(folder: Path, name: str, layout: str = 'bin', *, stray: bool = False) -> Path:

@@ -83,6 +83,8 @@ def test_backbone_of_a_reward_model(tmp_path: Path, name: str) -> None:
     assert type(backbone) is InternLM2Model
     assert not report['missing_keys']
     torch.testing.assert_close(backbone(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+    with pytest.raises(ModelError, match=r"no file holds tensor 'output\.weight'"):  # it is no language model
+        load_model(folder, dtype=FP32)
 
 
 @pytest.mark.parametrize('layout', ['bin', 'safetensors-sharded'])

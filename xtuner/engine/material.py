@@ -16,6 +16,7 @@ from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
+from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
@@ -78,6 +79,7 @@ def load_for_training(
         device=default_device(),
         trust_remote_code=config.model.trust_remote_code,
     )
+    check_vocabulary(data.tokenizer, base, data.model_folder)
     model = _adapted(base, config, checkpoint, data.base_fingerprint)
     path = _prepare_for_training(model, config.runtime)
     _describe(model, config, time.perf_counter() - started)

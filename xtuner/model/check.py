@@ -1,4 +1,4 @@
-"""Whether the tensors in a folder are those of the model, by name and shape, before anything is loaded."""
+"""Whether a folder fits together: its tensors, by name and shape before they are loaded, and its vocabulary."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def check_weights(folder: Path, config: Any) -> None:
         if name in held and reader.shape(name) != shape:
             raise ModelError(f'{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}, but config.json '
                              f'makes it {shape}')  # fmt: skip
+
+
+def check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:
+    """Raises ModelError where the tokenizer gives ids that the model has no embedding for.
+
+    Args:
+        tokenizer: Of the same folder.
+        model: A transformers model.
+        folder: For the message.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(f'{folder}: the tokenizer knows {len(tokenizer)} ids, the model {rows}; the two do not belong '
+                         'together, or tokens were added to the tokenizer alone')  # fmt: skip
 
 
 def _some(files: list[str]) -> str:
