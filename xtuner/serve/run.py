@@ -72,10 +72,8 @@ def run_service(
         api_key=api_key,
         only_loopback=loopback and not api_key,
     )
-    address, bound = taken.getsockname()[:2]
     logger.info('%d answers of up to %d tokens at a time: %.2f GiB', num_streams, max_length,
                 decoder.store_bytes / 2**30)  # fmt: skip
     for model in loaded.served:
         logger.info('model %r%s', model.name, '' if model.template else ' (no prompt format: completions only)')
-    logger.info('serving at http://%s:%d/v1', f'[{address}]' if ':' in address else address, bound)
     serve(service.app(), taken, grace_s=grace_s)

@@ -106,6 +106,9 @@ def serve(app: Starlette, taken: socket.socket, *, grace_s: float) -> None:
         grace_s: Seconds that requests under way have to end.
     """
     server = make_server(app, grace_s=grace_s)
+    taken.listen(server.config.backlog)  # who comes from now on is heard, if a moment later
+    host, port = taken.getsockname()[:2]
+    logger.info('serving at http://%s:%d/v1', f'[{host}]' if ':' in host else host, port)
     # uvicorn raises the signal once more when it is done, for whoever had it before: a service that was asked to end
     # and did has succeeded.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGINT)}
