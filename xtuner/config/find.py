@@ -8,11 +8,16 @@ import xtuner
 from xtuner.errors import ConfigError, nearest
 
 
-def config_root() -> Path:
-    """The folder of shipped configs: inside the installed package, or at the top of a source checkout."""
+def shipped_folder(name: str) -> Path:
+    """`configs` or `tools`: inside the installed package, or at the top of a source checkout."""
     package = Path(xtuner.__file__).parent
-    installed, checkout = package / 'configs', package.parent / 'configs'
+    installed, checkout = package / name, package.parent / name
     return installed if installed.is_dir() else checkout
+
+
+def config_root() -> Path:
+    """The folder of shipped configs."""
+    return shipped_folder('configs')
 
 
 def list_configs(pattern: str = '') -> dict[str, Path]:

@@ -1,0 +1,24 @@
+"""`xtuner chat LLM --web` under Streamlit's own command: `streamlit run tools/web_demo.py -- LLM [--adapter A] ...`.
+
+What stands after the `--` are arguments of `xtuner chat`; Streamlit's own, such as `--server.port`, stand before it.
+"""
+
+import argparse
+import sys
+
+from streamlit.starlette import App
+
+from xtuner.chat.web.app import MIDDLEWARE, PAGE, share_model
+from xtuner.cli.chat import add_arguments, load_shared_model
+from xtuner.cli.log import start_logging
+from xtuner.errors import XTunerError
+
+parser = argparse.ArgumentParser(prog='streamlit run web_demo.py --', description=__doc__, allow_abbrev=False)
+add_arguments(parser)
+start_logging()
+try:
+    share_model(load_shared_model(parser.parse_args()))
+except XTunerError as error:
+    sys.exit(f'xtuner: error: {error}')
+
+app = App(PAGE, middleware=MIDDLEWARE)  # what `streamlit run` looks for

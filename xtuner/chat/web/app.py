@@ -1,0 +1,99 @@
+"""The page's server: Streamlit, on this machine only, with a policy that lets a browser fetch nothing elsewhere."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from streamlit.starlette import App
+
+from xtuner.chat.web.talk import SharedModel
+from xtuner.config.find import shipped_folder
+from xtuner.errors import UsageError
+
+PAGE = Path(__file__).with_name('chat_page.py')
+LAUNCHER = 'web_demo.py'  # in tools/; Streamlit's options lie beside it
+# A second wall: whatever an answer makes the page draw, nothing is run that is not Streamlit's, and nothing is fetched.
+HEADERS = {
+    'Content-Security-Policy': (
+        "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+        "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-src 'none'; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    'X-DNS-Prefetch-Control': 'off',  # a link is not looked up before it is clicked
+    'Referrer-Policy': 'no-referrer',
+    'X-Content-Type-Options': 'nosniff',
+}
+
+_shared: SharedModel | None = None
+
+
+def share_model(shared: SharedModel) -> None:
+    """Sets the model that every tab of this process's page talks to."""
+    global _shared
+    _shared = shared
+
+
+def shared_model() -> SharedModel:
+    """The model of this process's page.
+
+    Raises:
+        UsageError: none was set, since Streamlit runs the page's file itself.
+    """
+    if _shared is None:
+        raise UsageError('no model is loaded; start the page with `xtuner chat LLM --web`')
+    return _shared
+
+
+class SecurityHeaders:
+    """ASGI middleware that adds `HEADERS` to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message['type'] == 'http.response.start':
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+MIDDLEWARE = [Middleware(SecurityHeaders)]
+
+
+def check_port(port: int) -> None:
+    """Checks that a port can be had, before the model is loaded.
+
+    Raises:
+        UsageError: something else listens there.
+    """
+    with closing(socket.socket()) as probe:
+        if sys.platform != 'win32':  # there, the option would let two listen on one port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(('127.0.0.1', port))
+        except OSError as error:
+            raise UsageError(f'--port {port}: {error.strerror}; leave it out to take the next free one') from error
+
+
+def run_app(shared: SharedModel, port: int | None) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        shared: The model to talk to.
+        port: Where; None takes the first free one from 8501.
+    """
+    share_model(shared)
+    sys.argv = [
+        str(shipped_folder('tools') / LAUNCHER)
+    ]  # Streamlit looks for its options beside what it believes to run
+    App(PAGE, middleware=MIDDLEWARE).run(config={} if port is None else {'server.port': port})
