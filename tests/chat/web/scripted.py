@@ -28,9 +28,6 @@ DANGEROUS = r"""<script>document.title = 'taken over'</script>
 [script](javascript:document.title='taken%20over') [data](data:text/html,<script>alert(1)</script>)
 [good]({outside}/page)
 
-> ```
-![slips through, the quotation having ended]({outside}/slipped.png)
-
 $\href{{javascript:document.title='taken over'}}{{formula}}$ $\includegraphics{{{outside}/formula.png}}$ $x^2$
 
 It costs $5 or $6.
@@ -47,6 +44,9 @@ click B "javascript:document.title='taken over'"
 ~~~html
 <script>document.title = 'taken over'</script> ![not a picture]({outside}/code.png)
 ~~~
+
+- ```
+![slips through, the item having ended]({outside}/slipped.png)
 """
 
 

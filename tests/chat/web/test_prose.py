@@ -25,7 +25,15 @@ from xtuner.chat.web.prose import safe_markdown
         ('```\n``` no end\n![x](u)', '```\n``` no end\n![x](u)'),
         ('``` in a line ``` ![x](u)', '``` in a line ``` \\![x](u)'),
         ('1. ```py\n   ![x](u)\n   ```\n![y](u)', '1. ```py\n   ![x](u)\n   ```\n\\![y](u)'),
+        ('> ```\n> ![x](u)\n![y](u)', '> ```\n> ![x](u)\n\\![y](u)'),
+        ('```mermaid\ngraph LR\n```', '```\ngraph LR\n```'),
+        ('```\n```mermaid\n', '```\n```mermaid\n'),
         ('still under way:\n```\n![x](u', 'still under way:\n```\n![x](u'),
+        ('[x](javascript:a) [y](DATA:a)', '[x]\\(javascript:a) [y]\\(DATA:a)'),
+        ('[x]( <file:///a>) <vscode://a>', '[x]\\( \\<file:///a>) \\<vscode://a>'),
+        ('[x]: javascript:a', '[x]\\: javascript:a'),
+        ('[x](https://a) <mailto:a@b> [y](#z) [z](/q)', '[x](https://a) <mailto:a@b> [y](#z) [z](/q)'),
+        ('`[x](javascript:a)`', '`[x](javascript:a)`'),
         ('$5 or $6', '\\$5 or \\$6'),
         ('costs $5', 'costs \\$5'),
         ('$x$ and $a + b$', '$x$ and $a + b$'),
@@ -35,5 +43,5 @@ from xtuner.chat.web.prose import safe_markdown
         ('', ''),
     ],
 )
-def test_images_and_money_are_escaped_outside_code(text: str, shown: str) -> None:
+def test_images_odd_links_and_money_are_escaped_outside_code(text: str, shown: str) -> None:
     assert safe_markdown(text) == shown

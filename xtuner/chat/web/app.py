@@ -93,7 +93,6 @@ def run_app(shared: SharedModel, port: int | None) -> None:
         port: Where; None takes the first free one from 8501.
     """
     share_model(shared)
-    sys.argv = [
-        str(shipped_folder('tools') / LAUNCHER)
-    ]  # Streamlit looks for its options beside what it believes to run
+    # Streamlit looks for its options beside what it is told it runs.
+    sys.argv = [str(shipped_folder('tools') / LAUNCHER)]
     App(PAGE, middleware=MIDDLEWARE).run(config={} if port is None else {'server.port': port})

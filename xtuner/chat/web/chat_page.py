@@ -1,7 +1,7 @@
 """The page itself. Streamlit runs this file from top to bottom, in a thread of its own, at each thing a user does.
 
-While an answer grows, whatever else a user does ends it at the next piece of text: Streamlit raises there. So everything
-but Stop and Clear is disabled meanwhile.
+While an answer grows, whatever else a user does ends it at the next piece of text: Streamlit raises there. So
+everything but Stop and Clear is disabled meanwhile.
 """
 
 from __future__ import annotations
