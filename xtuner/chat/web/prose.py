@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 
 _FENCE = re.compile(r'(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<mark>`{3,}|~{3,})(?P<info>.*)')
-_CODE = re.compile(r'(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\1(?!`)', re.DOTALL)  # within a paragraph
+_BLANK = re.compile(r'(\n[ \t]*\n)')  # what ends a paragraph, and a piece of code in it
+_CODE = re.compile(r'(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)', re.DOTALL)
 _IMAGE = re.compile(r'(\\*)!(?=\[)')
 _SCHEME = r'(?!https?:|mailto:)[a-z][a-z0-9+.-]*:'  # in a link, a reference to one, or a bare one in <>
 _LINK = re.compile(rf'(?<=\])(?=\(\s*<?{_SCHEME})|(?<=\])(?=:\s*<?{_SCHEME})|(?=<{_SCHEME})', re.IGNORECASE)
@@ -30,7 +31,8 @@ def safe_markdown(text: str) -> str:
     >>> safe_markdown('![x](http://a/b.png) for $5 or $6, `![x]`')
     '\\![x](http://a/b.png) for \\$5 or \\$6, `![x]`'
     """
-    return ''.join(part if is_code else _prose(part) for is_code, part in _blocks(text))
+    parts = (part if is_code else ''.join(map(_paragraph, _BLANK.split(part))) for is_code, part in _blocks(text))
+    return ''.join(parts)
 
 
 def _blocks(text: str) -> list[tuple[bool, str]]:
@@ -56,7 +58,7 @@ def _blocks(text: str) -> list[tuple[bool, str]]:
     return blocks
 
 
-def _prose(text: str) -> str:
+def _paragraph(text: str) -> str:
     pieces, end = [], 0
     for code in _CODE.finditer(text):
         pieces += [_escape(text[end : code.start()]), code.group()]
