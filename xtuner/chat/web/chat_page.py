@@ -41,6 +41,7 @@ def main() -> None:
 
 def draw_sidebar(shared: SharedModel, talk: Talk, busy: bool) -> None:
     """Which model, how it answers, and what to do with the conversation."""
+    st.logo(str(ICON), size='large')
     with st.sidebar:
         st.subheader(_short(shared.name), anchor=False)
         if shared.adapter:
