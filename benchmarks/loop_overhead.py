@@ -26,6 +26,7 @@ from xtuner.dataset.sampler import EpochSampler
 from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
+from xtuner.engine.strategies import Single
 from xtuner.model.sft import SupervisedFinetune
 
 
@@ -74,15 +75,14 @@ def engine(items: list[dict[str, np.ndarray]], plan: Plan, work_dir: Path) -> li
     model = make_model()
     ends: list[float] = []
     runner = Runner(
-        model,
-        torch.optim.AdamW(model.parameters(), lr=1e-4),
+        Single().prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)),
         loader_of(items, plan),
         hooks=[LogHook(), CheckpointHook(10**9, 1)],
         work_dir=work_dir,
         seed=0,
         trackers=['tensorboard'],
         launcher='none',
-        write_model=lambda folder: None,
+        write_model=lambda folder, weights: None,
     )
     runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=0, max_nonfinite_steps=10)
     loop = runner.train_loop

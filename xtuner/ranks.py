@@ -1,10 +1,76 @@
-"""Which process of a run this is, as far as the environment tells: known before torch is imported or a group joined."""
+"""Which process of a run this is, as far as the environment tells, and which of several tells the user of an error.
+
+Known before torch is imported or a group joined.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Set for processes that `xtuner train` started itself: it prints their error, they only leave it in a file.
+CHILD = 'XTUNER_CHILD'
+# torch's launcher names a file here in which a process may leave its error.
+_ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
+
+# Whether this process's error is the one to tell, given its text; set by `engine.watch` while a group exists.
+judge: Callable[[str], bool] | None = None
+
+
+def rank() -> int:
+    """This process's number in its run: 0 for the only one."""
+    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
 
 
 def is_first_process() -> bool:
     """Whether this is the only process of a run, or the one of rank 0 under torchrun or Slurm."""
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
+    return rank() == 0
+
+
+def tells_error(text: str) -> bool:
+    """Leaves an error for who started this process, and answers whether it shall be printed here.
+
+    One failure ends all processes of a run; only the first of them is worth a line.
+
+    Args:
+        text: The error's one line.
+    """
+    if not is_one_of_several():
+        return True
+    first = judge(text) if judge is not None else _is_first_of_node()
+    if first:
+        _leave(text)
+    return first and CHILD not in os.environ
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or Slurm started this process together with others."""
+    return int(os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', 1))) > 1
+
+
+def _is_first_of_node() -> bool:
+    """Before a group exists, the processes of a node agree through a file; without one only rank 0 speaks."""
+    if _ERROR_FILE not in os.environ:
+        return is_first_process()
+    marker = Path(os.environ[_ERROR_FILE]).parent.parent / 'first'
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return is_first_process()
+    return True
+
+
+def _leave(text: str) -> None:
+    """In torch's form, whose launchers read it."""
+    if _ERROR_FILE not in os.environ:
+        return
+    content = {'message': {'message': text, 'extraInfo': {'py_callstack': '', 'timestamp': str(int(time.time()))}}}
+    try:
+        Path(os.environ[_ERROR_FILE]).write_text(json.dumps(content), encoding='utf-8')
+    except OSError:  # the launcher has gone, and the folder with it
+        return

@@ -20,6 +20,7 @@ from xtuner.engine.checkpoints import write_checkpoint
 from xtuner.engine.hooks import LogHook
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
+from xtuner.engine.strategies import Single
 from xtuner.errors import TrainingError
 from xtuner.model.sft import SupervisedFinetune
 
@@ -50,8 +51,9 @@ def make_runner(work_dir: Path, items: list[Any], model: SupervisedFinetune, *, 
     plan = Plan(len(items), ScheduleConfig(**schedule))
     loader = DataLoader(items, batch_sampler=StepSampler(EpochSampler(len(items), seed=3), plan),
                         collate_fn=lambda batch: collate(batch, pad_id=0))  # fmt: skip
-    runner = Runner(model, torch.optim.AdamW(model.parameters(), lr=lr), loader, hooks=[LogHook()], work_dir=work_dir,
-                    seed=0, trackers=[], launcher='none', write_model=lambda folder: None)  # fmt: skip
+    strategy = Single().prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=lr))
+    runner = Runner(strategy, loader, hooks=[LogHook()], work_dir=work_dir,
+                    seed=0, trackers=[], launcher='none', write_model=lambda folder, weights: None)  # fmt: skip
     runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=nonfinite)
     return runner
 

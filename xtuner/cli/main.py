@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from xtuner import __version__
 from xtuner.errors import UsageError, XTunerError, nearest
+from xtuner.ranks import tells_error
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     text = ' '.join(str(error).split())
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
-    print(f'xtuner: error: {text}', file=sys.stderr)
+    if tells_error(text):
+        print(f'xtuner: error: {text}', file=sys.stderr)
 
 
 if __name__ == '__main__':

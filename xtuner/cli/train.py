@@ -6,8 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xtuner.cli.options import add_config_arguments, config_overrides, positive_int
+from xtuner.errors import UsageError
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='begin a new run with the weights of a checkpoint or adapter, and nothing else of it',
     )
     parser.add_argument('--seed', type=int, help="seed in place of the config's")
-    parser.add_argument(
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Several devices, one or many machines (docs/scale.md)."""
+    group = parser.add_argument_group('several devices')
+    group.add_argument(
+        '--nproc-per-node', type=positive_int, help='train on so many devices of this machine (or set NPROC_PER_NODE)'
+    )
+    group.add_argument('--nnodes', type=positive_int, help='machines, each started with this command (or NNODES)')
+    group.add_argument('--node-rank', type=int, help='number of this machine, from 0 (or NODE_RANK)')
+    group.add_argument('--master-addr', help='address of machine 0 (or MASTER_ADDR)')
+    group.add_argument('--master-port', type=positive_int, help='a free port of machine 0 (29500; or MASTER_PORT)')
+    group.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm'),
         default='none',
         help='who started this process as one of several: torchrun or srun',
     )
-    parser.add_argument(
-        '--nproc-per-node', type=positive_int, help='train on so many devices of this machine (or set NPROC_PER_NODE)'
-    )
+    group.add_argument('--strategy', help='single, ddp, fsdp or deepspeed_zero1 to 3')
+    group.add_argument('--deepspeed', metavar='NAME', help='deepspeed_zero1 to 3, or a DeepSpeed .json')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
         overrides['schedule.max_steps'] = args.max_steps
     if args.seed is not None:
         overrides['runtime.seed'] = args.seed
+    if args.strategy and args.deepspeed:
+        raise UsageError('--strategy and --deepspeed both name a strategy; give one of them')
+    if args.strategy or args.deepspeed:
+        overrides['parallel.strategy'] = args.strategy or args.deepspeed
     config = load_config(args.config, overrides)
-    num_processes = args.nproc_per_node or int(os.environ.get('NPROC_PER_NODE', 1))
-    if num_processes > 1 and args.launcher == 'none':
-        from xtuner.engine.launch import run_on_devices
-
-        return run_on_devices(_without_option(sys.argv[1:], '--nproc-per-node'), num_processes)
+    if args.launcher == 'none' and _needs_launcher(args, config.parallel.strategy):
+        return _launch(args, config)
     work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
     start_logging()
 
@@ -72,6 +90,41 @@ def run(args: argparse.Namespace) -> int:
     if is_first_process():
         print(last)
     return 0
+
+
+# What concerns the launch alone; the processes that it starts are told by torch.
+_LAUNCH_OPTIONS = ('--nproc-per-node', '--nnodes', '--node-rank', '--master-addr', '--master-port')
+
+
+def _needs_launcher(args: argparse.Namespace, strategy: str) -> bool:
+    """Whether there are several processes to start; DeepSpeed and sharding want a group even of one."""
+    several = _count(args.nproc_per_node, 'NPROC_PER_NODE') > 1 or _count(args.nnodes, 'NNODES') > 1
+    return several or strategy not in ('auto', 'single')
+
+
+def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
+    """Starts the processes of this machine and waits for them."""
+    from xtuner.engine.launch import Nodes, run_on_devices
+    from xtuner.engine.strategies.choose import choose_strategy
+
+    num_nodes = _count(args.nnodes, 'NNODES')
+    port = args.master_port or os.environ.get('MASTER_PORT', os.environ.get('PORT'))
+    nodes = Nodes(
+        num_processes=_count(args.nproc_per_node, 'NPROC_PER_NODE'),
+        num_nodes=num_nodes,
+        node_rank=args.node_rank if args.node_rank is not None else int(os.environ.get('NODE_RANK', 0)),
+        address=args.master_addr or os.environ.get('MASTER_ADDR', '127.0.0.1'),
+        port=int(port) if port is not None else None,
+    )
+    choose_strategy(config, nodes.world_size)  # an error here is one line, before anything is started
+    words = sys.argv[1:]
+    for option in _LAUNCH_OPTIONS:
+        words = _without_option(words, option)
+    return run_on_devices(words, nodes)
+
+
+def _count(given: int | None, variable: str) -> int:
+    return given or int(os.environ.get(variable, 1))
 
 
 def _without_option(words: list[str], option: str) -> list[str]:

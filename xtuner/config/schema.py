@@ -136,6 +136,17 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run spreads over several devices (docs/scale.md)."""
+
+    strategy: str = option(
+        'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1 to 3 (also with _offload), '
+        'or a DeepSpeed .json', 'auto')  # fmt: skip
+    sequence_parallel_size: int = option('devices that share each pack, for packs too long for one', 1, minimum=1)
+    timeout_s: float = option('seconds without progress after which a rank has hung', 1800, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run. The fields are the top-level names of a config file."""
 
@@ -149,6 +160,7 @@ class TrainConfig:
     log: LogConfig = option('logging', LogConfig())
     samples: SamplesConfig = option('sample generation', SamplesConfig())
     runtime: RuntimeConfig = option('seed, memory and speed', RuntimeConfig())
+    parallel: ParallelConfig = option('several devices', ParallelConfig())
     hooks: list[dict[str, Any]] = option('further mmengine hooks: type and its arguments', [])
 
     def __post_init__(self) -> None:

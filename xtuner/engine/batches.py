@@ -65,7 +65,7 @@ class MicroBatches:
     def _order(self) -> EpochSampler:
         seed = self._config.runtime.seed
         if self._config.dataset.group_by_length:
-            size = self._plan.items_per_micro_batch
+            size = self._plan.items_per_step  # so that the order is the same on any number of ranks
             return LengthGroupedEpochSampler(self.dataset.lengths, batch_size=size, seed=seed)
         return EpochSampler(len(self.dataset), seed=seed, lengths=self.dataset.lengths)
 

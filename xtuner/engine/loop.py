@@ -7,14 +7,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import all_reduce
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from xtuner.engine.plan import Plan
 from xtuner.engine.signals import StopRequest
 from xtuner.engine.step_checks import check_gradients, check_targets, next_batch
 from xtuner.errors import TrainingError
-from xtuner.model.adapter import trainable_parameters
 
 logger = logging.getLogger('xtuner')
 
@@ -113,6 +111,8 @@ class TrainLoop(BaseLoop):
         super().__init__(runner, dataloader)
         self.plan = plan
         self.step = 0
+        self.strategy = runner.strategy
+        self._watch = runner.watch
         self.device = next(runner.model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype == torch.float16)
         self._compute_dtype = compute_dtype
@@ -123,7 +123,6 @@ class TrainLoop(BaseLoop):
         self._stop, self._stop_agreed = stop or StopRequest(), False
         self._origins, self._memory_knobs = origins, memory_knobs
         self._gradients_checked = False
-        self._trained = trainable_parameters(runner.model)
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
 
     # What mmengine's runner and hooks ask a loop for.
@@ -150,7 +149,7 @@ class TrainLoop(BaseLoop):
     @property
     def stop_signal(self) -> int | None:
         """The signal for which the run ends after the step under way, on all ranks alike; None: it goes on."""
-        asked = self._stop_agreed if self.plan.world_size > 1 else self._stop.signal_number is not None
+        asked = self._stop_agreed if self.strategy.world_size > 1 else self._stop.signal_number is not None
         return (self._stop.signal_number or signal.SIGTERM) if asked else None
 
     def autocast(self) -> torch.autocast:
@@ -174,10 +173,13 @@ class TrainLoop(BaseLoop):
         """One optimizer step, with the hooks around it."""
         start = time.perf_counter()
         self.validation_loss = None
+        self._note('reading its data')
         micro_batches = [next_batch(batches) for _ in range(self.plan.micro_batches_of(self.step))]
         try:
             self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
             result = self._optimize(micro_batches, start)
+            if self._watch is not None:
+                self._watch.pause()  # hooks may write and generate as long as they like
             self.runner.call_hook(
                 'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
             )
@@ -193,7 +195,7 @@ class TrainLoop(BaseLoop):
         self._stop_if_diverged(result)
 
     def _optimize(self, micro_batches: list[dict[str, Tensor]], start: float) -> StepResult:
-        draw = self.step * self.plan.world_size + get_rank()
+        draw = self.step * self.strategy.world_size + self.strategy.rank
         torch.manual_seed(int(np.random.SeedSequence([self._seed, draw]).generate_state(1, np.uint64)[0]))
         optimizer = self.runner.optim_wrapper.optimizer
         factor = self.plan.lr_factor(self.step)
@@ -201,24 +203,20 @@ class TrainLoop(BaseLoop):
             group['lr'] = base * factor
         for number, batch in enumerate(micro_batches):
             check_targets(batch['labels'], self.step, partial(self._rows, number))
+        self._note('waiting for the others')
         num_targets, num_tokens = self._count(micro_batches)
+        self._note('computing')
         loss, losses = self._backward(micro_batches, num_targets)
-        self.scaler.unscale_(optimizer)
         max_norm = self.plan.schedule.max_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self._trained.values(), math.inf if max_norm is None else max_norm
-        ).item()
+        grad_norm = self.strategy.clip(self.scaler, math.inf if max_norm is None else max_norm)
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         self.skips.note(skipped)
         if skipped:
             self._report_skip(loss, grad_norm, losses)
-        elif not self._gradients_checked:
-            check_gradients(self.runner.model, self.step)
+        elif not self._gradients_checked and self.strategy.has_gradients:
+            check_gradients(self.strategy.bare, self.step)
             self._gradients_checked = True
-        if not skipped or self.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self.strategy.step(self.scaler, skipped=skipped)
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -247,20 +245,21 @@ class TrainLoop(BaseLoop):
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            with self._synchronised(number == len(micro_batches)):
+            with self.strategy.synchronised(number == len(micro_batches)):
                 with self.autocast():
                     loss_sum = self.runner.model(**on_device)
-                # DDP averages gradients over ranks; the sum is wanted.
-                self.scaler.scale(loss_sum * (self.plan.world_size / num_targets)).backward()
+                # The sum over all ranks is wanted, whatever the strategy does to gradients.
+                self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
             losses.append(loss_sum.detach())
         return self._over_ranks(torch.stack(losses).sum()).item() / num_targets, losses
 
-    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks add up their gradients in the last micro-batch's backward pass only."""
-        return nullcontext() if last or self.plan.world_size == 1 else self.runner.model.no_sync()
+    def _note(self, what: str) -> None:
+        """Tells the other ranks where this one is, so that they can name it should it hang."""
+        if self._watch is not None:
+            self._watch.note(f'step {self.step + 1}, {what}')
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        if self.plan.world_size > 1:
+        if self.strategy.world_size > 1:
             value = value.to(self.device)
             all_reduce(value)
         return value

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
+from xtuner.engine.launch import Group
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
@@ -44,7 +46,7 @@ class Data:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_data(config: TrainConfig, *, rank: int, world_size: int) -> Data:
+def load_data(config: TrainConfig, group: Group) -> Data:
     """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
@@ -52,13 +54,16 @@ def load_data(config: TrainConfig, *, rank: int, world_size: int) -> Data:
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)
     tokenizer.chat_template = template.chat_template()
-    dataset = _open_dataset(config, tokenizer, template, rank, world_size)
+    size = config.parallel.sequence_parallel_size
+    dataset = _open_dataset(config, tokenizer, template, group.rank // size, group.world_size // size)
     validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
+    if group.watch is not None:  # nodes without a common cache prepare it each for themselves
+        group.watch.gather('data')
     return Data(folder, base_fingerprint, tokenizer, template, dataset, validation)
 
 
 def load_for_training(
-    config: TrainConfig, data: Data, *, dtype: torch.dtype, checkpoint: Path | None
+    config: TrainConfig, data: Data, *, dtype: torch.dtype, checkpoint: Path | None, strategy: str = 'single'
 ) -> SupervisedFinetune:
     """The base model with its adapter, on its device, ready to be trained.
 
@@ -67,6 +72,7 @@ def load_for_training(
         data: What `load_data` found.
         dtype: The compute dtype.
         checkpoint: Whose adapter, or whole weights, to begin with; None: a new adapter on the base.
+        strategy: Name of the strategy that it is for.
     """
     started = time.perf_counter()
     # A whole model that is trained needs its weights in float32; a frozen one only computes.
@@ -78,10 +84,11 @@ def load_for_training(
         attention=config.model.attention,
         device=default_device(),
         trust_remote_code=config.model.trust_remote_code,
+        sharded=strategy == 'fsdp',
     )
     check_vocabulary(data.tokenizer, base, data.model_folder)
     model = _adapted(base, config, checkpoint, data.base_fingerprint)
-    path = _prepare_for_training(model, config.runtime)
+    path = _prepare_for_training(model, config.runtime, strategy)
     _describe(model, config, time.perf_counter() - started)
     logger.info('%s', path)
     return SupervisedFinetune(model)
@@ -103,12 +110,18 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
     return adapted
 
 
-def _prepare_for_training(model: Any, runtime: RuntimeConfig) -> FastPath:
+def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> FastPath:
     if runtime.activation_checkpointing:  # 'auto' too: what leaves the fast path computes all layers again
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
     by_memory = runtime.activation_checkpointing == 'auto'
-    return enable_fast_path(model, enabled=runtime.fast, recompute_by_memory=by_memory, fp8=runtime.fp8)
+    return enable_fast_path(
+        model,
+        enabled=runtime.fast and stage_of(strategy) != 'deepspeed_zero3',  # whose weights come by module hooks alone
+        recompute_by_memory=by_memory,
+        fp8=runtime.fp8,
+        sharded=strategy == 'fsdp',
+    )
 
 
 def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
@@ -129,11 +142,27 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
     )
 
 
-def write_model(config: TrainConfig, data: Data, model: SupervisedFinetune, dtype: torch.dtype, folder: Path) -> None:
-    """Writes the adapter, or the whole model, with its tokenizer, generation settings and provenance."""
+def write_model(
+    config: TrainConfig,
+    data: Data,
+    model: SupervisedFinetune,
+    dtype: torch.dtype,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes the adapter, or the whole model, with its tokenizer, generation settings and provenance.
+
+    Args:
+        config: The run's config.
+        data: What `load_data` found.
+        model: What was trained.
+        dtype: The compute dtype.
+        folder: Where to.
+        weights: Whole trained tensors by name, where the model itself holds parts; None: it holds them.
+    """
     llm: Any = model.llm
     llm.generation_config.eos_token_id = data.template.stop_ids(data.tokenizer)
-    llm.save_pretrained(folder, safe_serialization=True)
+    llm.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     llm.generation_config.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     if config.adapter is not None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import mmengine.runner
 import torch
+from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
-from torch.nn.parallel import DistributedDataParallel
 
 from xtuner.engine.checkpoints import read_state
 from xtuner.engine.loop import Skips, TrainLoop
+from xtuner.engine.strategies import Strategy
+from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import trainable_parameters
 
@@ -29,38 +31,40 @@ class Runner(mmengine.runner.Runner):
     """Holds model, optimizer, loop and hooks of one run.
 
     Args:
-        model: A `SupervisedFinetune` on its device.
-        optimizer: Over the trainable parameters.
+        strategy: Holds model and optimizer.
         dataloader: Micro-batches in the plan's order.
         hooks: Ours and the user's, called by priority.
         work_dir: Where everything is written.
         seed: Base seed.
         trackers: 'tensorboard', 'wandb'.
         launcher: 'none', 'pytorch' or 'slurm'.
-        write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder.
+        watch: Over the ranks, where there are several.
+        write_model: Writes the adapter (or the whole model) and tokenizer into a checkpoint's folder, given
+            `strategy.weights()`.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        strategy: Strategy,
         dataloader: Iterable[Any],
         *,
+        watch: Watch | None = None,
         hooks: Sequence[Hook],
         work_dir: Path,
         seed: int,
         trackers: Sequence[str],
         launcher: str,
-        write_model: Callable[[Path], None],
+        write_model: Callable[[Path, Any], None],
     ) -> None:
+        self.strategy, self.watch = strategy, watch
         self.write_model = write_model
         self._trackers = list(trackers)
         super().__init__(
-            model=model,
+            model=strategy.module,
             work_dir=str(work_dir),
             train_dataloader=dataloader,
             train_cfg={'type': TrainLoop},
-            optim_wrapper=OptimWrapper(optimizer),
+            optim_wrapper=OptimWrapper(strategy.optimizer),
             default_hooks=None,
             custom_hooks=[RuntimeInfoHook(), *hooks],
             launcher=launcher,
@@ -75,12 +79,12 @@ class Runner(mmengine.runner.Runner):
         self._train_loop = TrainLoop(self, self._train_dataloader, **arguments)
 
     def trainer_state(self, step: int) -> dict[str, Any]:
-        """What a resumed run needs beside the weights, after `step` optimizer steps."""
+        """What a resumed run needs beside the weights, after `step` optimizer steps; every rank calls it."""
         loop = self.train_loop
         return {
             'step': step,
             'parameters': list(trainable_parameters(self.bare_model)),
-            'optimizer': self.optim_wrapper.optimizer.state_dict(),
+            'optimizer': self.strategy.optimizer_state(),
             'scaler': loop.scaler.state_dict(),
             'skips': loop.skips.state(),
         }
@@ -102,7 +106,7 @@ class Runner(mmengine.runner.Runner):
                 f'{len(parameters)} now); use the config it was written with'
             )
         settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state['optimizer'])
+        self.strategy.load_optimizer_state(state['optimizer'])
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)
         loop.scaler.load_state_dict(state['scaler'])
@@ -130,27 +134,23 @@ class Runner(mmengine.runner.Runner):
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
 
     def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
-        """Torch's DistributedDataParallel where there are ranks; the model is on its device already."""
-        if not self.distributed:
-            return model
-        device = next(model.parameters()).device
-        # One bucket: an adapter's gradients are few, and one message is faster than many.
-        return DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == 'cuda' else None,
-            broadcast_buffers=False,
-            bucket_cap_mb=1024,
-        )
+        """The strategy has wrapped it already."""
+        return model
 
     @property
     def bare_model(self) -> Any:
         """The `SupervisedFinetune` itself, without what wraps it for several ranks."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return self.strategy.bare
 
     @property
     def timestamp(self) -> str:
         """Nothing: mmengine would make a folder of this name in the work folder, for logs that we do not write."""
         return ''
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """Who we are; threads, process group and seeds are set before."""
+        self._rank, self._world_size = get_dist_info()
+        self._timestamp = ''
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """`xtuner doctor` tells the environment."""

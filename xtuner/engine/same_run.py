@@ -26,7 +26,8 @@ _PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
 # path, the data's digest for where it came from.
 _FREE = (
     'model.path', 'model.revision', 'model.trust_remote_code', 'model.dtype', 'dataset.cache_dir', 'checkpoint.',
-    'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory',
+    'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory', 'parallel.',
+    'schedule.batch_size', 'schedule.accumulative_counts',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
     'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
@@ -35,7 +36,14 @@ _FIXED = ('adapter', 'optimizer.type', 'base weights')
 
 
 def describe_run(
-    config: TrainConfig, *, base_fingerprint: str, data_digest: str, compute_dtype: str, device: str, world_size: int
+    config: TrainConfig,
+    *,
+    base_fingerprint: str,
+    data_digest: str,
+    compute_dtype: str,
+    device: str,
+    num_groups: int,
+    world_size: int,
 ) -> dict[str, Any]:
     """The content of `run.json`: under `run` what must stay as it is, under `versions` what had better.
 
@@ -45,12 +53,21 @@ def describe_run(
         data_digest: Of the prepared conversations and their packs.
         compute_dtype: 'bf16', 'fp16' or 'fp32', after 'auto' was decided.
         device: Kind of device: 'cuda' with the GPU's name, or 'cpu'.
+        num_groups: Groups of processes that read different items.
         world_size: Number of processes.
     """
+    schedule = config.schedule
     run = _flat(vars(config), '')
     run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
-            'number of processes': world_size}  # fmt: skip
-    versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
+            'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups}  # fmt: skip
+    if config.dataset.streaming:  # processes take turns in the stream
+        run['number of processes'] = num_groups
+    versions = {
+        'number of processes': world_size,
+        'xtuner': __version__,
+        'python': platform.python_version(),
+        'device': device,
+    }
     return json.loads(json.dumps({'run': run, 'versions': versions | _versions()}, default=_text))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -78,9 +79,14 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
     learns: dict[str, bool] = {}
     for name, parameter in trainable_parameters(model).items():
         owner = _owner(name, adapted)
-        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        has_gradient = parameter.grad is not None and bool(_whole(parameter.grad).any())
         learns[owner] = learns.get(owner, False) or has_gradient
     return [owner for owner, learnt in learns.items() if not learnt]
+
+
+def _whole(gradient: Any) -> Tensor:
+    """A gradient that may be spread over ranks; all of them ask for it."""
+    return gradient.full_tensor() if hasattr(gradient, 'full_tensor') else gradient
 
 
 def _owner(name: str, adapted: set[str]) -> str:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from mmengine.runner import set_random_seed
+from torch import nn
 
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import list_checkpoints
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
-from xtuner.engine.launch import process_group
+from xtuner.engine.launch import Group, process_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
 from xtuner.engine.memory_error import memory_knobs
 from xtuner.engine.plan import Plan
@@ -29,6 +30,7 @@ from xtuner.engine.same_run import describe_run, write_run
 from xtuner.engine.signals import StopRequest
 from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
+from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import wait_once_a_step
@@ -52,9 +54,9 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
         XTunerError: anything a user can mend, before or during the run.
     """
     _check_open_sections(config)
-    with process_group(launcher) as (rank, world_size):
-        checkpoint = find_checkpoint(work_dir, start, rank=rank)
-        _run(config, work_dir, checkpoint, start, launcher, rank, world_size)
+    with process_group(launcher, timeout_s=config.parallel.timeout_s) as group:
+        checkpoint = find_checkpoint(work_dir, start, rank=group.rank)
+        _run(config, work_dir, checkpoint, start, launcher, group)
     last = [checkpoint, *list_checkpoints(work_dir)][-1]
     logger.info('done: %s', last)
     return cast(Path, last)
@@ -66,38 +68,40 @@ def _run(
     checkpoint: Path | None,
     start: Start,
     launcher: str,
-    rank: int,
-    world_size: int,
+    group: Group,
 ) -> None:
-    set_random_seed(config.runtime.seed)
-    data = load_data(config, rank=rank, world_size=world_size)
-    plan = make_plan(data.dataset, config, world_size)
     device = default_device()
     dtype = compute_dtype(config.model.dtype, device)
+    name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
+    set_random_seed(config.runtime.seed)
+    data = load_data(config, group)
+    plan = make_plan(data.dataset, config, group.world_size // config.parallel.sequence_parallel_size)
     run = describe_run(
         config,
         base_fingerprint=data.base_fingerprint,
         data_digest=data.dataset.digest,
         compute_dtype=dtype_name(dtype),
         device=device.type if device.type == 'cpu' else torch.cuda.get_device_name(device),
-        world_size=world_size,
+        num_groups=plan.world_size,
+        world_size=group.world_size,
     )
     if checkpoint is not None:
         check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)
-    check_memory(config, data, device, world_size)
-    model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights)
-    if rank == 0:
+    check_memory(config, data, device, group.world_size)
+    model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name)
+    if group.rank == 0:
         _check_space(work_dir, config, plan, model, data)
         open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
 
-    def write(folder: Path) -> None:
-        write_model(config, data, model, dtype, folder)
+    def write(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        write_model(config, data, model, dtype, folder, weights)
         write_run(folder, run)
 
     with StopRequest() as stop:
-        runner = _make_runner(config, data, model, plan, dtype, stop, write, work_dir, launcher, rank)
+        strategy = _make_strategy(config, model, plan, name, group)
+        runner = _make_runner(config, data, strategy, plan, dtype, stop, write, work_dir, launcher, group)
         if checkpoint is not None:
             runner.restore(checkpoint)
             runner.train_loop.dataloader.start_step = runner.iter
@@ -132,36 +136,58 @@ def _check_open_sections(config: TrainConfig) -> None:
             )
 
 
+def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, name: str, group: Group) -> Strategy:
+    """Hands model and optimizer to the strategy, and says once how many steps of what size will come."""
+
+    def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = build(config.optimizer, 'optimizer', parameters)
+        if config.runtime.fast:
+            wait_once_a_step(optimizer)
+        return optimizer
+
+    strategy = make_strategy(config, name, group.rank, group.world_size).prepare(model, make_optimizer)
+    if group.watch is not None:
+        strategy.on_reduce(group.watch.passes)
+    schedule, size = config.schedule, config.parallel.sequence_parallel_size
+    logger.info(
+        'plan: %d items, %d steps, warm-up %d; %d device%s (%s%s); a step is %d x %d x %d = %d items (batch x '
+        'accumulated x %s), up to %s tokens',
+        plan.num_items,
+        plan.num_steps,
+        plan.num_warmup_steps,
+        group.world_size,
+        's' * (group.world_size > 1),
+        strategy.name,
+        f', {size} a pack' if size > 1 else '',
+        schedule.batch_size,
+        schedule.accumulative_counts,
+        plan.world_size,
+        plan.items_per_step,
+        'groups of devices' if size > 1 else 'devices',
+        f'{plan.items_per_step * config.dataset.max_length:,}',
+    )
+    return strategy
+
+
 def _make_runner(
     config: TrainConfig,
     data: Data,
-    model: SupervisedFinetune,
+    strategy: Strategy,
     plan: Plan,
     dtype: torch.dtype,
     stop: StopRequest,
-    write: Callable[[Path], None],
+    write: Callable[[Path, dict[str, torch.Tensor] | None], None],
     work_dir: Path,
     launcher: str,
-    rank: int,
+    group: Group,
 ) -> Runner:
-    schedule, runtime = config.schedule, config.runtime
+    runtime = config.runtime
+    rank = group.rank // config.parallel.sequence_parallel_size  # ranks that share packs read the same ones
     batches = MicroBatches(data.dataset, config, plan, pad_id=data.pad_id, rank=rank)
-    optimizer = build(config.optimizer, 'optimizer', trainable_parameters(model).values())
-    if runtime.fast:
-        wait_once_a_step(optimizer)
-    logger.info(
-        'plan: %d items, %d steps of %d x %d x %d (accumulated x batch x devices), warm-up %d steps',
-        plan.num_items,
-        plan.num_steps,
-        schedule.accumulative_counts,
-        schedule.batch_size,
-        plan.world_size,
-        plan.num_warmup_steps,
-    )
     runner = Runner(
-        model,
-        optimizer,
+        strategy,
         batches,
+        watch=group.watch,
         hooks=_hooks(config, data),
         work_dir=work_dir,
         seed=runtime.seed,

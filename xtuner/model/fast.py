@@ -89,6 +89,7 @@ def enable_fast_path(
     embedding_on_host: bool = True,
     recompute_by_memory: bool = False,
     fp8: bool = False,
+    sharded: bool = False,
 ) -> FastPath:
     """Lets a Llama-like model train on the fast path where it can.
 
@@ -101,6 +102,7 @@ def enable_fast_path(
         recompute_by_memory: Compute as few layers again as the free memory allows, in place of all or none as the
             model's own checkpointing setting says (which stays what the stock path goes by).
         fp8: Multiply frozen weights and adapters in FP8.
+        sharded: Whether `fully_shard` will be put on the layers.
 
     Returns:
         What was done and why not more; `str()` of it is one line.
@@ -131,11 +133,11 @@ def enable_fast_path(
         path.why_not = 'Triton is not installed, its kernels would be faster'
     path.kernels = kernels.name
     path.fp8 = fp8
-    fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8)
+    fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8, sharded=sharded)
     reason = fp8_obstacle(fast) if fp8 else None
     if reason:
         raise ConfigError(f'`runtime.fp8`: {reason}; leave it out')
-    if device.type == 'cpu':
+    if device.type == 'cpu' and not sharded:
         path.why_not = _keep_on_cpu(fast)
     if on_cuda and embedding_on_host and not _tied(causal, decoder):
         path.embedding_on_host = move_embedding_to_host(decoder.embed_tokens)

@@ -121,6 +121,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on its device.
 
@@ -132,6 +133,7 @@ def load_model(
         device: None takes the CPU.
         revision: Of a hub model; None takes the newest.
         trust_remote_code: Whether a model that transformers does not know may run its own code. InternLM's never runs.
+        sharded: Whether 4-bit weights shall be stored in `dtype`, as what shards them expects.
 
     Raises:
         ModelError: no model there, weights that do not fit it, or an option that cannot be had here.
@@ -148,7 +150,8 @@ def load_model(
         'trust_remote_code': trust_remote_code and not native,
     }
     if quantization is not None:
-        arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device)
+        storage = dtype if sharded else torch.uint8
+        arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
@@ -195,7 +198,7 @@ def _attention(name: str) -> str:
 
 
 def bitsandbytes_config(
-    quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device
+    quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device, *, storage: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig:
     """transformers' form of our settings, after a trial on the device; raises ModelError where that fails."""
     check_bitsandbytes(quantization.bits, device)
@@ -206,6 +209,7 @@ def bitsandbytes_config(
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

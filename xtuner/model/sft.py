@@ -5,6 +5,8 @@ Shapes: B rows, S tokens a row, N = B * S positions, H hidden size, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ class SupervisedFinetune(nn.Module):
         raise AssertionError('TrainLoop computes the step; nothing calls train_step')
 
 
-def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, *, rows: Tensor | None = None) -> Tensor:
+def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Tensor | None = None) -> Tensor:
     """Sum over targets of `-log softmax(head(hidden))[target]`, computed for the target positions only.
 
     A plain linear head goes through the fused loss, which never holds all logits; a head that is quantised or carries
@@ -70,10 +72,29 @@ def next_token_loss(hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, *, ro
     Returns:
         float32 scalar.
     """
-    if type(head) is nn.Linear:
+    if _is_plain(head):
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
-        return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N, rows=rows)
+        with whole_weights(head):  # gradients by the hidden states are computed here and now, too
+            return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N, rows=rows)
     kept = target_rows(targets_N) if rows is None else rows
     logits = head(hidden_NH[kept]).float()
     return functional.cross_entropy(logits, targets_N[kept], reduction='sum')
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether a head's output is `x W' + b` and its weight is here, or can be put together (see `whole_weights`)."""
+    return getattr(type(head), 'forward', None) is nn.Linear.forward and not hasattr(head.weight, 'ds_id')
+
+
+@contextmanager
+def whole_weights(module: Any) -> Iterator[None]:
+    """Puts a module's weights together for the block, where `fully_shard` was put on the module itself."""
+    if not hasattr(module, 'unshard'):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()

@@ -46,6 +46,7 @@ class CheckpointHook(Hook):
             raise Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume goes on')
 
     def _save(self, runner: Any, step: int) -> None:
+        state, weights = runner.trainer_state(step), runner.strategy.weights()  # every rank has a part in these
         if runner.rank == 0:
             work_dir, optimizer = Path(runner.work_dir), runner.optim_wrapper.optimizer
             needed = checkpoint_bytes(trainable_parameters(runner.bare_model).values(), optimizer.state)
@@ -53,8 +54,8 @@ class CheckpointHook(Hook):
             folder = write_checkpoint(
                 work_dir,
                 step,
-                write_model=runner.write_model,
-                state=runner.trainer_state(step) | {VALIDATION_LOSS: runner.train_loop.validation_loss},
+                write_model=lambda to: runner.write_model(to, weights),
+                state=state | {VALIDATION_LOSS: runner.train_loop.validation_loss},
                 max_keep=self._max_keep,
                 keep_best=self._keep_best,
             )

@@ -37,8 +37,9 @@ class HFCheckpointHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         """Writes adapter (or model), tokenizer and generation settings."""
+        weights = runner.strategy.weights()  # every rank has a part in it
         if runner.rank == 0:
             folder = Path(self._out_dir or Path(runner.work_dir) / 'hf_model')
             folder.mkdir(parents=True, exist_ok=True)
-            runner.write_model(folder)
+            runner.write_model(folder, weights)
         barrier()

@@ -51,6 +51,7 @@ class EvaluateChatHook(Hook):
         self._tokenizer, self._template, self._prompts = tokenizer, prompt_template, list(evaluation_inputs)
         self._system, self._interval = system, every_n_iters
         self._sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
+        self._prints = True
 
     def before_train(self, runner: Any) -> None:
         """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
@@ -71,14 +72,17 @@ class EvaluateChatHook(Hook):
         self._round(runner, runner.iter)
 
     def _round(self, runner: Any, step: int) -> None:
-        if not self._prompts or runner.rank != 0:
+        # Where each rank holds a part of the weights, all compute the answers and the first one prints them.
+        self._prints = runner.rank == 0
+        if not self._prompts or not (self._prints or runner.strategy.together):
             return
         model = runner.bare_model
         training = model.training
         model.eval()
         try:
-            for prompt in self._prompts:
-                self._answer(model.llm, prompt, step, Path(runner.work_dir))
+            with runner.strategy.whole():
+                for prompt in self._prompts:
+                    self._answer(model.llm, prompt, step, Path(runner.work_dir))
         except Interrupted:
             raise
         except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
@@ -94,6 +98,8 @@ class EvaluateChatHook(Hook):
         stop_ids = self._template.stop_ids(self._tokenizer)
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
+        if not self._prints:
+            return
         answer = self._tokenizer.decode(
             [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
         )

@@ -42,11 +42,19 @@ class FastDecoder:
         folded: Whether adapters become part of the big products (right on CUDA, a waste elsewhere).
         by_memory: Compute layers again only where memory is short, whatever the decoder's own setting is.
         fp8: Multiply frozen weights and adapters in FP8; adapters are part of the products then.
+        sharded: Call each layer as a module, whose hooks put its weights together and take them apart again.
 
     """
 
     def __init__(
-        self, decoder: Any, kernels: Kernels, *, folded: bool, by_memory: bool = False, fp8: bool = False
+        self,
+        decoder: Any,
+        kernels: Kernels,
+        *,
+        folded: bool,
+        by_memory: bool = False,
+        fp8: bool = False,
+        sharded: bool = False,
     ) -> None:
         self.decoder: Any = decoder
         self.kernels = kernels
@@ -68,6 +76,11 @@ class FastDecoder:
             self._layer_parts(layer, frozen) for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
         ]
         self.scales = WeightScales(self.layers) if fp8 else None
+        self.sharded = sharded
+        for number, layer in enumerate(self.decoder.layers):
+            layer.__dict__.pop('forward', None)
+            if sharded:
+                layer.forward = ShardedForward(self, layer, number)
 
     def _layer_parts(self, layer: Any, frozen: list[FrozenLinear]) -> LayerParts:
         config, attention = self.decoder.config, layer.self_attn
@@ -97,14 +110,8 @@ class FastDecoder:
         cos, sin = self._angles(position_ids, rows, size // 2, x)
         how = Setting(self.kernels, dtype, self.folded, fp8=self.scales is not None)
         batch = Batch(how, attention, cos, sin, self._seeds(x.device), num_again=0)
-        runs, parameters = [], []
-        for number, (parts, projections) in enumerate(zip(self.layers, self.projections, strict=True)):
-            flat = [adapter_of(p) for p in projections]
-            parameters.append([t for a in flat if a for t in (a.a_rK, a.b_Nr)])
-            for adapter in flat:
-                if adapter:
-                    adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-            runs.append(Run(number, parts, batch, [[flat[i] for i in group] for group in _GROUPS]))
+        pairs = [self.run_of(number, batch) for number in range(len(self.layers))]
+        runs, parameters = [run for run, _ in pairs], [own for _, own in pairs]
         if self.scales is not None:
             self.scales.update(runs)
         batch.num_again = self._num_again(runs, x)
@@ -114,8 +121,21 @@ class FastDecoder:
         norm = decoder.norm
         return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
 
+    def run_of(self, number: int, batch: Batch) -> tuple[Run, list[Tensor]]:
+        """A layer in a batch, and its adapters' parameters as autograd shall see them."""
+        flat = [adapter_of(p) for p in self.projections[number]]
+        parameters = [t for a in flat if a for t in (a.a_rK, a.b_Nr)]
+        for adapter in flat:
+            if adapter:
+                adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
+        return Run(number, self.layers[number], batch, [[flat[i] for i in group] for group in _GROUPS]), parameters
+
     def _through_layers(self, x: Tensor, runs: list[Run], parameters: list[list[Tensor]]) -> Tensor:
         keep, batch = torch.is_grad_enabled(), runs[0].batch
+        if self.sharded:
+            for layer in self.decoder.layers:
+                x = nn.Module.__call__(layer, x, batch)  # past what stock checkpointing does to `__call__`
+            return x
         recorded = self._recorded(x, runs) if keep and not x.requires_grad else None
         if recorded is not None:
             return GraphFunction.apply(x, recorded, batch, *(p for layer in parameters for p in layer))
@@ -226,6 +246,20 @@ class FastDecoder:
             budget_bytes -= need
             kept += 1
         return kept
+
+
+class ShardedForward:
+    """Stands in for one layer's `forward`, between the hooks that put its weights together and take them apart."""
+
+    def __init__(self, fast: FastDecoder, layer: Any, number: int) -> None:
+        self._fast, self._layer, self._number = fast, layer, number
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer in a fast batch, or its own forward pass for whatever else it is called with."""
+        if not (args and isinstance(args[0], Batch)):
+            return type(self._layer).forward(self._layer, x, *args, **kwargs)
+        run, parameters = self._fast.run_of(self._number, args[0])
+        return LayerFunction.apply(x, run, torch.is_grad_enabled(), *parameters)
 
 
 def fp8_obstacle(fast: FastDecoder) -> str | None:

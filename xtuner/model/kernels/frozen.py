@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xtuner.model.kernels import plain
 from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.quantized import QuantizedWeight, is_4bit, take_apart
+from xtuner.model.kernels.quantized import QuantizedWeight, is_4bit, state_of, take_apart
 
 
 @dataclass
@@ -75,7 +75,7 @@ class FrozenLinear:
             return weight.to(dtype)
         from bitsandbytes.functional import dequantize_4bit
 
-        state = weight.quant_state
+        state = state_of(self.module)
         if weight.device.type != 'cpu' or state.shape[1] % state.blocksize == 0:
             return dequantize_4bit(weight.data, state).to(dtype)
         out = torch.empty(self.shape, dtype=dtype)

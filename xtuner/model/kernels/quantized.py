@@ -46,15 +46,21 @@ class QuantizedWeight:
 
 def is_4bit(module: nn.Module) -> bool:
     """Whether a module is a bitsandbytes 4-bit linear layer with its weights already quantised."""
-    state = getattr(getattr(module, 'weight', None), 'quant_state', None)
+    state = state_of(module)
     named = type(module).__name__ in ('Linear4bit', 'LinearNF4', 'LinearFP4')
     return isinstance(module, nn.Linear) and named and state is not None  # peft's own layer has the same name
+
+
+def state_of(module: Any) -> Any:
+    """A 4-bit layer's quantisation state; where its weight is sharded the layer itself has it. None: it has none."""
+    state = getattr(getattr(module, 'weight', None), 'quant_state', None)
+    return state if state is not None else getattr(module, 'quant_state', None)
 
 
 def take_apart(module: nn.Module) -> QuantizedWeight:
     """The parts of a bitsandbytes 4-bit linear layer's weight; nothing is copied."""
     weight: Any = module.weight
-    state = weight.quant_state
+    state = state_of(module)
     packed = weight.data.view(torch.uint8).reshape(-1)
     shape = (int(state.shape[0]), int(state.shape[1]))
     if not state.nested:

@@ -1,0 +1,181 @@
+"""What goes with what, as data: method, quantisation, strategy, packing, checkpointing, sequence parallelism.
+
+A rule names a combination that cannot be, why, and what to take instead. `check` is asked before anything is loaded;
+the table in docs/scale.md is made from the same rules (`python -m xtuner.config.compatibility` prints it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+
+from xtuner.config.schema import TrainConfig
+from xtuner.errors import ConfigError
+
+STRATEGIES = ('single', 'ddp', 'fsdp', 'deepspeed_zero1', 'deepspeed_zero2', 'deepspeed_zero3')
+METHODS = ('full', 'lora', 'qlora-4bit', 'qlora-8bit', 'other adapter')
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A run, as far as the rules look at it.
+
+    Attributes:
+        method: One of `METHODS`; 'other adapter' is any but plain LoRA.
+        strategy: One of `STRATEGIES`.
+        packing: 'packed', or 'none': a conversation a row.
+        checkpointing: Whether activations are computed again.
+        sequence: Whether packs are spread over ranks (`parallel.sequence_parallel_size` above 1).
+        dtype: 'bf16', 'fp16', 'fp32', or 'auto'.
+        fast: `runtime.fast`.
+        optimizer: Name of the optimizer's class.
+    """
+
+    method: str
+    strategy: str
+    packing: str = 'packed'
+    checkpointing: bool = True
+    sequence: bool = False
+    dtype: str = 'auto'
+    fast: bool = True
+    optimizer: str = 'AdamW'
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot be: all of `when` hold.
+
+    Attributes:
+        when: Field of `Combination` to the values that are meant.
+        why: Completes "cannot be: ...".
+        instead: What to take.
+    """
+
+    when: dict[str, tuple[object, ...]]
+    why: str
+    instead: str
+
+
+_SHARDED = ('fsdp', 'deepspeed_zero1', 'deepspeed_zero2', 'deepspeed_zero3')
+_ZERO = ('deepspeed_zero1', 'deepspeed_zero2', 'deepspeed_zero3')
+# The 8-bit optimizers of bitsandbytes, whose state is cut into blocks of 256 elements.
+_BLOCKWISE = ('Adam8bit', 'AdamW8bit', 'PagedAdam8bit', 'PagedAdamW8bit', 'Lion8bit', 'PagedLion8bit', 'AdEMAMix8bit',
+              'PagedAdEMAMix8bit', 'RMSprop8bit', 'SGD8bit', 'LAMB8bit', 'Adagrad8bit')  # fmt: skip
+# Their update of one element looks at others, which are on other ranks.
+_WHOLE_TENSOR = ('Adafactor', 'LAMB', 'LAMB32bit', 'LARS', 'LARS32bit', 'PytorchLARS', 'Muon')
+
+RULES = (
+    Rule({'method': ('qlora-4bit', 'qlora-8bit'), 'strategy': ('deepspeed_zero3',)},
+         'ZeRO-3 shards float weights only, a quantised base would stay whole on every rank',
+         '`fsdp`, which shards a 4-bit base, or `deepspeed_zero2`'),
+    Rule({'method': ('qlora-8bit',), 'strategy': ('fsdp',)},
+         "bitsandbytes' 8-bit layers keep their scales inside the weight and cannot be sharded",
+         '`quantization.bits = 4`, or `ddp`'),
+    Rule({'strategy': _SHARDED, 'dtype': ('fp16',)},
+         'fp16 scales the loss, and ranks that hold different gradients would skip different steps',
+         '`model.dtype = "bf16"`, or `ddp`'),
+    Rule({'strategy': _SHARDED, 'optimizer': _BLOCKWISE},
+         'its state is cut into blocks that do not fit the shards, and no other strategy could go on with it',
+         'the 32-bit form of the optimizer (its state is sharded anyway), or `ddp`'),
+    Rule({'strategy': _SHARDED, 'optimizer': _WHOLE_TENSOR},
+         'its update needs whole tensors', 'AdamW, or `ddp`'),
+    Rule({'method': ('full', 'other adapter', 'qlora-8bit'), 'sequence': (True,)},
+         'sequence parallelism lives in the fast path, which is for plain LoRA on a float or 4-bit base',
+         'LoRA or 4-bit QLoRA, or a shorter `dataset.max_length` with `fsdp`'),
+    Rule({'fast': (False,), 'sequence': (True,)},
+         'sequence parallelism lives in the fast path', '`runtime.fast = True`'),
+    Rule({'strategy': _ZERO, 'sequence': (True,)},
+         'DeepSpeed averages over ranks that it takes for holders of different samples', '`ddp` or `fsdp`'),
+    Rule({'strategy': ('single',), 'sequence': (True,)},
+         'one rank has nobody to share a pack with', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
+)  # fmt: skip
+
+
+def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = None) -> Combination:
+    """A config's combination under a strategy; `dtype` where it is known better than the config says."""
+    return Combination(
+        method=_method(config),
+        strategy=strategy,
+        packing='none' if config.dataset.packing == 'none' else 'packed',
+        checkpointing=bool(config.runtime.activation_checkpointing),
+        sequence=config.parallel.sequence_parallel_size > 1,
+        dtype=dtype or config.model.dtype,
+        fast=config.runtime.fast,
+        optimizer=_name(config.optimizer['type']),
+    )
+
+
+def broken_rule(combination: Combination) -> Rule | None:
+    """The first rule that a combination breaks; None where it can be."""
+    for rule in RULES:
+        if all(getattr(combination, name) in values for name, values in rule.when.items()):
+            return rule
+    return None
+
+
+def check(combination: Combination) -> None:
+    """Raises ConfigError, naming the values, the reason and the alternative, for a combination that cannot be."""
+    rule = broken_rule(combination)
+    if rule is not None:
+        values = ', '.join(f'{_TEXTS[name]} {_shown(getattr(combination, name))}' for name in rule.when)
+        raise ConfigError(f'{values} do not go together: {rule.why}; use {rule.instead}')
+
+
+_TEXTS = {
+    'method': 'method', 'strategy': 'strategy', 'packing': 'packing', 'checkpointing': 'activation checkpointing',
+    'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'optimizer': 'optimizer',
+}  # fmt: skip
+assert set(_TEXTS) == {field.name for field in fields(Combination)}
+
+
+def _method(config: TrainConfig) -> str:
+    if config.adapter is None:
+        return 'full'
+    if _name(config.adapter['type']) != 'LoraConfig' or config.adapter.get('use_dora'):
+        return 'other adapter'
+    return f'qlora-{config.quantization.bits}bit' if config.quantization else 'lora'
+
+
+def _name(kind: object) -> str:
+    """Of a class, or of a class that a config names lazily or as text."""
+    return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1].rsplit(':', 1)[-1]
+
+
+def _shown(value: object) -> str:
+    return {True: 'on', False: 'off'}.get(value, str(value)) if isinstance(value, bool) else f'`{value}`'
+
+
+def table() -> Iterator[str]:
+    """The lines of docs/scale.md's table, with its notes."""
+    columns = [*STRATEGIES[1:], 'sequence parallel']
+    numbers: dict[int, int] = {}
+    yield f'| method | {" | ".join(columns)} |'
+    yield f'|{" --- |" * (len(columns) + 1)}'
+    for method in METHODS:
+        cells = [_cell(method, column, numbers) for column in columns]
+        yield f'| {method} | {" | ".join(cells)} |'
+    yield ''
+    for rule in RULES:
+        numbers.setdefault(id(rule), len(numbers) + 1)
+        values = ' and '.join(f'{_TEXTS[n]} {" / ".join(map(_shown, v))}' for n, v in rule.when.items())
+        yield f'{numbers[id(rule)]}. {values}: {rule.why}. Use {rule.instead}.'
+
+
+def _cell(method: str, column: str, numbers: dict[int, int]) -> str:
+    """'yes' where all of packing and checkpointing go; the number of the note where none does."""
+    sequence = column == 'sequence parallel'
+    strategy = 'ddp' if sequence else column
+    rules = [
+        broken_rule(Combination(method, strategy, packing, checkpointing, sequence))
+        for packing, checkpointing in product(('packed', 'none'), (True, False))
+    ]
+    broken = [rule for rule in rules if rule is not None]
+    if not broken:
+        return 'yes'
+    number = numbers.setdefault(id(broken[0]), len(numbers) + 1)
+    return f'no ({number})' if len(broken) == len(rules) else f'in part ({number})'
+
+
+if __name__ == '__main__':
+    print('\n'.join(table()))

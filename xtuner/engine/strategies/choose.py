@@ -1,0 +1,52 @@
+"""Which strategy a run takes, and whether it may."""
+
+from __future__ import annotations
+
+from xtuner.config import compatibility
+from xtuner.config.deepspeed import stage_of
+from xtuner.config.schema import TrainConfig
+from xtuner.engine.strategies.base import Single, Strategy
+from xtuner.errors import ConfigError
+
+
+def choose_strategy(config: TrainConfig, world_size: int, *, dtype: str | None = None) -> str:
+    """The strategy's name: what the config says, where 'auto' is `single` for one process and `ddp` for several.
+
+    Args:
+        config: A run.
+        world_size: Its processes.
+        dtype: 'bf16', 'fp16' or 'fp32', where `model.dtype` is auto and it is known already.
+
+    Raises:
+        ConfigError: no such strategy, a combination that cannot be (see `config.compatibility`), or numbers that do
+            not divide.
+    """
+    name, size = config.parallel.strategy, config.parallel.sequence_parallel_size
+    if name == 'auto':
+        name = 'single' if world_size == 1 else 'ddp'
+    if name == 'single' and world_size > 1:
+        raise ConfigError(f'`parallel.strategy` is single, but {world_size} processes were started; use ddp or fsdp')
+    compatibility.check(compatibility.combination_of(config, stage_of(name), dtype=dtype))
+    if world_size % size:
+        raise ConfigError(
+            f'`parallel.sequence_parallel_size` is {size}, which does not divide the {world_size} processes; start a '
+            'multiple of it'
+        )
+    return name
+
+
+def make_strategy(config: TrainConfig, name: str, rank: int, world_size: int) -> Strategy:
+    """The strategy of that name. Imports only what it needs."""
+    if name == 'single':
+        return Single(rank, world_size)
+    if name == 'ddp':
+        from xtuner.engine.strategies.ddp import DataParallel
+
+        return DataParallel(rank, world_size)
+    if name == 'fsdp':
+        from xtuner.engine.strategies.fsdp import FullyShard
+
+        return FullyShard(rank, world_size)
+    from xtuner.engine.strategies.deepspeed import ZeRO
+
+    return ZeRO(config, name, rank, world_size)

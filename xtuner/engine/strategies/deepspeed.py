@@ -1,0 +1,137 @@
+"""DeepSpeed's ZeRO: optimizer (1), gradients (2) and weights (3) spread over the ranks. An optional extra.
+
+Trained parameters stay float32 and the forward pass runs under autocast, as everywhere here; so DeepSpeed's own half
+precision stays off, and its checkpoints are not used: whole tensors are put together for ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtuner.config.deepspeed import read_deepspeed_config
+from xtuner.config.schema import TrainConfig
+from xtuner.engine.strategies.base import MakeOptimizer, Strategy
+from xtuner.errors import ConfigError
+from xtuner.model.adapter import trainable_parameters
+
+
+class ZeRO(Strategy):
+    """DeepSpeed's engine around the model and the config's optimizer.
+
+    Args:
+        config: The run's config.
+        strategy: Name or file of the DeepSpeed config.
+        rank: This process.
+        world_size: Processes.
+    """
+
+    has_gradients = False
+
+    def __init__(self, config: TrainConfig, strategy: str, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
+        if importlib.util.find_spec('deepspeed') is None:
+            raise ConfigError(
+                f"strategy {strategy} needs DeepSpeed, which is not installed: pip install 'xtuner[deepspeed]', or use "
+                'fsdp'
+            )
+        self.name = strategy
+        self.gradient_factor = float(world_size)  # it averages
+        self._settings = read_deepspeed_config(strategy) | {
+            'train_micro_batch_size_per_gpu': config.schedule.batch_size,
+            'gradient_accumulation_steps': 1,  # the loop says which micro-batch is a step's last
+            'gradient_clipping': config.schedule.max_norm or 0.0,
+        }
+        self.stage: int = self._settings['zero_optimization']['stage']
+        self.together = self.stage == 3
+
+    def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Strategy:
+        """Hands model and optimizer to DeepSpeed's engine."""
+        import deepspeed
+
+        logging.getLogger('DeepSpeed').setLevel(logging.WARNING)
+        self.bare = model
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.ds_optim_param = True  # type: ignore[attr-defined]  # it sends no such ones at the start
+        optimizer = make_optimizer(trainable_parameters(model).values())
+        engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
+        )
+        self.module = engine
+        self.optimizer.check_grad_overflow = True  # a step without a finite gradient changes nothing
+        self._inner = optimizer
+        return self
+
+    def synchronised(self, last: bool) -> Any:
+        """Tells the engine which micro-batch ends the step."""
+        self.module.set_gradient_accumulation_boundary(last)
+        return super().synchronised(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """By the engine."""
+        self.module.backward(loss)
+
+    def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
+        """Clips, and steps too: the engine does both at once, and changes nothing where a gradient is not finite."""
+        self.module.step()
+        if getattr(self.optimizer, 'overflow', False):
+            return math.inf
+        return float(self.module.get_global_grad_norm() or 0.0)
+
+    def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
+        """Done already."""
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Whole tensors under ZeRO-3; elsewhere the model has them."""
+        if self.stage < 3:
+            return None
+        import deepspeed
+
+        found = {}
+        for name, parameter in trainable_parameters(self.bare).items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name.removeprefix('llm.')] = parameter.detach().cpu().clone()
+        return found
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        scalars, names = self._state_form()
+        state = {}
+        for number, parameter in enumerate(trainable_parameters(self.bare).values()):
+            whole = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in names}
+            state[number] = whole | scalars
+        numbers = list(range(len(state)))
+        return {
+            'state': state,
+            'param_groups': [g | {'params': numbers} for g in self._inner.state_dict()['param_groups']],
+        }
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Into the partitions."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        scalars, names = self._state_form()
+        for number, parameter in enumerate(trainable_parameters(self.bare).values()):
+            for name in names:
+                safe_set_full_optimizer_state(parameter, state['state'][number][name].to(self._device()), name)
+        first = state['state'][0]
+        for partition in self._inner.state.values():
+            for name in scalars:
+                partition[name] = first[name].clone() if isinstance(first[name], Tensor) else first[name]
+
+    def _state_form(self) -> tuple[dict[str, Any], list[str]]:
+        """What the optimizer keeps for a partition: values that all share, and names of tensors of its size."""
+        partition, held = next(iter(self._inner.state.items()))
+        names = [k for k, v in held.items() if isinstance(v, Tensor) and v.numel() == partition.numel() and v.dim()]
+        return {k: v for k, v in held.items() if k not in names}, names
+
+    def _device(self) -> torch.device:
+        return next(iter(self._inner.state)).device

@@ -1,0 +1,196 @@
+"""Weights, gradients and optimizer spread over the ranks; a layer is put together just before it is computed.
+
+Torch's `fully_shard` on every decoder layer. The optimizer works on each rank's own rows as plain tensors, so any
+optimizer that treats elements alike can be used, bitsandbytes' among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from xtuner.engine.strategies.base import Strategy
+from xtuner.model.adapter import trainable_parameters
+from xtuner.model.kernels.quantized import is_4bit
+
+
+class FullyShard(Strategy):
+    """`fully_shard` on decoder layers, the head, and what is left."""
+
+    name = 'fsdp'
+    together = True
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
+        self._local: dict[str, nn.Parameter] = {}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shards in place, layer by layer."""
+        outer: Any = model
+        base = outer.llm.get_base_model() if hasattr(outer.llm, 'get_base_model') else outer.llm
+        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        device = next(decoder.layers[0].parameters()).device
+        mesh = init_device_mesh(device.type, (self.world_size,))
+        keep_quantisation_states(decoder)
+        for layer in decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
+        if head.weight is not decoder.embed_tokens.weight and not _trained(head):
+            fully_shard(head, mesh=mesh)
+        ignored = set() if _trained(decoder.embed_tokens) else set(decoder.embed_tokens.parameters())
+        fully_shard(outer, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+        for module in _sharded(outer):  # the sum is wanted, not the mean
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        # Now, with everything in place: a sample may be generated before the first step, and the module that is called
+        # first would think itself the root.
+        outer._get_fsdp_state()._lazy_init()
+        for module in _sharded(outer):  # makes the whole tensors ordinary ones, which generation alone would not
+            module.unshard()
+            module.reshard()
+        self._local = {name: _local(p) for name, p in trainable_parameters(outer).items()}
+        return outer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's rows of each trained parameter; one with fewer rows than ranks may have none here."""
+        return [p for p in self._local.values() if p.numel()]
+
+    def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
+        """Hands each gradient's rows to the optimizer's parameters, and clips them by the norm over all ranks."""
+        for name, parameter in trainable_parameters(self.bare).items():
+            grad: Any = parameter.grad
+            self._local[name].grad = None if grad is None else grad.to_local()
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=next(iter(self._local.values())).device)
+        if grads:
+            squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        distributed.all_reduce(squares)
+        norm = squares.sqrt().item()
+        factor = max_norm / (norm + 1e-6) if math.isfinite(norm) else 1.0
+        if factor < 1:
+            torch._foreach_mul_(grads, factor)
+        return norm
+
+    def _forget(self) -> None:
+        for parameter in [*trainable_parameters(self.bare).values(), *self._local.values()]:
+            parameter.grad = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Puts together what belongs to no layer; layers come and go by themselves."""
+        roots = [module for module in _sharded(self.bare) if not hasattr(module, 'self_attn')]
+        for module in roots:
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in roots:
+                module.reshard()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained tensors put together one by one, kept on rank 0 only."""
+        self._reshard()
+        found = {}
+        prefix = 'llm.'
+        for name, parameter in trainable_parameters(self.bare).items():
+            full = parameter.full_tensor()  # type: ignore[attr-defined]
+            if self.rank == 0:
+                found[name.removeprefix(prefix)] = full.detach().cpu()
+        return found
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Each rank's rows put together; numbers of parameters are those that a single process has."""
+        self._reshard()
+        own = self.optimizer.state_dict()
+        names = list(self._local)
+        held = {name: own['state'][i] for i, name in enumerate(n for n in names if self._local[n].numel())
+                if i in own['state']}  # fmt: skip
+        kinds = [{name: {k: isinstance(v, Tensor) and v.shape == self._local[name].shape for k, v in state.items()}
+                  for name, state in held.items()}]  # fmt: skip
+        distributed.broadcast_object_list(kinds, src=0)  # rank 0 has rows of every parameter
+        state: dict[int, dict[str, Any]] = {}
+        for number, name in enumerate(names):
+            for key, sharded in kinds[0].get(name, {}).items():
+                value = held.get(name, {}).get(key)
+                if sharded:
+                    value = self._put_together(name, value)
+                state.setdefault(number, {})[key] = value
+        groups = [group | {'params': list(range(len(names)))} for group in own['param_groups']]
+        return {'state': state, 'param_groups': groups} | {
+            k: v for k, v in own.items() if k not in ('state', 'param_groups')
+        }
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes this rank's rows."""
+        own, place = {}, 0
+        for number, (name, local) in enumerate(self._local.items()):
+            if not local.numel():
+                continue
+            if number in state['state']:
+                whole = _parameter(self.bare, name)
+                own[place] = {k: self._rows(v, whole) for k, v in state['state'][number].items()}
+            place += 1
+        groups = [group | {'params': list(range(place))} for group in state['param_groups']]
+        self.optimizer.load_state_dict(state | {'state': own, 'param_groups': groups})
+
+    def _rows(self, value: Any, whole: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != whole.shape:
+            return value
+        chunks = value.chunk(self.world_size)
+        return chunks[self.rank].clone() if self.rank < len(chunks) else value[:0]
+
+    def _put_together(self, name: str, value: Tensor | None) -> Tensor:
+        whole: Any = _parameter(self.bare, name)
+        local = self._local[name]
+        rows = torch.zeros_like(local) if value is None else value.to(local.device)
+        full = DTensor.from_local(
+            rows, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        ).full_tensor()
+        return full.cpu() if self.rank == 0 else full[:0]
+
+    def _reshard(self) -> None:
+        """Everything in its shards: parameters are their own."""
+        for module in _sharded(self.bare):
+            module.reshard()
+
+
+def keep_quantisation_states(model: nn.Module) -> int:
+    """Moves each 4-bit weight's state from the weight, which becomes a plain parameter, to its layer.
+
+    Returns:
+        How many layers have one.
+    """
+    count = 0
+    for module in model.modules():
+        if is_4bit(module):
+            layer: Any = module
+            layer.quant_state = layer.weight.quant_state
+            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+            count += 1
+    return count
+
+
+def _local(parameter: Any) -> nn.Parameter:
+    """A rank's rows as a parameter in the same memory."""
+    return nn.Parameter(parameter.detach().to_local())
+
+
+def _parameter(model: nn.Module, name: str) -> Any:
+    return model.get_parameter(name)
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _sharded(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was put on."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,213 @@
+"""Ranks look after each other: one that fails, dies or hangs ends all within seconds, and one line says which and why.
+
+Every rank runs a thread that asks the group's store once a second whether another has failed, asks the operating
+system whether its neighbours on this node live, and notices when its own rank has made no progress for too long. Who
+claims the failure first tells the user; all others end without a word. It works under torchrun, Slurm and `xtuner
+train` alike, and while the main thread waits inside a collective, where nothing else runs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from torch import distributed
+
+from xtuner import ranks
+from xtuner.errors import TrainingError
+
+logger = logging.getLogger('xtuner')
+
+_BEAT_S = 1.0
+_LINGER_S = 2.0  # the one who tells must be the first to end: launchers look at the first
+_WORD_S = 30.0  # between two words about who is waited for
+_CLAIM, _STATUS = 'xtuner/failed', 1
+
+
+class Watch:
+    """Watches over a group of ranks from `start` to `stop`.
+
+    Args:
+        store: The group's store; its `clone` is a connection of its own.
+        rank: This process.
+        world_size: Processes.
+        timeout_s: A rank that makes no progress for so long has hung.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
+        self._store = store.clone()
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._place = 'starting'
+        self._since: float | None = None  # None: not in a part of the run that is timed
+        self._count = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name='watch', daemon=True)
+        self._neighbours: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Makes this rank known and begins to watch; errors of this process go through the common judgement."""
+        self._store.set(f'xtuner/process/{self._rank}', json.dumps([socket.gethostname(), os.getpid()]))
+        ranks.judge = self.claim
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This rank is done: that it goes away is no failure."""
+        self._store.set(f'xtuner/ended/{self._rank}', '1')
+        self._ended.set()
+        self._thread.join()
+        ranks.judge = None
+        self._store.add('xtuner/ended', 1)
+        latest = time.monotonic() + _WORD_S
+        while self._rank == 0 and self._store.add('xtuner/ended', 0) < self._world_size:  # the store may live in here
+            if time.monotonic() > latest:
+                break
+            time.sleep(0.02)
+
+    def note(self, place: str) -> None:
+        """Says where this rank is, such as 'step 5, backward'; the time-out counts from here."""
+        self._count += 1
+        self._place, self._since = place, time.monotonic()
+        self._store.set(f'xtuner/place/{self._rank}', f'{self._count} {place}')
+
+    def passes(self) -> None:
+        """This rank has come one message further: it begins to add up gradients."""
+        self.note(f'{self._place.partition(", ")[0]}, adding up gradients')
+
+    def pause(self) -> None:
+        """From here on this rank may take as long as it likes: it writes a checkpoint or generates a sample."""
+        self._since = None
+
+    def gather(self, what: str) -> None:
+        """Waits until every rank has come here, for as long as it takes: no collective that could time out is used."""
+        self._store.set(f'xtuner/{what}/{self._rank}', '1')
+        self._store.add(f'xtuner/{what}', 1)
+        began = said = time.monotonic()
+        while self._store.add(f'xtuner/{what}', 0) < self._world_size:
+            time.sleep(0.05)
+            if time.monotonic() - said > _WORD_S:
+                said = time.monotonic()
+                missing = [r for r in range(self._world_size) if not self._store.check([f'xtuner/{what}/{r}'])]
+                logger.info('waiting for %s of rank %s for %.0f s', what, _some(missing), said - began)
+
+    def claim(self, text: str) -> bool:
+        """Whether this process is the first to fail, and so tells; called with the error's line."""
+        if _is_consequence(text):  # of a rank that died, most likely: its neighbours know more in a moment
+            self._ended.wait(3 * _BEAT_S)
+        return self._take(text)
+
+    def _take(self, text: str) -> bool:
+        mine = f'{self._rank} {text}'
+        try:
+            return self._store.compare_set(_CLAIM, '', mine).decode() == mine
+        except RuntimeError:  # the store went with rank 0 or its launcher
+            return False
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(_BEAT_S):
+                self._look()
+        except RuntimeError as error:  # no store: rank 0 or the launcher has gone
+            if not self._ended.is_set():
+                logger.debug('the store is gone: %s', error)
+                time.sleep(_LINGER_S)
+                self._end(None)
+
+    def _look(self) -> None:
+        if self._store.check([_CLAIM]):
+            time.sleep(_LINGER_S)
+            self._end(None)
+        dead = self._dead_neighbour()
+        if dead is not None:
+            self._end(
+                f'rank {dead} was killed, maybe for lack of host memory (see `dmesg`); the last checkpoint is kept'
+            )
+        since = self._since
+        if since is not None and time.monotonic() - since > self._timeout_s:
+            self._end(self._who_hangs())
+
+    def _dead_neighbour(self) -> int | None:
+        """A rank of this node whose process is gone although it has not ended."""
+        if os.name != 'posix':  # elsewhere asking would kill
+            return None
+        if not self._neighbours:
+            self._neighbours = self._find_neighbours()
+        for rank, pid in self._neighbours.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                if not self._store.check([f'xtuner/ended/{rank}']):
+                    return rank
+            except PermissionError:
+                continue
+        return None
+
+    def _find_neighbours(self) -> dict[int, int]:
+        known = [f'xtuner/process/{rank}' for rank in range(self._world_size)]
+        if not self._store.check(known):
+            return {}
+        found = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(known)}
+        return {r: pid for r, (host, pid) in found.items() if host == socket.gethostname() and r != self._rank}
+
+    def _who_hangs(self) -> str:
+        """The ranks that are behind the others, where they are, and on which machine."""
+        places: dict[int, tuple[int, str]] = {}
+        for rank in range(self._world_size):
+            key = f'xtuner/place/{rank}'
+            count, _, place = (
+                self._store.get(key).decode().partition(' ') if self._store.check([key]) else ('0', '', '')
+            )
+            places[rank] = (int(count), place or 'starting')
+        least = min(count for count, _ in places.values())
+        behind = [rank for rank, (count, _) in places.items() if count == least]
+        seconds = f'{self._timeout_s:g} s'
+        if len(behind) == self._world_size:
+            return f'no rank has made progress for {seconds}: all are at {places[0][1]}; see `parallel.timeout_s`'
+        host = json.loads(self._store.get(f'xtuner/process/{behind[0]}'))[0]
+        return (
+            f'rank {_some(behind)} (on {host}) hangs at {places[behind[0]][1]}: the others have waited for {seconds}; '
+            'if it only is slow, set `parallel.timeout_s`'
+        )
+
+    def _end(self, text: str | None) -> None:
+        """Ends this process, telling why where it is the first; exceptions cannot reach a thread in a collective."""
+        if self._ended.is_set():
+            return
+        if text is not None and self._take(text):
+            if '--debug' in sys.argv:
+                faulthandler.dump_traceback(all_threads=True)
+            ranks.judge = lambda _: True
+            if ranks.tells_error(text):
+                print(f'xtuner: error: {text}', file=sys.stderr, flush=True)
+            os._exit(TrainingError.exit_status)
+        if text is not None:  # another was first
+            time.sleep(_LINGER_S)
+        sys.stderr.flush()
+        os._exit(_STATUS)
+
+
+def _is_consequence(text: str) -> bool:
+    """Whether an error's text is that of a collective which lost a rank."""
+    words = ('gloo', 'nccl', 'connection closed by peer', 'connection reset', 'timed out waiting', 'distbackenderror',
+             'distnetworkerror')  # fmt: skip
+    return any(word in text.lower() for word in words)
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ', '.join(map(str, numbers[:4]))
+    return shown if len(numbers) <= 4 else f'{shown} and {len(numbers) - 4} more'
+
+
+def watch_group(rank: int, world_size: int, timeout_s: float) -> Watch | None:
+    """A watch over the default group, started; None for a single process."""
+    if world_size == 1:
+        return None
+    watch = Watch(distributed.distributed_c10d._get_default_store(), rank, world_size, timeout_s)
+    watch.start()
+    return watch
