@@ -189,9 +189,9 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor
     normed, rstd = _norm(run, 2, parts.norm_mid, kept.middle)
     dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seeds(2))
     source = normed[:, : parts.gate_up.num_in]
-    args = (how, gate_up, source, _scaled(run, 2, kept, source), dxa, run.adapters[2], run.seeds(2))
-    grads = parts.gate_up.weight_grads(*args) + down_grads
-    del gate_up, normed
+    scaled = _scaled(run, 2, kept, source)
+    grads = parts.gate_up.weight_grads(how, gate_up, source, scaled, dxa, run.adapters[2], run.seeds(2)) + down_grads
+    del gate_up, normed, source
     dmiddle = how.kernels.rms_norm_backward(dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
     return kept.middle, dmiddle, grads
 
