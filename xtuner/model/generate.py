@@ -114,6 +114,25 @@ def generate(
 
 
 @torch.inference_mode()
+def warm(model: Any, num_tokens: int) -> None:
+    """Draws a few tokens, with room for `num_tokens`, so that what is loaded at its first use is loaded.
+
+    PyTorch's generators are left as they were. Models that are not decoded here are left alone.
+    """
+    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    prompt = [int(model.config.bos_token_id or 0)] * 16
+    if obstacle(causal, num_tokens) is not None or num_tokens <= 2 * len(prompt):
+        return
+    decoder = decoder_for(causal)
+    devices = [causal.device] if causal.device.type == 'cuda' else []
+    with torch.random.fork_rng(devices), decoder.lock, torch.autocast(causal.device.type, enabled=False):
+        room = num_tokens - len(prompt)
+        with closing(decoder.answer(prompt, max_new_tokens=room, temperature=0.5, top_p=0.5)) as ids:
+            for _, _ in zip(range(3), ids, strict=False):
+                pass
+
+
+@torch.inference_mode()
 def _decode(
     causal: Any, prompt_ids: Sequence[int], stop_ids: frozenset[int], sampling: Sampling, streamer: TextStream | None
 ) -> list[int]:
