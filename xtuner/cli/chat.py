@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-<<<<<<< HEAD
-from typing import TYPE_CHECKING
-=======
-from typing import Any
->>>>>>> f23004b (A comfortable terminal: several lines, arrow keys, commands, an answer that can be stopped; MOSS's plugins, each bounded and without eval)
+from typing import TYPE_CHECKING, Any
 
 from xtuner.cli.options import add_sampling_arguments, positive_int
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
+    from xtuner.chat.load import ChatModel
     from xtuner.chat.web.talk import SharedModel
 
 
@@ -47,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, then chats until the input ends, or the page is closed by Ctrl-C."""
+    if args.web and args.with_plugins:
+        raise UsageError('--with-plugins is for the terminal; the web page has no tools')
     if args.web:
         return _run_page(args)
     if args.port:
@@ -54,21 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.cli.log import start_logging
 
     start_logging()
-    from xtuner.chat.load import open_chat_model
     from xtuner.chat.plugins.base import open_plugins
     from xtuner.chat.terminal import chat_interactive, chat_piped, show_call
     from xtuner.model.generate import Sampling
 
     plugins = open_plugins(args.with_plugins)  # before anything is loaded
-    chat = open_chat_model(
-        args.llm,
-        adapter=args.adapter,
-        template=args.prompt_template,
-        bits=args.bits,
-        dtype=args.dtype,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )
+    chat = _open(args)
     settings: Any = {
         'system': args.system,
         'sampling': Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
@@ -82,19 +72,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_shared_model(args: argparse.Namespace) -> SharedModel:
-    """Loads what the page's tabs share."""
+def _open(args: argparse.Namespace) -> ChatModel:
     from xtuner.chat.load import open_chat_model
-    from xtuner.chat.web.talk import SharedModel
-    from xtuner.model.generate import Sampling
 
-    chat = open_chat_model(
+    return open_chat_model(
         args.llm,
         adapter=args.adapter,
         template=args.prompt_template,
         bits=args.bits,
+        dtype=args.dtype,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def load_shared_model(args: argparse.Namespace) -> SharedModel:
+    """Loads what the page's tabs share."""
+    from xtuner.chat.web.talk import SharedModel
+    from xtuner.model.generate import Sampling
+
+    chat = _open(args)
     return SharedModel(
         chat,
         name=args.llm,
