@@ -34,9 +34,10 @@ def is_dead_worker(error: Exception) -> bool:
 
 def dead_worker_message(error: Exception) -> str:
     """What to say of it."""
+    reason = str(error).splitlines()[0].rstrip('. ')
     return (
-        f'a process that reads batches died ({str(error).splitlines()[0].rstrip(". ")}); --resume goes on from the last '
-        'checkpoint, and runtime.num_workers=0 reads without such processes'
+        f'a process that reads batches died ({reason}); --resume goes on from the last checkpoint, and '
+        'runtime.num_workers=0 reads without such processes'
     )
 
 
