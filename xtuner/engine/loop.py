@@ -251,10 +251,9 @@ class TrainLoop(BaseLoop):
         """
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
-            on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
             with self.strategy.synchronised(number == len(micro_batches)):
                 with self.autocast():
-                    loss_sum = self.runner.model(**on_device)
+                    loss_sum = self.runner.model(**batch)
                 # The sum over all ranks is wanted, whatever the strategy does to gradients.
                 self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
             losses.append(loss_sum.detach())
