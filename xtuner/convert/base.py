@@ -17,7 +17,7 @@ from xtuner.model.loading import bitsandbytes_config, load_config
 from xtuner.model.weights import WeightReader
 
 _BLOCK, _SCALES_BLOCK = 64, 256  # values that share a scale, and scales that share one, in bitsandbytes' layers
-_QUANTIZED_AT_ONCE = 2**20  # a multiple of both
+_QUANTIZED_AT_ONCE = 2**20  # elements
 
 
 def skeleton(folder: Path) -> Any:
@@ -128,7 +128,9 @@ def requantize(weight: Tensor, quantization: QuantizationConfig) -> Tensor:
         codes = codes.to(weight.device)
         return weight.copy_(bnb.functional.int8_vectorwise_dequant(codes.CB, codes.SCB))
     kind = quantization.quant_type
-    parts = weight.view(-1).split(_QUANTIZED_AT_ONCE)
+    width = weight.shape[1]
+    # Where blocks cross rows, bitsandbytes' kernels on a CPU depend on the shape: the weight stays in one part then.
+    parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % _BLOCK == 0 else (weight,)
     packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=_BLOCK) for part in parts]
     scales = torch.cat([state.absmax for _, state in packed])
     if quantization.double_quant:  # the scales of the whole weight are quantised together
@@ -138,5 +140,5 @@ def requantize(weight: Tensor, quantization: QuantizationConfig) -> Tensor:
     counts = [part.numel() // _BLOCK + bool(part.numel() % _BLOCK) for part in parts]
     for part, (codes, state), own in zip(parts, packed, scales.split(counts), strict=True):
         state.absmax = own
-        part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(-1))
+        part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(part.shape))
     return weight
