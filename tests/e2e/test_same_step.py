@@ -142,8 +142,9 @@ def test_ranks_wait_for_the_data_longer_than_a_collective_may_take(
     script.write_text(IMPATIENT)
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script)]
     options = [f'dataset.map_fn={functions}:slow', 'schedule.accumulative_counts=2', 'optimizer.lr=0.1']
-    done = subprocess.run([*launcher, *words(tmp_path, config, 'run', options), '--launcher', 'pytorch'],
-                          env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, check=False)  # fmt: skip
+    command = [*launcher, *words(tmp_path, config, 'run', options), '--launcher', 'pytorch']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 'prepared in' in done.stderr or 'waiting for another process' in done.stderr
     assert (tmp_path / 'run' / 'checkpoint-00000001').is_dir()
