@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         'sampling': Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
     }
     session = chat.moss_session(plugins, show_call, **settings) if plugins else chat.session(**settings)
-    chat.warm()
     if sys.stdin.isatty():
         chat_interactive(session, sys.stdout)
     else:
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> ChatModel:
     from xtuner.chat.load import open_chat_model
 
-    return open_chat_model(
+    chat = open_chat_model(
         args.llm,
         adapter=args.adapter,
         template=args.prompt_template,
@@ -84,6 +83,8 @@ def _open(args: argparse.Namespace) -> ChatModel:
         device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
+    chat.warm()
+    return chat
 
 
 def load_shared_model(args: argparse.Namespace) -> SharedModel:
