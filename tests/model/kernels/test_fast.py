@@ -72,7 +72,7 @@ def test_gradients_equal_float64(batch, way, checkpointing):
 
 
 def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):
-    """Copied are the attention's output and v's gradient in each layer, and the gradient that comes from the last norm."""
+    """Copied are the attention's output and v's gradient in each layer, and the gradient from the last norm."""
     copies = []
     counting = replace(PLAIN, copy_rows=lambda x, out: copies.append(len(x)) or out.copy_(x))
     model = with_adapter(quantise(tiny_llama(layers=3)))
