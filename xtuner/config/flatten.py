@@ -51,8 +51,7 @@ def _row(code: str, comment: str) -> str:
 
 
 def _is_import(key: str, value: Any) -> bool:
-    named = key == 'type' and isinstance(value, str) and ':' in value
-    return (callable(value) or named) and '.py:' not in reference(value)  # a file's name stays text
+    return callable(value) or (key == 'type' and isinstance(value, str) and ':' in value)
 
 
 def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False) -> str:
@@ -67,8 +66,6 @@ def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False)
         return f'({items},)' if len(value) == 1 else f'({items})'
     if value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and not is_type):
         return repr(value)
-    module, _, name = reference(value).rpartition(':')
-    if module.endswith('.py'):
-        return repr(reference(value))
+    module, name = reference(value).split(':')
     imports.add((module, name))
     return name
