@@ -173,6 +173,7 @@ def main() -> None:
     p.add_argument('--steps', type=int, default=200)
     p.add_argument('--pretrain', type=int, default=400)
     p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--ways', default=','.join(WAYS), help='some of stock,ours,fp8; stock always')
     p.add_argument('--out', type=Path, help='write all losses there as JSON')
     args = p.parse_args()
     folder = Path(tempfile.mkdtemp())
@@ -183,7 +184,9 @@ def main() -> None:
     first, second = (packs(args.texts, tokenizer, part) for part in (slice(0, None, 2), slice(1, None, 2)))
     model = add_adapter(quantised(pretrain(first, args.pretrain)), dropout=0.1)
     curves: dict[str, dict[int, list[float]]] = {
-        way: {seed: tune(model, way, second, args.steps, seed) for seed in range(args.seeds)} for way in WAYS
+        way: {seed: tune(model, way, second, args.steps, seed) for seed in range(args.seeds)}
+        for way in WAYS
+        if way in ('stock', *args.ways.split(','))
     }
     table(curves)
     if args.out:

@@ -7,9 +7,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mmengine.registry import Registry
@@ -22,7 +27,7 @@ TEMPLATES = Registry('template', locations=['xtuner.dataset.template'])
 
 
 def resolve(target: Any) -> Callable[..., Any]:
-    """The callable behind a `type`: itself, a registered name, or 'module:name', which is imported.
+    """The callable behind a `type`: itself, a registered name, 'module:name' or 'file.py:name', which is imported.
 
     Raises:
         ConfigError: the module or the name does not exist, or is not callable.
@@ -31,8 +36,7 @@ def resolve(target: Any) -> Callable[..., Any]:
         return target
     if not isinstance(target, str):
         raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {target!r}')
-    module_name, colon, name = target.partition(':')
-    if not colon:
+    if ':' not in target:
         found = BUILDER.get(target)
         if found is None:
             raise ConfigError(
@@ -40,20 +44,54 @@ def resolve(target: Any) -> Callable[..., Any]:
                 'a type that is not registered is written "module:name"'
             )
         return found
+    return imported(target, 'type')
+
+
+def imported(target: str, what: str) -> Callable[..., Any]:
+    """The callable that 'module:name' or 'file.py:name' names.
+
+    Args:
+        target: The text; a module must be importable, a file is run once as a module of its own.
+        what: What the text is, for the message.
+
+    Raises:
+        ConfigError: there is no such module, file or name, it fails while it runs, or is not callable.
+    """
+    module_name, _, name = target.rpartition(':')
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise ConfigError(f'type {target!r} cannot be imported: {error}') from error
+        module = _module_of(Path(module_name)) if module_name.endswith('.py') else importlib.import_module(module_name)
+        found = getattr(module, name)
     except AttributeError as error:
-        raise ConfigError(f'module {module_name!r} has no {name!r}') from error
+        raise ConfigError(f'{what} {target!r} cannot be imported: module {module_name!r} has no {name!r}') from error
+    except Exception as error:  # the user's module may raise anything
+        raise ConfigError(f'{what} {target!r} cannot be imported: {type(error).__name__}: {error}; a module must be '
+                          'importable from where the command runs (PYTHONPATH), or lie beside the config; a file must '
+                          'run by itself') from error  # fmt: skip
     if not callable(found):
-        raise ConfigError(f'type {target!r} is a {type(found).__name__}, which cannot be called')
+        raise ConfigError(f'{what} {target!r} is a {type(found).__name__}, which cannot be called')
     return found
 
 
+def _module_of(file: Path) -> ModuleType:
+    """Runs a file as a module, once."""
+    file = file.resolve()
+    name = f'xtuner_file_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}'
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
 def reference(target: Any) -> str:
-    """The text 'module:name' that `resolve` turns into `target` again."""
-    return target if isinstance(target, str) else f'{target.__module__}:{target.__qualname__}'
+    """The text 'module:name' (or 'file.py:name') that `resolve` turns into `target` again."""
+    if isinstance(target, str):
+        return target
+    file = getattr(sys.modules.get(target.__module__), '__file__', None)
+    module = file if file and target.__module__.startswith('xtuner_file_') else target.__module__
+    return f'{module}:{target.__qualname__}'
 
 
 def check_arguments(section: Mapping[str, Any], where: str, *, given: tuple[str, ...] = ()) -> None:

@@ -90,7 +90,7 @@ def test_lora_on_two_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_weights() -> None:
     config = load_config(str(FILES / 'internlm_full_custom.py'))
     assert (config.quantization, config.adapter, config.model.dtype) == (None, None, 'fp32')
-    assert (config.dataset.source, config.dataset.map_fn) == ('conversations.json', 'conversation')
+    assert (config.dataset.source, config.dataset.map_fn) == ('conversations.json', None)
     assert (config.dataset.packing, config.dataset.group_by_length) == ('none', True)
     assert (config.schedule.max_steps, config.schedule.decay, config.schedule.warmup_ratio) == (300, 'cosine', 0)
     assert (config.schedule.max_norm, config.checkpoint.interval) == (None, 100)
@@ -124,6 +124,42 @@ def test_what_would_change_the_result_is_refused(old: str, new: str, message: st
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(file)
     assert str(caught.value).startswith(f'{file}: read as a classical config: ')
+
+
+VARIANTS = [
+    ('start_factor=1e-5', 'start_factor=1 / 40', 'a warm-up rises from 0 here', 'schedule.decay', 'cosine'),
+    ('        end=max_epochs', '        T_max=max_epochs', 'ends at 3.09, the run at 3; here both end',
+     'schedule.decay', 'cosine'),
+    ('collate_fn=dict', "batch_sampler=dict(type='BatchSampler', drop_last=True, batch_size=1), collate_fn=dict",
+     'batch_sampler.drop_last (the last batch is filled up)', 'schedule.batch_size', 1),
+    ('dataset_map_fn=oasst1_map_fn', 'dataset_map_fn=None', '', 'dataset.map_fn', None),
+    ('dataset=train_dataset', 'dataset=dict(type="ConcatDataset", datasets_cfg=dict(a=train_dataset))', '',
+     'dataset.map_fn', 'oasst1'),
+    ('num_workers=dataloader_num_workers', 'num_workers=2, persistent_workers=True', 'persistent_workers (read as',
+     'runtime.num_workers', 2),
+    ("dtype='float16'", 'dtype=torch.bfloat16', "base is held in the compute dtype bf16, not in 'torch:float16'",
+     'model.dtype', 'bf16'),
+    ("visualizer = None", "visualizer = dict(vis_backends=[dict(type='WandbVisBackend', init_kwargs=dict(a=1))])",
+     'vis_backends', 'log.trackers', ['wandb']),
+    ("loss_scale='dynamic'", 'loss_scale=512.0', 'the scale is always found', 'schedule.max_norm', 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('old', 'new', 'said', 'key', 'value'), VARIANTS)
+def test_variants_run_with_a_word(
+    old: str, new: str, said: str, key: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config_text('internlm_qlora_oasst1')
+    assert old in text
+    config = load_config(written(tmp_path, text.replace(old, new, 1)))
+    section, _, name = key.partition('.')
+    assert getattr(getattr(config, section), name) == value
+    assert said in capsys.readouterr().err
+
+
+def test_eight_bits_beside_the_path(tmp_path: Path) -> None:
+    text = config_text('internlm_lora_alpaca').replace('torch_dtype=torch.bfloat16', 'load_in_8bit=True')
+    assert load_config(written(tmp_path, text)).quantization.bits == 8
 
 
 def test_every_fault_is_in_one_message(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from xtuner.config.find import config_root, find_config, list_configs
 from xtuner.config.flatten import flatten
 from xtuner.config.load import load_config, parse_options
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.map_fns import resolve_map_fn
 from xtuner.errors import ConfigError, UsageError
 from xtuner.registry import check_arguments
 
@@ -157,3 +158,51 @@ def test_options_are_literals_or_text() -> None:
 
 def test_a_config_is_made_of_checked_classes() -> None:
     assert isinstance(load_config(FLAGSHIP), TrainConfig)
+
+
+MINIMAL = """
+model = dict(path='/base', template='internlm_chat')
+optimizer = dict(type='torch.optim:AdamW', lr=1e-4)
+"""
+FUNCTION = """
+import re
+
+def mine(example):
+    return {'conversation': [{'input': re.sub('x', 'y', example['q']), 'output': example['a']}]}
+"""
+
+
+@pytest.mark.parametrize('place', ['in the config', 'beside the config', 'by the name of its file'])
+def test_a_map_function_of_ones_own(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works from any folder, and the flat config of the run finds it again."""
+    beside = write(tmp_path, FUNCTION, 'functions_beside.py')
+    start, value = {
+        'in the config': (FUNCTION, 'mine'),
+        'beside the config': ('from functions_beside import mine\n', 'mine'),
+        'by the name of its file': ('', repr(f'{beside}:mine')),
+    }[place]
+    file = write(tmp_path, f"{start}{MINIMAL}dataset = dict(source='a.jsonl', map_fn={value})\n", f'{place[:2]}_x.py')
+    monkeypatch.chdir('/')
+    config = load_config(file)
+    flat = write(tmp_path, flatten(config, title='x'), 'flat.py')
+    for found in (config, load_config(flat)):
+        function = resolve_map_fn(found.dataset.map_fn)
+        assert function({'q': 'x?', 'a': 'b'}) == {'conversation': [{'input': 'y?', 'output': 'b'}]}
+
+
+def test_a_hook_beside_the_config(tmp_path: Path) -> None:
+    write(tmp_path, 'class Mine:\n    def __init__(self, a=1): ...\n', 'hooks_beside.py')
+    hooks = "from hooks_beside import Mine\nhooks = [dict(type=Mine, a=2)]\ndataset = dict(source='a.jsonl')\n"
+    config = load_config(write(tmp_path, hooks + MINIMAL))
+    check_arguments(config.hooks[0], 'hooks[0]')
+    again = load_config(write(tmp_path, flatten(config, title='x'), 'flat.py'))
+    assert again.hooks == config.hooks
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [('1/0', 'ZeroDivisionError: division by zero'), ('other = 1', "has no 'mine'"), ('mine = 3', 'is a int, which')],
+)
+def test_a_file_that_names_no_function(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_map_fn(write(tmp_path, text, 'broken_functions.py') + ':mine')

@@ -10,6 +10,7 @@ import torch
 from tests.conftest import write_internlm
 from tests.convert.adapters import make_base, make_gpt2
 from xtuner.config.schema import QuantizationConfig
+from xtuner.convert import base as module
 from xtuner.convert.base import QuantizedBase
 from xtuner.model.loading import load_model
 from xtuner.model.weights import open_weights
@@ -30,20 +31,23 @@ def values_in_memory(folder: Path, dtype: torch.dtype, settings: QuantizationCon
     model = load_model(folder, dtype=dtype, quantization=settings)
     held = {name: parameter.data for name, parameter in model.named_parameters()}
     num_quantized = 0
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            held[f'{name}.weight'] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            whole = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
+    for name, layer in model.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            held[f'{name}.weight'] = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        elif isinstance(layer, bnb.nn.Linear8bitLt):
+            whole = bnb.functional.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
             held[f'{name}.weight'] = whole.to(dtype)
-        num_quantized += isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+        num_quantized += isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
     assert num_quantized
     return held
 
 
 @pytest.mark.parametrize('settings', SETTINGS)
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_bit_for_bit_what_training_holds(tmp_path: Path, settings: str, dtype: str) -> None:
+def test_bit_for_bit_what_training_holds(
+    tmp_path: Path, settings: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, '_QUANTIZED_AT_ONCE', 1024)  # several parts a weight
     folder = write_internlm(tmp_path / 'base', vocab_size=120, hidden=64)
     held = values_in_memory(folder, DTYPES[dtype], SETTINGS[settings])
     reader = open_weights(folder)

@@ -105,3 +105,17 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_root() == tmp_path and cache_root('/a') == Path('/a')
     monkeypatch.delenv('XTUNER_CACHE')
     assert cache_root() == Path.home() / '.cache' / 'xtuner'
+
+
+@pytest.mark.parametrize('jump_s', [-86400, 86400])
+def test_a_clock_that_jumps_does_not_bury_a_builder_that_lives(tmp_path, monkeypatch, jump_s):
+    """A lock's stamp is of another clock than ours, as after a correction of one of them."""
+    lock = tmp_path / 'x.lock'
+    lock.write_text(f'elsewhere {os.getpid()}')
+    silence = cache._Silence(lock)
+    assert not cache._is_dead(lock, silence)
+    now = time.time()
+    os.utime(lock, (now + jump_s, now + jump_s))
+    assert not cache._is_dead(lock, silence)
+    monkeypatch.setattr(time, 'time', lambda: now - jump_s)
+    assert not cache._is_dead(lock, silence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,52 @@ def test_a_stream_of_text_loses_no_punctuation(tokenizer: Any) -> None:
         stream.put(torch.tensor([i]))
     stream.end()
     assert ''.join(shown) == 'how are you , well .'
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_a_long_stream_is_the_text_of_all_its_ids(tokenizer: Any, seed: int) -> None:
+    make = random.Random(seed)
+    words = [
+        'the',
+        ' cat',
+        ' ',
+        '  ',
+        'é',
+        '世界',
+        '🙂',
+        '\n',
+        '\n\n',
+        '<|User|>:',
+        ' .',
+        '0',
+        '\t',
+        '<eoh>',
+        '\ufffd',
+        'Ω',
+    ]
+    text = ''.join(make.choices(words, k=150)) + 'end'
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) > 200
+    shown: list[str] = []
+    stream = TextStream(tokenizer, shown.append, stop_ids=[2])
+    stream.put(torch.tensor([[1]]))
+    for i in ids:
+        stream.put(torch.tensor([i]))
+    stream.end()
+    assert ''.join(shown) == tokenizer.decode(ids, clean_up_tokenization_spaces=False) and stream.ids == ids
+
+
+def test_a_long_stream_of_a_tokenizer_that_strips_the_first_space() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({'▁a': 0, '▁b': 1, 'c': 2, '<unk>': 3}, unk_token='<unk>'))
+    inner.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    ids = random.Random(0).choices(range(3), k=400)
+    shown: list[str] = []
+    stream = TextStream(tokenizer, shown.append, stop_ids=[9])
+    for value in ([7], *([i] for i in ids)):
+        stream.put(torch.tensor(value))
+    stream.end()
+    assert ''.join(shown) == tokenizer.decode(ids)

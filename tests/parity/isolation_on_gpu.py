@@ -9,6 +9,9 @@ dot-product attention of the sample alone is off by in the same precision: packi
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -61,7 +64,9 @@ def _torch_varlen(tensors: list[Tensor]) -> list[Tensor]:
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to('cuda', torch.int32)
     # Of grouped heads, early releases take only as many keys as queries.
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, keys, values, starts, starts, max(LENGTHS), max(LENGTHS), window_size=(-1, 0))
+    known = inspect.signature(varlen_attn).parameters
+    causal = {'window_size': (-1, 0)} if 'window_size' in known else {'is_causal': True}
+    out = varlen_attn(q, keys, values, starts, starts, max(LENGTHS), max(LENGTHS), **causal)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)]
 
 
@@ -176,27 +181,36 @@ def has_flash_attention_2() -> bool:
     return importlib.util.find_spec('flash_attn') is not None
 
 
-def main() -> None:
-    """Runs and prints everything; a failed check ends it."""
+def main() -> int:
+    """Runs and prints everything as it comes; returns how many checks failed."""
     half = (torch.bfloat16, torch.float16)
-    print(torch.__version__, torch.cuda.get_device_name())
+    print(torch.__version__, torch.cuda.get_device_name(), 'flash-attn installed:', has_flash_attention_2())
+    failures = 0
     for routine in ('ours', 'torch'):
         for dtype in half:
             for shape in ({}, {'key_heads': 2}, {'size': 64}):
-                print(routine, dtype, shape, _shown(check_routine(routine, dtype, **shape)))
-            print(routine, dtype, 'leaks', _shown(check_nothing_leaks(routine, dtype)))
+                failures += _shown(check_routine, routine, dtype, **shape)
+            failures += _shown(check_nothing_leaks, routine, dtype)
     for attention in ('sdpa', 'eager', *(['flash_attention_2'] if has_flash_attention_2() else [])):
-        for dtype in (torch.float32, *half):
-            if attention != 'flash_attention_2' or dtype in half:
-                print('model', attention, dtype, _shown(check_model(attention, dtype)))
+        for dtype in half if attention == 'flash_attention_2' else (torch.float32, *half):
+            failures += _shown(check_model, attention, dtype)
     for dtype in half:
-        print('model', 'fast path', dtype, _shown(check_model('sdpa', dtype, fast=True)))
-    print('flash-attn installed:', has_flash_attention_2())
+        failures += _shown(check_model, 'sdpa', dtype, fast=True)
+    print(f'{failures} checks failed')
+    return failures
 
 
-def _shown(result: Result) -> str:
-    return '  '.join(f'{name} {value:.2e}' for name, value in result.items())
+def _shown(check: Callable[..., Result], *arguments: Any, **options: Any) -> int:
+    """Prints a check's figures; returns 1 where it failed."""
+    name = ' '.join(map(str, (check.__name__, *arguments, options or '')))
+    try:
+        figures = '  '.join(f'{name} {value:.2e}' for name, value in check(*arguments, **options).items())
+    except Exception as error:
+        print(f'FAILED  {name}: {type(error).__name__}: {error}', flush=True)
+        return 1
+    print(f'{name}: {figures}', flush=True)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xtuner.cli.options import add_sampling_arguments, positive_int
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
+    from xtuner.chat.load import ChatModel
     from xtuner.chat.web.talk import SharedModel
 
 
@@ -23,7 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--adapter', type=Path, help='a checkpoint folder of `xtuner train`, or any peft adapter')
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with the model')
     parser.add_argument('--system', default='', help='system message')
-    parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
+    parser.add_argument(
+        '--bits', type=int, choices=(4, 8, 16), help='hold the base in so many bits a weight; 16: not quantised'
+    )
+    parser.add_argument(
+        '--dtype', default='auto', choices=('auto', 'bf16', 'fp16', 'fp32'),
+        help='of what is not quantised (half precision on a GPU, fp32 on a CPU)',
+    )  # fmt: skip
+    parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(a GPU where there is one)')
+    parser.add_argument(
+        '--with-plugins', nargs='+', metavar='NAME', default=[],
+        help='tools that a model trained on MOSS plugins may call: calculate, solve, search',
+    )  # fmt: skip
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
     parser.add_argument('--web', action='store_true', help='chat on a web page on this machine')
     parser.add_argument('--port', type=positive_int, help='port of the web page (the first free one from 8501)')
@@ -32,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, then chats until the input ends, or the page is closed by Ctrl-C."""
+    if args.web and args.with_plugins:
+        raise UsageError('--with-plugins is for the terminal; the web page has no tools')
     if args.web:
         return _run_page(args)
     if args.port:
@@ -39,19 +53,17 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.cli.log import start_logging
 
     start_logging()
-    from xtuner.chat.load import open_session
-    from xtuner.chat.terminal import chat_interactive, chat_piped
+    from xtuner.chat.plugins.base import open_plugins
+    from xtuner.chat.terminal import chat_interactive, chat_piped, show_call
     from xtuner.model.generate import Sampling
 
-    session = open_session(
-        args.llm,
-        adapter=args.adapter,
-        template=args.prompt_template,
-        system=args.system,
-        bits=args.bits,
-        sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
-        trust_remote_code=args.trust_remote_code,
-    )
+    plugins = open_plugins(args.with_plugins)  # before anything is loaded
+    chat = _open(args)
+    settings: Any = {
+        'system': args.system,
+        'sampling': Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
+    }
+    session = chat.moss_session(plugins, show_call, **settings) if plugins else chat.session(**settings)
     if sys.stdin.isatty():
         chat_interactive(session, sys.stdout)
     else:
@@ -59,19 +71,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_shared_model(args: argparse.Namespace) -> SharedModel:
-    """Loads what the page's tabs share."""
+def _open(args: argparse.Namespace) -> ChatModel:
     from xtuner.chat.load import open_chat_model
-    from xtuner.chat.web.talk import SharedModel
-    from xtuner.model.generate import Sampling
 
     chat = open_chat_model(
         args.llm,
         adapter=args.adapter,
         template=args.prompt_template,
         bits=args.bits,
+        dtype=args.dtype,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
+    chat.warm()
+    return chat
+
+
+def load_shared_model(args: argparse.Namespace) -> SharedModel:
+    """Loads what the page's tabs share."""
+    from xtuner.chat.web.talk import SharedModel
+    from xtuner.model.generate import Sampling
+
+    chat = _open(args)
     return SharedModel(
         chat,
         name=args.llm,

@@ -51,7 +51,8 @@ def _row(code: str, comment: str) -> str:
 
 
 def _is_import(key: str, value: Any) -> bool:
-    return callable(value) or (key == 'type' and isinstance(value, str) and ':' in value)
+    named = key == 'type' and isinstance(value, str) and ':' in value
+    return (callable(value) or named) and '.py:' not in reference(value)  # a file's name stays text
 
 
 def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False) -> str:
@@ -66,6 +67,8 @@ def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False)
         return f'({items},)' if len(value) == 1 else f'({items})'
     if value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and not is_type):
         return repr(value)
-    module, name = reference(value).split(':')
+    module, _, name = reference(value).rpartition(':')
+    if module.endswith('.py'):
+        return repr(reference(value))
     imports.add((module, name))
     return name

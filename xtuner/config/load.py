@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import sys
 import traceback
 import types
@@ -88,25 +89,35 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f'{path}: not UTF-8 text ({error.reason} at byte {error.start})') from error
     except Exception as error:
         raise ConfigError(f'{_origin(error, path)}: {error}') from error
-    values = _without_lazy(config._cfg_dict._to_lazy_dict())
-    # Names with a leading underscore are a file's own helpers; modules and imports are not values of the config.
-    hidden = set(config._imported_names)
+    lazy = config._cfg_dict._to_lazy_dict()
+    values = _without_lazy(lazy, path)
+    # Names with a leading underscore are a file's own helpers; so are its functions, modules and imports.
+    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, types.FunctionType))}
     return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
 
 
-def _without_lazy(value: Any) -> Any:
-    """Writes mmengine's stand-ins for imported objects as 'module:name' text, which `xtuner.registry` resolves."""
+def _without_lazy(value: Any, path: Path) -> Any:
+    """Writes what a file imports or defines as 'module:name' or 'file.py:name' text, for `xtuner.registry`."""
     from mmengine.config.lazy import LazyAttr, LazyObject
 
     if isinstance(value, LazyObject):
-        return f'{value.module}:{value}' if value._imported else value.module
+        return f'{_beside(value.module, path)}:{value}' if value._imported else value.module
     if isinstance(value, LazyAttr):
-        return f'{value.module}:{value.name}'
+        return f'{_beside(value.module, path)}:{value.name}'
+    if isinstance(value, types.FunctionType):
+        return f'{Path(value.__code__.co_filename).resolve()}:{value.__qualname__}'
     if isinstance(value, dict):
-        return {k: _without_lazy(v) for k, v in value.items()}
+        return {k: _without_lazy(v, path) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_lazy(v) for v in value)
+        return type(value)(_without_lazy(v, path) for v in value)
     return value
+
+
+def _beside(module: str, path: Path) -> str:
+    """A module's file where it is no installed one but lies beside the config."""
+    file = path.resolve().parent / f'{module}.py'
+    known = '.' in module or not file.is_file() or importlib.util.find_spec(module) is not None
+    return module if known else str(file)
 
 
 def _origin(error: BaseException, path: Path) -> str:

@@ -16,6 +16,9 @@ from xtuner.errors import ModelError
 from xtuner.model.loading import bitsandbytes_config, load_config
 from xtuner.model.weights import WeightReader
 
+_BLOCK, _SCALES_BLOCK = 64, 256  # values that share a scale, and scales that share one, in bitsandbytes' layers
+_QUANTIZED_AT_ONCE = 2**20  # elements
+
 
 def skeleton(folder: Path) -> Any:
     """The model of a folder without its weights: parameters on the meta device, buffers as they are computed.
@@ -109,26 +112,33 @@ def quantized_weights(
 
 
 def requantize(weight: Tensor, quantization: QuantizationConfig) -> Tensor:
-    """Quantises a weight as loading does and computes its values again.
+    """Quantises a weight as loading does and computes its values again, in the memory of a few blocks.
 
     Args:
-        weight: (out, in), in the compute dtype, on the device that shall quantise it.
+        weight: (out, in), in the compute dtype, on the device that shall quantise it; it is written over.
         quantization: 4 bit, of whatever kind, or 8 bit.
 
     Returns:
-        (out, in), same dtype and device.
+        The same tensor.
     """
     import bitsandbytes as bnb
 
     if quantization.bits == 8:
         codes: Any = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         codes = codes.to(weight.device)
-        return bnb.functional.int8_vectorwise_dequant(codes.CB, codes.SCB).to(weight.dtype)
-    packed: Any = bnb.nn.Params4bit(
-        weight,
-        requires_grad=False,
-        compress_statistics=quantization.double_quant,
-        quant_type=quantization.quant_type,
-    )
-    packed = packed.to(weight.device)
-    return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        return weight.copy_(bnb.functional.int8_vectorwise_dequant(codes.CB, codes.SCB))
+    kind = quantization.quant_type
+    width = weight.shape[1]
+    # Where blocks cross rows, bitsandbytes' kernels on a CPU depend on the shape: the weight stays in one part then.
+    parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % _BLOCK == 0 else (weight,)
+    packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=_BLOCK) for part in parts]
+    scales = torch.cat([state.absmax for _, state in packed])
+    if quantization.double_quant:  # the scales of the whole weight are quantised together
+        mean = scales.mean()
+        scale_codes, state = bnb.functional.quantize_blockwise(scales - mean, blocksize=_SCALES_BLOCK)
+        scales = bnb.functional.dequantize_blockwise(scale_codes, state) + mean
+    counts = [part.numel() // _BLOCK + bool(part.numel() % _BLOCK) for part in parts]
+    for part, (codes, state), own in zip(parts, packed, scales.split(counts), strict=True):
+        state.absmax = own
+        part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(part.shape))
+    return weight

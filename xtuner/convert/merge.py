@@ -31,6 +31,7 @@ logger = logging.getLogger('xtuner')
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
 BASES = ('original', 'dequantized')
 DEFAULT_PROMPTS = 4
+_FLOAT16_END = 65520  # the first number that is rounded to infinity
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,11 @@ def _cast(tensor: Tensor, plan: TensorPlan) -> Tensor:
     """The tensor in the planned dtype; a value that it cannot hold is an error."""
     if tensor.dtype == plan.dtype:
         return tensor
-    cast = tensor.to(plan.dtype)
-    if plan.dtype == torch.float16 and not torch.isfinite(cast.sum(dtype=torch.float32)):
-        raise ModelError(f'{plan.name} has values that float16 cannot hold; use --dtype bf16')
-    return cast
+    if plan.dtype == torch.float16 and tensor.numel():
+        least, most = torch.aminmax(tensor)  # either is NaN where any value is
+        if not (least > -_FLOAT16_END and most < _FLOAT16_END):
+            raise ModelError(f'{plan.name} has values that float16 cannot hold; use --dtype bf16')
+    return tensor.to(plan.dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BEAT_S = 2.0  # how often the owner of a lock says that it lives
-_STALE_S = 30.0  # after which silence its lock is taken over
+_STALE_S = 30.0  # after which silence, by the waiting process's own clock, its lock is taken over
 _POLL_S = 0.2
 
 
@@ -42,9 +42,9 @@ def build_once(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f'{folder.name}.lock')
-    said = False
+    said, silence = False, _Silence(lock)
     while not is_complete(folder):
-        if not _take(lock):
+        if not _take(lock, silence):
             if not said:
                 waiting()
                 said = True
@@ -71,12 +71,26 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _take(lock: Path) -> bool:
+class _Silence:
+    """How long the owner of a lock has said nothing, whatever happens to the clocks that files are stamped with."""
+
+    def __init__(self, lock: Path) -> None:
+        self._lock, self._stamp, self._since = lock, -1, 0.0
+
+    def seconds(self) -> float:
+        """Since this process first saw the lock's present stamp."""
+        stamp = self._lock.stat().st_mtime_ns
+        if stamp != self._stamp:
+            self._stamp, self._since = stamp, time.monotonic()
+        return time.monotonic() - self._since
+
+
+def _take(lock: Path, silence: _Silence) -> bool:
     """Takes the lock where it is free or its owner is dead."""
     try:
         descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
-        if _is_dead(lock):
+        if _is_dead(lock, silence):
             with contextlib.suppress(OSError):
                 lock.unlink()
         return False
@@ -85,14 +99,13 @@ def _take(lock: Path) -> bool:
     return True
 
 
-def _is_dead(lock: Path) -> bool:
+def _is_dead(lock: Path, silence: _Silence) -> bool:
     try:
-        silence = time.time() - lock.stat().st_mtime
+        if silence.seconds() > _STALE_S:
+            return True
         host, _, pid = lock.read_text().partition(' ')
     except OSError:
         return False
-    if silence > _STALE_S:
-        return True
     if os.name != 'posix' or host != socket.gethostname() or not pid.isdigit():
         return False
     try:

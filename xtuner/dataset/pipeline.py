@@ -67,12 +67,16 @@ def prepare_dataset(
     elif part == 'val' and not config.val_ratio:
         return None
     folder = prepared_folder(config, tokenizer=tokenizer, template=template)
-    built = build_once(
-        folder,
-        lambda to: _build(to, config, tokenizer, template),
-        is_complete=is_complete,
-        waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
-    )
+    try:
+        built = build_once(
+            folder,
+            lambda to: _build(to, config, tokenizer, template),
+            is_complete=is_complete,
+            waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
+        )
+    except OSError as error:
+        raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
+                        'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
     packs = f'{shown}: {len(dataset)} packs, {dataset.fill:.1%} full'
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())

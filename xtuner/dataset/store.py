@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from xtuner.dataset.pack import Packs
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
+from xtuner.errors import DataError
 
 _META, _ORIGINS = 'meta.json', 'origins.txt'
 
@@ -121,6 +122,14 @@ class PreparedDataset(Dataset):
         self._open()
 
     def _open(self) -> None:
+        try:
+            self._read()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{self.folder}: prepared data is damaged ({error}); remove this folder, and it is made again'
+            ) from error
+
+    def _read(self) -> None:
         meta = json.loads((self.folder / _META).read_text(encoding='utf-8'))
         self.summary = Summary.from_dict(meta['summary'])
         self._content: str = meta['content']

@@ -21,7 +21,13 @@ from xtuner.dataset.collate import count_targets
 from xtuner.engine.memory_error import is_out_of_memory, memory_message
 from xtuner.engine.plan import Plan
 from xtuner.engine.signals import StopRequest
-from xtuner.engine.step_checks import check_gradients, check_targets, next_batch
+from xtuner.engine.step_checks import (
+    check_gradients,
+    check_targets,
+    dead_worker_message,
+    is_dead_worker,
+    next_batch,
+)
 from xtuner.errors import TrainingError
 
 logger = logging.getLogger('xtuner')
@@ -174,8 +180,9 @@ class TrainLoop(BaseLoop):
         start = time.perf_counter()
         self.validation_loss = None
         self._note('reading its data')
-        micro_batches = [next_batch(batches) for _ in range(self.plan.micro_batches_of(self.step))]
+        micro_batches: list[dict[str, Tensor]] = []
         try:
+            micro_batches += [next_batch(batches) for _ in range(self.plan.micro_batches_of(self.step))]
             self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
             result = self._optimize(micro_batches, start)
             if self._watch is not None:
@@ -184,13 +191,13 @@ class TrainLoop(BaseLoop):
                 'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
             )
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            where = '; '.join(self._describe(range(len(micro_batches))))
-            raise TrainingError(
-                f'step {self.step + 1}: {memory_message(self.runner, micro_batches, self._memory_knobs)}; '
-                f'the batch: {where}'
-            ) from error
+            if is_out_of_memory(error):
+                where = '; '.join(self._describe(range(len(micro_batches))))
+                reason = memory_message(self.runner, micro_batches, self._memory_knobs)
+                raise TrainingError(f'step {self.step + 1}: {reason}; the batch: {where}') from error
+            if is_dead_worker(error):  # noticed whenever the system tells of it, not only where a batch is awaited
+                raise TrainingError(dead_worker_message(error)) from error
+            raise
         self.step += 1
         self._stop_if_diverged(result)
 
@@ -244,10 +251,9 @@ class TrainLoop(BaseLoop):
         """
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
-            on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
             with self.strategy.synchronised(number == len(micro_batches)):
                 with self.autocast():
-                    loss_sum = self.runner.model(**on_device)
+                    loss_sum = self.runner.model(**batch)
                 # The sum over all ranks is wanted, whatever the strategy does to gradients.
                 self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
             losses.append(loss_sum.detach())

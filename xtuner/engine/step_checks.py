@@ -18,7 +18,6 @@ def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The next micro-batch.
 
     Raises:
-        TrainingError: a process that reads batches has died.
         DataError: a record is wrong, in the words of the process that read it.
     """
     try:
@@ -26,13 +25,20 @@ def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     except DataError as error:
         lines = str(error).strip().splitlines()  # a worker's error comes with its traceback; its own words come last
         raise DataError(lines[-1].split(': ', 1)[-1] if len(lines) > 1 else lines[0]) from error
-    except RuntimeError as error:
-        if not str(error).startswith('DataLoader worker'):
-            raise
-        raise TrainingError(
-            f'a process that reads batches died ({str(error).splitlines()[0]}); --resume goes on from the last '
-            'checkpoint, and runtime.num_workers=0 reads without such processes'
-        ) from error
+
+
+def is_dead_worker(error: Exception) -> bool:
+    """Whether an error says that a process that reads batches has died."""
+    return isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker')
+
+
+def dead_worker_message(error: Exception) -> str:
+    """What to say of it."""
+    reason = str(error).splitlines()[0].rstrip('. ')
+    return (
+        f'a process that reads batches died ({reason}); --resume goes on from the last checkpoint, and '
+        'runtime.num_workers=0 reads without such processes'
+    )
 
 
 def check_targets(labels: Tensor, step: int, rows: Callable[[], Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from xtuner import __version__
@@ -33,7 +34,6 @@ class Provenance:
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
-        training: How it was trained: what the model card tables (`xtuner.engine.facts.training_facts`); None: unknown.
     """
 
     base: str
@@ -42,7 +42,6 @@ class Provenance:
     compute_dtype: str
     quantization: dict[str, Any] | None = None
     xtuner: str = __version__
-    training: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""
@@ -125,7 +124,7 @@ def load_adapter(
             model.load_adapter(str(folder), name, is_trainable=trainable)
             return model
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f'adapter {folder} does not fit this base model: {error}') from error
 
 
@@ -133,7 +132,7 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
     """Checks that a folder holds an adapter, and one of this base; returns its provenance.
 
     Raises:
-        CheckpointError: a file is missing, or the fingerprints differ.
+        CheckpointError: a file is missing or no settings, or the fingerprints differ.
     """
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder / name).is_file():
@@ -141,6 +140,11 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
             if (folder / 'last').is_file():
                 newest = f'; did you mean {folder / (folder / "last").read_text(encoding="utf-8").strip()}?'
             raise CheckpointError(f'{folder}: no adapter there ({name} is missing){newest}')
+    try:
+        if not isinstance(json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8')), dict):
+            raise ValueError('expected a JSON object')
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{folder / "adapter_config.json"} cannot be read: {error}') from error
     provenance = read_provenance(folder)
     if provenance and base_fingerprint and provenance.base_fingerprint != base_fingerprint:
         raise CheckpointError(

@@ -66,20 +66,24 @@ class _Forward:
     def __call__(
         self, input_ids: Tensor | None = None, *args: Any, position_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        decoder = self.fast.decoder
-        own = type(decoder).forward
         asked = args or any(v is not None and v is not False for k, v in kwargs.items() if k != 'return_dict')
-        if not decoder.training or asked or input_ids is None:
-            return own(decoder, input_ids, *args, position_ids=position_ids, **kwargs)
+        if not self.fast.decoder.training or asked or input_ids is None:
+            return self._own(input_ids, *args, position_ids=position_ids, **kwargs)
         reason = self.fast.obstacle()
         if reason:
             if reason not in self.path.fallbacks:
                 self.path.fallbacks.append(reason)
                 _LOGGER.warning('this step takes the stock path: %s', reason)
-            return own(decoder, input_ids, position_ids=position_ids, **kwargs)
+            return self._own(input_ids, position_ids=position_ids, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=self.fast(input_ids, position_ids))
+
+    def _own(self, input_ids: Tensor | None, *args: Any, position_ids: Tensor | None, **kwargs: Any) -> Any:
+        decoder = self.fast.decoder
+        if position_ids is not None:  # the fast path takes them from the host
+            position_ids = position_ids.to(decoder.embed_tokens.weight.device)
+        return type(decoder).forward(decoder, input_ids, *args, position_ids=position_ids, **kwargs)
 
 
 def enable_fast_path(
@@ -143,6 +147,11 @@ def enable_fast_path(
         path.embedding_on_host = move_embedding_to_host(decoder.embed_tokens)
     decoder.forward = _Forward(fast, path)
     return path
+
+
+def reads_host_positions(decoder: Any) -> bool:
+    """Whether a decoder takes position ids from the host, as the fast path does, to see where samples begin."""
+    return isinstance(getattr(decoder, 'forward', None), _Forward)
 
 
 def _keep_on_cpu(fast: FastDecoder) -> str:

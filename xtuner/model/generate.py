@@ -6,17 +6,20 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
-from xtuner.model.decode.decoder import decoder_for
+from xtuner.model.decode.decoder import decoder_for, release
 from xtuner.model.decode.layers import obstacle
 
 logger = logging.getLogger('xtuner')
 _SAID: set[str] = set()  # reasons for the slower way that were logged
 
 UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
+
+_WINDOW, _OVERLAP = 64, 8  # ids that are decoded for the text's end, and those of them that were shown already
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
         self.ids: list[int] = []
-        self._shown = ''
+        self._first, self._shown = 0, ''  # the first id that is still decoded, and what was shown of the text from it
         self._prompt_seen = False
         self._tokenizer, self._on_text, self._stop_ids = tokenizer, on_text, frozenset(stop_ids)
 
@@ -63,13 +66,20 @@ class TextStream:
             self._prompt_seen = True
             return
         self.ids += [i for i in value.reshape(-1).tolist() if i not in self._stop_ids]
-        text = self._tokenizer.decode(self.ids, clean_up_tokenization_spaces=False)
-        if not text.endswith(UNFINISHED):
-            self._show(text)
+        text = self._text()
+        if text.endswith(UNFINISHED):
+            return
+        self._show(text)
+        if len(self.ids) - self._first > _WINDOW:  # a long answer is not decoded from its beginning at each token
+            self._first = len(self.ids) - _OVERLAP
+            self._shown = self._text()
 
     def end(self) -> None:
         """Shows what was held back because it might have been half a character."""
-        self._show(self._tokenizer.decode(self.ids, clean_up_tokenization_spaces=False))
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self.ids[self._first :], clean_up_tokenization_spaces=False)
 
     def _show(self, text: str) -> None:
         new = text[len(self._shown) :]
@@ -106,7 +116,12 @@ def generate(
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     reason = obstacle(causal, len(prompt_ids) + sampling.max_new_tokens)
     if reason is None:
-        return _decode(causal, prompt_ids, frozenset(stop_ids), sampling, streamer)
+        answer = _decode(causal, prompt_ids, frozenset(stop_ids), sampling, streamer)
+        if answer is not None:
+            return answer
+        release(causal)
+        torch.cuda.empty_cache()
+        reason = 'there is not enough memory for a cache of fixed size'
     if reason not in _SAID:
         _SAID.add(reason)
         logger.info('decoding by transformers, which is slower: %s', reason)
@@ -114,19 +129,43 @@ def generate(
 
 
 @torch.inference_mode()
+def warm(model: Any, num_tokens: int) -> None:
+    """Draws a few tokens, with room for `num_tokens`, so that what is loaded at its first use is loaded.
+
+    PyTorch's generators are left as they were. Models that are not decoded here are left alone.
+    """
+    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    prompt = [int(model.config.bos_token_id or 0)] * 16
+    if obstacle(causal, num_tokens) is not None or num_tokens <= 2 * len(prompt):
+        return
+    decoder = decoder_for(causal)
+    devices = [causal.device] if causal.device.type == 'cuda' else []
+    with torch.random.fork_rng(devices), decoder.lock, torch.autocast(causal.device.type, enabled=False):
+        room = num_tokens - len(prompt)
+        with closing(decoder.answer(prompt, max_new_tokens=room, temperature=0.5, top_p=0.5)) as ids:
+            for _, _ in zip(range(3), ids, strict=False):
+                pass
+
+
+@torch.inference_mode()
 def _decode(
     causal: Any, prompt_ids: Sequence[int], stop_ids: frozenset[int], sampling: Sampling, streamer: TextStream | None
-) -> list[int]:
+) -> list[int] | None:
+    """The answer; None where there is too little memory to begin one."""
     decoder = decoder_for(causal)
     answer: list[int] = []
-    if streamer is not None:
-        streamer.put(torch.tensor([list(prompt_ids)]))
     with decoder.lock, torch.autocast(causal.device.type, enabled=False):
         ids = decoder.answer(
             prompt_ids, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p
         )
         with closing(ids):
-            for token in ids:
+            try:
+                first = next(ids)
+            except torch.OutOfMemoryError:
+                return None
+            if streamer is not None:
+                streamer.put(torch.tensor([list(prompt_ids)]))
+            for token in chain([first], ids):
                 answer.append(token)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))

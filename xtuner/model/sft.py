@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.model.fast import reads_host_positions
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 
 
@@ -38,6 +39,9 @@ class SupervisedFinetune(nn.Module):
             labels: int64 (B, S), unshifted; -100 where nothing is learnt.
             position_ids: int64 (B, S); 0 where a sample begins, which is what separates the samples of a pack.
 
+        All three may lie on the host, and should for a GPU: where the targets are and where samples begin is then known
+        without waiting for what the GPU still has to do.
+
         Returns:
             float32 scalar; 0 with a gradient where there is no target.
         """
@@ -47,8 +51,12 @@ class SupervisedFinetune(nn.Module):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         # The labels move, not the hidden states, which are many times larger; the last of a row predicts nothing.
         targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
-        rows = target_rows(targets_N)  # before the forward pass, so that a GPU need not be waited for in the middle
-        output = base.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        rows = target_rows(targets_N)
+        decoder, device = base.get_decoder(), base.get_output_embeddings().weight.device
+        input_ids, targets_N, rows = (t.to(device, non_blocking=True) for t in (input_ids, targets_N, rows))
+        if not reads_host_positions(decoder):
+            position_ids = position_ids.to(device)
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden_NH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])
         return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N, rows=rows)
 

@@ -15,7 +15,7 @@ from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, with
 from tests.model.published import CONFIGS, TRAINED, write_model
 from xtuner.model.decode import decoder as decoding
 from xtuner.model.decode.layers import obstacle
-from xtuner.model.generate import Sampling, generate, generate_plainly
+from xtuner.model.generate import Sampling, generate, generate_plainly, warm
 from xtuner.model.loading import load_model
 from xtuner.model.quantization import keep_plain_layout
 
@@ -211,3 +211,56 @@ def test_a_copy_of_a_model_has_its_own_decoder() -> None:
         twin.model.layers[0].mlp.down_proj.weight.mul_(-2)
     assert assert_decoded(twin) != before
     assert assert_decoded(model) == before
+
+
+def test_base_and_adapter_in_turn_keep_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = with_adapter(four_bit()).eval()
+    with_it = assert_decoded(adapted)
+    with adapted.disable_adapter():
+        without = assert_decoded(adapted)
+    lengths = []
+    own = decoding.advance
+    monkeypatch.setattr(decoding, 'advance', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest))
+    assert assert_decoded(adapted) == with_it != without
+    with adapted.disable_adapter():
+        assert assert_decoded(adapted) == without
+    assert set(lengths) == {1}  # no prompt was computed again
+
+
+def test_too_little_memory_for_the_cache(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoding, 'Cache', fail)
+    model = tiny_llama().eval()
+    with caplog.at_level('INFO', logger='xtuner'):
+        assert generate(model, PROMPT, stop_ids=STOP, sampling=DRAWN) == plainly(model, PROMPT, DRAWN)
+    assert 'not enough memory' in caplog.text
+
+
+def test_an_answer_that_was_interrupted_spoils_nothing() -> None:
+    class Stop(BaseException):
+        pass
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            if value.dim() == 1:
+                raise Stop
+
+        def end(self) -> None:
+            raise AssertionError
+
+    model = tiny_llama().eval()
+    with pytest.raises(Stop):
+        generate(model, PROMPT, stop_ids=STOP, sampling=DRAWN, streamer=Streamer())  # type: ignore[arg-type]
+    assert_decoded(model)
+
+
+def test_warming_draws_no_random_numbers() -> None:
+    model = tiny_llama().eval()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    warm(model, 64)
+    assert torch.equal(torch.rand(2), expected)
+    assert decoding.decoder_for(model)._cache is not None

@@ -1,5 +1,7 @@
 """The whole fast path on a tiny model: gradients of every adapter against the stock path and float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,6 +69,16 @@ def test_gradients_equal_float64(batch, way, checkpointing):
     assert loss == pytest.approx(exact_loss, rel=1e-5)
     assert error(stock, exact) < 1e-4
     assert error(grads, exact) < 1e-4
+
+
+def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):
+    """Copied are the attention's output and v's gradient in each layer, and the gradient from the last norm."""
+    copies = []
+    counting = replace(PLAIN, copy_rows=lambda x, out: copies.append(len(x)) or out.copy_(x))
+    model = with_adapter(quantise(tiny_llama(layers=3)))
+    force(model, counting, folded=True)
+    step(model, batch)
+    assert len(copies) == 2 * 3 + 1
 
 
 def test_plain_path_in_float64_is_exact(batch):

@@ -61,7 +61,8 @@ def check_tokenizer(value: Any, where: str, model_path: str, findings: Findings)
 def _parts(section: Section, model_path: str) -> list[Part]:
     kind = section.type(*_DATASETS)
     if kind == 'ConcatDataset':
-        datasets = section.need('datasets') or []
+        named = section.take('datasets_cfg')  # the form of the first releases
+        datasets = list(named.values()) if isinstance(named, dict) else section.need('datasets') or []
         section.close()
         if not isinstance(datasets, (list, tuple)) or not datasets:
             section.fault(f'`{section.path("datasets")}` must be a list of data sets')
@@ -76,7 +77,7 @@ def _parts(section: Section, model_path: str) -> list[Part]:
 
 
 def _moss(section: Section) -> Part:
-    section.refuse('rename the bot in the data instead', 'bot_name')
+    section.refuse("leave it out, and the bot has the data's name for it, or rename it in the data", 'bot_name')
     return Part(section.need('data_file'), 'moss_003_sft', section.take('max_length') or 2048, 'none', 'moss_sft')
 
 
@@ -147,8 +148,8 @@ def _with_map_fn(part: Part) -> Any:
 
 
 def _map_fn(value: Any) -> Any:
-    if value is None:
-        return 'conversation'  # the records are conversations already
+    if value is None:  # the records are conversations already, in one of two forms
+        return None
     name = type_name(value)
     ours = str(value).startswith('xtuner.') or getattr(value, '__module__', '').startswith('xtuner.')
     return name.removesuffix('_map_fn') if ours else value

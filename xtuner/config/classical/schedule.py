@@ -8,7 +8,8 @@ from typing import Any
 
 from xtuner.config.classical.section import Section, type_name
 
-_MOST_START = 0.01  # a warm-up here begins with its first step's share of the peak
+_MOST_START = 0.1  # a warm-up here begins with its first step's share of the peak
+_NEAR = 0.05  # of the run: how far from it a schedule may end
 
 
 def translate_schedule(
@@ -86,7 +87,10 @@ def _is_warmup(section: Section) -> bool:
 
 
 def _warmup(section: Section, total: tuple[float, bool]) -> float:
-    if section.take('start_factor', 1 / 3) > _MOST_START:
+    start = section.take('start_factor', 1 / 3)
+    if 1e-3 < start <= _MOST_START:
+        section.findings.note(f'`{section.path("start_factor")}` = {start:g}: a warm-up rises from 0 here')
+    if start > _MOST_START:
         section.fault(f'`{section.path("start_factor")}` must be near 0: a warm-up rises from there here')
     if section.take('end_factor', 1) != 1 or section.take('begin', 0) != 0:
         section.fault(f'`{section.where}`: a warm-up begins with the run and ends at the full learning rate')
@@ -100,7 +104,10 @@ def _decay(section: Section, total: tuple[float, bool], warm_until: float, peak:
     kind = section.type('CosineAnnealingLR', 'LinearLR', 'PolyLR', 'ConstantLR')
     begin, length = section.take('begin', 0), section.take('T_max')
     end = section.take('end') or (begin + length if length else total[0])
-    if kind != 'ConstantLR' and not (math.isclose(begin, warm_until) and math.isclose(end, total[0])):
+    off = abs(end - total[0]) / total[0]
+    if kind != 'ConstantLR' and 1e-6 < off <= _NEAR:  # T_max counted from the start of the run, most often
+        section.findings.note(f'`{section.where}` ends at {end:g}, the run at {total[0]:g}; here both end together')
+    if kind != 'ConstantLR' and not (math.isclose(begin, warm_until) and off <= _NEAR):
         section.fault(f'`{section.where}` goes from {begin} to {end}; here it goes from the end of the warm-up '
                       f'({warm_until:g}) to the end of the run ({total[0]:g})')  # fmt: skip
     _unit(section, total)

@@ -13,6 +13,13 @@ from xtuner.errors import ConfigError
 ToSteps = Callable[[int, str], int]
 
 _TRACKERS = {'TensorboardVisBackend': 'tensorboard', 'WandbVisBackend': 'wandb', 'LocalVisBackend': None}
+_SAMPLERS = (
+    'DefaultSampler',
+    'LengthGroupedSampler',
+    'SequenceParallelSampler',
+    'InfiniteSampler',
+    'InternRepoSampler',
+)
 _DTYPES = {'float16': 'fp16', 'bfloat16': 'bf16', 'float32': 'fp32'}
 # Hooks whose work is always done here: shown data, rates of tokens, samples of a pack apart.
 _ALWAYS = ('DatasetInfoHook', 'ThroughputHook', 'VarlenAttnArgsToMessageHubHook')
@@ -85,8 +92,7 @@ def _model(top: Section, dtype: str) -> dict[str, Any]:
     if given not in (None, 'auto') and _dtype(given, llm, 'torch_dtype') != dtype:
         llm.findings.note(f'the base is held in the compute dtype {dtype}, not in {given!r}')
     llm.pass_over('the launcher gives each process its device', 'device_map', 'low_cpu_mem_usage', 'use_cache')
-    quantization = _quantization(llm.section('quantization_config'), dtype) if 'quantization_config' in llm else None
-    llm.take('quantization_config')
+    quantization = _quantization(llm, dtype)
     llm.close()
     adapter = section.take('lora')
     if adapter is not None:
@@ -107,7 +113,13 @@ def _attention(llm: Section) -> str:
     return llm.take('attn_implementation') or 'auto'
 
 
-def _quantization(section: Section, dtype: str) -> dict[str, Any] | None:
+def _quantization(llm: Section, dtype: str) -> dict[str, Any] | None:
+    """From `quantization_config`, or from `load_in_4bit` and `load_in_8bit` beside the path."""
+    beside = {key: True for key in ('load_in_4bit', 'load_in_8bit') if llm.take(key)}
+    given = llm.take('quantization_config')
+    if given is None and not beside:
+        return None
+    section = Section(given or beside | {'type': 'BitsAndBytesConfig'}, llm.path('quantization_config'), llm.findings)
     section.type('BitsAndBytesConfig')
     four, eight = section.take('load_in_4bit', False), section.take('load_in_8bit', False)
     computed = section.take('bnb_4bit_compute_dtype')
@@ -126,8 +138,7 @@ def _quantization(section: Section, dtype: str) -> dict[str, Any] | None:
 def _order(loader: Section, dataset: dict[str, Any]) -> None:
     """The sampler: shuffled always; by length where it was."""
     sampler = loader.section('sampler')
-    kind = sampler.type('DefaultSampler', 'LengthGroupedSampler', 'SequenceParallelSampler', 'InfiniteSampler',
-                        default='DefaultSampler')  # fmt: skip
+    kind = sampler.type(*_SAMPLERS, default='DefaultSampler')  # fmt: skip
     if sampler.take('shuffle', True) is False:
         sampler.fault(f'`{sampler.path("shuffle")}` is False: the order is always shuffled here, by the seed; '
                       '`dataset.streaming` keeps it')  # fmt: skip
@@ -142,6 +153,11 @@ def _order(loader: Section, dataset: dict[str, Any]) -> None:
             sampler.findings.note('packs are of one length already: LengthGroupedSampler has no effect')
     sampler.pass_over('the last batch is filled up', 'round_up')
     sampler.close()
+    batches = loader.section('batch_sampler')
+    batches.type('BatchSampler', default='BatchSampler')
+    batches.take('batch_size')
+    batches.pass_over('the last batch is filled up', 'drop_last')
+    batches.close()
     loader.section('collate_fn').type('default_collate_fn', default='default_collate_fn')
 
 
@@ -221,11 +237,16 @@ def _samples(section: Section, path: str, to_steps: ToSteps) -> dict[str, Any]:
 
 
 def _trackers(top: Section) -> list[str]:
-    backends = (top.take('visualizer') or {}).get('vis_backends') or []
-    names = [type_name(backend.get('type')) for backend in backends]
-    for name in names:
-        if name not in _TRACKERS:
-            top.fault(f'`visualizer.vis_backends` names {name}; understood: {", ".join(_TRACKERS)}')
+    visualizer = top.section('visualizer')
+    visualizer.take('type')
+    visualizer.take('name')
+    names = []
+    for number, backend in enumerate(visualizer.take('vis_backends') or []):
+        section = Section(backend, f'visualizer.vis_backends[{number}]', top.findings)
+        names.append(section.type(*_TRACKERS))
+        section.pass_over('trackers have their own environment variables', 'init_kwargs', 'save_dir')
+        section.close()
+    visualizer.close()
     return [tracker for name in names if (tracker := _TRACKERS.get(name))]
 
 

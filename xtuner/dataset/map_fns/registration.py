@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xtuner.errors import ConfigError, nearest
-from xtuner.registry import MAP_FUNC
+from xtuner.registry import MAP_FUNC, imported
 
 MapFn = Callable[[dict[str, Any]], Any]
 _SUFFIX = '_map_fn'
@@ -47,7 +47,7 @@ def resolve_map_fn(value: Any) -> MapFn:
     """Returns the map function that a config names.
 
     Args:
-        value: A registered name (`alpaca` or `alpaca_map_fn`), a function, or `module:function`.
+        value: A registered name (`alpaca` or `alpaca_map_fn`), a function, `module:function` or `file.py:function`.
 
     Raises:
         ConfigError: Where there is no such function.
@@ -57,7 +57,7 @@ def resolve_map_fn(value: Any) -> MapFn:
     if not isinstance(value, str):
         raise ConfigError(f'`dataset.map_fn` must be a name, a function or `module:function`, got {value!r}')
     if ':' in value:
-        return _imported(value)
+        return imported(value, '`dataset.map_fn`')
     found = _registry().get(value)
     if found is None:
         known = sorted(formats())
@@ -95,15 +95,3 @@ def nearest_format(columns: Iterable[str]) -> str:
 def _registry() -> dict[str, MapFn]:
     importlib.import_module('xtuner.dataset.map_fns')
     return dict(MAP_FUNC.module_dict)
-
-
-def _imported(value: str) -> MapFn:
-    module_name, _, name = value.partition(':')
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f'`dataset.map_fn` {value!r} cannot be imported: {error}; the module must be importable from '
-                          'where the command runs (PYTHONPATH)') from None  # fmt: skip
-    if not callable(function):
-        raise ConfigError(f'`dataset.map_fn` {value!r} is a {type(function).__name__}, not a function')
-    return function

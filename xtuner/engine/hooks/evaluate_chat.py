@@ -55,7 +55,7 @@ class EvaluateChatHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
-        if runner.rank == 0:
+        if runner.rank == 0 and self._prompts:
             last = runner.iter - (runner.iter == runner.max_iters)  # the last round comes after the last checkpoint
             keep_lines(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
         if runner.iter == 0:

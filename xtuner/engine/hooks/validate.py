@@ -56,7 +56,7 @@ class ValidateHook(Hook):
             items = [self._dataset[i] for i in mine[start : start + self._batch_size]]
             batch = collate(items, pad_id=self._pad_id)
             with loop.autocast():
-                loss_sum = model(**{k: v.to(loop.device) for k, v in batch.items()})
+                loss_sum = model(**batch)
             sums += torch.stack([loss_sum.double(), count_targets(batch['labels']).to(loss_sum)])
         model.train(was_training)
         all_reduce(sums)

@@ -29,13 +29,8 @@ class DataParallel(Strategy):
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-        device = next(p for p in model.parameters() if p.requires_grad).device
-        return DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == 'cuda' else None,
-            bucket_cap_mb=_BUCKET_MB,
-            gradient_as_bucket_view=True,
-        )
+        # Without `device_ids` the batch stays on the host, where the model reads it before it moves it.
+        return DistributedDataParallel(model, bucket_cap_mb=_BUCKET_MB, gradient_as_bucket_view=True)
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are added up in the last micro-batch's backward pass only."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
-from xtuner.model.decode.layers import read_layers, rotary_table, state_of
+from xtuner.model.decode.layers import adapters_on, read_layers, rotary_table, state_of
 from xtuner.model.decode.sampling import next_token
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes
@@ -26,20 +26,26 @@ logger = logging.getLogger('xtuner')
 _KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
 _SMALLEST = 512  # tokens a cache has room for
 
-_DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+_MOST_VARIANTS = 2  # of one model, by the adapters that are on: a base and its adapter side by side
+
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, list[Decoder]] = weakref.WeakKeyDictionary()
 
 
 def decoder_for(causal: nn.Module) -> Decoder:
-    """The decoder of a model without `layers.obstacle`, made at the first call; it goes when the model goes."""
+    """The decoder of a model without `layers.obstacle`, for the adapters that are on now; it goes with the model."""
     modules = tuple(causal.modules())[1:]  # without the model itself, which would never go
-    decoder = _DECODERS.get(causal)
-    if decoder is None or decoder.modules != modules:  # a layer was replaced or wrapped
-        decoder = _DECODERS[causal] = Decoder(causal, modules)
-    return decoder
+    adapters = adapters_on(modules)
+    known = [decoder for decoder in _DECODERS.get(causal, []) if decoder.modules == modules]  # none was replaced
+    found = next((decoder for decoder in known if decoder.adapters == adapters), None)
+    if found is None:
+        known = known[-_MOST_VARIANTS + 1 :]
+        found = Decoder(causal, modules, adapters)
+    _DECODERS[causal] = [*(decoder for decoder in known if decoder is not found), found]
+    return found
 
 
 def release(model: Any) -> None:
-    """Gives back what decoding keeps for a model: its cache, weights as floats, recorded graphs."""
+    """Gives back what decoding keeps for a model: its caches, weights as floats, recorded graphs."""
     _DECODERS.pop(model.get_base_model() if hasattr(model, 'get_base_model') else model, None)
 
 
@@ -51,12 +57,13 @@ class Decoder:
     Args:
         causal: A causal language model, not wrapped by peft, without `layers.obstacle`.
         modules: All modules inside it.
+        adapters: What `adapters_on` says of them, as long as this decoder is used.
     """
 
-    def __init__(self, causal: Any, modules: tuple[nn.Module, ...]) -> None:
+    def __init__(self, causal: Any, modules: tuple[nn.Module, ...], adapters: tuple) -> None:
         decoder = causal.get_decoder()
         self.lock = threading.Lock()
-        self.modules = modules
+        self.modules, self.adapters = modules, adapters
         self._decoder = decoder
         self._head = causal.get_output_embeddings()
         self._trained = decoder.config.max_position_embeddings
@@ -118,22 +125,24 @@ class Decoder:
             from xtuner.model.decode.graph import Mailbox, TokenStep
 
             try:
-                self._step = TokenStep(self.layers, self._decoder, self._head, self._cache, self._angles)
-                self._step.record(len(self._ids))
-                self._mailbox = self._mailbox or Mailbox()
-            except ValueError as error:
-                self._no_step = str(error)
-                logger.info('decoding token by token without recorded kernels, which is slower: %s', error)
+                step = TokenStep(self.layers, self._decoder, self._head, self._cache, self._angles)
+                step.record(len(self._ids))
+                self._step, self._mailbox = step, self._mailbox or Mailbox()
+            except (
+                Exception
+            ) as error:  # a form that the kernels do not take, no memory, a GPU that Triton does not know
+                self._no_step = ' '.join(str(error).split())[:200]
+                logger.warning('decoding without recorded kernels, which is slower: %s', self._no_step)
         return self._step
 
     def _prepare(self, num_tokens: int) -> None:
         """Sees whether weights have changed, and makes room."""
         state = state_of(self.modules)
         if state != self._state:
-            self._ids = []
-            self._state = state
+            self._ids, self._state = [], None  # whoever is interrupted here begins here again
             self._step, self._no_step = None, None
             self._keep_weights()
+            self._state = state
         if self._cache is None or self._cache.capacity < num_tokens:
             self._cache, self._step = None, None  # lets go of the memory before more is taken
             capacity = max(_SMALLEST, 1 << (num_tokens - 1).bit_length())

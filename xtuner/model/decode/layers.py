@@ -169,7 +169,7 @@ def _layer_obstacle(layer: Any) -> str | None:
 
 
 def state_of(modules: Sequence[nn.Module]) -> tuple:
-    """What changes when weights do: addresses and versions of all parameters, and which adapters are on.
+    """What changes when weights do: addresses and versions of all parameters.
 
     Some optimizers write to memory without a word to PyTorch, so one value of each parameter that may be trained is
     looked at too.
@@ -177,12 +177,16 @@ def state_of(modules: Sequence[nn.Module]) -> tuple:
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
     seen = [p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters if p.requires_grad and p.numel()]
+    return weights, tuple(torch.stack(seen).tolist()) if seen else ()
+
+
+def adapters_on(modules: Sequence[nn.Module]) -> tuple:
+    """Which adapters are on, which are merged, and their scalings."""
     tuned: list[Any] = [m for m in modules if hasattr(m, 'merged_adapters') and hasattr(m, 'scaling')]
-    adapters = tuple(
+    return tuple(
         (m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), tuple(m.scaling.values()))
         for m in tuned
     )
-    return weights, tuple(torch.stack(seen).tolist()) if seen else (), adapters
 
 
 def rotary_table(decoder: Any, capacity: int, size: int) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,8 @@ class FastDecoder:
 
         Args:
             input_ids: int64 (B, S).
-            position_ids: int64 (B, S); a sample begins wherever they do not go on by one. None: a row, a sample.
+            position_ids: int64 (B, S), best on the host; a sample begins wherever they do not go on by one. None:
+                each row is one.
 
         """
         decoder, (rows, length) = self.decoder, input_ids.shape
@@ -107,7 +108,7 @@ class FastDecoder:
             position_ids = torch.arange(length, device=x.device)[None]
         size = self.layers[0].head_size
         attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
-        cos, sin = self._angles(position_ids, rows, size // 2, x)
+        cos, sin = self._angles(position_ids.to(x.device, non_blocking=True), rows, size // 2, x)
         how = Setting(self.kernels, dtype, self.folded, fp8=self.scales is not None)
         batch = Batch(how, attention, cos, sin, self._seeds(x.device), num_again=0)
         pairs = [self.run_of(number, batch) for number in range(len(self.layers))]

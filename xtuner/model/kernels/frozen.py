@@ -12,6 +12,8 @@ from xtuner.model.kernels import plain
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.quantized import QuantizedWeight, is_4bit, state_of, take_apart
 
+_ROWS_TOGETHER = 256  # a piece's rows are a multiple of this, which keeps quantised scales whole for any width
+
 
 @dataclass
 class Adapter:
@@ -42,6 +44,11 @@ class FrozenLinear:
         """(N, K)."""
         return self.module.out_features, self.module.in_features
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.module.weight.device
+
     def parts(self) -> QuantizedWeight | None:
         """The 4-bit weight's parts, None for a float weight; looked up again when the weight was replaced."""
         weight = self.module.weight
@@ -66,6 +73,16 @@ class FrozenLinear:
         else:
             kernels.dequantize_transposed_into(out_KN, parts, scale)
 
+    def pieces(self, most_bytes: int, item_bytes: int) -> list[tuple[slice, Frozen]]:
+        """The layer in pieces of so many bytes as floats at most, each with its rows; whole where it cannot be cut."""
+        rows, size = self.shape
+        parts = self.parts()
+        step = max(1, most_bytes // (size * item_bytes) // _ROWS_TOGETHER) * _ROWS_TOGETHER
+        if parts is None or step >= rows or size % parts.block:
+            return [(slice(0, rows), self)]
+        cuts = [(at, min(at + step, rows)) for at in range(0, rows, step)]
+        return [(slice(*cut), FrozenRows(parts.rows(*cut), self, slice(*cut))) for cut in cuts]
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as a float matrix (N, K): the kept copy, the layer's own, or a fresh one."""
         if self.kept is not None:
@@ -85,3 +102,34 @@ class FrozenLinear:
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias, or None."""
         return None if self.module.bias is None else self.module.bias.to(dtype)
+
+
+@dataclass(frozen=True)
+class FrozenRows:
+    """Some rows of a 4-bit layer, for a product in pieces."""
+
+    parts: QuantizedWeight
+    layer: FrozenLinear
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.parts.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.layer.device
+
+    def write_into(self, out_NK: Tensor, kernels: Kernels, scale: Tensor | None = None) -> None:
+        """See `FrozenLinear.write_into`."""
+        kernels.dequantize_into(out_NK, self.parts, scale)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The rows' bias, or None."""
+        bias = self.layer.bias(dtype)
+        return None if bias is None else bias[self.rows]
+
+
+Frozen = FrozenLinear | FrozenRows

@@ -101,4 +101,6 @@ def fp8_product(
     if not x_TK.is_cuda:
         return plain.fp8_product(x_TK, scale_T1, weight_NK, scale, bias_N, dtype)
     scales = scale.expand(1, weight_NK.shape[0]).contiguous()
-    return torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
+    inside = None if dtype == torch.float32 else bias_N  # cuBLAS adds biases to half-precision results only
+    out = torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=inside, out_dtype=dtype, use_fast_accum=True)
+    return out if bias_N is None or inside is not None else out.add_(bias_N)

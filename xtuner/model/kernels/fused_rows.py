@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtuner.model.kernels.plain import roomy
+
 
 @triton.jit
 def _rms_norm(x, weight, out, rstd, size, x_row, out_row, eps, BLOCK: tl.constexpr):
@@ -117,11 +119,11 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
 
 
 def rms_norm_backward(
-    dh_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, weight_H: Tensor, residual_TH: Tensor | None
+    dh_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, weight_H: Tensor, residual_TH: Tensor | None, *, spare: int = 0
 ) -> Tensor:
     """See `plain.rms_norm_backward`."""
     rows, size = x_TH.shape
-    dx = torch.empty((rows, size), dtype=x_TH.dtype, device=x_TH.device)
+    dx = roomy(x_TH, spare)
     block = triton.next_power_of_2(size)
     residual = dx if residual_TH is None else residual_TH
     _rms_norm_backward[(rows,)](

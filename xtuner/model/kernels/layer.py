@@ -170,7 +170,8 @@ def layer_backward(
     qkv_grads = parts.qkv.weight_grads(how, dqkv, source, scaled, dxa, run.adapters[0], run.seeds(0))
     dx = None
     if dnormed is not None:
-        dx = how.kernels.rms_norm_backward(dnormed, x_TH, rstd, parts.norm_in.weight, dmiddle)
+        spare = run.ranks(3)  # where the layer before, whose gradient this is, appends its own
+        dx = how.kernels.rms_norm_backward(dnormed, x_TH, rstd, parts.norm_in.weight, dmiddle, spare=spare)
     return dx, qkv_grads + out_grads + mlp_grads
 
 
@@ -189,10 +190,11 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor
     normed, rstd = _norm(run, 2, parts.norm_mid, kept.middle)
     dnormed, dxa = parts.gate_up.input_grad(how, gate_up, run.adapters[2], run.seeds(2))
     source = normed[:, : parts.gate_up.num_in]
-    args = (how, gate_up, source, _scaled(run, 2, kept, source), dxa, run.adapters[2], run.seeds(2))
-    grads = parts.gate_up.weight_grads(*args) + down_grads
-    del gate_up, normed
-    dmiddle = how.kernels.rms_norm_backward(dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
+    scaled = _scaled(run, 2, kept, source)
+    grads = parts.gate_up.weight_grads(how, gate_up, source, scaled, dxa, run.adapters[2], run.seeds(2)) + down_grads
+    del gate_up, normed, source
+    args = (dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
+    dmiddle = how.kernels.rms_norm_backward(*args, spare=run.ranks(1))
     return kept.middle, dmiddle, grads
 
 
@@ -233,10 +235,13 @@ def _norm(run: Run, group: int, norm: nn.Module, x_TH: Tensor) -> tuple[Tensor, 
 
 
 def _widen(run: Run, group: int, x: Tensor) -> Tensor:
-    """A copy with room for a group's ranks; the tensor itself where none is needed."""
+    """The tensor with room for a group's ranks: itself where `rms_norm_backward` left some, else a copy."""
     ranks = run.ranks(group)
     if not ranks:
         return x
+    wide = x.shape[1] + ranks
+    if x.stride() == (wide, 1) and x.untyped_storage().nbytes() == len(x) * wide * x.itemsize:
+        return x.as_strided((len(x), wide), (wide, 1))
     out = torch.empty(len(x), x.shape[1] + ranks, dtype=x.dtype, device=x.device)
     run.batch.how.kernels.copy_rows(x, out[:, : x.shape[1]])
     return out

@@ -8,16 +8,19 @@ own product and the adapter is added to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.frozen import Adapter, FrozenLinear
-from xtuner.model.kernels.weights import above_a, above_a_transposed, beside_b
+from xtuner.model.kernels.frozen import Adapter, Frozen, FrozenLinear
+from xtuner.model.kernels.weights import above_a, above_a_transposed, beside_b, bias_of
 
 FP8 = torch.float8_e4m3fn
+_SLIM_BYTES = 24 * 2**20  # of a piece of a weight as floats, where that buffer would be most of the memory
+Piece = tuple[Sequence[Frozen], Sequence[Adapter | None], Sequence[slice | None]]
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Setting:
     dtype: torch.dtype
     folded: bool
     fp8: bool = False  # frozen weights and adapters are multiplied in FP8; `folded` is off then
-    slim: bool = False  # one layer's weight as floats at a time, where that buffer is most of the memory
+    slim: bool = False  # a piece of a weight as floats at a time, for least memory
 
 
 class Group:
@@ -100,21 +103,19 @@ class Group:
         return out
 
     def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
-        tails = _tails(adapters)
-        row = 0
-        for group in [[i] for i in range(len(self.layers))] if how.slim else [list(range(len(self.layers)))]:
-            layers, own = [self.layers[i] for i in group], [adapters[i] for i in group]
-            ranks = x_wide.shape[1] - self.num_in
-            weight = beside_b(layers, own, [tails[i] for i in group], ranks, how.kernels, how.dtype)
-            bias, out = self._bias(how, group), y[:, row : row + len(weight)]
+        row, ranks = 0, x_wide.shape[1] - self.num_in
+        for layers, own, tails in self._pieces(how, adapters):
+            weight = beside_b(layers, own, tails, ranks, how.kernels, how.dtype)
+            bias, out = bias_of(layers, how.dtype), y[:, row : row + len(weight)]
             torch.mm(x_wide, weight.t(), out=out) if bias is None else torch.addmm(bias, x_wide, weight.t(), out=out)
             row += len(weight)
+            del weight  # before the next one takes its place
 
     def _fp8_product(self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None]) -> Tensor:
         ranks = 0 if projected is None else projected.shape[1]
         weight = beside_b(self.layers, adapters, _tails(adapters), ranks, how.kernels, FP8, self.scale)
         rounded, scales = how.kernels.quantize_rows(x, projected)
-        bias = self._bias(how, list(range(len(self.layers))))
+        bias = bias_of(self.layers, how.dtype)
         return how.kernels.fp8_product(rounded, scales, weight, self.scale, bias, how.dtype)
 
     def _separate_products(
@@ -131,16 +132,17 @@ class Group:
                 column += adapter.rank
             row += layer.shape[0]
 
-    def _bias(self, how: Setting, group: list[int]) -> Tensor | None:
-        layers = [self.layers[i] for i in group]
-        biases = [layer.bias(how.dtype) for layer in layers]
-        if all(b is None for b in biases):
-            return None
-        if len(biases) == 1:
-            return biases[0]
-        device = layers[0].module.weight.device
-        zeros = [torch.zeros(layer.shape[0], dtype=how.dtype, device=device) for layer in layers]
-        return torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
+    def _pieces(self, how: Setting, adapters: list[Adapter | None]) -> list[Piece]:
+        """What is multiplied at a time: all layers, or some rows of one where the weight as floats must stay small."""
+        tails = _tails(adapters)
+        if not how.slim:
+            return [(self.layers, adapters, tails)]
+        pieces: list[Piece] = []
+        for layer, adapter, tail in zip(self.layers, adapters, tails, strict=True):
+            for rows, part in layer.pieces(_SLIM_BYTES, how.dtype.itemsize):
+                own = replace(adapter, b_Nr=adapter.b_Nr[rows]) if adapter else None
+                pieces.append(([part], [own], [tail]))
+        return pieces
 
     def input_grad(
         self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, need_dx: bool = True
@@ -190,15 +192,14 @@ class Group:
         return dx, dxa
 
     def _input_grad_folded(self, how: Setting, dy_wide: Tensor, tail: list[Adapter]) -> Tensor:
-        groups = [[layer] for layer in self.layers] if how.slim else [self.layers]
-        dx, row = None, 0
-        for number, group in enumerate(groups):
-            own = sum(layer.shape[0] for layer in group)
-            extra = tail if number == len(groups) - 1 else []  # the ranks' columns follow the last layer's
-            weight = above_a(group, extra, how.kernels, how.dtype)
+        dx, row, pieces = None, 0, self._pieces(how, [None] * len(self.layers))
+        for number, (layers, _, _) in enumerate(pieces, 1):
+            extra = tail if number == len(pieces) else []  # the ranks' columns follow the last layer's
+            weight = above_a(layers, extra, how.kernels, how.dtype)
             part = dy_wide[:, row : row + len(weight)]
             dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
-            row += own
+            row += len(weight)
+            del weight
         assert dx is not None
         return dx
 

@@ -94,7 +94,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
 
 
 def rms_norm_backward(
-    dh_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, weight_H: Tensor, residual_TH: Tensor | None
+    dh_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, weight_H: Tensor, residual_TH: Tensor | None, *, spare: int = 0
 ) -> Tensor:
     """The gradient by `x` of `rms_norm`, plus the gradient that went around it.
 
@@ -104,6 +104,7 @@ def rms_norm_backward(
         rstd_T: What `rms_norm` returned.
         weight_H: The norm's weight.
         residual_TH: Gradient to add, or None.
+        spare: Columns of room to leave behind each row, for what multiplies the result next.
 
     Returns:
         (T, H) in the dtype of `x`.
@@ -114,7 +115,13 @@ def rms_norm_backward(
     dx = rstd_T[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     if residual_TH is not None:
         dx = dx + residual_TH
-    return dx.to(x_TH.dtype)
+    return roomy(x_TH, spare).copy_(dx)
+
+
+def roomy(like_TK: Tensor, spare: int) -> Tensor:
+    """An empty matrix like another, each row followed by room for more columns."""
+    rows, size = like_TK.shape
+    return torch.empty(rows, size + spare, dtype=like_TK.dtype, device=like_TK.device)[:, :size]
 
 
 def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, inverse: bool) -> None:

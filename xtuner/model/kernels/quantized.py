@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,26 @@ class QuantizedWeight:
     absmax_scale: Tensor | None = None
     absmax_block: int = 256
     offset: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Some of the rows, as views.
+
+        Raises:
+            ValueError: the rows do not begin and end where blocks and groups of scales do.
+
+        """
+        size = self.shape[1]
+        if start * size % (self.block * self.absmax_block) or stop * size % self.block:
+            raise ValueError(f'rows {start} to {stop} of {self.shape} are no whole blocks of scales')
+        first, end = start * size // self.block, stop * size // self.block
+        coarse = None if self.absmax_scale is None else self.absmax_scale[first // self.absmax_block :]
+        return replace(
+            self,
+            shape=(stop - start, size),
+            packed=self.packed[start * size // 2 : stop * size // 2],
+            absmax=self.absmax[first:end],
+            absmax_scale=coarse,
+        )
 
     def scales(self) -> Tensor:
         """The scale of each block in float32."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.frozen import Adapter, FrozenLinear
+from xtuner.model.kernels.frozen import Adapter, Frozen, FrozenLinear
 
 Adapters = Sequence[Adapter | None]
 
 
 def beside_b(
-    layers: Sequence[FrozenLinear], adapters: Adapters, tails: Sequence[slice | None], ranks: int, kernels: Kernels,
+    layers: Sequence[Frozen], adapters: Adapters, tails: Sequence[slice | None], ranks: int, kernels: Kernels,
     dtype: torch.dtype, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`[W | s B]`, (N, K + R), which multiplies `[x | x A']`.
@@ -32,7 +32,7 @@ def beside_b(
         scale: float32 (): what to divide all entries by; None: nothing.
 
     """
-    size, device = layers[0].shape[1], layers[0].module.weight.device
+    size, device = layers[0].shape[1], layers[0].device
     weight = torch.empty(sum(layer.shape[0] for layer in layers), size + ranks, dtype=dtype, device=device)
     tail, at = weight[:, size:], 0
     filled = len(layers) == 1 and adapters[0] is not None and adapters[0].rank == ranks
@@ -50,11 +50,9 @@ def beside_b(
     return weight
 
 
-def above_a(
-    layers: Sequence[FrozenLinear], adapters: Sequence[Adapter], kernels: Kernels, dtype: torch.dtype
-) -> Tensor:
+def above_a(layers: Sequence[Frozen], adapters: Sequence[Adapter], kernels: Kernels, dtype: torch.dtype) -> Tensor:
     """`[W ; A]`, (N + R, K), which `[dy | s dy B]` multiplies."""
-    size, device = layers[0].shape[1], layers[0].module.weight.device
+    size, device = layers[0].shape[1], layers[0].device
     rows = sum(layer.shape[0] for layer in layers) + sum(a.rank for a in adapters)
     weight, at = torch.empty(rows, size, dtype=dtype, device=device), 0
     for layer in layers:
@@ -70,7 +68,7 @@ def above_a_transposed(
     layers: Sequence[FrozenLinear], adapters: Sequence[Adapter], kernels: Kernels, dtype: torch.dtype, scale: Tensor
 ) -> Tensor:
     """`[W ; A]' / scale`, (K, N + R): `above_a` as a product in FP8 reads it."""
-    size, device = layers[0].shape[1], layers[0].module.weight.device
+    size, device = layers[0].shape[1], layers[0].device
     columns = sum(layer.shape[0] for layer in layers) + sum(a.rank for a in adapters)
     weight, at = torch.empty(size, columns, dtype=dtype, device=device), 0
     for layer in layers:
@@ -80,3 +78,13 @@ def above_a_transposed(
         weight[:, at : at + adapter.rank].copy_((adapter.a_rK / scale).t())
         at += adapter.rank
     return weight
+
+
+def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
+    """The layers' biases side by side, zeros for one that has none; None where none has."""
+    biases = [layer.bias(dtype) for layer in layers]
+    if all(b is None for b in biases):
+        return None
+    zeros = (torch.zeros(layer.shape[0], dtype=dtype, device=layer.device) for layer in layers)
+    filled = [zero if b is None else b for b, zero in zip(biases, zeros, strict=True)]
+    return filled[0] if len(filled) == 1 else torch.cat(filled)

@@ -1,0 +1,67 @@
+"""The equation solver: right solutions, nothing executed, ended in time."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from xtuner.chat.plugins import equations
+from xtuner.chat.plugins.base import PluginError
+from xtuner.chat.plugins.solve import Solve
+
+
+@pytest.mark.parametrize(('text', 'solutions'), [
+    ('x^2 - 3x + 2 = 0', 'x=1; x=2'), ('x**2-3*x+2', 'x=1; x=2'), ('2x + 1 = 4', 'x=3/2'), ('0.1y = 1', 'y=10'),
+    ('x + y = 3, x - y = 1', 'x=2, y=1'), ('a=1; b=2a', 'a=1, b=2'), ('x + y = 3 and x = 1', 'x=1, y=2'),
+    ('x^2 = -1', 'x=-I; x=I'), ('2(x+1) = 6', 'x=2'), ('exp(x) = 1', 'x=0'), ('e^x = e', 'x=1'),
+    ('3（x＋1）＝9', 'x=2'),
+    ('x＋y＝2，x＝1', 'x=1, y=1'),
+])  # fmt: skip
+def test_solutions(text: str, solutions: str) -> None:
+    assert equations.solve(text) == solutions
+
+
+@pytest.mark.parametrize(('text', 'reason'), [
+    ('1 = 1', 'no unknown'), ('x = x', 'every value'), ('1 = 2', 'no unknown'), ('x = x + 1', 'no solution'),
+    ('a = b = c', 'one equals sign'), ('', 'one equals sign'),
+    ('x^1000 = 1', 'exponent'), ('a+b+c+d+f+g+h = 0', '7 unknowns'), ('x % 2 = 1', 'not for equations'),
+    ('__import__("os") = 1', 'cannot hold'), ('x.__class__ = 1', 'cannot hold'), ('open(x) = 1', 'no function'),
+    ('solve(x) = 1', 'no function'), ('sin(x, x) = 1', 'one argument'), ('x =', 'not a formula'),
+    ('[x for x in x] = 1', 'cannot hold'), ('x' * 401, 'more than 400'),
+])  # fmt: skip
+def test_what_cannot_be_solved_has_a_reason(text: str, reason: str) -> None:
+    with pytest.raises(PluginError, match=reason):
+        equations.solve(text)
+
+
+def test_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Solve(60).run('x^2 = 4') == 'x=-2; x=2'
+    with pytest.raises(PluginError, match='no solution'):
+        Solve(60).run('x = x + 1')
+    monkeypatch.setenv('SERPER_API_KEY', 'secret')
+    monkeypatch.setattr('xtuner.chat.plugins.solve.sys.executable', str(_program(tmp_path, 'echo "$SERPER_API_KEY|"')))
+    assert Solve().run('x = 1') == '|'  # the key is not passed on
+
+
+@pytest.mark.parametrize(('program', 'reason'), [
+    ('sleep 30', 'within 0.5 s'), ('exit 1', 'gave up'), ('kill -9 $$', 'gave up'), ('true', 'gave up'),
+    ('printf "%02000d" 1', '2000 characters'),
+])  # fmt: skip
+def test_a_solver_that_hangs_or_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
+) -> None:
+    monkeypatch.setattr('xtuner.chat.plugins.solve.sys.executable', str(_program(tmp_path, program)))
+    started = time.perf_counter()
+    with pytest.raises(PluginError, match=reason):
+        Solve(0.5).run('x = 1')
+    assert time.perf_counter() - started < 5
+
+
+def _program(folder: Path, line: str) -> Path:
+    path = folder / 'program'
+    path.write_text(f'#!/bin/sh\n{line}\n')
+    os.chmod(path, 0o700)
+    return path

@@ -1,0 +1,47 @@
+"""From text to a syntax tree of arithmetic and nothing else: what the calculator and the solver both read."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from xtuner.chat.plugins.base import PluginError
+
+MOST_CHARACTERS = 400
+_OTHER_SIGNS = str.maketrans({'×': '*', '·': '*', '÷': '/', '−': '-', '–': '-', '（': '(', '）': ')', '，': ',',
+                              '＝': '=', '＋': '+', '＊': '*', '／': '/', 'π': 'pi'})  # fmt: skip
+_ALLOWED = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Call, ast.Load,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.UAdd, ast.USub,
+)  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    """Signs as people write them to signs as Python reads them: `×`, `÷`, `^`, `2x`, `(a)(b)`."""
+    if len(text) > MOST_CHARACTERS:
+        raise PluginError(f'the formula has {len(text)} characters, more than {MOST_CHARACTERS}')
+    text = text.translate(_OTHER_SIGNS).replace('^', '**')
+    text = re.sub(r'(?<![A-Za-z_0-9.])(\d+\.?\d*|\.\d+)\s*(?=(?![eE][+-]?\d)[A-Za-z(])', r'\1*', text)
+    return re.sub(r'\)\s*(?=[A-Za-z0-9(])', ')*', text)
+
+
+def parse(text: str) -> ast.expr:
+    """The tree of one formula.
+
+    Only numbers, names, the operators of arithmetic and calls of plain names with positional arguments are in it.
+
+    Raises:
+        PluginError: it is not a formula, or holds anything else.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode='eval')
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise PluginError(f'{text.strip()!r} is not a formula') from None
+    for node in ast.walk(tree):
+        if not isinstance(node, _ALLOWED):
+            raise PluginError(f'a formula cannot hold {type(node).__name__}')
+        if isinstance(node, ast.Constant) and type(node.value) not in (int, float):
+            raise PluginError(f'a formula cannot hold {node.value!r}')
+        if isinstance(node, ast.Call) and (node.keywords or not isinstance(node.func, ast.Name)):
+            raise PluginError('a function is called as in sqrt(2)')
+    return tree.body
