@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from xtuner.chat.web.app import run_app
@@ -127,5 +127,19 @@ def share(model: Scripted, *, adapter: str = 'runs/mine/checkpoint-00000010') ->
     )
 
 
+def tell_of_the_outside(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook that prints whatever reaches, or asks the way, beyond this machine."""
+    if event == 'socket.connect' and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    elif event == 'socket.getaddrinfo':
+        host = arguments[0]
+    else:
+        return
+    if host not in ('127.0.0.1', '::1', 'localhost', None):
+        print(f'reached for {host}', flush=True)
+
+
 if __name__ == '__main__':
-    run_app(share(Scripted(outside=sys.argv[2], delay_s=0.03)), int(sys.argv[1]))
+    sys.addaudithook(tell_of_the_outside)
+    with suppress(KeyboardInterrupt):
+        run_app(share(Scripted(outside=sys.argv[2], delay_s=0.03)), int(sys.argv[1]))

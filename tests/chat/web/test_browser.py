@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,8 +92,12 @@ def address(outside: Any) -> Iterator[str]:
     """The page over a scripted model that says some thirty words a second."""
     port = free_port()
     command = [sys.executable, '-m', 'tests.chat.web.scripted', str(port), f'http://127.0.0.1:{outside.server_port}']
-    with served(*command, port=port):
+    with served(*command, port=port) as process:
         yield f'http://127.0.0.1:{port}'
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+        assert 'reached for' not in output
+        assert 'Traceback' not in output
 
 
 @pytest.fixture(scope='module')
@@ -256,6 +261,22 @@ def test_nothing_is_fetched_from_elsewhere(tab: Tab, address: str) -> None:
     tab.page.get_by_text('Side by side').hover()
     tab.page.wait_for_timeout(2_000)
     assert [url for url in tab.requests if not url.startswith((address, 'data:', 'blob:'))] == []
+
+
+@pytest.mark.parametrize('origin', ['http://elsewhere.example', 'http://127.0.0.1:1', 'null'])
+def test_another_page_cannot_talk_to_this_one(address: str, origin: str) -> None:
+    from websockets import Origin, Subprotocol
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    stream = address.replace('http', 'ws', 1) + '/_stcore/stream'
+    with connect(stream, origin=Origin(address), subprotocols=[Subprotocol('streamlit')]):
+        pass
+    with pytest.raises(InvalidStatus, match='403'):
+        connect(stream, origin=Origin(origin), subprotocols=[Subprotocol('streamlit')])
+    request = urllib.request.Request(address, headers={'Origin': origin})
+    with pytest.raises(urllib.error.HTTPError, match='403'):
+        urllib.request.urlopen(request, timeout=5)
 
 
 def test_the_conversation_can_be_saved(tab: Tab) -> None:

@@ -6,9 +6,11 @@ import socket
 import sys
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit.starlette import App
 
@@ -50,14 +52,20 @@ def shared_model() -> SharedModel:
     return _shared
 
 
-class SecurityHeaders:
-    """ASGI middleware that adds `HEADERS` to every answer."""
+class Guard:
+    """ASGI middleware: refuses what another site's page asks for, and adds `HEADERS` to every answer.
+
+    Streamlit itself would compare a foreign origin with this machine's public address, which it asks a server far away.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on."""
+        if scope['type'] in ('http', 'websocket') and not _is_own(Headers(scope=scope)):
+            await _refuse(scope, receive, send)
+            return
 
         async def send_with_headers(message: Message) -> None:
             if message['type'] == 'http.response.start':
@@ -67,7 +75,19 @@ class SecurityHeaders:
         await self._app(scope, receive, send_with_headers)
 
 
-MIDDLEWARE = [Middleware(SecurityHeaders)]
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope['type'] == 'websocket':
+        await send({'type': 'websocket.close', 'code': 1008})
+    else:
+        await PlainTextResponse('this page answers itself only', status_code=403)(scope, receive, send)
+
+
+def _is_own(headers: Headers) -> bool:
+    """Whether a request comes from the page itself, or from no page at all."""
+    return 'origin' not in headers or urlsplit(headers['origin']).netloc == headers.get('host')
+
+
+MIDDLEWARE = [Middleware(Guard)]
 
 
 def check_port(port: int) -> None:
