@@ -46,12 +46,12 @@ def exact_logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize('kv_heads', [1, 4])
 def test_four_bit(kv_heads: int) -> None:
-    model = four_bit(kv_heads=kv_heads)
+    model = four_bit(kv_heads=kv_heads, layers=1)
     assert error(stepped_logits(model, PROMPT), exact_logits(model)) < 5e-6
 
 
 def test_four_bit_with_adapters_of_several_ranks() -> None:
-    model = with_adapter(four_bit(), rank=5, rank_pattern={'k_proj': 16}, dropout=0.5).eval()
+    model = with_adapter(four_bit(layers=1), rank=5, rank_pattern={'k_proj': 16}, dropout=0.5).eval()
     exact = exact_logits(model)
     assert error(stepped_logits(model, PROMPT), exact) < 5e-6
     with model.disable_adapter():
@@ -59,11 +59,11 @@ def test_four_bit_with_adapters_of_several_ranks() -> None:
 
 
 def test_float_weights_and_an_adapter_on_some() -> None:
-    model = with_adapter(tiny_llama(), targets=['q_proj', 'v_proj', 'up_proj']).eval()
+    model = with_adapter(tiny_llama(layers=1), targets=['q_proj', 'v_proj', 'up_proj']).eval()
     assert error(stepped_logits(model, PROMPT), exact_logits(model)) < 5e-6
 
 
-@pytest.mark.parametrize('name', ['v1-8k', 'v2-bias', 'v2-linear'])
+@pytest.mark.parametrize('name', ['v1-8k', 'v2-bias', 'v2-linear', 'v3-bias'])
 def test_internlm(tmp_path: Path, name: str) -> None:
     model: Any = load_model(write_model(tmp_path, name), dtype=torch.float32)
     exact = model.double()(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()

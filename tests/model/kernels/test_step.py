@@ -87,10 +87,10 @@ def test_multiply_gated(form, extras):
     exact, keywords = matrix @ x.double(), {'tile': TILE}
     if extras:
         low, low_exact = adapters((rows, rows), size, 16, dtype)
-        down = torch.empty(32, device=DEVICE)
+        bias, down = rand(2 * rows), torch.empty(32, device=DEVICE)
         fused_step.project(low, x, down)
-        exact = exact + low_exact(x)
-        keywords |= {'low_rank': low, 'down': down}
+        exact = exact + bias.double() + low_exact(x)
+        keywords |= {'bias_N': bias, 'low_rank': low, 'down': down}
     gate, up = exact.chunk(2)
     out = torch.empty(rows, device=DEVICE)
     fused_step.multiply_gated(fused_step.weights_of(parts), x, out, **keywords)

@@ -44,7 +44,7 @@ class _Part:
     def multiply_gated(self, x: Tensor, out: Tensor) -> None:
         """Writes the gated product of two layers."""
         self.project(x)
-        fused_step.multiply_gated(self.weights, x, out, low_rank=self.low_rank, down=self.down)
+        fused_step.multiply_gated(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down)
 
 
 class TokenStep:

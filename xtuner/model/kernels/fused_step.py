@@ -196,14 +196,17 @@ def _multiply(
 
 @triton.jit
 def _multiply_gated(
-    addresses, x, up, down, out, rows, size,
-    FORM: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
+    addresses, x, bias, up, down, out, rows, size,
+    FORM: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     gate = _dot(addresses, 0, x, row, rows, size, FORM, COARSE, HALF, ROWS, BLOCKS)
     raised = _dot(addresses, 1, x, row, rows, size, FORM, COARSE, HALF, ROWS, BLOCKS)
+    if HAS_BIAS:
+        gate += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+        raised += tl.load(bias + rows + row, mask=inside, other=0.0).to(tl.float32)
     if RANK > 0:
         gate += _low_rank(up, down, 0, row, inside, RANK)
         raised += _low_rank(up, down, 1, rows + row, inside, RANK)
@@ -358,14 +361,15 @@ def multiply(
 
 
 def multiply_gated(
-    weights: Weights, x_K: Tensor, out_I: Tensor, *, low_rank: LowRank | None = None, down: Tensor | None = None,
-    tile: Tile | None = None,
+    weights: Weights, x_K: Tensor, out_I: Tensor, *, bias_N: Tensor | None = None, low_rank: LowRank | None = None,
+    down: Tensor | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Writes `silu(gate) * up` of two weights with as many rows."""
     tile = tile or Tile()
     _multiply_gated[(triton.cdiv(weights.rows[0], tile.rows),)](
-        weights.addresses, x_K, x_K if low_rank is None else low_rank.up, x_K if down is None else down, out_I,
-        weights.rows[0], weights.size, RANK=low_rank.rank if low_rank else 0, **_shape(weights, tile),
+        weights.addresses, x_K, x_K if bias_N is None else bias_N, x_K if low_rank is None else low_rank.up,
+        x_K if down is None else down, out_I, weights.rows[0], weights.size,
+        RANK=low_rank.rank if low_rank else 0, HAS_BIAS=bias_N is not None, **_shape(weights, tile),
     )  # fmt: skip
 
 
