@@ -1,0 +1,9 @@
+# InternLM2-1.8B in 4 bit, tuned on OpenAssistant conversations.
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.models.internlm2_1_8b import *
+    from .._base_.methods.qlora import *
+    from .._base_.datasets.oasst1 import *
+    from .._base_.schedules.adapter_3e import *
+    from .._base_.runtime.default import *
