@@ -1,6 +1,6 @@
 """Peak memory of a training step of InternLM-7B's shape, predicted against measured, over a dozen configurations.
 
-    python benchmarks/estimate.py [--out FOLDER] [--layers 32] [--rows NAME,NAME]
+    python benchmarks/estimate.py [--out FOLDER] [--layers 32] [--rows NAME,NAME] [--seconds 90]
 
 Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
 computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is the most that torch took of the card, which
@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import SHAPE, add_adapter, build_base, set_dropout
 from xtuner.model.fast import enable_fast_path, wait_once_a_step
+from xtuner.model.kernels.graphs import MOST_TOKENS
 from xtuner.model.memory import Setup, predict_memory
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shape import model_shape
@@ -61,23 +63,21 @@ class Row:
 
 ROWS = [
     Row(1, 2048, True, dropout=0.1),
-    Row(1, 2048, True),
     Row(1, 2048, True, accumulated=1),
     Row(1, 2048, False),
-    Row(4, 2048, True),
+    Row(1, 4096, False, dropout=0.1),
+    Row(2, 4096, True),
     Row(4, 2048, True, dropout=0.1),
     Row(4, 2048, False),
     Row(8, 2048, True),
     Row(1, 8192, True),
     Row(4, 2048, True, paged=False),
-    Row(2, 4096, True),
-    Row(1, 4096, False, dropout=0.1),
-    Row(4, 2048, True, rank=16),
-    Row(3, 1024, False, rank=16),
     Row(1, 2048, True, fast=False),
     Row(1, 2048, False, fast=False),
-    Row(4, 2048, True, dropout=0.1, fast=False),
     Row(1, 2048, False, dropout=0.1, fast=False),
+    Row(4, 2048, True, dropout=0.1, fast=False),
+    Row(4, 2048, True, rank=16),
+    Row(3, 1024, False, rank=16),
     Row(4, 2048, True, bits=None),
     Row(1, 2048, False, bits=None),
 ]
@@ -103,7 +103,7 @@ def prepare(model: Any, row: Row) -> None:
     print(enable_fast_path(model, enabled=row.fast), flush=True)
 
 
-def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
+def measure(model: Any, row: Row) -> dict[str, float]:
     """GiB: the most that torch counted and held, what the driver has given out, and what there was before the step."""
     import bitsandbytes as bnb
 
@@ -116,7 +116,7 @@ def measure(model: Any, row: Row, steps: int) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     begin = torch.cuda.memory_allocated()
-    for _ in range(steps):
+    for _ in range(3 if row.batch * row.length <= MOST_TOKENS else 2):  # graphs are recorded at the fourth batch
         for _ in range(row.accumulated):
             ids = torch.randint(3, 100_000, (row.batch, row.length), device='cuda')
             labels = torch.where(torch.rand(ids.shape, device='cuda') < TARGET_SHARE, ids, -100)
@@ -161,9 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, help='folder for estimate.jsonl and estimate.md')
     parser.add_argument('--layers', type=int, default=32)
-    parser.add_argument('--steps', type=int, default=4)
+    parser.add_argument('--seconds', type=float, default=float('inf'), help='begin no row after so long')
     parser.add_argument('--rows', help='names of rows, separated by commas')
     args = parser.parse_args()
+    started = time.perf_counter()
     wanted = args.rows.split(',') if args.rows else [row.name for row in ROWS]
     lines, records, built, model = [], [], None, None
     torch.zeros(1, device='cuda')
@@ -174,24 +175,26 @@ def main() -> None:
     lines.append('| --- | ---: | ---: | ---: | ---: | ---: | --- |')
     print('\n'.join(lines), flush=True)
     for row in (r for r in ROWS if r.name in wanted):
+        if time.perf_counter() - started > args.seconds:
+            print(f'{row.name}: no time left', flush=True)
+            continue
         if form(row) != built:
             model = None
             gc.collect()
             torch.cuda.empty_cache()
             model, built = build(row, args.layers), form(row)
         prepare(model, row)
-        found, expected = measure(model, row, args.steps), predict(row, args.layers)
+        found, expected = measure(model, row), predict(row, args.layers)
         off = expected.allocated / GIB / found['allocated'] - 1
         lines.append(f'| {row.name} | {expected.allocated / GIB:.2f} | {found["allocated"]:.2f} | {off:+.1%} '
                      f'| {reserved(expected) / GIB:.2f} | {found["reserved"]:.2f} | {expected.moment} |')  # fmt: skip
         terms = {k: round(v / GIB, 3) for k, v in {**expected.terms, **expected.beside}.items()}
         records.append({'row': row.name, 'measured': found, 'predicted': expected.allocated / GIB, 'terms': terms})
         print(lines[-1], json.dumps(records[-1]), flush=True)
-    print('\n' + '\n'.join(lines))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / 'estimate.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-        (args.out / 'estimate.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records), encoding='utf-8')
+        if args.out:  # after each row: whoever runs out of time keeps what there is
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / 'estimate.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+            (args.out / 'estimate.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -55,6 +55,27 @@ def test_the_work_folder_tells_the_run(trained: Path) -> None:
     assert [s['step'] for s in samples] == [0, 0, 3, 3, 4, 4]
     assert any((trained / 'tensorboard').iterdir())
     assert main(['print-config', str(trained / 'config.py')]) == 0
+    about = json.loads((trained / 'about.json').read_text(encoding='utf-8'))
+    assert about['sessions'][-1]['end'] == 'finished'
+    assert about['plan']['num_steps'] == 4
+    assert about['dataset']['train']['kept'] == 40
+    assert about['sessions'][-1]['versions']['torch'] == torch.__version__
+    page = (trained / 'report.html').read_text(encoding='utf-8')
+    assert 'finished' in page
+    assert page.count('class="answer before"') == 2
+
+
+def test_the_card_is_the_adapter_s(trained: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    text = (newest(trained) / 'README.md').read_text(encoding='utf-8')
+    card = ModelCard(text)
+    assert card.data.library_name == 'peft'
+    assert 'qlora' in card.data.tags
+    assert str(trained.parent) not in text
+    assert 'trained with xtuner' in text
+    assert '| step of this checkpoint | 4 |' in text
+    assert '<|User|>:What is LoRA?<eoh>' in text
 
 
 def test_a_checkpoint_is_a_plain_peft_adapter(trained: Path, tiny_internlm: Path) -> None:

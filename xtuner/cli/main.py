@@ -33,6 +33,7 @@ COMMANDS = {
     'print-config': Command('xtuner.cli.print_config', 'show a config as training will see it'),
     'estimate': Command('xtuner.cli.estimate', 'predict memory, steps and hours, without weights or a GPU'),
     'train': Command('xtuner.cli.train', 'fine-tune a model'),
+    'report': Command('xtuner.cli.report', 'write the page that shows a run'),
     'preprocess': Command('xtuner.cli.preprocess', 'prepare the data of a config ahead of training'),
     'log-dataset': Command('xtuner.cli.log_dataset', 'show conversations as the model will see them'),
     'check-custom-dataset': Command('xtuner.cli.check_custom_dataset', 'check a file of conversations, every record'),

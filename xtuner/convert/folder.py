@@ -10,6 +10,7 @@ from typing import Any
 
 from xtuner.dataset.template import get_template
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
+from xtuner.model.card import prompt_example, write_card
 from xtuner.model.loading import load_tokenizer, read_json
 
 # Files of a tokenizer in any of its published forms, and the terms under which a model may be used.
@@ -48,6 +49,8 @@ def write_model_files(
     copy_companions(base, folder)
     if adapter is not None and (adapter / PROVENANCE_FILE).is_file():
         shutil.copyfile(adapter / PROVENANCE_FILE, folder / PROVENANCE_FILE)
+    if provenance:
+        write_card(folder, provenance, kind='merged', example=prompt_example(tokenizer))
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
 from xtuner.engine.launch import Group
 from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
+from xtuner.model.card import prompt_example, write_card
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
@@ -149,6 +150,7 @@ def write_model(
     dtype: torch.dtype,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Writes the adapter, or the whole model, with its tokenizer, generation settings and provenance.
 
@@ -159,6 +161,7 @@ def write_model(
         dtype: The compute dtype.
         folder: Where to.
         weights: Whole trained tensors by name, where the model itself holds parts; None: it holds them.
+        training: What the model card tables.
     """
     llm: Any = model.llm
     llm.generation_config.eos_token_id = data.template.stop_ids(data.tokenizer)
@@ -173,5 +176,7 @@ def write_model(
         template=config.model.template,
         compute_dtype=dtype_name(dtype),
         quantization=asdict(config.quantization) if config.quantization else None,
+        training=training,
     )
     provenance.write(folder)
+    write_card(folder, provenance, kind='adapter' if config.adapter else 'full', example=prompt_example(data.tokenizer))

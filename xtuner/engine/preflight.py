@@ -20,17 +20,20 @@ logger = logging.getLogger('xtuner')
 # Predictions and measurements differ by less (benchmarks/README.md): refused beyond, warned of within.
 _TOLERANCE = 0.1
 _SHOWN_TERMS = 3
+PREDICTED_STRATEGIES = ('single', 'ddp')
 
 
-def check_memory(config: TrainConfig, data: Data, device: torch.device, world_size: int) -> None:
+def check_memory(
+    config: TrainConfig, data: Data, device: torch.device, world_size: int, *, strategy: str = 'single'
+) -> None:
     """Compares what the config's least memory is predicted to be with what the GPU has free.
 
-    On a CPU nothing is predicted and nothing checked.
+    On a CPU, and where processes share weights among them, nothing is predicted and nothing checked.
 
     Raises:
         TrainingError: it will not fit; names the largest terms and what to turn.
     """
-    if device.type != 'cuda':
+    if device.type != 'cuda' or strategy not in PREDICTED_STRATEGIES:
         return
     free, total = torch.cuda.mem_get_info(device)
     size = None if isinstance(data.dataset, PackStream) else data_size(data.dataset)

@@ -19,6 +19,7 @@ from torch import nn
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import list_checkpoints
+from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import Group, process_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
@@ -30,6 +31,7 @@ from xtuner.engine.same_run import describe_run, write_run
 from xtuner.engine.signals import StopRequest
 from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
+from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
@@ -89,14 +91,16 @@ def _run(
         check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)
-    check_memory(config, data, device, group.world_size)
+    check_memory(config, data, device, group.world_size, strategy=name)
     model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name)
     if group.rank == 0:
         _check_space(work_dir, config, plan, model, data)
         open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
+    about = about_run(config, data, plan, model, dtype) if group.rank == 0 else None
+    training = training_facts(config, data, plan, dtype)
 
     def write(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        write_model(config, data, model, dtype, folder, weights)
+        write_model(config, data, model, dtype, folder, weights, training | latest_losses(work_dir))
         write_run(folder, run)
 
     with StopRequest() as stop:
@@ -107,7 +111,8 @@ def _run(
             runner.train_loop.dataloader.start_step = runner.iter
             logger.info('resuming from %s at step %d', checkpoint, runner.iter)
         try:
-            runner.train()
+            with told(work_dir, about, from_step=runner.iter):
+                runner.train()
         finally:
             runner.visualizer.close()
 

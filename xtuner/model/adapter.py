@@ -34,6 +34,7 @@ class Provenance:
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
+        training: How it was trained: what the model card tables (`xtuner.engine.facts.training_facts`); None: unknown.
     """
 
     base: str
@@ -42,6 +43,7 @@ class Provenance:
     compute_dtype: str
     quantization: dict[str, Any] | None = None
     xtuner: str = __version__
+    training: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""

@@ -1,0 +1,66 @@
+"""`about.json`: each start of a run, and how it ended, however it ended."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from xtuner.engine.environment import devices, git_state, versions
+from xtuner.engine.story import read_about, told
+from xtuner.errors import Interrupted, TrainingError
+
+
+def sessions(folder: Path) -> list[dict[str, str]]:
+    return read_about(folder)['sessions']
+
+
+def test_each_start_is_told_with_its_end(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), told(tmp_path, {'base': 'b'}, from_step=0):
+        assert 'killed' in sessions(tmp_path)[0]['end']  # as it stands if nothing more is written
+        raise Interrupted(15, 'stopped at step 3')
+    with pytest.raises(TrainingError), told(tmp_path, {'base': 'b'}, from_step=3):
+        raise TrainingError('no\nluck')
+    with told(tmp_path, {'base': 'b'}, from_step=3):
+        pass
+    assert [s['end'] for s in sessions(tmp_path)] == ['interrupted: stopped at step 3', 'failed: no luck', 'finished']
+    assert [s['from_step'] for s in sessions(tmp_path)] == [0, 3, 3]
+    assert read_about(tmp_path)['base'] == 'b'
+    assert (tmp_path / 'report.html').is_file()
+
+
+def test_another_process_tells_nothing(tmp_path: Path) -> None:
+    with told(tmp_path, None, from_step=0):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_about_the_story_ends_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with told(tmp_path / 'missing', {}, from_step=0):
+        pass
+    assert 'cannot write' in caplog.text
+    assert 'no report' in caplog.text
+
+
+def test_git_state_counts_changes(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    git = ['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e@example.org']
+    subprocess.run([*git, 'init', '-q', '-b', 'main'], check=True)
+    (tmp_path / 'a').write_text('1', encoding='utf-8')
+    subprocess.run([*git, 'add', '.'], check=True)
+    subprocess.run([*git, 'commit', '-qm', 'first'], check=True)
+    clean = git_state(tmp_path)
+    assert clean
+    assert (clean['branch'], clean['num_changed_files'], len(clean['commit'])) == ('main', 0, 40)
+    (tmp_path / 'a').write_text('2', encoding='utf-8')
+    (tmp_path / 'b').write_text('2', encoding='utf-8')
+    assert (git_state(tmp_path) or {})['num_changed_files'] == 2
+
+
+def test_versions_and_devices_are_those_of_this_machine() -> None:
+    import torch
+
+    assert versions()['torch'] == torch.__version__
+    assert devices()['cores'] >= 1
+    assert devices()['processor']

@@ -1,0 +1,19 @@
+"""Writes report.html of a run, finished or not, from the files in its work folder: one page that needs nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('work_dir', type=Path, help='the folder with metrics.jsonl')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the page's path on stdout."""
+    from xtuner.engine.report.page import write_report
+
+    print(write_report(args.work_dir))
+    return 0

@@ -1,0 +1,105 @@
+"""What a run stands on: versions, devices, and the state of the repository that it was started in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner import __version__
+
+PACKAGES = (
+    'torch', 'transformers', 'peft', 'bitsandbytes', 'mmengine', 'datasets', 'safetensors', 'tokenizers',
+    'huggingface-hub', 'numpy', 'triton',
+)  # fmt: skip
+_GIT_TIMEOUT_S = 5
+
+
+def versions() -> dict[str, str]:
+    """xtuner's, Python's and the installed packages' versions; a package that is not installed is left out."""
+    found = {'xtuner': __version__, 'python': platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """The machine: system, processor, cores, memory, and each GPU with its memory in GiB and compute capability."""
+    found: dict[str, Any] = {
+        'system': f'{platform.system()} {platform.release()}',
+        'processor': processor(),
+        'cores': available_cores(),
+        'memory_gib': host_memory_gib(),
+        'gpus': [],
+    }
+    if torch.cuda.is_available():
+        found['cuda'] = torch.version.cuda
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            found['gpus'].append(
+                {
+                    'name': gpu.name,
+                    'memory_gib': round(gpu.total_memory / 2**30, 1),
+                    'capability': f'{gpu.major}.{gpu.minor}',
+                }
+            )
+    return found
+
+
+def processor() -> str:
+    """The processor's name, as Linux knows it; elsewhere its kind."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.machine())
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def host_memory_gib() -> float | None:
+    """Memory of the machine in GiB; None where the system does not say."""
+    try:
+        return round(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """Commit, branch and number of changed files of the repository around a folder; None outside of one.
+
+    Args:
+        folder: None: where the process stands.
+    """
+    commit = _git(folder, 'rev-parse', 'HEAD')
+    if commit is None:
+        return None
+    changes = _git(folder, 'status', '--porcelain')
+    return {
+        'commit': commit,
+        'branch': _git(folder, 'rev-parse', '--abbrev-ref', 'HEAD'),
+        'num_changed_files': None if changes is None else len(changes.splitlines()),
+    }
+
+
+def _git(folder: Path | None, *words: str) -> str | None:
+    """What git answers, None where it is not installed, refuses, or takes too long."""
+    try:
+        done = subprocess.run(
+            ['git', *words], cwd=folder, capture_output=True, text=True, check=False, timeout=_GIT_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

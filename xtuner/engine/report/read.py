@@ -1,0 +1,122 @@
+"""The files of a work folder as one `Run`, whatever is missing or torn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xtuner.engine.hooks.evaluate_chat import SAMPLES_FILE
+from xtuner.engine.hooks.log import METRICS_FILE
+from xtuner.engine.story import read_about
+from xtuner.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity over the steps; values that are not finite are left out and their steps kept.
+
+    Attributes:
+        steps: Optimizer steps, ascending.
+        values: One a step.
+        broken: Steps at which the value was not finite.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a work folder tells.
+
+    Attributes:
+        name: The folder's.
+        about: `about.json`.
+        metrics: Lines of `metrics.jsonl` about training steps, one a step.
+        validation: Its lines with a validation loss.
+        samples: Lines of `samples.jsonl`.
+        config: Text of `config.py`.
+        num_torn: Lines of either file that could not be read.
+    """
+
+    name: str
+    about: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    config: str
+    num_torn: int
+
+    def series(self, key: str) -> Series:
+        """A quantity of the training steps."""
+        return _series(self.metrics, key)
+
+    @property
+    def validation_loss(self) -> Series:
+        """The validation loss."""
+        return _series(self.validation, 'val_loss')
+
+
+def read_run(work_dir: Path) -> Run:
+    """Reads what there is.
+
+    Raises:
+        CheckpointError: the folder is no work folder: it has none of these files.
+    """
+    metrics, torn_metrics = _lines(work_dir / METRICS_FILE)
+    samples, torn_samples = _lines(work_dir / SAMPLES_FILE)
+    about = read_about(work_dir)
+    if not work_dir.is_dir() or not (metrics or samples or about):
+        raise CheckpointError(f'{work_dir} is no work folder of a run: neither {METRICS_FILE} nor about.json is there')
+    try:
+        config = (work_dir / 'config.py').read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError):
+        config = ''
+    trained = {line['step']: line for line in metrics if 'loss' in line}
+    validated = {line['step']: line for line in metrics if 'val_loss' in line}
+    return Run(
+        name=work_dir.resolve().name,
+        about=about,
+        metrics=[trained[step] for step in sorted(trained)],
+        validation=[validated[step] for step in sorted(validated)],
+        samples=samples,
+        config=config,
+        num_torn=torn_metrics + torn_samples,
+    )
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a JSON lines file with a step, and how many lines are none."""
+    try:
+        raw = path.read_bytes().splitlines()
+    except OSError:
+        return [], 0
+    records = []
+    for line in raw:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get('step'), int):
+            records.append(record)
+    return records, len(raw) - len(records)
+
+
+def _series(lines: Sequence[dict[str, Any]], key: str) -> Series:
+    found = Series()
+    for line in lines:
+        value = line.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            found.steps.append(line['step'])
+            found.values.append(float(value))
+        elif key in line:
+            found.broken.append(line['step'])
+    return found

@@ -1,0 +1,96 @@
+"""`about.json` in a work folder: what the run is, and each time that it was started, with what became of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from xtuner.engine.environment import devices, git_state, versions
+from xtuner.errors import Interrupted
+
+logger = logging.getLogger('xtuner')
+
+ABOUT_FILE = 'about.json'
+
+
+@contextmanager
+def told(work_dir: Path, facts: dict[str, Any] | None, *, from_step: int) -> Iterator[None]:
+    """Notes a start of the run and, when the block ends, how; then writes the report. Nothing here can end a run.
+
+    Args:
+        work_dir: The run's folder.
+        facts: What the run is: JSON values, such as its plan and the summary of its data. None: another process tells.
+        from_step: Optimizer steps that were done before.
+    """
+    if facts is None:
+        yield
+        return
+    session = {
+        'started': _now(),
+        'from_step': from_step,
+        'end': 'not recorded: the process was killed, or is still running',
+        'versions': versions(),
+        'devices': devices(),
+        'git': git_state(),
+    }
+    sessions = [*read_about(work_dir).get('sessions', []), session]
+    about = {**facts, 'sessions': sessions}
+    _write(work_dir, about)
+    try:
+        yield
+        session['end'] = 'finished'
+    except BaseException as error:
+        session['end'] = _ending(error)
+        raise
+    finally:
+        session['ended'] = _now()
+        _write(work_dir, about)
+        try_to_report(work_dir)
+
+
+def read_about(work_dir: Path) -> dict[str, Any]:
+    """What `about.json` says; empty where there is none or it cannot be read."""
+    try:
+        content = json.loads((work_dir / ABOUT_FILE).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def try_to_report(work_dir: Path) -> None:
+    """Writes `report.html`; what stands in the way is told and left."""
+    from xtuner.engine.report.page import write_report
+
+    try:
+        path = write_report(work_dir)
+    except Exception as error:  # a picture of the run is not worth the run
+        logger.warning('no report: %s: %s', type(error).__name__, error)
+    else:
+        logger.info('report: %s', path)
+
+
+def _write(work_dir: Path, about: dict[str, Any]) -> None:
+    path = work_dir / ABOUT_FILE
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        partial.write_text(json.dumps(about, indent=1, ensure_ascii=False, default=str) + '\n', encoding='utf-8')
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning('cannot write %s: %s', path, error.strerror)
+
+
+def _ending(error: BaseException) -> str:
+    text = ' '.join(str(error).split())
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return f'interrupted: {text}' if text else 'interrupted'
+    return f'failed: {text or type(error).__name__}'
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec='seconds')

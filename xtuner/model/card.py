@@ -1,0 +1,165 @@
+"""The model card of an adapter or a model: `README.md` as the hub reads it, from what `xtuner.json` says.
+
+Nothing of the machine is in it: of a local path only its last part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from xtuner.model.adapter import Provenance
+
+CARD_FILE = 'README.md'
+_ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
+_LABELS = {
+    'method': 'method', 'conversations': 'conversations', 'tokens': 'tokens in them',
+    'target_tokens': 'tokens trained', 'train_on': 'what is trained', 'max_length': 'tokens a pack', 'steps': 'steps',
+    'epochs': 'epochs', 'tokens_per_step': 'tokens a step, at most', 'learning_rate': 'learning rate',
+    'decay': 'its decay', 'warmup_steps': 'warm-up steps', 'optimizer': 'optimizer', 'adapter': 'adapter',
+    'precision': 'computed in', 'seed': 'seed', 'step': 'step of this checkpoint', 'loss': 'loss at that step',
+    'val_loss': 'validation loss', 'versions': 'versions',
+}  # fmt: skip
+
+
+def hub_id(name: str) -> str | None:
+    """`name` where it is an id on the Hugging Face hub, None for a folder or a file here or elsewhere."""
+    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is; of a path its last part, since the rest is nobody else's."""
+    return hub_id(name) or Path(name).name or name
+
+
+def prompt_example(tokenizer: Any) -> str:
+    """A short conversation as the tokenizer writes it, up to where the answer begins; empty without a template."""
+    if not getattr(tokenizer, 'chat_template', None):
+        return ''
+    messages = [
+        {'role': 'user', 'content': 'Hello'},
+        {'role': 'assistant', 'content': 'Hello! How can I help?'},
+        {'role': 'user', 'content': 'What is LoRA?'},
+    ]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def write_card(folder: Path, provenance: Provenance, *, kind: str, example: str = '') -> None:
+    """Writes `README.md`, in place of what peft may have written there.
+
+    Args:
+        folder: The adapter's or the model's.
+        provenance: What it was trained on, and how.
+        kind: 'adapter', 'merged' (an adapter in its base) or 'full' (all weights trained).
+        example: A conversation in the prompt format, shown as it is.
+    """
+    (folder / CARD_FILE).write_text(render_card(provenance, kind=kind, example=example), encoding='utf-8')
+
+
+def render_card(provenance: Provenance, *, kind: str, example: str = '') -> str:
+    """The card's text; see `write_card`."""
+    training = provenance.training or {}
+    sources = [str(source) for source in training.get('data', [])]
+    parts = [
+        f'---\n{_metadata(provenance, kind, sources).to_yaml()}\n---\n',
+        f'# {_title(provenance, sources)}\n',
+        _what(provenance, kind, sources, training),
+        '## Use\n\n' + _use(provenance, kind),
+    ]
+    if example:
+        parts.append(
+            '## Prompt format\n\nThe chat template of the tokenizer in this folder writes it '
+            f'(`{provenance.template}`):\n\n{_fenced(example)}'
+        )
+    rows = [(label, training[key]) for key, label in _LABELS.items() if training.get(key) is not None]
+    if rows:
+        parts.append('## Training\n\n' + _table(rows))
+    return '\n'.join(parts)
+
+
+def _metadata(provenance: Provenance, kind: str, sources: list[str]) -> ModelCardData:
+    method = 'full' if kind == 'full' else 'qlora' if provenance.quantization else 'lora'
+    ids = [source for source in map(hub_id, sources) if source]
+    return ModelCardData(
+        base_model=hub_id(provenance.base),
+        base_model_relation={'adapter': 'adapter'}.get(kind, 'finetune') if hub_id(provenance.base) else None,
+        library_name='peft' if kind == 'adapter' else 'transformers',
+        pipeline_tag='text-generation',
+        datasets=ids or None,
+        tags=['xtuner', 'conversational', *([] if method == 'full' else ['lora', *(['qlora'] * (method == 'qlora'))])],
+    )
+
+
+def _title(provenance: Provenance, sources: list[str]) -> str:
+    name = public_name(provenance.base).rpartition('/')[2]
+    on = ', '.join(public_name(source).rpartition('/')[2] for source in sources)
+    return _plain(f'{name}, tuned on {on}' if on else f'{name}, tuned')
+
+
+def _what(provenance: Provenance, kind: str, sources: list[str], training: Mapping[str, Any]) -> str:
+    what = {
+        'adapter': 'An adapter for',
+        'merged': 'An adapter merged into',
+        'full': 'All weights tuned, beginning with',
+    }[kind]
+    count = f', {training["conversations"]:,} conversations' if isinstance(training.get('conversations'), int) else ''
+    on = f' on {", ".join(_linked(source, "datasets/") for source in sources)}{count}' if sources else ''
+    return (
+        f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is known by '
+        f'the fingerprint of its weights, `{provenance.base_fingerprint[:16]}`: xtuner refuses another.\n'
+    )
+
+
+def _use(provenance: Provenance, kind: str) -> str:
+    base = public_name(provenance.base)
+    if kind == 'adapter':
+        commands = f'xtuner chat {base} --adapter FOLDER\nxtuner convert merge {base} FOLDER merged'
+        load = (
+            'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+            f"base = AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto')\n"
+            "model = PeftModel.from_pretrained(base, 'FOLDER')\n"
+            "tokenizer = AutoTokenizer.from_pretrained('FOLDER')"
+        )
+    else:
+        commands = 'xtuner chat FOLDER'
+        load = (
+            'from transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+            "model = AutoModelForCausalLM.from_pretrained('FOLDER', dtype='auto')\n"
+            "tokenizer = AutoTokenizer.from_pretrained('FOLDER')"
+        )
+    note = 'For InternLM, `import xtuner.model.loading` first: it makes transformers know the model without code from '
+    return f'FOLDER is where this card lies.\n\n{_fenced(commands)}\n{_fenced(load, "python")}\n{note}the hub.\n'
+
+
+def _linked(name: str, where: str = '') -> str:
+    known = hub_id(name)
+    return f'[{known}](https://huggingface.co/{where}{known})' if known else _plain(public_name(name))
+
+
+def _fenced(content: str, language: str = '') -> str:
+    """A block of code that its own content cannot end."""
+    longest = max((len(run) for run in re.findall(r'`+', content)), default=0)
+    fence = '`' * max(3, longest + 1)
+    return f'{fence}{language}\n{content}\n{fence}\n'
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    lines = [f'| {label} | {_plain(_shown(value))} |' for label, value in rows]
+    return '\n'.join(['| | |', '| --- | --- |', *lines]) + '\n'
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, Mapping):
+            return ', '.join(f'{k} {_shown(v)}' for k, v in value.items())
+        return ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
+
+
+def _plain(content: str) -> str:
+    """Text without what Markdown or HTML would read as more than text, on one line."""
+    return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(content.split()))
