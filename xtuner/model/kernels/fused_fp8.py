@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtuner.model.kernels import plain
-from xtuner.model.kernels.fused_nf4 import arguments, straddles
+from xtuner.model.kernels.fused_nf4 import arguments, block_values, straddles
 from xtuner.model.kernels.plain import FP8_MAX, FP8_TINY
 from xtuner.model.kernels.quantized import QuantizedWeight
 
@@ -66,20 +66,12 @@ def _dequantize_transposed(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = row < rows
     block = row * row_blocks + tl.program_id(1)
-    if NESTED:
-        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        fine = tl.load(absmax_table + code)
-        scale = fine * tl.load(absmax_scale + block // COARSE, mask=inside, other=0.0) + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=inside, other=0.0)
-    scale = scale / tl.load(factor)
-    byte = tl.arange(0, HALF)
-    pair = tl.load(packed + block[:, None] * HALF + byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
-    high = tl.load(table + (pair >> 4)) * scale[:, None]
-    low = tl.load(table + (pair & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(high, low), (BN, 2 * HALF)).to(out.dtype.element_ty)
+    values = block_values(
+        packed, table, absmax, absmax_table, absmax_scale, offset, factor, block, inside, NESTED, True, COARSE, HALF
+    )
     column = tl.program_id(1) * (2 * HALF) + tl.arange(0, 2 * HALF)
-    tl.store(out + column[:, None].to(tl.int64) * out_row + row[None, :], tl.trans(values), mask=inside[None, :])
+    target = out + column[:, None].to(tl.int64) * out_row + row[None, :]
+    tl.store(target, tl.trans(values.to(out.dtype.element_ty)), mask=inside[None, :])
 
 
 def dequantize_transposed_into(out_KN: Tensor, weight: QuantizedWeight, scale: Tensor) -> None:

@@ -18,12 +18,11 @@ _BLOCKS, _WARPS = 32, 4  # quantisation blocks and warps a program; larger progr
 
 
 @triton.jit
-def _dequantize(
-    packed, table, absmax, absmax_table, absmax_scale, offset, factor, out, num_blocks, row_blocks, out_row,
-    NESTED: tl.constexpr, SCALED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+def block_values(
+    packed, table, absmax, absmax_table, absmax_scale, offset, factor, block, inside,
+    NESTED: tl.constexpr, SCALED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < num_blocks
+    """The values of quantisation blocks, float32 (blocks, 2 HALF), over `factor` where SCALED."""
     if NESTED:
         code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         fine = tl.load(absmax_table + code)
@@ -36,10 +35,23 @@ def _dequantize(
     pair = tl.load(packed + block[:, None] * HALF + byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
     high = tl.load(table + (pair >> 4)) * scale[:, None]
     low = tl.load(table + (pair & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(high, low), (BLOCKS, 2 * HALF)).to(out.dtype.element_ty)
+    return tl.reshape(tl.join(high, low), (block.shape[0], 2 * HALF))
+
+
+@triton.jit
+def _dequantize(
+    packed, table, absmax, absmax_table, absmax_scale, offset, factor, out, num_blocks, row_blocks, out_row,
+    NESTED: tl.constexpr, SCALED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    values = block_values(
+        packed, table, absmax, absmax_table, absmax_scale, offset, factor, block, inside, NESTED, SCALED, COARSE, HALF
+    )
     start = (block // row_blocks) * out_row + (block % row_blocks) * (2 * HALF)
     column = tl.arange(0, 2 * HALF)
-    tl.store(out + start[:, None] + column[None, :], values, mask=inside[:, None])
+    target = out + start[:, None] + column[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 def straddles(weight: QuantizedWeight) -> bool:
