@@ -167,3 +167,16 @@ def test_a_good_file_with_a_wrong_byte_gives_records_or_errors(form, tmp_path, d
         assert all(record.origin for record in read_file(path))
     except DataError as error:
         assert str(error).startswith(str(path))
+
+
+@pytest.mark.parametrize('form', ['.jsonl', '.csv'])
+def test_a_line_of_fifty_megabytes_is_one_bad_record(form, tmp_path):
+    path = tmp_path / f'a{form}'
+    with path.open('w', encoding='utf-8') as file:
+        file.write('{"a": 1}\n{"a": "' if form == '.jsonl' else 'a\n1\n"')
+        for _ in range(50):
+            file.write('x' * 10**6)
+        file.write('"}\n{"a": 2}\n' if form == '.jsonl' else '"\n2\n')
+    records = list(read_file(path))
+    assert [bool(record.error) for record in records] == [False, True, False]
+    assert records[1].origin == f'{path}:{2 if form == ".jsonl" else 3}'

@@ -39,13 +39,18 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary) -> Iter
             conversations = apply_map_fn(function, record)
         except DataError as error:
             if config.on_bad_record == 'error':
-                raise DataError(f"{error} (`dataset.on_bad_record='skip'` leaves such records out)") from None
+                raise stopped_by(error) from None
             summary.lose('bad', str(error))
             continue
         if not conversations:
             summary.lose('left_out', record.origin)
         summary.conversations += len(conversations)
         yield from conversations
+
+
+def stopped_by(error: DataError) -> DataError:
+    """Returns the error of a record that stops the preparation, with the way to go on."""
+    return DataError(f"{error} (`dataset.on_bad_record='skip'` leaves such records out)")
 
 
 def apply_map_fn(function: MapFn, record: Record) -> list[Conversation]:

@@ -22,7 +22,7 @@ from xtuner.dataset.conversation import Conversation
 from xtuner.dataset.fingerprint import digest, fingerprint_code, fingerprint_function, fingerprint_tokenizer
 from xtuner.dataset.length import fit_length, num_targets
 from xtuner.dataset.map_fns import resolve_map_fn
-from xtuner.dataset.mapping import map_records
+from xtuner.dataset.mapping import map_records, stopped_by
 from xtuner.dataset.pack import Packs, pack_samples
 from xtuner.dataset.prompt import Template
 from xtuner.dataset.sources import Source, open_sources
@@ -162,7 +162,7 @@ def _encoded(
                 result.append((conversation, encoder.encode([conversation])[0]))
             except DataError as error:
                 if config.on_bad_record == 'error':
-                    raise
+                    raise stopped_by(error) from None
                 summary.lose('bad', str(error))
         return result
 
