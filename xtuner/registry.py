@@ -105,6 +105,8 @@ def check_arguments(section: Mapping[str, Any], where: str, *, given: tuple[str,
     Raises:
         ConfigError: an unknown or a missing argument, with the nearest known name.
     """
+    if not isinstance(section, Mapping) or 'type' not in section:
+        raise ConfigError(f'`{where}` must be a dict with a `type`, got {section!r}')
     target = resolve(section['type'])
     signature = inspect.signature(target)
     parameters = signature.parameters

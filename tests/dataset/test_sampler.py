@@ -63,3 +63,16 @@ def test_batches_of_the_grouped_order_are_of_similar_length_and_begin_with_the_l
     plain = np.array(list(EpochSampler(800, seed=0))).reshape(-1, 8)
     assert padded < 1.05 < 1.5 < lengths[plain].max(axis=1).sum() * 8 / lengths.sum()
     assert lengths[batches[0]].max() == lengths.max()
+
+
+def test_the_longest_item_comes_first_and_only_in_the_first_epoch():
+    lengths = [5, 9, 3, 9, 7, 1]
+    plain, sampler = EpochSampler(6, seed=4), EpochSampler(6, seed=4, lengths=lengths)
+    first, longest = sampler.order(), plain.order()
+    assert lengths[first[0]] == 9
+    assert sorted(first) == list(range(6))
+    moved = [place for place in range(6) if first[place] != longest[place]]
+    assert len(moved) in (0, 2)  # two have changed places, or it was there
+    for each in (plain, sampler):
+        each.set_epoch(1)
+    assert list(sampler) == list(plain)

@@ -1,8 +1,7 @@
-"""Bad input gets one clear line, exit status 1 or 2, and leaves nothing behind."""
+"""What is refused for more than a bad word in it; the table of those is `bad_calls.py`."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,99 +36,12 @@ def place(tmp_path: Path, tiny_internlm: Path) -> Place:
     return Place(tmp_path, tiny_internlm)
 
 
-def replace(name: str, content: str | bytes) -> Callable[[Place], None]:
-    def spoil(place: Place) -> None:
-        path = place.folder / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return spoil
-
-
-def remove(*names: str) -> Callable[[Place], None]:
-    def spoil(place: Place) -> None:
-        for name in names:
-            path = place.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    return spoil
-
-
 def cut(name: str) -> Callable[[Place], None]:
     def spoil(place: Place) -> None:
         path = place.folder / name
         path.write_bytes(path.read_bytes()[:-1000])
 
     return spoil
-
-
-def edit_config(**values: object) -> Callable[[Place], None]:
-    def spoil(place: Place) -> None:
-        path = place.model / 'config.json'
-        path.write_text(json.dumps(json.loads(path.read_text(encoding='utf-8')) | values), encoding='utf-8')
-
-    return spoil
-
-
-BAD = {
-    'data missing': (remove('data.jsonl'), 'data.jsonl'),
-    'data empty': (replace('data.jsonl', ''), 'data.jsonl'),
-    'data malformed': (replace('data.jsonl', GOOD + '{"messages": [\n'), 'data.jsonl:2'),
-    'data not UTF-8': (replace('data.jsonl', GOOD.encode() + b'\xff\xfe{}\n'), 'data.jsonl:2'),
-    'data of unknown columns': (replace('data.jsonl', '{"question_zh": "a", "reply": "b"}\n'), 'question_zh'),
-    'data with an unknown role': (replace('data.jsonl', GOOD.replace('user', 'usr')), 'data.jsonl:1'),
-    'data with nothing to train': (replace('data.jsonl', GOOD.replace(', {"role": "assistant", "content": "b"}', '')),
-                                   'data.jsonl'),
-    'model missing': (remove('model'), 'model'),
-    'model without weights': (remove('model/model.safetensors'), 'weights'),
-    'model without tokenizer': (remove('model/tokenizer.model', 'model/tokenizer_config.json'), 'tokenizer'),
-    'model without config': (remove('model/config.json'), 'config.json'),
-    'weights cut off': (cut('model/model.safetensors'), 'model.safetensors'),
-    'a tokenizer that is none': (replace('model/tokenizer.model', 'no model'), 'tokenizer.model'),
-    'a config that is none': (replace('model/config.json', '{'), 'config.json'),
-    'weights of another shape': (edit_config(intermediate_size=96), 'mlp'),
-    'more layers than weights': (edit_config(num_hidden_layers=3), 'layers.2'),
-    'fewer layers than weights': (edit_config(num_hidden_layers=1), 'layers.1'),
-    'an unknown kind of model': (edit_config(model_type='nonesuch'), 'nonesuch'),
-}  # fmt: skip
-
-
-@pytest.mark.usefixtures('no_network')
-@pytest.mark.parametrize('case', sorted(BAD))
-def test_bad_data_or_model(case: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil, message = BAD[case]
-    spoil(place)
-    assert place.train() == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith('xtuner: error: ')]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert 'unexpected' not in errors[0]
-    assert 'Traceback' not in errors[0]
-    assert not place.work_dir.exists()
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (['adapter.target_modules=["no_such_layer"]'], 'no_such_layer'),
-        (['adapter.lora_alfa=8'], "did you mean 'lora_alpha'"),
-        (['adapter.r=0'], 'adapter'),
-        (['optimizer.type=torch.optim:AdamZ'], 'AdamZ'),
-        (['optimizer.learning_rate=1'], 'optimizer.learning_rate'),
-        (['model.template=internlm_chatt'], "did you mean 'internlm_chat'"),
-        (['model.dtype=fp16'], 'model.dtype'),
-        (['dataset.map_fn=alpacca'], "did you mean 'alpaca'"),
-        (['dataset.map_fn=alpaca'], 'data.jsonl:1'),
-        (['hooks=[{"type": "nowhere:Hook"}]'], 'nowhere'),
-        (['log.trackers=["wandb"]'], "pip install 'xtuner[trackers]'"),
-    ],
-)
-def test_a_bad_value(options: list[str], message: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    assert place.train(*options) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith('xtuner: error: ')
-    assert message in error
-    assert 'unexpected' not in error
-    assert not place.work_dir.exists()
 
 
 @pytest.mark.usefixtures('no_network')

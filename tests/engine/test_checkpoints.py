@@ -11,9 +11,11 @@ import torch
 
 from xtuner.engine import checkpoints
 from xtuner.engine.checkpoints import (
+    VALIDATION_LOSS,
     list_checkpoints,
     newest_checkpoint,
     read_state,
+    step_of,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -53,6 +55,57 @@ def test_only_the_newest_are_kept_and_last_names_the_newest(tmp_path: Path) -> N
         write(tmp_path, step)
     assert [p.name for p in list_checkpoints(tmp_path)] == ['checkpoint-00000100', 'checkpoint-00001000']
     assert (tmp_path / 'last').read_text(encoding='utf-8') == 'checkpoint-00001000\n'
+
+
+def write_with_loss(
+    work_dir: Path, step: int, loss: float | None, *, max_keep: int = 1, keep_best: bool = True
+) -> None:
+    write_checkpoint(work_dir, step, write_model=lambda _: None, state={'step': step, VALIDATION_LOSS: loss},
+                     max_keep=1, keep_best=keep_best)  # fmt: skip
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.5), (3, None), (4, float('nan')), (5, 2.0), (6, 1.5)):
+        write_with_loss(tmp_path, step, loss)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [6]  # of two equal ones the later
+    write_with_loss(tmp_path, 7, 9.0)
+    write_with_loss(tmp_path, 8, None)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [6, 8]
+    assert (tmp_path / 'best').read_text(encoding='utf-8') == 'checkpoint-00000006\n'
+    write_with_loss(tmp_path, 9, 9.0, keep_best=False)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [9]
+
+
+def test_later_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    """As where a run was resumed from an earlier one: the one just written must not be the oldest of those to go."""
+    for step in (2, 4, 6):
+        write(tmp_path, step, max_keep=-1)
+    write(tmp_path, 3, max_keep=1)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [3, 4, 6]
+    assert (tmp_path / 'last').read_text(encoding='utf-8') == 'checkpoint-00000003\n'
+
+
+def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file, then its folder, then the rename, then the folder that holds the name."""
+    order: list[str] = []
+    flush, rename = checkpoints._flush, Path.rename
+
+    def noted_flush(path: Path) -> None:
+        order.append(f'flush {path.name}')
+        flush(path)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        order.append(f'rename {path.name}')
+        return rename(path, target)
+
+    monkeypatch.setattr(checkpoints, '_flush', noted_flush)
+    monkeypatch.setattr(Path, 'rename', noted_rename)
+    folder = write(tmp_path)
+    named = order.index(f'rename .partial-{folder.name}')
+    files = {f'flush {p.name}' for p in folder.iterdir() if p.name != 'manifest.json'}
+    assert files <= set(order[:named])
+    assert order[named - 1] == f'flush .partial-{folder.name}'  # after the manifest took its name
+    assert order[named + 1] == f'flush {tmp_path.name}'
 
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import math
 import sys
 import traceback
 import types
@@ -182,13 +183,17 @@ def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faul
         return None
     if section is not None:
         return value if isinstance(value, section) else _build(section, value, path, faults)
-    allowed, minimum = field.metadata['allowed'], field.metadata['minimum']
+    allowed, minimum, maximum = (field.metadata[name] for name in ('allowed', 'minimum', 'maximum'))
     if not _fits(kinds, value):
         faults.append(f'`{path}` must be {_names(kinds)}, got {value!r}')
     elif allowed and not all(v in allowed for v in (value if isinstance(value, list) else [value])):
         faults.append(f'`{path}` must be one of {", ".join(map(repr, allowed))}, got {value!r}')
     elif minimum is not None and value < minimum:
         faults.append(f'`{path}` must be at least {minimum}, got {value!r}')
+    elif maximum is not None and value > maximum:
+        faults.append(f'`{path}` must be at most {maximum}, got {value!r}')
+    elif isinstance(value, float) and not math.isfinite(value):
+        faults.append(f'`{path}` must be a finite number, got {value!r}')
     elif path in OPEN_SECTIONS and 'type' not in value:
         faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
     return value

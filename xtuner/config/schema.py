@@ -16,9 +16,16 @@ from xtuner.errors import ConfigError
 _REQUIRED = object()
 
 
-def option(text: str, default: Any = _REQUIRED, *, allowed: Sequence[Any] = (), minimum: float | None = None) -> Any:
-    """A dataclass field with its comment, its allowed values and its least value (checked where not None)."""
-    metadata = {'text': text, 'allowed': tuple(allowed), 'minimum': minimum}
+def option(
+    text: str,
+    default: Any = _REQUIRED,
+    *,
+    allowed: Sequence[Any] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with its comment, its allowed values, its least and its largest (checked where not None)."""
+    metadata = {'text': text, 'allowed': tuple(allowed), 'minimum': minimum, 'maximum': maximum}
     if default is _REQUIRED:
         return field(metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -63,7 +70,9 @@ class DatasetConfig:
         'truncate', allowed=('error', 'drop', 'truncate', 'truncate_left'))  # fmt: skip
     on_bad_record: str = option('a record that cannot be used: stop, or leave it out and count it',
                                 'error', allowed=('error', 'skip'))  # fmt: skip
-    max_dropped: float = option('share of the conversations that may be lost before preparation fails', 0.2, minimum=0)
+    max_dropped: float = option(
+        'share of the conversations that may be lost before preparation fails',
+        0.2, minimum=0, maximum=1)  # fmt: skip
     train_on: str = option('what is trained: assistant (all answers), last_turn (the last one), all (prompts too)',
                            'assistant', allowed=('assistant', 'last_turn', 'all'))  # fmt: skip
     packing: str = option('how conversations share packs; none: a pack each',
@@ -84,9 +93,13 @@ class ScheduleConfig:
     max_steps: int | None = option('optimizer steps; None: as max_epochs says', None, minimum=1)
     batch_size: int = option('packs (or samples) a device and micro-batch', 1, minimum=1)
     accumulative_counts: int = option('micro-batches an optimizer step', 16, minimum=1)
-    warmup_ratio: float = option('share of the steps in which the learning rate rises from 0', 0.03, minimum=0)
+    warmup_ratio: float = option(
+        'share of the steps in which the learning rate rises from 0',
+        0.03, minimum=0, maximum=1)  # fmt: skip
     decay: str = option('what follows the warm-up', 'cosine', allowed=('cosine', 'linear', 'constant'))
-    min_lr_ratio: float = option('learning rate at the end, as a share of its peak', 0.0, minimum=0)
+    min_lr_ratio: float = option(
+        'learning rate at the end, as a share of its peak',
+        0.0, minimum=0, maximum=1)  # fmt: skip
     max_norm: float | None = option('clip the gradient to this L2 norm; None: never', 1.0, minimum=0)
 
 
@@ -97,6 +110,10 @@ class CheckpointConfig:
     interval: int = option('optimizer steps between two checkpoints; the last step is always saved', 100, minimum=1)
     max_keep: int = option('how many checkpoints are kept; -1: all', 2, minimum=-1)
     keep_best: bool = option('keep the one of the lowest validation loss too; `best` names it', True)
+
+    def __post_init__(self) -> None:
+        if self.max_keep == 0:
+            raise ConfigError('`checkpoint.max_keep` must be 1 or more, or -1 to keep all; got 0')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +138,7 @@ class SamplesConfig:
 class RuntimeConfig:
     """The rest: seed, memory and speed."""
 
-    seed: int = option('seed of data order, adapter initialisation and dropout', 42, minimum=0)
+    seed: int = option('seed of data order, adapter initialisation and dropout', 42, minimum=0, maximum=2**32 - 1)
     activation_checkpointing: bool | str = option(
         'True keeps one activation a layer and computes the rest again in the backward pass: slower, least memory; '
         'auto does so for as few layers as the free memory allows (for all of them off the fast path)',

@@ -88,11 +88,14 @@ def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:
     """The arithmetic of a run over a data set; a stream counts as one pass over `max_steps` steps.
 
     Raises:
-        ConfigError: a stream without `schedule.max_steps`: nobody knows its length.
+        ConfigError: a run of no step, or a stream without `schedule.max_steps`: nobody knows its length.
     """
     schedule = config.schedule
     if not isinstance(dataset, PackStream):
-        return Plan(len(dataset), schedule, world_size)
+        plan = Plan(len(dataset), schedule, world_size)
+        if plan.num_steps < 1:
+            raise ConfigError(f'`schedule.max_epochs` is {schedule.max_epochs}, which makes no step; raise it')
+        return plan
     if schedule.max_steps is None:
         raise ConfigError('`dataset.streaming` needs `schedule.max_steps` (or --max-steps): a stream has no length')
     return Plan(

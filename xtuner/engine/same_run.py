@@ -27,7 +27,6 @@ _PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
 _FREE = (
     'model.path', 'model.revision', 'model.trust_remote_code', 'model.dtype', 'dataset.cache_dir', 'checkpoint.',
     'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory', 'parallel.',
-    'schedule.batch_size', 'schedule.accumulative_counts',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
     'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
@@ -59,15 +58,9 @@ def describe_run(
     schedule = config.schedule
     run = _flat(vars(config), '')
     run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
-            'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups}  # fmt: skip
-    if config.dataset.streaming:  # processes take turns in the stream
-        run['number of processes'] = num_groups
-    versions = {
-        'number of processes': world_size,
-        'xtuner': __version__,
-        'python': platform.python_version(),
-        'device': device,
-    }
+            'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups,
+            'number of processes': world_size}  # fmt: skip
+    versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
     return json.loads(json.dumps({'run': run, 'versions': versions | _versions()}, default=_text))
 
 

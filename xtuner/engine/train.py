@@ -129,7 +129,7 @@ def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: Supervi
 
 
 def _check_open_sections(config: TrainConfig) -> None:
-    check_arguments(config.optimizer, 'optimizer', given=('params',))
+    build(config.optimizer, 'optimizer', [nn.Parameter(torch.zeros(1))])  # refuses its values now, not after loading
     if config.adapter is not None:
         check_arguments(config.adapter, 'adapter')
     for i, hook in enumerate(config.hooks):

@@ -85,7 +85,7 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
     model.requires_grad_(False)
     try:
         adapted = get_peft_model(model, adapter_config, autocast_adapter_dtype=True)
-    except ValueError as error:  # peft's answer to target modules that match nothing
+    except (ValueError, TypeError) as error:  # target modules that match nothing, a rank that is text
         raise ConfigError(f'`adapter`: {error}') from error
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     if not trained:

@@ -1,0 +1,127 @@
+"""What a run must have in common with the checkpoint that it goes on from, and what it may begin with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.faults.lives import metrics, newest, result, words_for
+from xtuner.cli.main import main
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(tiny_internlm: Path, conversations: Path, tmp_path: Path) -> Train:
+    """Trains in `tmp_path/NAME`; `words` stand before the config's options."""
+
+    def run(
+        name: str, *options: str, steps: int = 4, data: Path = conversations, words: tuple[str, ...] = ('--resume',)
+    ) -> int:
+        line = words_for(tiny_internlm, data, tmp_path / name, *options, steps=steps)
+        line.remove('--resume')
+        return main([*line[:2], *words, *line[2:]])
+
+    return run
+
+
+def test_the_same_conversations_elsewhere_are_the_same_data(train: Train, conversations: Path, tmp_path: Path) -> None:
+    assert train('whole') == 0
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000004')
+    moved = tmp_path / 'elsewhere' / 'renamed.jsonl'
+    moved.parent.mkdir()
+    shutil.copyfile(conversations, moved)
+    options = ['checkpoint.max_keep=5', 'log.interval=3', 'samples.interval=7', 'runtime.num_workers=1']
+    assert train('run', *options, data=moved) == 0
+    assert result(tmp_path / 'run') == result(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['schedule.decay=linear'], "`schedule.decay` was 'cosine' and is now 'linear'"),
+        (['optimizer.weight_decay=0.5'], '`optimizer.weight_decay` was 0.0 and is now 0.5'),
+        (['schedule.accumulative_counts=1', 'schedule.batch_size=2'], '`schedule.batch_size` was 1 and is now 2'),
+        (['dataset.max_length=32'], 'the conversations or their packs are not the same'),
+    ],
+)
+def test_a_change_is_named_refused_and_allowed(
+    options: list[str], message: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train('run', steps=4) == 0
+    shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000004')
+    capsys.readouterr()
+    assert train('run', *options) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert train('run', *options, words=('--resume', '--allow-changes')) == 0
+    assert f'going on although {message}' in capsys.readouterr().err
+
+
+def test_allowed_changes_take_effect(train: Train, tmp_path: Path) -> None:
+    """The optimizer's settings are in its saved state as well."""
+    assert train('run', steps=3) == 0
+    options = ['schedule.decay=constant', 'optimizer.lr=0.5', 'optimizer.weight_decay=0.25']
+    assert train('run', *options, steps=6, words=('--resume', '--allow-changes')) == 0
+    assert [m['lr'] for m in metrics(tmp_path / 'run')][3:] == [0.5] * 3
+    state = json.loads((newest(tmp_path / 'run') / 'trainer.json').read_text(encoding='utf-8'))
+    assert '["weight_decay", 0.25]' in json.dumps(state)
+
+
+def test_another_record_is_another_data_set(
+    train: Train, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train('run', steps=3) == 0
+    text = conversations.read_text(encoding='utf-8')
+    conversations.write_text(text.replace('5, of course', '6, of course'), encoding='utf-8')
+    assert train('run', steps=3) == 1
+    assert 'the conversations or their packs are not the same' in capsys.readouterr().err
+
+
+def test_begin_with_the_weights_of_another_run(train: Train, tmp_path: Path) -> None:
+    assert train('first') == 0
+    folder = newest(tmp_path / 'first')
+    assert train('second', 'optimizer.lr=0.0', steps=2, words=('--start-from', str(folder))) == 0
+    log = metrics(tmp_path / 'second')
+    assert [m['step'] for m in log] == [1, 2]
+    assert log[0]['loss'] < metrics(tmp_path / 'first')[0]['loss']
+    before, after = (load_file(f / 'adapter_model.safetensors') for f in (folder, newest(tmp_path / 'second')))
+    assert before.keys() == after.keys()
+    assert all(bool((before[name] == after[name]).all()) for name in before)  # a learning rate of 0 keeps them
+    assert main(['print-config', str(tmp_path / 'second' / 'config.py')]) == 0
+
+
+def test_resume_with_a_path_takes_that_checkpoint(train: Train, tmp_path: Path) -> None:
+    """Also where later ones stand beside it, which are written again with the same bytes."""
+    keep = 'checkpoint.max_keep=-1'
+    assert train('run', keep) == 0
+    expected: dict[str, Any] = result(tmp_path / 'run')
+    assert train('run', keep, words=('--resume', str(tmp_path / 'run' / 'checkpoint-00000002'))) == 0
+    assert result(tmp_path / 'run') == expected
+    assert train('other', keep, words=('--resume', str(tmp_path / 'run' / 'checkpoint-00000002'))) == 0
+    assert (newest(tmp_path / 'other') / 'adapter_model.safetensors').read_bytes() == expected[
+        'adapter_model.safetensors'
+    ]
+
+
+def test_the_resume_of_a_whole_run_trains_nothing(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train('run') == 0
+    expected = result(tmp_path / 'run')
+    capsys.readouterr()
+    assert train('run') == 0
+    assert capsys.readouterr().out == f'{tmp_path / "run" / "checkpoint-00000004"}\n'
+    assert result(tmp_path / 'run') == expected
+
+
+def test_seeds_of_any_size(train: Train, tmp_path: Path) -> None:
+    for seed in (2**24, 2**32 - 1):
+        assert train(f'{seed}', f'runtime.seed={seed}', steps=1) == 0
+    assert metrics(tmp_path / f'{2**24}') != metrics(tmp_path / f'{2**32 - 1}')
