@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from xtuner import __version__
 from xtuner.errors import UsageError, XTunerError, nearest
-from xtuner.ranks import tells_error
+from xtuner.ranks import leave_group, tells_error
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except XTunerError as error:
         _report(error, debug=debug)
+        leave_group(error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
         print('xtuner: interrupted', file=sys.stderr)
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         _report(error, debug=debug, unexpected=True)
+        leave_group(1)
         return 1
 
 

@@ -21,6 +21,7 @@ from torch import distributed
 
 from xtuner.engine.watch import Watch, watch_group
 from xtuner.errors import Interrupted, TrainingError, UsageError
+from xtuner.model.kernels.sequence import SequenceGroup
 from xtuner.ranks import CHILD
 
 LAUNCHERS = ('none', 'pytorch', 'slurm')
@@ -106,6 +107,16 @@ def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[Group]:
     distributed.destroy_process_group()
 
 
+def sequence_group(size: int) -> SequenceGroup:
+    """This process's group of neighbours that share packs: `size` consecutive ranks, on one machine where they fit."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    own = None
+    for first in range(0, world_size, size):  # every rank takes part in making every group
+        group = distributed.new_group(list(range(first, first + size)))
+        own = group if first <= rank < first + size else own
+    return SequenceGroup(own, rank % size, size)
+
+
 def run_on_devices(arguments: Sequence[str], nodes: Nodes) -> int:
     """Runs an `xtuner` command in several processes of this machine, with this interpreter; returns its exit status.
 
@@ -157,7 +168,7 @@ def _failure(failures: dict[int, Any]) -> TrainingError:
     if told and not killed:
         failure = next(iter(told.values()))
         error = TrainingError(failure.message['message'])
-        error.exit_status = failure.exitcode
+        error.exit_status = failure.exitcode if failure.exitcode > 0 else 1
         return error
     rank, failure = next(iter((killed or failures).items()))
     if not killed:

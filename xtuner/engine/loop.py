@@ -240,8 +240,9 @@ class TrainLoop(BaseLoop):
         counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
         asked = torch.tensor([self._stop.signal_number is not None], dtype=counts.dtype)
         num_targets, num_tokens, num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
+        times = self.strategy.world_size // self.plan.world_size  # ranks that share packs count the same ones
         self._stop_agreed = num_asked > 0
-        return num_targets, num_tokens
+        return num_targets // times, num_tokens // times
 
     def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> tuple[float, list[Tensor]]:
         """Adds up the gradients of all micro-batches.

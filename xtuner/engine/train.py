@@ -21,7 +21,7 @@ from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
-from xtuner.engine.launch import Group, process_group
+from xtuner.engine.launch import Group, process_group, sequence_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
 from xtuner.engine.memory_error import memory_knobs
 from xtuner.engine.plan import Plan
@@ -35,7 +35,8 @@ from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
-from xtuner.model.fast import wait_once_a_step
+from xtuner.model.fast import check_heads, wait_once_a_step
+from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
@@ -77,7 +78,9 @@ def _run(
     name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
     set_random_seed(config.runtime.seed)
     data = load_data(config, group)
-    plan = make_plan(data.dataset, config, group.world_size // config.parallel.sequence_parallel_size)
+    size = config.parallel.sequence_parallel_size
+    check_heads(load_config(data.model_folder, trust_remote_code=config.model.trust_remote_code), size)
+    plan = make_plan(data.dataset, config, group.world_size // size)
     run = describe_run(
         config,
         base_fingerprint=data.base_fingerprint,
@@ -150,6 +153,8 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
             wait_once_a_step(optimizer)
         return optimizer
 
+    if config.parallel.sequence_parallel_size > 1:
+        model.share_sequences(sequence_group(config.parallel.sequence_parallel_size))
     strategy = make_strategy(config, name, group.rank, group.world_size).prepare(model, make_optimizer)
     if group.watch is not None:
         strategy.on_reduce(group.watch.passes)

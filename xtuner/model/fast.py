@@ -19,6 +19,7 @@ from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle, static_obsta
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
+from xtuner.model.kernels.sequence import SequenceGroup
 
 __all__ = ['FastPath', 'enable_fast_path', 'fused_linear_cross_entropy', 'target_rows', 'wait_once_a_step']
 
@@ -67,9 +68,13 @@ class _Forward:
         self, input_ids: Tensor | None = None, *args: Any, position_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
         asked = args or any(v is not None and v is not False for k, v in kwargs.items() if k != 'return_dict')
-        if not self.fast.decoder.training or asked or input_ids is None:
+        # A pack that is spread over ranks is validated that way, too.
+        fast = self.fast.decoder.training or self.fast.sequence is not None
+        if not fast or asked or input_ids is None:
             return self._own(input_ids, *args, position_ids=position_ids, **kwargs)
         reason = self.fast.obstacle()
+        if reason and self.fast.sequence is not None:
+            raise ConfigError(f'`parallel.sequence_parallel_size` needs the fast path, and {reason}')
         if reason:
             if reason not in self.path.fallbacks:
                 self.path.fallbacks.append(reason)
@@ -152,6 +157,37 @@ def enable_fast_path(
 def reads_host_positions(decoder: Any) -> bool:
     """Whether a decoder takes position ids from the host, as the fast path does, to see where samples begin."""
     return isinstance(getattr(decoder, 'forward', None), _Forward)
+
+
+def share_sequences(model: nn.Module, ranks: SequenceGroup) -> None:
+    """Spreads each row of a training batch over ranks.
+
+    Args:
+        model: What `enable_fast_path` was called on.
+        ranks: Who shares rows.
+
+    Raises:
+        ConfigError: the fast path is off, or heads cannot be shared out evenly.
+
+    """
+    outer: Any = model
+    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
+    decoder = causal.get_decoder()
+    forward = decoder.__dict__.get('forward')
+    if not isinstance(forward, _Forward):
+        raise ConfigError('`parallel.sequence_parallel_size` needs the fast path, which is off for this model')
+    check_heads(decoder.config, ranks.size)
+    forward.fast.sequence = ranks
+
+
+def check_heads(config: Any, size: int) -> None:
+    """Raises ConfigError where a model's heads cannot be shared out evenly over `size` ranks."""
+    heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    if heads % size:
+        raise ConfigError(
+            f"`parallel.sequence_parallel_size` is {size}, which does not divide the model's {heads} heads of keys and "
+            'values; use a divisor of it'
+        )
 
 
 def _keep_on_cpu(fast: FastDecoder) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.dataset.tokenize import IGNORE_INDEX
-from xtuner.model.fast import reads_host_positions
+from xtuner.model.fast import reads_host_positions, share_sequences
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
+from xtuner.model.kernels.sequence import SequenceGroup
 
 
 class SupervisedFinetune(nn.Module):
@@ -30,6 +31,12 @@ class SupervisedFinetune(nn.Module):
     def __init__(self, llm: Any) -> None:
         super().__init__()
         self.llm = llm
+        self._sequence: SequenceGroup | None = None
+
+    def share_sequences(self, ranks: SequenceGroup) -> None:
+        """From now on each row is spread over these ranks, which get the same batches; the loss is this rank's part."""
+        share_sequences(self.llm, ranks)
+        self._sequence = ranks
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
         """Sums the negative log-likelihood of the targets.
@@ -50,7 +57,10 @@ class SupervisedFinetune(nn.Module):
             # It tells samples apart by their positions in a batch of one row only.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         # The labels move, not the hidden states, which are many times larger; the last of a row predicts nothing.
-        targets_N = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).view(input_ids.shape)
+        if self._sequence is not None:
+            input_ids, targets, position_ids = _own_part(self._sequence, input_ids, targets, position_ids)
+        targets_N = targets.reshape(-1)
         rows = target_rows(targets_N)
         decoder, device = base.get_decoder(), base.get_output_embeddings().weight.device
         input_ids, targets_N, rows = (t.to(device, non_blocking=True) for t in (input_ids, targets_N, rows))
@@ -63,6 +73,15 @@ class SupervisedFinetune(nn.Module):
     def train_step(self, *args: object) -> None:
         """Present because mmengine's runner asks for the name; `TrainLoop` does the step."""
         raise AssertionError('TrainLoop computes the step; nothing calls train_step')
+
+
+def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's stretch of ids and targets, (B, S / P) each, and all positions; rows filled up to a multiple of P."""
+    missing = -ids.shape[1] % ranks.size
+    ids = functional.pad(ids, (0, missing))
+    targets = functional.pad(targets, (0, missing), value=IGNORE_INDEX)
+    filling = torch.arange(missing, device=positions.device).expand(len(positions), -1)  # a sample without targets
+    return ranks.own(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
 
 
 def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFun
 from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
 from xtuner.model.kernels.recompute import free_bytes, num_layers_again, room_for_activations
+from xtuner.model.kernels.sequence import SequenceGroup, SharedAttention
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 _GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
@@ -77,6 +78,7 @@ class FastDecoder:
         ]
         self.scales = WeightScales(self.layers) if fp8 else None
         self.sharded = sharded
+        self.sequence: SequenceGroup | None = None  # the ranks that share each pack
         for number, layer in enumerate(self.decoder.layers):
             layer.__dict__.pop('forward', None)
             if sharded:
@@ -96,7 +98,7 @@ class FastDecoder:
         Args:
             input_ids: int64 (B, S).
             position_ids: int64 (B, S), best on the host; a sample begins wherever they do not go on by one. None:
-                each row is one.
+                each row is one. Where ranks share packs, those of the whole rows.
 
         """
         decoder, (rows, length) = self.decoder, input_ids.shape
@@ -106,8 +108,11 @@ class FastDecoder:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if position_ids is None:
             position_ids = torch.arange(length, device=x.device)[None]
-        size = self.layers[0].head_size
-        attention = attention_for(position_ids, rows, length, device=x.device, dtype=dtype, head_size=size)
+        size, sequence = self.layers[0].head_size, self.sequence
+        whole = length if sequence is None else length * sequence.size
+        attention: Any = attention_for(position_ids, rows, whole, device=x.device, dtype=dtype, head_size=size)
+        if sequence is not None:
+            attention, position_ids = SharedAttention(attention, sequence), sequence.own(position_ids)
         cos, sin = self._angles(position_ids.to(x.device, non_blocking=True), rows, size // 2, x)
         how = Setting(self.kernels, dtype, self.folded, fp8=self.scales is not None)
         batch = Batch(how, attention, cos, sin, self._seeds(x.device), num_again=0)
@@ -181,8 +186,11 @@ class FastDecoder:
         if not self.by_memory:
             return len(runs) - 1 if self._checkpointing() else 0
         if self._room is None:
-            trained = sum(a.a_rK.numel() + a.b_Nr.numel() for run in runs for a in flatten(run))
+            parameters = (p for run in runs for a in flatten(run) for p in (a.a_rK, a.b_Nr))
+            trained = sum(getattr(p, '_local_tensor', p).numel() for p in parameters)  # of a sharded one, what is here
             self._room = room_for_activations(free_bytes(x.device), trained, x.device.type)
+            if self.sequence is not None:  # computing again sends messages again: all must do it alike
+                self._room = self.sequence.least(self._room, x.device)
         ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
         num_again = num_layers_again(
             runs[0].parts, ranks, len(runs), tokens=len(x), item_bytes=runs[0].batch.how.dtype.itemsize, room=self._room

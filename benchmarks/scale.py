@@ -1,0 +1,356 @@
+"""Two cards against one: data parallel, sharded, one long pack over both, and the time to start.
+
+    python benchmarks/scale.py --out DIR [--parts ddp,sequence,fsdp,start]
+
+    ddp        InternLM-7B's shape, QLoRA, 4 x 2048 tokens a card: one card, then `ddp` on two
+    sequence   the same model on 1 x 65,536 tokens in 16 samples: one card, then spread over two
+    fsdp       the 20B shape (60 layers, 5120 wide, 40 heads, 13824 inner): one card, `ddp` on two, `fsdp` on two
+    start      `xtuner train` on a 7B checkpoint in the published format until its first step, on one card and on two;
+               and how long two cards take to end when one of them fails
+
+Every figure is printed as it comes, as a line `RESULT {...}`, and all of them are written to DIR/scale.json. Weights
+are random; the 20B shape is built straight into 4 bit. `--tiny` does it all on a CPU in small, to test the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+B20 = {'hidden_size': 5120, 'intermediate_size': 13824, 'num_hidden_layers': 60, 'num_attention_heads': 40}
+TINY = {'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2,
+        'num_attention_heads': 4}  # fmt: skip
+PARTS = ('ddp', 'sequence', 'fsdp', 'start')
+
+
+def report(**result: Any) -> None:
+    print('RESULT ' + json.dumps(result), flush=True)
+
+
+# What a rank does.
+def worker(parts: list[str], tiny: bool) -> None:
+    from xtuner.engine.launch import process_group
+
+    with process_group('pytorch') as group:
+        if 'ddp' in parts or 'sequence' in parts:
+            measure_7b(parts, group, tiny)
+        if 'fsdp' in parts:
+            measure_20b(group, tiny)
+
+
+def build(shape: dict[str, Any], tiny: bool) -> Any:
+    """The loss of a 4-bit model under a rank-64 adapter; every layer is computed again, so that peaks compare."""
+    import torch
+
+    from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing
+    from xtuner.model.sft import SupervisedFinetune
+
+    device = 'cpu' if tiny else 'cuda'
+    dtype = torch.float32 if tiny else torch.bfloat16
+    model = add_adapter(build_base(device, dtype=dtype, **(TINY if tiny else shape)))
+    set_checkpointing(model, True)
+    return SupervisedFinetune(model).train()
+
+
+def batch_of(rows: int, length: int, samples: int, rank: int, tiny: bool) -> dict[str, Any]:
+    import torch
+
+    device = 'cpu' if tiny else 'cuda'
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(3, 500 if tiny else 100_000, (rows, length), generator=generator)
+    positions = torch.arange(length // samples).repeat(samples).expand(rows, -1)
+    batch = {'input_ids': ids, 'labels': ids.clone(), 'position_ids': positions.contiguous()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def prepared(strategy: Any, model: Any) -> Any:
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    from xtuner.model.fast import wait_once_a_step
+
+    def make_optimizer(parameters: Any) -> Any:
+        optimizer = PagedAdamW32bit(parameters, lr=0.0)  # so that losses compare
+        wait_once_a_step(optimizer)
+        return optimizer
+
+    return strategy.prepare(model, make_optimizer)
+
+
+def run_steps(strategy: Any, batch: dict[str, Any], steps: int, *, groups: int, alone: bool = False) -> dict[str, Any]:
+    """Steps as the loop does them; the slowest rank's median of the last half, and the largest peak."""
+    import torch
+    from torch import distributed
+
+    on_gpu = batch['input_ids'].is_cuda
+    scaler = torch.amp.GradScaler('cuda' if on_gpu else 'cpu', enabled=False)
+    kind, dtype = ('cuda', torch.bfloat16) if on_gpu else ('cpu', torch.bfloat16)
+    targets = (batch['labels'].numel() - len(batch['labels'])) * groups
+    seconds, loss = [], torch.zeros(())
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(kind, dtype, enabled=on_gpu):
+            loss = strategy.module(**batch)
+        strategy.backward(loss * (strategy.gradient_factor / targets))
+        strategy.clip(scaler, 1.0)
+        strategy.step(scaler, skipped=False)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    figures = torch.tensor([statistics.median(seconds[steps // 2 :]), peak], device=batch['input_ids'].device)
+    total = loss.detach().clone()
+    if not alone:
+        distributed.all_reduce(figures, distributed.ReduceOp.MAX)
+        distributed.all_reduce(total)
+    slowest, peak = figures.tolist()
+    tokens = batch['labels'].numel() * groups
+    return {'tokens_per_s': round(tokens / slowest), 'step_s': round(slowest, 4), 'peak_gib': round(peak, 2),
+            'loss': round(total.item() / targets, 5), 'first_step_s': round(seconds[0], 2)}  # fmt: skip
+
+
+def alone_on_rank_0(group: Any, act: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
+    """Rank 0 measures while the others wait; all know the result."""
+    from torch import distributed
+
+    found: list[Any] = [None]
+    if group.rank == 0:
+        found[0] = act()
+        report(what=name, cards=1, **found[0])
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
+    from xtuner.engine.launch import sequence_group
+    from xtuner.engine.strategies import Single
+    from xtuner.engine.strategies.ddp import DataParallel
+    from xtuner.model.fast import enable_fast_path
+
+    started = time.perf_counter()
+    model = build({}, tiny)
+    path = enable_fast_path(model.llm)
+    if group.rank == 0:
+        report(what='7B built', seconds=round(time.perf_counter() - started, 1), path=str(path))
+    length, steps = (64, 4) if tiny else (2048, 12)
+    batch = batch_of(4, length, 1, group.rank, tiny)
+    results = {}
+    if 'ddp' in parts:
+        results['one'] = alone_on_rank_0(
+            group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '7B 4x2048 single'
+        )
+    long, long_steps = (256, 2) if tiny else (65536, 3)
+    pack = batch_of(1, long, 16, 0, tiny)
+    if 'sequence' in parts:
+        results['one long'] = alone_on_rank_0(
+            group,
+            lambda: run_steps(prepared(Single(), model), pack, long_steps, groups=1, alone=True),
+            '7B 1x65536 single',
+        )
+    two = prepared(DataParallel(group.rank, group.world_size), model)
+    if 'ddp' in parts:
+        result = run_steps(two, batch, steps, groups=group.world_size)
+        ratio = round(result['tokens_per_s'] / results['one']['tokens_per_s'], 3)
+        if group.rank == 0:
+            report(what='7B 4x2048 a card, ddp', cards=group.world_size, **result, speedup=ratio)
+    if 'sequence' in parts:
+        model.share_sequences(sequence_group(group.world_size))
+        result = run_steps(two, pack, long_steps, groups=1)
+        ratio = round(result['tokens_per_s'] / results['one long']['tokens_per_s'], 3)
+        difference = abs(result['loss'] - results['one long']['loss'])
+        if group.rank == 0:
+            report(what='7B 1x65536, sequence parallel', cards=group.world_size, **result, speedup=ratio,
+                   loss_difference=round(difference, 6))  # fmt: skip
+
+
+def measure_20b(group: Any, tiny: bool) -> None:
+    import gc
+
+    from xtuner.engine.strategies import Single
+    from xtuner.engine.strategies.ddp import DataParallel
+    from xtuner.engine.strategies.fsdp import FullyShard
+    from xtuner.model.fast import enable_fast_path
+
+    started = time.perf_counter()
+    model = build(B20, tiny)
+    enable_fast_path(model.llm)
+    if group.rank == 0:
+        report(what='20B built', seconds=round(time.perf_counter() - started, 1))
+    length, steps = (64, 4) if tiny else (2048, 6)
+    batch = batch_of(4, length, 1, group.rank, tiny)
+    single = alone_on_rank_0(
+        group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '20B 4x2048 single'
+    )
+    gc.collect()
+    ddp = prepared(DataParallel(group.rank, group.world_size), model)
+    result = run_steps(ddp, batch, steps, groups=group.world_size)
+    if group.rank == 0:
+        report(what='20B 4x2048 a card, ddp', cards=group.world_size, **result)
+    speed = result['tokens_per_s']
+    del ddp
+    gc.collect()
+    enable_fast_path(model.llm, sharded=True)
+    started = time.perf_counter()
+    sharded = prepared(FullyShard(group.rank, group.world_size), model)
+    seconds = round(time.perf_counter() - started, 2)
+    gc.collect()
+    result = run_steps(sharded, batch, steps, groups=group.world_size)
+    if group.rank == 0:
+        of_one = round(result['peak_gib'] / single['peak_gib'], 3) if single['peak_gib'] else None
+        report(what='20B 4x2048 a card, fsdp', cards=group.world_size, **result, sharding_s=seconds,
+               peak_of_one=of_one, speed_of_ddp=round(result['tokens_per_s'] / speed, 3))  # fmt: skip
+
+
+# What is measured from outside.
+def second_rank_fails() -> Any:
+    """A hook for a config: the second rank fails at its second step."""
+    from mmengine.hooks import Hook
+
+    class Fail(Hook):
+        """Fails."""
+
+        def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+            """At the second step."""
+            if runner.rank == 1 and batch_idx == 1:
+                print(f'FAILING {time.time()}', file=sys.stderr, flush=True)
+                raise RuntimeError('the second rank fails on purpose')
+
+    return Fail()
+
+
+def anonymous_gib() -> list[float]:
+    """Host memory of each process that trains, without mapped files: largest of `RssAnon` now."""
+    found = []
+    for status in Path('/proc').glob('[0-9]*/status'):
+        try:
+            text = status.read_text(encoding='ascii')
+            words = (status.parent / 'cmdline').read_bytes()
+        except OSError:
+            continue
+        if b'xtuner.cli.main' in words and 'RssAnon' in text:
+            line = next(line for line in text.splitlines() if line.startswith('RssAnon'))
+            found.append(int(line.split()[1]) / 2**20)
+    return found
+
+
+def start_up(folder: Path, tiny: bool) -> None:
+    root = Path(__file__).parent.parent
+    model, data = write_7b(folder, tiny), folder / 'data.jsonl'
+    with data.open('w', encoding='utf-8') as file:
+        for i in range(64):
+            text = ' '.join(str(i * j) for j in range(40))
+            messages = [{'role': 'user', 'content': f'Count {i}.'}, {'role': 'assistant', 'content': text}]
+            file.write(json.dumps({'messages': messages}) + '\n')
+    words = [sys.executable, '-m', 'xtuner.cli.main', 'train', 'internlm_7b_qlora_oasst1', '--model', str(model),
+             '--data', str(data), '--max-steps', '1']  # fmt: skip
+    options = ['--cfg-options', 'samples.prompts=[]', 'log.trackers=[]', 'schedule.accumulative_counts=1',
+               'dataset.max_length=512', f'dataset.cache_dir={folder / "cache"}']  # fmt: skip
+    environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
+    times: dict[str, float] = {}
+    for name, cards in (('1 card, files not yet read', 1), ('1 card', 1), ('2 cards', 2)):
+        run = [*words, '--work-dir', str(folder / name.replace(' ', '-')), '--nproc-per-node', str(cards), *options]
+        peaks, done = [0.0], threading.Event()
+
+        def watch(peaks: list[float] = peaks, done: threading.Event = done) -> None:
+            while not done.wait(0.3):
+                peaks[0] = max([peaks[0], *anonymous_gib()])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        began = time.perf_counter()
+        process = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        loaded, first_step, lines = None, None, []
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if 'loaded in' in line:
+                loaded = line.rsplit('loaded in ', 1)[1].split(' s')[0]
+            if 'step 1/1' in line:
+                first_step = round(time.perf_counter() - began, 2)
+        status = process.wait()
+        done.set()
+        watcher.join()
+        if status:
+            print(''.join(lines[-15:]), flush=True)
+        times[name] = first_step or float('nan')
+        report(what=f'start on {name}', to_first_step_s=first_step, model_loaded_s=loaded, status=status,
+               host_anonymous_gib=round(peaks[0], 2))  # fmt: skip
+    report(what='start, two cards over one', ratio=round(times['2 cards'] / times['1 card'], 3))
+    run = [*words[:-1], '5', '--work-dir', str(folder / 'fail'), '--nproc-per-node', '2', *options,
+           "hooks=[{'type': 'benchmarks.scale:second_rank_fails'}]"]  # fmt: skip
+    ended = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    now = time.time()
+    failed = next((float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith('FAILING')), now)
+    report(what='one of two cards fails', status=ended.returncode, seconds_to_end=round(now - failed, 2),
+           last_line=(ended.stderr.strip().splitlines() or [''])[-1][:200])  # fmt: skip
+
+
+def write_7b(folder: Path, tiny: bool) -> Path:
+    from benchmarks.internlm_7b import write_checkpoint
+    from demo.tokenizer import train_tokenizer
+
+    started = time.perf_counter()
+    train_tokenizer([Path(__file__).parent.parent / 'demo' / 'base.jsonl'], folder, vocab_size=800)
+    changes = {'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+               'vocab_size': 800} if tiny else {}  # fmt: skip
+    if not (folder / 'model').is_dir():
+        write_checkpoint(folder / 'model', folder / 'tokenizer.model', **changes)
+    report(what='7B written', seconds=round(time.perf_counter() - started, 1))
+    return folder / 'model'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, required=True)
+    parser.add_argument('--parts', default=','.join(PARTS))
+    parser.add_argument('--scratch', type=Path, default=Path('/tmp/scale'), help='where the 7B checkpoint is written')
+    parser.add_argument('--tiny', action='store_true')
+    parser.add_argument('--worker', action='store_true')
+    args = parser.parse_args()
+    parts = args.parts.split(',')
+    if args.worker:
+        worker(parts, args.tiny)
+        return
+    if 'start' in parts and len(parts) == 1:
+        args.scratch.mkdir(parents=True, exist_ok=True)
+        start_up(args.scratch, args.tiny)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    root = Path(__file__).parent.parent
+    environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    lines: list[str] = []
+    for chosen in (['ddp', 'sequence'], ['fsdp'], ['start']):
+        now = [part for part in chosen if part in parts]
+        if not now:
+            continue
+        launcher = [sys.executable] if chosen == ['start'] else torchrun
+        own = ['--scratch', str(args.scratch)] if chosen == ['start'] else ['--worker']
+        words = [*launcher, __file__, '--out', str(args.out), '--parts', ','.join(now), *own]
+        began = time.perf_counter()
+        process = subprocess.Popen([*words, *(['--tiny'] if args.tiny else [])], env=environment,
+                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end='', flush=True)
+            if line.startswith('RESULT '):
+                lines.append(line.removeprefix('RESULT ').strip())
+                (args.out / 'scale.json').write_text('[' + ',\n'.join(lines) + ']\n', encoding='utf-8')
+        print(f'--- {",".join(now)}: exit status {process.wait()}, {time.perf_counter() - began:.0f} s', flush=True)
+
+
+if __name__ == '__main__':
+    main()
