@@ -69,7 +69,8 @@ def batch_of(rows: int, length: int, samples: int, rank: int, tiny: bool) -> dic
     ids = torch.randint(3, 500 if tiny else 100_000, (rows, length), generator=generator)
     positions = torch.arange(length // samples).repeat(samples).expand(rows, -1)
     batch = {'input_ids': ids, 'labels': ids.clone(), 'position_ids': positions.contiguous()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    # As the loop hands them over: positions stay on the host.
+    return {name: tensor if name == 'position_ids' else tensor.to(device) for name, tensor in batch.items()}
 
 
 def prepared(strategy: Any, model: Any) -> Any:

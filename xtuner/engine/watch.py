@@ -115,7 +115,7 @@ class Watch:
                 self._look()
         except RuntimeError as error:  # no store: rank 0 or the launcher has gone
             if not self._ended.is_set():
-                logger.debug('the store is gone: %s', error)
+                logger.warning('rank %d ends, it has lost the others: %s', self._rank, error)
                 time.sleep(_LINGER_S)
                 self._end(None)
 
