@@ -84,7 +84,7 @@ async def streams_over_http(port: int, model: str, num: int, num_tokens: int) ->
     """Tokens a second of some streams that begin together."""
     began = time.perf_counter()
     answers = await asyncio.gather(
-        *(read_answer(port, fields(model, f'Tell me about {n}.', num_tokens, seed=n)) for n in range(num))
+        *(read_answer(port, fields(model, f'Tell me about {n}.', num_tokens, temperature=0)) for n in range(num))
     )
     seconds = time.perf_counter() - began
     drawn = [int(re.findall(rb'"completion_tokens":(\d+)', content)[-1]) for _, content in answers]

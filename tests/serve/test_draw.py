@@ -42,3 +42,16 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     big = torch.tensor([[1e4, -1e4, 0.0, float('-inf')]])
     drawn = {draw_tokens(big, [Sampling(1, temperature, 1.0)], [Random(n)])[0] for n in range(50)}
     assert drawn == ({0} if temperature < 1 else {0, 1, 2})
+
+
+@pytest.mark.parametrize('top_p', [0.3, 0.97, 1.0])
+def test_a_large_vocabulary_is_drawn_from_alike(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many words are looked at first: enough of them, too few, all."""
+    logits = 2 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+    samplings = [Sampling(1, 0.9, top_p)] * 40
+    drawn = []
+    for few in (1, 30, 256, 500):
+        monkeypatch.setattr('xtuner.serve.draw._FEW', few)
+        drawn.append(draw_tokens(logits, samplings, [Random(n) for n in range(40)]))
+    assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
+    assert len(set(drawn[0])) > 20

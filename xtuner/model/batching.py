@@ -81,6 +81,19 @@ class _SlotLayer(CacheLayerMixin):
         return self._shape[1]
 
 
+class _Slots(Cache):
+    """The store as the model sees it.
+
+    Args:
+        layers: One a layer.
+        rotated: No text can be so long that rotary positions of an earlier token would change.
+    """
+
+    def __init__(self, layers: list[Any], *, rotated: bool) -> None:
+        super().__init__(layers=layers)
+        self.rotated = rotated
+
+
 class BatchDecoder:
     """Runs a model on the rows of one store.
 
@@ -107,7 +120,7 @@ class BatchDecoder:
             self._sliding = config.sliding_window  # of all layers, as in Mistral
         self._window = _Window()
         layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
-        self._cache = Cache(layers=layers)
+        self._cache = _Slots(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
         self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
 
     @property

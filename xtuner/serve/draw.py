@@ -15,6 +15,8 @@ from torch import Tensor
 
 from xtuner.model.generate import Sampling
 
+_FEW = 256  # words looked at first
+
 
 @torch.inference_mode()
 def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int]:
@@ -37,7 +39,7 @@ def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Seque
         temperature, top_p, number = torch.tensor(settings, dtype=torch.float64, device=device).T[..., None]
         # Less the greatest first: a tiny temperature must not reach infinity.
         scaled = (drawn - drawn.amax(-1, keepdim=True)) / temperature.float().clamp(min=1e-6)
-        shares, order = scaled.softmax(-1).sort(-1, descending=True)
+        shares, order = _likeliest(scaled.softmax(-1), top_p)
         mass = shares.double().cumsum(-1)
         kept = (mass - shares < top_p) | (top_p >= 1)
         kept[:, 0] = True
@@ -46,3 +48,12 @@ def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Seque
         place = place.clamp(max=kept.sum(-1, keepdim=True) - 1)  # rounding must not leave the words that are kept
         tokens[rows] = order.gather(-1, place)[:, 0]
     return tokens.tolist()
+
+
+def _likeliest(shares_BV: Tensor, top_p_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The words by probability, as many as are needed: a few hundred nearly always, and they are found much sooner."""
+    if shares_BV.shape[1] > 2 * _FEW:
+        shares, order = shares_BV.topk(_FEW, sorted=True)
+        if bool((shares.double().sum(-1, keepdim=True) >= top_p_B1).all()):
+            return shares, order
+    return shares_BV.sort(-1, descending=True)

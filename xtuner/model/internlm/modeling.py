@@ -28,7 +28,7 @@ class InternLMDynamicAttention(LlamaAttention):
     """Attention whose cache holds keys before their rotation.
 
     The base depends on the length of the text, which grows while an answer is generated; so all keys are rotated anew,
-    at the current base, in every step.
+    at the current base, in every step. A cache too short for that (`rotated`) holds rotated ones, as Llama's does.
     """
 
     def __init__(self, config: InternLMConfig, layer_idx: int, rotary: DynamicNTKRotaryEmbedding) -> None:
@@ -45,9 +45,9 @@ class InternLMDynamicAttention(LlamaAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As Llama's, except for the keys where there is a cache."""
-        if past_key_values is None:
+        if past_key_values is None or getattr(past_key_values, 'rotated', False):
             return super().forward(
-                hidden_states, position_embeddings, attention_mask, None, position_ids=position_ids, **kwargs
+                hidden_states, position_embeddings, attention_mask, past_key_values, position_ids=position_ids, **kwargs
             )
         assert position_ids is not None and position_embeddings is not None
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
