@@ -88,17 +88,19 @@ class Running:
 def serving(
     loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
 ) -> Iterator[Running]:
-    """Serves in a thread of this process; `options` are of Limits, or of Service."""
+    """Serves in a thread of this process; `options` are of Limits, Service or Guard."""
     import uvicorn
 
     from xtuner.model.batching import BatchDecoder
     from xtuner.serve.app import Limits, Service
+    from xtuner.serve.guard import Guard
     from xtuner.serve.server import listen, make_server
 
     limits = {k: options.pop(k) for k in ('body_bytes', 'body_s', 'waiting') if k in options}
     decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_rows=num_rows, max_length=max_length)
-    settings = {'sampling': Sampling(64, 0.0, 1.0, None), 'only_loopback': True} | options
-    service = Service(loaded, decoder, limits=Limits(max_length, **limits), **settings)
+    sampling = options.pop('sampling', Sampling(64, 0.0, 1.0, None))
+    guard = Guard(**{'api_key': '', 'only_loopback': True} | options)
+    service = Service(loaded, decoder, limits=Limits(max_length, **limits), sampling=sampling, guard=guard)
     taken = listen('127.0.0.1', 0)
     server: uvicorn.Server = make_server(service.app(), grace_s=5, header_s=header_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[taken])), daemon=True)

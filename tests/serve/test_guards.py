@@ -121,6 +121,10 @@ def test_a_body_too_large_is_refused_before_it_is_read(server: Running) -> None:
         raw.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
                     b'Content-Length: 10000000\r\n\r\n')  # fmt: skip
         assert b' 413 ' in raw.recv(1000)
+    with socket.create_connection(('127.0.0.1', server.port), timeout=10) as raw:  # and nothing is to follow
+        raw.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                    b'Connection: close\r\nContent-Length: 10000000\r\n\r\n' + b'x' * 10_000_000)  # fmt: skip
+        assert b' 413 ' in raw.recv(1000), 'reset before the client saw why'
     connection = HTTPConnection('127.0.0.1', server.port, timeout=10)  # not announced
     connection.request('POST', '/v1/completions', iter([b'x' * 500_000] * 20), JSON, encode_chunked=True)
     assert connection.getresponse().status == 413
@@ -222,6 +226,7 @@ def test_a_character_of_several_tokens_comes_whole(loaded: Any, endless: Any) ->
     def say(self: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
 
+        time.sleep(0.005)
         logits = torch.zeros(1, len(tokenizer))
         logits[0, next(said)] = 1
         return logits

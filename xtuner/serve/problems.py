@@ -14,6 +14,7 @@ class Problem(Exception):
         param: The field of the request, if one is at fault.
         code: OpenAI's word for it, if there is one.
         headers: Further headers of the response.
+        unread: Whether the body of the request may still be on its way.
     """
 
     def __init__(
@@ -24,10 +25,11 @@ class Problem(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
+        unread: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers or {}
+        self.headers, self.unread = headers or {}, unread
 
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""

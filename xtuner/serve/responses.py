@@ -1,4 +1,4 @@
-"""OpenAI's responses as plain data."""
+"""OpenAI's responses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.responses import Response
 
 
 @dataclass
@@ -97,3 +99,8 @@ DONE = b'data: [DONE]\n\n'
 def to_json(content: Any) -> bytes:
     """Compact JSON in UTF-8."""
     return json.dumps(content, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response of that."""
+    return Response(to_json(content), status, headers, media_type='application/json')

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
 from xtuner.serve.app import Limits, Service
+from xtuner.serve.guard import Guard
 from xtuner.serve.models import load_served
 from xtuner.serve.server import listen, serve
 
@@ -69,8 +70,7 @@ def run_service(
         decoder,
         limits=Limits(max_length, body_bytes, waiting=num_waiting),
         sampling=sampling,
-        api_key=api_key,
-        only_loopback=loopback and not api_key,
+        guard=Guard(api_key=api_key, only_loopback=loopback and not api_key),
     )
     logger.info('%d answers of up to %d tokens at a time: %.2f GiB', num_streams, max_length,
                 decoder.store_bytes / 2**30)  # fmt: skip

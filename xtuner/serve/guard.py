@@ -1,0 +1,111 @@
+"""What stands before a request is looked at: who calls, by which name, how much and how fast it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from xtuner.serve.problems import Problem
+
+_LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
+_DRAIN_BYTES, _DRAIN_S = 2**25, 5.0
+
+
+class Guard:
+    """Lets a request pass or raises Problem.
+
+    Args:
+        api_key: What clients must show; '' for nothing.
+        only_loopback: Refuse requests that name another host than this machine, as a page of a web site would that
+            makes its reader's browser call here.
+    """
+
+    def __init__(self, *, api_key: str, only_loopback: bool) -> None:
+        self._only_loopback = only_loopback
+        self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
+
+    def check(self, http: HTTPRequest) -> None:
+        """Looks at the headers."""
+        host = http.headers.get('host', '')
+        name = host if host.endswith(']') else host.rpartition(':')[0] or host
+        if self._only_loopback and name.lower() not in _LOOPBACK:
+            raise Problem(403, 'without an API key, this service is called as localhost or 127.0.0.1 only', unread=True)
+        if self._key is None:
+            return
+        scheme, _, key = http.headers.get('authorization', '').partition(' ')
+        shown = hashlib.sha256(key.strip().encode('latin-1')).digest()
+        if not hmac.compare_digest(shown, self._key) or scheme.lower() != 'bearer':
+            raise Problem(401, 'the API key is missing or wrong; send it as `Authorization: Bearer KEY`',
+                          code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'}, unread=True)  # fmt: skip
+
+
+async def read_body(http: HTTPRequest, *, most: int, seconds: float) -> bytes:
+    """The body of a request.
+
+    Args:
+        http: The request.
+        most: Bytes that it may have.
+        seconds: In which it must have come.
+
+    Raises:
+        Problem: it is no JSON by its header, too long, or too slow.
+        ClientDisconnect: the client has gone.
+    """
+    kind = http.headers.get('content-type', '').split(';')[0].strip().lower()
+    if kind != 'application/json':  # a form of a web page could send any other without asking
+        raise Problem(415, 'the header `Content-Type` must be application/json', unread=True)
+    announced = http.headers.get('content-length', '')
+    if announced.isdigit() and int(announced) > most:
+        raise _too_long(most, unread=True)
+    try:
+        return await asyncio.wait_for(_read(http.receive, most), seconds)
+    except asyncio.TimeoutError:
+        raise Problem(408, f'the request had not come whole after {seconds:g} s',
+                      headers={'Connection': 'close'}) from None  # fmt: skip
+
+
+async def _read(receive: Any, most: int) -> bytes:
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message['type'] == 'http.disconnect':
+            raise ClientDisconnect
+        body += message.get('body', b'')
+        more = message.get('more_body', False)
+        if len(body) > most:
+            raise _too_long(most, unread=more)
+    return bytes(body)
+
+
+def _too_long(most: int, *, unread: bool) -> Problem:
+    return Problem(413, f'the request is longer than {most} bytes', code='request_too_large', unread=unread)
+
+
+class Refusal(Response):
+    """A response to a request whose body is still on its way.
+
+    It is sent at once and the rest of the body thrown away, within limits, before the connection may be closed: closed
+    over unread bytes, it would be reset, and the client would never see why.
+    """
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends it."""
+        await send({'type': 'http.response.start', 'status': self.status_code, 'headers': self.raw_headers})
+        await send({'type': 'http.response.body', 'body': self.body, 'more_body': True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drain(receive), _DRAIN_S)
+        await send({'type': 'http.response.body', 'body': b'', 'more_body': False})
+
+    async def _drain(self, receive: Any) -> None:
+        left, more = _DRAIN_BYTES, True
+        while more and left > 0:
+            message = await receive()
+            left -= len(message.get('body', b''))
+            more = message.get('more_body', False)
