@@ -31,7 +31,7 @@ from xtuner.serve.guard import Guard, Refusal, read_body
 from xtuner.serve.models import Loaded, ServedModel
 from xtuner.serve.problems import Problem, wrong
 from xtuner.serve.protocol import Request, chat_request, completion_request, parse_body
-from xtuner.serve.responses import Choice, Head, json_response
+from xtuner.serve.responses import Choice, Head, json_response, to_json
 from xtuner.serve.text import AnswerText
 
 logger = logging.getLogger('xtuner')
