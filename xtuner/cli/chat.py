@@ -109,9 +109,9 @@ def _run_page(args: argparse.Namespace) -> int:
     try:
         from xtuner.chat.web.app import check_port, run_app
     except ModuleNotFoundError as error:
-        if error.name not in ('streamlit', 'starlette'):
+        if (error.name or '').split('.')[0] not in ('streamlit', 'starlette'):
             raise
-        raise UsageError("--web needs Streamlit: pip install 'xtuner[web]'") from error
+        raise UsageError(f"--web needs Streamlit ({error}): pip install 'xtuner[web]'") from error
     if args.port:
         check_port(args.port)
     run_app(load_shared_model(args), args.port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_a_taken_port_is_said_before_anything_is_loaded(capsys: pytest.CaptureFi
         port = taken.getsockname()[1]
         assert main(['chat', 'no-model', '--web', '--port', str(port)]) == 2
     assert f'--port {port}: Address already in use' in capsys.readouterr().err
+
+
+def test_a_missing_streamlit_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, 'xtuner.chat.web.app')
+    monkeypatch.setitem(sys.modules, 'streamlit.starlette', None)  # none, or one too old
+    assert main(['chat', 'no-model', '--web']) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert '--web needs Streamlit' in line
+    assert line.endswith("pip install 'xtuner[web]'")
 
 
 def test_the_export_of_the_newest_voice(model: Scripted) -> None:
