@@ -96,6 +96,10 @@ class ScriptedSession:
         self.model, self.system, self.sampling = model, system, sampling
         self.history: list[Message] = []
         self.num_dropped_turns = 0
+        self.room = sampling.max_new_tokens
+
+    def keep(self, text: str, answer: str) -> None:
+        self.history = [*self.history, Message('user', text), Message('assistant', answer)]
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> str:
         if text == 'fail':
@@ -115,7 +119,9 @@ class ScriptedSession:
             self.model.num_speaking -= 1
         if text == 'drop':
             self.num_dropped_turns, self.history = 1, self.history[2:]
-        self.history = [*self.history, Message('user', text), Message('assistant', reply)]
+        if text == 'long':
+            self.room = 5
+        self.keep(text, reply)
         return reply
 
 

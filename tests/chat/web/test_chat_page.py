@@ -102,7 +102,9 @@ def test_what_went_otherwise_is_said(model: Scripted) -> None:
     assert texts(page)[-1] == ['The model ended its answer without a word.']
     say(page, 'drop')
     assert 'the oldest turn was left out' in texts(page)[-1][1]
-    assert len(page.chat_message) == 6  # what the model no longer reads still stands there
+    say(page, 'long')
+    assert texts(page)[-1][1] == 'The message is long: this answer had room for 5 tokens.'
+    assert len(page.chat_message) == 8  # what the model no longer reads still stands there
 
 
 def test_each_tab_has_its_own_conversation(model: Scripted) -> None:

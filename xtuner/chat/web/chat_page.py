@@ -123,6 +123,8 @@ def draw_answer(answer: Answer) -> None:
         st.caption('Stopped.')
     elif not answer.text:
         st.caption('The model ended its answer without a word.')
+    if answer.room is not None and not answer.error:
+        st.caption(f'The message is long: this answer had room for {answer.room} tokens.')
     if answer.num_dropped_turns:
         turns = 'turn was' if answer.num_dropped_turns == 1 else f'{answer.num_dropped_turns} turns were'
         st.caption(f'To make room, the oldest {turns} left out of what the model reads.')

@@ -59,12 +59,14 @@ class Answer:
         stopped: Whether the user stopped it.
         error: Why it failed, or ''.
         num_dropped_turns: How many of the oldest turns were left out to make room for it.
+        room: Tokens that it had room for, where a long message left fewer than were asked for; else None.
     """
 
     text: str = ''
     stopped: bool = False
     error: str = ''
     num_dropped_turns: int = 0
+    room: int | None = None
 
 
 @dataclass
@@ -135,10 +137,11 @@ class Talk:
         except BaseException:  # on_text, or on_wait: the user has stopped it
             answer.stopped = True
             if answer.text:
-                session.history = [*session.history, Message('user', turn.text), Message('assistant', answer.text)]
+                session.keep(turn.text, answer.text)
             raise
         finally:
             answer.num_dropped_turns = session.num_dropped_turns
+            answer.room = session.room if session.room < self.sampling.max_new_tokens else None
             self._histories[voice] = session.history
         return answer
 
