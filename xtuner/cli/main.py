@@ -42,6 +42,7 @@ COMMANDS = {
     'convert to-llama': Command('xtuner.cli.convert.to_llama', 'write InternLM as a plain Llama checkpoint'),
     'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
     'serve': Command('xtuner.cli.serve', 'serve a model and adapters over HTTP, in the form of the OpenAI API'),
+    'doctor': Command('xtuner.cli.doctor', 'say what works on this machine, to paste into an issue'),
 }
 
 

@@ -167,9 +167,7 @@ def knobs(config: TrainConfig, setup: Setup) -> list[Knob]:
         text = f'schedule.batch_size={half} schedule.accumulative_counts={schedule.accumulative_counts * 2}'
         changes.append((text, {'tokens': setup.longest * half, 'accumulated': True}))
     if setup.layers_again < shape.num_layers - 1:
-        changes.append(
-            ('runtime.activation_checkpointing=True', {'checkpointing': True, 'num_again': shape.num_layers - 1})
-        )
+        changes.append(('runtime.activation_checkpointing=True', {'checkpointing': True, 'num_again': None}))
     if setup.bits is None and not setup.full:
         changes.append(('quantization.bits=4', {'bits': 4, 'double_quant': True}))
     if setup.full:

@@ -232,11 +232,12 @@ def layer_workspace(setup: Setup) -> int:
 def _fast_workspace(setup: Setup) -> int:
     """The highest stage of `kernels.layer.layer_backward`: down's product, gate and up's, attention's, q, k and v's.
 
-    A stage has its weight as floats with the ranks appended (`linear.Group`), one layer's at a time where `slim`.
+    A stage has its weight as floats with the ranks appended (`linear.Group`), one layer's at a time where least memory
+    is asked for.
     """
     shape, (r0, _, r2, r3) = setup.shape, setup.group_ranks
     h, inner, attended, qkv, tokens = shape.hidden, shape.inner, _attended(shape), _qkv_width(shape), setup.tokens
-    slim = setup.layers_again > 0 and tokens <= MOST_TOKENS
+    slim = setup.layers_again > 0 and setup.num_again is None and tokens <= MOST_TOKENS
     r0, r2 = (0, 0) if shape.dropout else (r0, r2)  # under dropout the ranks are no part of the product
     gone = 2 * inner + setup.group_ranks[2]  # gate and up, once their gradient has been used
     down = tokens * (2 * h + r3 + inner) + (h + r3) * inner
