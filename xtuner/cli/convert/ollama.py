@@ -1,0 +1,30 @@
+"""Writes a folder for `ollama create NAME -f OUT/Modelfile`: a GGUF file and the prompt format of the tuning.
+
+The file is written by llama.cpp's own converter, as for `convert gguf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xtuner.cli.convert.gguf import add_converter_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('model', help='the model: a folder, such as one that `merge` wrote, or a hub id')
+    parser.add_argument('out', type=Path, help='where GGUF file and Modelfile go; missing or empty')
+    parser.add_argument('--template', metavar='NAME', help='prompt template; default: the one the model was tuned with')
+    add_converter_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and prints the folder on stdout."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+    from xtuner.convert.ollama import to_ollama
+
+    print(to_ollama(args.model, args.out, template=args.template, out_type=args.outtype, converter=args.converter))
+    return 0

@@ -1,0 +1,26 @@
+"""Writes a model with its weights cut into smaller shards, by default each tensor into a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xtuner.cli.convert.merge import size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument('model', help='the model: a folder or a hub id')
+    parser.add_argument('out', type=Path, help='where the cut model goes; missing or empty')
+    parser.add_argument('--max-shard-size', type=size, default=1, metavar='SIZE', help='such as 500MB')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Splits and prints the folder on stdout."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+    from xtuner.convert.split import split
+
+    print(split(args.model, args.out, max_shard_bytes=args.max_shard_size))
+    return 0

