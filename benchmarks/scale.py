@@ -146,14 +146,14 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
     path = enable_fast_path(model.llm)
     if group.rank == 0:
         report(what='7B built', seconds=round(time.perf_counter() - started, 1), path=str(path))
-    length, steps = (64, 4) if tiny else (2048, 12)
+    length, steps = (64, 4) if tiny else (2048, 8)
     batch = batch_of(4, length, 1, group.rank, tiny)
     results = {}
     if 'ddp' in parts:
         results['one'] = alone_on_rank_0(
             group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '7B 4x2048 single'
         )
-    long, long_steps = (256, 2) if tiny else (65536, 3)
+    long, long_steps = (256, 2) if tiny else (65536, 2)
     pack = batch_of(1, long, 16, 0, tiny)
     if 'sequence' in parts:
         results['one long'] = alone_on_rank_0(
@@ -190,7 +190,7 @@ def measure_20b(group: Any, tiny: bool) -> None:
     enable_fast_path(model.llm)
     if group.rank == 0:
         report(what='20B built', seconds=round(time.perf_counter() - started, 1))
-    length, steps = (64, 4) if tiny else (2048, 6)
+    length, steps = (64, 4) if tiny else (2048, 4)
     batch = batch_of(4, length, 1, group.rank, tiny)
     single = alone_on_rank_0(
         group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '20B 4x2048 single'
@@ -249,7 +249,7 @@ def anonymous_gib() -> list[float]:
 
 def start_up(folder: Path, tiny: bool) -> None:
     root = Path(__file__).parent.parent
-    model, data = write_7b(folder, tiny), folder / 'data.jsonl'
+    model, data = folder / 'model', folder / 'data.jsonl'
     with data.open('w', encoding='utf-8') as file:
         for i in range(64):
             text = ' '.join(str(i * j) for j in range(40))
@@ -261,7 +261,7 @@ def start_up(folder: Path, tiny: bool) -> None:
                'dataset.max_length=512', f'dataset.cache_dir={folder / "cache"}']  # fmt: skip
     environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
     times: dict[str, float] = {}
-    for name, cards in (('1 card, files not yet read', 1), ('1 card', 1), ('2 cards', 2)):
+    for name, cards in (('1 card', 1), ('2 cards', 2)):
         run = [*words, '--work-dir', str(folder / name.replace(' ', '-')), '--nproc-per-node', str(cards), *options]
         peaks, done = [0.0], threading.Event()
 
@@ -299,7 +299,7 @@ def start_up(folder: Path, tiny: bool) -> None:
            last_line=(ended.stderr.strip().splitlines() or [''])[-1][:200])  # fmt: skip
 
 
-def write_7b(folder: Path, tiny: bool) -> Path:
+def write_7b(folder: Path, tiny: bool) -> None:
     from benchmarks.internlm_7b import write_checkpoint
     from demo.tokenizer import train_tokenizer
 
@@ -307,10 +307,8 @@ def write_7b(folder: Path, tiny: bool) -> Path:
     train_tokenizer([Path(__file__).parent.parent / 'demo' / 'base.jsonl'], folder, vocab_size=800)
     changes = {'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
                'vocab_size': 800} if tiny else {}  # fmt: skip
-    if not (folder / 'model').is_dir():
-        write_checkpoint(folder / 'model', folder / 'tokenizer.model', **changes)
+    write_checkpoint(folder / 'model', folder / 'tokenizer.model', **changes)
     report(what='7B written', seconds=round(time.perf_counter() - started, 1))
-    return folder / 'model'
 
 
 def main() -> None:
@@ -320,28 +318,41 @@ def main() -> None:
     parser.add_argument('--scratch', type=Path, default=Path('/tmp/scale'), help='where the 7B checkpoint is written')
     parser.add_argument('--tiny', action='store_true')
     parser.add_argument('--worker', action='store_true')
+    parser.add_argument('--write', action='store_true')
+    parser.add_argument('--start', action='store_true')
     args = parser.parse_args()
     parts = args.parts.split(',')
     if args.worker:
         worker(parts, args.tiny)
         return
-    if 'start' in parts and len(parts) == 1:
-        args.scratch.mkdir(parents=True, exist_ok=True)
+    if args.start:
         start_up(args.scratch, args.tiny)
+        return
+    if args.write:
+        write_7b(args.scratch, args.tiny)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     root = Path(__file__).parent.parent
     environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     lines: list[str] = []
+    writer = None
+    if 'start' in parts:  # on the CPU, beside the other parts
+        args.scratch.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, __file__, '--out', str(args.out), '--write', '--scratch', str(args.scratch)]
+        writer = subprocess.Popen([*words, *(['--tiny'] if args.tiny else [])],
+                                  env=environment | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '4'})  # fmt: skip
     for chosen in (['ddp', 'sequence'], ['fsdp'], ['start']):
         now = [part for part in chosen if part in parts]
         if not now:
             continue
-        launcher = [sys.executable] if chosen == ['start'] else torchrun
-        own = ['--scratch', str(args.scratch)] if chosen == ['start'] else ['--worker']
-        words = [*launcher, __file__, '--out', str(args.out), '--parts', ','.join(now), *own]
         began = time.perf_counter()
+        if writer is not None and chosen == ['start']:
+            writer.wait()
+            print(f'--- waited {time.perf_counter() - began:.0f} s for the checkpoint', flush=True)
+        launcher = [sys.executable] if chosen == ['start'] else torchrun
+        own = ['--scratch', str(args.scratch), '--start'] if chosen == ['start'] else ['--worker']
+        words = [*launcher, __file__, '--out', str(args.out), '--parts', ','.join(now), *own]
         process = subprocess.Popen([*words, *(['--tiny'] if args.tiny else [])], env=environment,
                                    stdout=subprocess.PIPE, text=True)  # fmt: skip
         assert process.stdout is not None
