@@ -119,6 +119,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.qlora_model import add_adapter, build_base
     from xtuner.model.batching import BatchDecoder
+    from xtuner.model.unpack import unpack_weights
 
     if torch.cuda.is_available():
         model = build_base('cuda', max_position_embeddings=2048).eval()
@@ -128,13 +129,21 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         model = build_base('cpu', dtype=torch.float32, quantise=False, num_attention_heads=4,
                            num_key_value_heads=4, **small).eval()  # fmt: skip
         found = {'device': 'cpu', 'model': '4 layers of 256, float32'}
-    for label in ('base', 'adapter'):
+    for label in ('base', 'adapter', 'base unpacked', 'adapter unpacked'):
         if label == 'adapter':
             model = add_adapter(model).eval()
+        if label == 'base unpacked':
+            if not unpack_weights(model).num_kept:
+                break
+            model.disable_adapter_layers()
+        if label == 'adapter unpacked':
+            model.enable_adapter_layers()
         decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
         found[label] = medians(lambda num, d=decoder: streams_alone(d, num, args.tokens), args.streams)
         if torch.cuda.is_available():
             found[label]['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            found[label]['recorded'] = decoder._graphs.why_not or len(decoder._graphs._recorded)
+            torch.cuda.reset_peak_memory_stats()
         del decoder
     return found
 

@@ -90,3 +90,30 @@ def test_a_recurrent_model_is_refused() -> None:
     model.config.layer_types = ['linear_attention', 'full_attention']
     with pytest.raises(ModelError, match='linear_attention'):
         BatchDecoder(model, num_rows=1, max_length=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@torch.inference_mode()
+def test_recorded_steps_are_the_steps() -> None:
+    """Rows join and leave, lengths pass from one recording to the next, two keys; beside steps that are not recorded."""
+    torch.manual_seed(0)
+    model = MODELS['llama']().cuda().eval()
+    model.config.max_position_embeddings = 1024
+    recorded, plain = (BatchDecoder(model, num_rows=6, max_length=600) for _ in range(2))
+    plain._graphs = None
+    prompts = [[5 + n] * (250 + n) for n in range(5)]
+    lengths = [len(prompt) for prompt in prompts]
+    for decoder in (recorded, plain):
+        decoder.prefill(prompts, row=0)
+    for number in range(24):
+        rows = (1, 3, 5)[number % 3] if number < 12 else 5
+        ids = [(7 * number + row) % 90 + 3 for row in range(rows)]
+        got = recorded.step(ids, lengths[:rows], row=0, alone=True, key=number % 2).clone()
+        want = plain.step(ids, lengths[:rows], row=0)
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        for row in range(rows):
+            lengths[row] += 1
+    assert recorded._graphs is not None and not recorded._graphs.why_not
+    assert {(rows, places) for _, rows, places in recorded._graphs._recorded} == {
+        (1, 256), (4, 256), (6, 256), (6, 512)}  # fmt: skip

@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='a checkpoint folder of `xtuner train`, or any peft adapter; repeatable')  # fmt: skip
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
     parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
+    parser.add_argument('--packed', action='store_true',
+                        help='leave 4-bit weights packed: less memory, slower')  # fmt: skip
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
     parser.add_argument('--host', default='127.0.0.1', help='address to listen at (127.0.0.1: this machine alone)')
     parser.add_argument('--port', type=port_number, default=8000, help='port to listen at; 0 takes a free one (8000)')
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         adapters=args.adapter,
         template=args.prompt_template,
         bits=args.bits,
+        packed=args.packed,
         trust_remote_code=args.trust_remote_code,
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
         host=args.host,

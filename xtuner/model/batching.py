@@ -15,7 +15,7 @@ Letters of shapes: B rows of a pass, S new tokens of each, L places that the pas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from xtuner.errors import ModelError
+from xtuner.model.batch_graphs import StepGraphs
 
 _KINDS = {'full_attention', 'sliding_attention'}
 _STRIDE = 32  # a pass looks at a multiple of so many places: attention kernels want aligned masks
@@ -119,9 +120,12 @@ class BatchDecoder:
         if getattr(config, 'layer_types', None) is None and getattr(config, 'sliding_window', None):
             self._sliding = config.sliding_window  # of all layers, as in Mistral
         self._window = _Window()
+        self._graphs: StepGraphs | None = None
         layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
         self._cache = _Slots(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
         self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
+        if model.device.type == 'cuda':
+            self._graphs = StepGraphs(self._pass, num_rows=num_rows, max_length=max_length, device=model.device)
 
     @property
     def store_bytes(self) -> int:
@@ -153,22 +157,28 @@ class BatchDecoder:
         return logits[range(len(ids)), chosen].float()
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], lengths: Sequence[int], *, row: int) -> Tensor:
+    def step(
+        self, ids: Sequence[int], lengths: Sequence[int], *, row: int, alone: bool = False, key: Hashable = None
+    ) -> Tensor:
         """Reads one more id of each of some neighbouring rows.
 
         Args:
             ids: The new id of each row.
             lengths: How many ids each row holds already.
             row: The first of the rows.
+            alone: Whether no other row is in use: then, on a GPU, the step is replayed from a recording.
+            key: Which adapter is active, if any: each has its own recordings.
 
         Returns:
-            float32 (B, V): what follows.
+            float32 (B, V): what follows, valid until the next step.
         """
+        if self._graphs is not None and alone and row == 0:
+            logits = self._graphs.step(ids, lengths, key)
+            if logits is not None:
+                return logits
         device = self.model.device
         both = torch.tensor([list(ids), list(lengths)], device=device)
-        positions = both[1][:, None]
-        self._aim(row, positions, None, max(lengths) + 1)
-        return self._forward(both[0][:, None], positions, 1)[:, -1].float()
+        return self._pass(both[0][:, None], both[1][:, None], max(lengths) + 1, row)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
@@ -177,6 +187,11 @@ class BatchDecoder:
         for layer in layers:
             for store in (layer.keys, layer.values):
                 store[target, :, :length] = store[source, :, :length]
+
+    @torch.inference_mode()
+    def _pass(self, ids: Tensor, positions: Tensor, length: int, row: int = 0) -> Tensor:
+        self._aim(row, positions, None, length)
+        return self._forward(ids, positions, 1)[:, -1].float()
 
     def _aim(self, row: int, positions: Tensor, start: int | None, length: int) -> None:
         window = self._window
@@ -188,7 +203,8 @@ class BatchDecoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: Tensor | int) -> Tensor:
         dtype = self.model.dtype
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        on = dtype != torch.float32
+        with torch.autocast(ids.device.type, dtype, enabled=on, cache_enabled=False):
             return self.model(
                 input_ids=ids,
                 position_ids=positions,

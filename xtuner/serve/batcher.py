@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
@@ -100,7 +100,9 @@ class Decoder(Protocol):
     def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> Tensor:
         """Reads prompts."""
 
-    def step(self, ids: Sequence[int], lengths: Sequence[int], *, row: int) -> Tensor:
+    def step(
+        self, ids: Sequence[int], lengths: Sequence[int], *, row: int, alone: bool = False, key: Hashable = None
+    ) -> Tensor:
         """Reads one more token of each."""
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -244,7 +246,9 @@ class Batcher:
             self._use(adapter)
             # One whose prompt is still being read stands in between: what is written for it here, the next piece of
             # its prompt writes over.
-            logits = self._decoder.step([a.last_id for a in answers], [a.num_read for a in answers], row=row)
+            alone = len(answers) == len(self._table)
+            ids, lengths = [a.last_id for a in answers], [a.num_read for a in answers]
+            logits = self._decoder.step(ids, lengths, row=row, alone=alone, key=adapter)
             for number in drawing:
                 answers[number].num_read += 1
             self._draw([answers[number] for number in drawing], logits[drawing], events)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
+from xtuner.model.unpack import unpack_weights
 from xtuner.serve.app import Limits, Service
 from xtuner.serve.guard import Guard
 from xtuner.serve.models import load_served
@@ -21,6 +22,7 @@ def run_service(
     adapters: Sequence[str],
     template: str | None,
     bits: int | None,
+    packed: bool,
     trust_remote_code: bool,
     sampling: Sampling,
     host: str,
@@ -40,6 +42,7 @@ def run_service(
         adapters: Each `[NAME=]FOLDER`.
         template: Name of the prompt template; None takes the one each model was tuned with.
         bits: 4 or 8 quantises the base; None leaves it as the adapters were trained.
+        packed: Leave 4-bit weights packed even where there is room to keep them as floats.
         trust_remote_code: Whether code in the model's folder may run.
         sampling: What holds where a request says nothing.
         host: Address to listen at.
@@ -72,6 +75,9 @@ def run_service(
         sampling=sampling,
         guard=Guard(api_key=api_key, only_loopback=loopback and not api_key),
     )
+    if not packed and (kept := unpack_weights(loaded.model)).num_layers:
+        logger.info('%d of %d 4-bit layers kept as floats: %.2f GiB', kept.num_kept, kept.num_layers,
+                    kept.num_bytes / 2**30)  # fmt: skip
     logger.info('%d answers of up to %d tokens at a time: %.2f GiB', num_streams, max_length,
                 decoder.store_bytes / 2**30)  # fmt: skip
     for model in loaded.served:

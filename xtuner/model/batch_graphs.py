@@ -1,0 +1,96 @@
+"""The step of a batch recorded as CUDA graphs, one for each power of two of rows and of places looked at.
+
+A 7B model's step is some thousand kernels, most of which the GPU runs sooner than Python can launch the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger('xtuner')
+
+_SHORTEST = 256  # places
+_WARMUPS = 2  # passes before recording: what is tried or set up at first must not be recorded
+
+Forward = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor  # (B, 1)
+    positions: Tensor  # (B, 1)
+    logits: Tensor  # (B, V)
+
+
+class StepGraphs:
+    """Replays a step where it was recorded, and records it where it was not.
+
+    Args:
+        forward: The step of rows 0 to B - 1: ids and positions, int64 (B, 1), and places to look at, to logits (B, V).
+            It must not wait for the GPU.
+        num_rows: Most rows.
+        max_length: Most places.
+        device: The GPU.
+    """
+
+    def __init__(self, forward: Forward, *, num_rows: int, max_length: int, device: torch.device) -> None:
+        self._forward, self._num_rows, self._max_length, self._device = forward, num_rows, max_length, device
+        self._recorded: dict[tuple[Hashable, int, int], _Recorded] = {}
+        self._pool: Any = None
+        self.why_not = ''  # why nothing can be recorded
+
+    def step(self, ids: Sequence[int], lengths: Sequence[int], key: Hashable) -> Tensor | None:
+        """Logits (B, V) of rows 0 to B - 1, valid until the next call; None where the step cannot be recorded.
+
+        Rows up to the next power of two are computed too: they must be free, and get a token at place 0.
+
+        Args:
+            ids: The new id of each row.
+            lengths: How many ids each row holds.
+            key: What else the step depends on, such as the active adapter.
+        """
+        if self.why_not:
+            return None
+        num = len(ids)
+        rows = min(1 << (num - 1).bit_length(), self._num_rows)
+        places = min(max(1 << max(lengths).bit_length(), _SHORTEST), self._max_length)
+        found = self._recorded.get((key, rows, places))
+        if found is None:
+            found = self._record(rows, places)
+            if found is None:
+                return None
+            self._recorded[key, rows, places] = found
+        spare = [0] * (rows - num)
+        both = torch.tensor([[*ids, *spare], [*lengths, *spare]], device=self._device)
+        found.ids.copy_(both[0][:, None])
+        found.positions.copy_(both[1][:, None])
+        found.graph.replay()
+        return found.logits[:num]
+
+    def _record(self, rows: int, places: int) -> _Recorded | None:
+        ids, positions = (torch.zeros(rows, 1, dtype=torch.long, device=self._device) for _ in range(2))
+        # Recorded over places that the rows have not reached: what is in the store stays as it is.
+        positions.fill_(places - 1)
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARMUPS):
+                    self._forward(ids, positions, places)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
+                logits = self._forward(ids, positions, places)
+        except RuntimeError as error:  # the model waits for the GPU somewhere
+            self.why_not = ' '.join(str(error).split())[:200]
+            logger.info('steps are not recorded, which is slower: %s', self.why_not)
+            return None
+        self._pool = self._pool or graph.pool()
+        return _Recorded(graph, ids, positions, logits)
