@@ -96,7 +96,7 @@ def test_a_recurrent_model_is_refused() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @torch.inference_mode()
 def test_recorded_steps_are_the_steps() -> None:
-    """Rows join and leave, lengths pass from one recording to the next, two keys; beside steps that are not recorded."""
+    """Rows join and leave, lengths pass from one recording to the next, two keys; beside steps not recorded."""
     torch.manual_seed(0)
     model = MODELS['llama']().cuda().eval()
     model.config.max_position_embeddings = 1024
