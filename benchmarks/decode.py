@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.qlora_model import add_adapter, build_base
-from xtuner.model.decode.decoder import decoder_for, release
+from xtuner.model.decode.decoder import find_decoder, release
 from xtuner.model.generate import Sampling, generate, generate_plainly
 
 ON_GPU = torch.cuda.is_available()
@@ -65,8 +65,8 @@ def prompt_of(length: int, words: int) -> list[int]:
 
 def forget(model: Any) -> None:
     """The next prompt is computed whole, though its beginning has been seen."""
-    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    decoder_for(causal)._ids = []
+    decoder: Any = find_decoder(model, 8)
+    decoder._ids = []
 
 
 def small_base(folder: str, bits: int | None) -> Any:
@@ -145,7 +145,7 @@ def logit_errors(model: Any, prompt: list[int]) -> dict[str, float]:
     ids = torch.tensor([prompt], device='cuda')
     with torch.autocast('cuda', torch.bfloat16):
         plain = model(input_ids=ids, use_cache=False).logits[0, -1].double()
-    decoder = decoder_for(causal)
+    decoder: Any = find_decoder(model, 8)
     decoder._ids = []
     decoder._prepare(len(prompt) + 8)
     whole = decoder._prefill(prompt)[0].double()

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from xtuner.model.decode.decoder import decoder_for, release
-from xtuner.model.decode.layers import obstacle
+from xtuner.model.decode.decoder import Decoder, find_decoder, release
 
 logger = logging.getLogger('xtuner')
 _SAID: set[str] = set()  # reasons for the slower way that were logged
@@ -113,15 +112,14 @@ def generate(
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    reason = obstacle(causal, len(prompt_ids) + sampling.max_new_tokens)
-    if reason is None:
-        answer = _decode(causal, prompt_ids, frozenset(stop_ids), sampling, streamer)
+    decoder = find_decoder(model, len(prompt_ids) + sampling.max_new_tokens)
+    reason = decoder if isinstance(decoder, str) else 'there is not enough memory for a cache of fixed size'
+    if isinstance(decoder, Decoder):
+        answer = _decode(decoder, prompt_ids, frozenset(stop_ids), sampling, streamer)
         if answer is not None:
             return answer
-        release(causal)
+        release(model)
         torch.cuda.empty_cache()
-        reason = 'there is not enough memory for a cache of fixed size'
     if reason not in _SAID:
         _SAID.add(reason)
         logger.info('decoding by transformers, which is slower: %s', reason)
@@ -134,13 +132,12 @@ def warm(model: Any, num_tokens: int) -> None:
 
     PyTorch's generators are left as they were. Models that are not decoded here are left alone.
     """
-    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     prompt = [int(model.config.bos_token_id or 0)] * 16
-    if obstacle(causal, num_tokens) is not None or num_tokens <= 2 * len(prompt):
+    decoder = find_decoder(model, num_tokens)
+    if isinstance(decoder, str) or num_tokens <= 2 * len(prompt):
         return
-    decoder = decoder_for(causal)
-    devices = [causal.device] if causal.device.type == 'cuda' else []
-    with torch.random.fork_rng(devices), decoder.lock, torch.autocast(causal.device.type, enabled=False):
+    devices = [model.device] if model.device.type == 'cuda' else []
+    with torch.random.fork_rng(devices), decoder.lock, torch.autocast(model.device.type, enabled=False):
         room = num_tokens - len(prompt)
         with closing(decoder.answer(prompt, max_new_tokens=room, temperature=0.5, top_p=0.5)) as ids:
             for _, _ in zip(range(3), ids, strict=False):
@@ -149,12 +146,15 @@ def warm(model: Any, num_tokens: int) -> None:
 
 @torch.inference_mode()
 def _decode(
-    causal: Any, prompt_ids: Sequence[int], stop_ids: frozenset[int], sampling: Sampling, streamer: TextStream | None
+    decoder: Decoder,
+    prompt_ids: Sequence[int],
+    stop_ids: frozenset[int],
+    sampling: Sampling,
+    streamer: TextStream | None,
 ) -> list[int] | None:
     """The answer; None where there is too little memory to begin one."""
-    decoder = decoder_for(causal)
     answer: list[int] = []
-    with decoder.lock, torch.autocast(causal.device.type, enabled=False):
+    with decoder.lock, torch.autocast(decoder.device.type, enabled=False):
         ids = decoder.answer(
             prompt_ids, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p
         )

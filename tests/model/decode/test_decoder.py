@@ -14,7 +14,6 @@ import torch
 from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, with_adapter
 from tests.model.published import CONFIGS, TRAINED, write_model
 from xtuner.model.decode import decoder as decoding
-from xtuner.model.decode.layers import obstacle
 from xtuner.model.generate import Sampling, generate, generate_plainly, warm
 from xtuner.model.loading import load_model
 from xtuner.model.quantization import keep_plain_layout
@@ -40,7 +39,7 @@ def plainly(model: Any, prompt: list[int], sampling: Sampling, stop: tuple[int, 
 def assert_decoded(model: Any, prompt: list[int] = PROMPT, stop: tuple[int, ...] = STOP) -> list[int]:
     """Our ids are `generate`'s, and were not made by it."""
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    assert obstacle(causal, len(prompt) + 14) is None
+    assert isinstance(decoding.find_decoder(model, len(prompt) + 14), decoding.Decoder)
     for sampling in (GREEDY, DRAWN):
         expected = plainly(model, prompt, sampling, stop)
         own = type(causal).generate
@@ -87,7 +86,7 @@ def test_several_forms_of_adapter() -> None:
 def test_logits_against_float64() -> None:
     model = with_adapter(four_bit()).eval()
     exact = dequantised(model)(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
-    decoder = decoding.decoder_for(model.get_base_model())
+    decoder = decoding.find_decoder(model, 20)
     with torch.inference_mode():
         decoder._prepare(20)
         whole = decoder._prefill(PROMPT)
@@ -180,21 +179,21 @@ def test_plain_positions_past_the_trained_length(tmp_path: Path) -> None:
 
 def test_what_it_does_not_know_is_left_to_transformers() -> None:
     model = with_adapter(tiny_llama(), use_dora=True).eval()
-    assert 'DoRA' in str(obstacle(model.get_base_model(), 20))
+    assert 'DoRA' in str(decoding.find_decoder(model, 20))
     assert generate(model, PROMPT, stop_ids=STOP, sampling=GREEDY) == plainly(model, PROMPT, GREEDY)
     plain = tiny_llama().eval()
     handle = plain.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 0)
-    assert 'hook' in str(obstacle(plain, 20))
+    assert 'hook' in str(decoding.find_decoder(plain, 20))
     hooked = generate(plain, PROMPT, stop_ids=STOP, sampling=DRAWN)
     handle.remove()
     assert hooked != generate(plain, PROMPT, stop_ids=STOP, sampling=DRAWN)
-    assert 'training' in str(obstacle(plain.train(), 20))
+    assert 'training' in str(decoding.find_decoder(plain.train(), 20))
 
 
 def test_nothing_is_kept_of_a_model_that_has_gone() -> None:
     model = tiny_llama().eval()
     generate(model, PROMPT, stop_ids=STOP, sampling=GREEDY)
-    cache = weakref.ref(decoding.decoder_for(model)._cache)
+    cache = weakref.ref(decoding.find_decoder(model, 20)._cache)
     gc.disable()
     try:
         del model
@@ -263,4 +262,4 @@ def test_warming_draws_no_random_numbers() -> None:
     torch.manual_seed(1)
     warm(model, 64)
     assert torch.equal(torch.rand(2), expected)
-    assert decoding.decoder_for(model)._cache is not None
+    assert decoding.find_decoder(model, 20)._cache is not None

@@ -11,7 +11,7 @@ import torch
 from tests.model.decode.test_decoder import PROMPT, four_bit
 from tests.model.kernels.conftest import dequantised, tiny_llama, triton_obstacle, with_adapter
 from tests.model.published import write_model
-from xtuner.model.decode.decoder import decoder_for
+from xtuner.model.decode.decoder import find_decoder
 from xtuner.model.loading import load_model
 
 if triton_obstacle() or torch.cuda.is_available():
@@ -22,7 +22,7 @@ from xtuner.model.decode.graph import TokenStep
 
 def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:
     """Logits after a prompt whose last three tokens went through the step."""
-    decoder = decoder_for(model.get_base_model() if hasattr(model, 'get_base_model') else model)
+    decoder: Any = find_decoder(model, len(prompt))
     with torch.inference_mode():
         decoder._prepare(len(prompt))
         decoder._prefill(prompt[:-3])

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
-from xtuner.model.decode.layers import adapters_on, read_layers, rotary_table, state_of
+from xtuner.model.decode.layers import (
+    adapters_on,
+    all_modules,
+    most_tokens,
+    obstacle,
+    read_layers,
+    rotary_table,
+    state_of,
+)
 from xtuner.model.decode.sampling import next_token
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger('xtuner')
 
 _KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
+_WORTH_COMPILING = 512  # tokens of a prompt
 _SMALLEST = 512  # tokens a cache has room for
 
 _MOST_VARIANTS = 2  # of one model, by the adapters that are on: a base and its adapter side by side
@@ -31,17 +40,29 @@ _MOST_VARIANTS = 2  # of one model, by the adapters that are on: a base and its 
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, list[Decoder]] = weakref.WeakKeyDictionary()
 
 
-def decoder_for(causal: nn.Module) -> Decoder:
-    """The decoder of a model without `layers.obstacle`, for the adapters that are on now; it goes with the model."""
-    modules = tuple(causal.modules())[1:]  # without the model itself, which would never go
+def find_decoder(model: Any, num_tokens: int) -> Decoder | str:
+    """The decoder of a model, for the adapters that are on now; made where there is none, it goes with the model.
+
+    Args:
+        model: A transformers or peft causal language model.
+        num_tokens: Of prompt and answer together.
+
+    Returns:
+        The decoder, or why there is none, in a few words.
+    """
+    causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    modules = all_modules(causal)
     adapters = adapters_on(modules)
     known = [decoder for decoder in _DECODERS.get(causal, []) if decoder.modules == modules]  # none was replaced
     found = next((decoder for decoder in known if decoder.adapters == adapters), None)
     if found is None:
+        reason = obstacle(causal)
+        if reason:
+            return reason
         known = known[-_MOST_VARIANTS + 1 :]
         found = Decoder(causal, modules, adapters)
     _DECODERS[causal] = [*(decoder for decoder in known if decoder is not found), found]
-    return found
+    return found.obstacle(num_tokens) or found
 
 
 def release(model: Any) -> None:
@@ -55,18 +76,20 @@ class Decoder:
     Holds the model's parts, not the model. One answer at a time: a second thread waits.
 
     Args:
-        causal: A causal language model, not wrapped by peft, without `layers.obstacle`.
+        causal: A causal language model without `layers.obstacle`, not wrapped by peft.
         modules: All modules inside it.
         adapters: What `adapters_on` says of them, as long as this decoder is used.
     """
 
-    def __init__(self, causal: Any, modules: tuple[nn.Module, ...], adapters: tuple) -> None:
+    def __init__(self, causal: Any, modules: list[nn.Module], adapters: tuple) -> None:
         decoder = causal.get_decoder()
         self.lock = threading.Lock()
         self.modules, self.adapters = modules, adapters
         self._decoder = decoder
         self._head = causal.get_output_embeddings()
         self._trained = decoder.config.max_position_embeddings
+        self._most_tokens = most_tokens(decoder)
+        self._inside = [module for layer in decoder.layers for module in (layer, *all_modules(layer))]
         self.layers = read_layers(decoder)
         self._weight = decoder.norm.weight
         self._state: tuple | None = None
@@ -75,8 +98,27 @@ class Decoder:
         self._step: TokenStep | None = None
         self._no_step: str | None = None
         self._mailbox: Mailbox | None = None
-        fused = self._weight.is_cuda and has_triton()
-        self._kernels = fused_kernels() if fused else None
+        self._fused = self._weight.is_cuda and has_triton()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._weight.device
+
+    def obstacle(self, num_tokens: int) -> str | None:
+        """Why an answer cannot be decoded here now, in a few words; None where it can."""
+        if self._decoder.training:
+            return 'it is in training mode'
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._inside):
+            return 'a hook is registered inside a layer, which would not be called'
+        if num_tokens > self._most_tokens:
+            return (
+                f'{num_tokens} tokens are more than the {self._trained} it was trained with; its rotary base grows then'
+            )
+        kind, dtype = self._weight.device.type, self._weight.dtype
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+            return f'autocast asks for {torch.get_autocast_dtype(kind)}, its weights are {dtype}'
+        return None
 
     def answer(self, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_p: float) -> Generator[int]:
         """Yields an answer's ids as they are drawn, without end but `max_new_tokens`; close it to stop.
@@ -119,7 +161,7 @@ class Decoder:
 
     def _token_step(self) -> TokenStep | None:
         """The recorded step, made at the first call; None where there can be none."""
-        if self._kernels is None or self._cache is None:
+        if not self._fused or self._cache is None:
             return None
         if self._step is None and self._no_step is None:
             from xtuner.model.decode.graph import Mailbox, TokenStep
@@ -152,12 +194,11 @@ class Decoder:
             self._angles = rotary_table(self._decoder, capacity, self.layers[0].heads.size)
 
     def _keep_weights(self) -> None:
-        if self._weight.is_cuda:
-            return
-        budget = int(free_host_bytes() * _KEPT_SHARE)
+        budget = 0 if self._weight.is_cuda else int(free_host_bytes() * _KEPT_SHARE)
         for layer in self.layers:
             for product in layer.products:
-                budget -= product.keep(budget)
+                product.refresh()
+                budget -= 0 if self._weight.is_cuda else product.keep(budget)
 
     def _prefill(self, prompt: list[int]) -> Tensor:
         """Logits (1, V) after the prompt; what it shares with the ids in the cache is not computed again."""
@@ -173,6 +214,9 @@ class Decoder:
         assert self._cache is not None
         decoder = self._decoder
         x = decoder.embed_tokens(torch.tensor(ids, device=self._weight.device)).to(self._weight.dtype)
-        x = advance(self.layers, x, self._cache, len(self._ids), self._angles, self._kernels)
+        # Triton's kernels take seconds where they have never been compiled: a short first prompt does without.
+        fused = self._fused and (self._step is not None or len(ids) >= _WORTH_COMPILING)
+        kernels = fused_kernels() if fused else None
+        x = advance(self.layers, x, self._cache, len(self._ids), self._angles, kernels)
         self._ids += ids
-        return self._head(norm(decoder.norm, x[-1:], self._kernels))
+        return self._head(norm(decoder.norm, x[-1:], kernels))

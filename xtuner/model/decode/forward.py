@@ -62,7 +62,7 @@ def advance(
         mask = torch.ones(length, end, dtype=torch.bool, device=x_TH.device).tril(start)
     for number, layer in enumerate(layers):
         heads = layer.heads
-        qkv = layer.qkv(norm(layer.norm_in, x_TH, kernels)).view(length, heads.groups, -1, heads.size)
+        qkv = layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels).view(length, heads.groups, -1, heads.size)
         query, key, value = _turned(qkv, heads, turn, kernels)
         new[2 * number].copy_(key)
         new[2 * number + 1].copy_(value)
@@ -70,8 +70,9 @@ def advance(
             query, seen[2 * number], seen[2 * number + 1], attn_mask=mask, is_causal=length > 1 and not start,
             scale=heads.scale, enable_gqa=heads.num_queries != heads.num_keys,
         )  # fmt: skip
-        x_TH = x_TH + layer.out(attended.transpose(1, 2).reshape(length, -1))
-        x_TH = x_TH + layer.down(_gated(layer.gate_up(norm(layer.norm_mid, x_TH, kernels)), kernels))
+        x_TH = x_TH + layer.out(attended.transpose(1, 2).reshape(length, -1), kernels)
+        gate_up = layer.gate_up(norm(layer.norm_mid, x_TH, kernels), kernels)
+        x_TH = x_TH + layer.down(_gated(gate_up, kernels), kernels)
     return x_TH
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xtuner.model.decode.forward import Cache
 from xtuner.model.decode.layers import Layer
-from xtuner.model.decode.product import Product, joined_bias
+from xtuner.model.decode.product import Product
 from xtuner.model.kernels import fused_rows, fused_step
 from xtuner.model.kernels.quantized import QuantizedWeight
 
@@ -171,12 +171,12 @@ def _part(product: Product) -> _Part:
     down = None
     if low_rank is not None:
         down = torch.empty(len(low_rank.down), dtype=torch.float32, device=low_rank.down.device)
-    return _Part(weights, joined_bias(product.layers, dtype), low_rank, down)
+    return _Part(weights, product.bias, low_rank, down)
 
 
 def _low_rank(product: Product, dtype: torch.dtype) -> fused_step.LowRank | None:
     """All of a product's adapters, padded with zeros to one rank; None where it has none."""
-    adapters = product.adapters()
+    adapters = product.adapters
     if not any(adapters):
         return None
     rank = max(1 << (a.rank - 1).bit_length() for a in adapters if a)
@@ -186,7 +186,7 @@ def _low_rank(product: Product, dtype: torch.dtype) -> fused_step.LowRank | None
     row = 0
     for number, (layer, adapter) in enumerate(zip(product.layers, adapters, strict=True)):
         if adapter:
-            down[number * rank : number * rank + adapter.rank] = adapter.a_rK.detach().float() * adapter.scaling
-            up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr.detach()
+            down[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
+            up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
     return fused_step.LowRank(down, up, rank)

@@ -111,21 +111,20 @@ def _form(layer: Any) -> dict[str, tuple[str, ...]] | None:
     return _FORMS.get((type(layer).__name__, type(attention).__name__))
 
 
-def obstacle(causal: Any, num_tokens: int) -> str | None:
-    """Why a model cannot be decoded here, in a few words; None where it can.
+def obstacle(causal: Any) -> str | None:
+    """Why a model, as it is built, cannot be decoded here, in a few words; None where it can.
 
     Args:
         causal: A causal language model, not wrapped by peft.
-        num_tokens: Of prompt and answer together.
     """
     decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else None
     layers = getattr(decoder, 'layers', None)
     if decoder is None or not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
         return f'{type(causal).__name__} is not built like Llama'
-    if causal.training:
-        return 'it is in training mode'
     if decoder.config.hidden_act not in ('silu', 'swish'):
         return f'its activation is {decoder.config.hidden_act}, not silu'
+    if getattr(decoder.rotary_emb, 'rope_type', 'default') == 'longrope':
+        return 'its rotary positions depend on the length of the text'
     for layer in layers:
         reason = _layer_obstacle(layer)
         if reason:
@@ -133,19 +132,14 @@ def obstacle(causal: Any, num_tokens: int) -> str | None:
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:
         return 'its weights lie on several devices'
-    dtype = decoder.layers[0].get_parameter(_form(layers[0])['norms'][0] + '.weight').dtype  # type: ignore[index]
-    device = next(iter(devices)).type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
-        return f'autocast asks for {torch.get_autocast_dtype(device)}, its weights are {dtype}'
-    return _position_obstacle(decoder, num_tokens)
+    return None
 
 
-def _position_obstacle(decoder: Any, num_tokens: int) -> str | None:
-    trained = decoder.config.max_position_embeddings
+def most_tokens(decoder: Any) -> float:
+    """Tokens of a text beyond which a decoder's rotary base would grow; infinite where it never does."""
     kind = getattr(decoder.rotary_emb, 'rope_type', 'default')
-    if num_tokens > trained and (type(decoder.rotary_emb).__name__ in _LENGTH_BOUND or kind == 'dynamic'):
-        return f'{num_tokens} tokens are more than the {trained} it was trained with, so its rotary base would grow'
-    return 'its rotary positions depend on the length of the text' if kind == 'longrope' else None
+    bound = type(decoder.rotary_emb).__name__ in _LENGTH_BOUND or kind == 'dynamic'
+    return decoder.config.max_position_embeddings if bound else float('inf')
 
 
 def _layer_obstacle(layer: Any) -> str | None:
@@ -162,10 +156,18 @@ def _layer_obstacle(layer: Any) -> str | None:
             reason = None if getattr(projection, 'merged', False) else adapter_obstacle(projection)
             if reason:
                 return reason
-    for name, module in layer.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f'a hook is registered on {name or "a layer"}'
     return None
+
+
+def all_modules(root: nn.Module) -> list[nn.Module]:
+    """All modules inside one, quickly: those of 7B with adapters are thousands, and looked at before each answer."""
+    found: list[nn.Module] = []
+    waiting = [root]
+    while waiting:
+        inside = [child for child in waiting.pop()._modules.values() if child is not None]
+        found += inside
+        waiting += inside
+    return found
 
 
 def state_of(modules: Sequence[nn.Module]) -> tuple:
@@ -182,7 +184,7 @@ def state_of(modules: Sequence[nn.Module]) -> tuple:
 
 def adapters_on(modules: Sequence[nn.Module]) -> tuple:
     """Which adapters are on, which are merged, and their scalings."""
-    tuned: list[Any] = [m for m in modules if hasattr(m, 'merged_adapters') and hasattr(m, 'scaling')]
+    tuned: list[Any] = [m for m in modules if 'merged_adapters' in m.__dict__ and 'scaling' in m.__dict__]
     return tuple(
         (m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), tuple(m.scaling.values()))
         for m in tuned

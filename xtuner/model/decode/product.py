@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xtuner.model.kernels.decoder import adapter_of, base_of
-from xtuner.model.kernels.dispatch import kernels_for
+from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, FrozenLinear
 
 
@@ -30,79 +30,81 @@ class Product:
         self.num_in = self.layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in self.layers)
         self._kept: Tensor | None = None
-        self._bias: Tensor | None = None
+        self.refresh()
 
-    def adapters(self) -> list[Adapter | None]:
-        """Each layer's adapter as it is now; None where there is none, it is off or it is merged."""
-        return [None if getattr(p, 'merged', False) else adapter_of(p) for p in self.projections]
+    def refresh(self) -> None:
+        """Looks anew at weights and adapters, which have changed."""
+        self._kept = None
+        self.adapters = [_adapter(projection, self.dtype) for projection in self.projections]
+        self.bias = joined_bias(self.layers, self.dtype)
+        self._quantised = all(layer.parts() is not None for layer in self.layers)
+        present = [adapter.a_rK for adapter in self.adapters if adapter]
+        self._down = torch.cat(present) if present else None
 
     def keep(self, budget_bytes: int) -> int:
         """Turns weights and adapters into one float matrix, if it fits; returns the bytes it took.
 
         A single float layer without an adapter is taken as it is.
         """
-        adapters, dtype = self.adapters(), self.dtype
         weight = self.layers[0].module.weight
-        self._kept = None
-        self._bias = joined_bias(self.layers, dtype)
-        if len(self.layers) == 1 and not any(adapters) and self.layers[0].parts() is None and weight.dtype == dtype:
+        plain = not self._quantised and self._down is None and weight.dtype == self.dtype
+        if len(self.layers) == 1 and plain:
             self._kept = weight.detach()
             return 0
-        size = self.num_in * self.num_out * torch.finfo(dtype).bits // 8
+        size = self.num_in * self.num_out * torch.finfo(self.dtype).bits // 8
         if size > budget_bytes:
             return 0
-        self._kept = torch.cat([_merged(layer, a, dtype) for layer, a in zip(self.layers, adapters, strict=True)])
+        both = zip(self.layers, self.adapters, strict=True)
+        self._kept = torch.cat([_merged(layer, adapter, self.dtype) for layer, adapter in both])
         return size
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """All layers' outputs side by side, (T, N)."""
+    def __call__(self, x_TK: Tensor, kernels: Kernels | None = None) -> Tensor:
+        """All layers' outputs side by side, (T, N); with kernels, 4-bit weights are turned into floats by them."""
         if self._kept is not None:
-            return functional.linear(x_TK, self._kept, self._bias)
-        out = torch.empty(len(x_TK), self.num_out, dtype=x_TK.dtype, device=x_TK.device)
-        self._multiply(x_TK, out)
-        row = 0
-        for layer, adapter in zip(self.layers, self.adapters(), strict=True):
-            part = out[:, row : row + layer.shape[0]]
-            if adapter:
-                down = functional.linear(x_TK, adapter.a_rK.to(x_TK.dtype))
-                part.addmm_(down, adapter.b_Nr.to(x_TK.dtype).t(), alpha=adapter.scaling)
-            row += layer.shape[0]
+            return functional.linear(x_TK, self._kept, self.bias)
+        out = self._base(x_TK, kernels)
+        if self._down is not None:
+            inner, row, column = functional.linear(x_TK, self._down), 0, 0
+            for layer, adapter in zip(self.layers, self.adapters, strict=True):
+                if adapter:
+                    own = inner[:, column : column + adapter.rank]
+                    out[:, row : row + layer.shape[0]].addmm_(own, adapter.b_Nr.t(), alpha=adapter.scaling)
+                    column += adapter.rank
+                row += layer.shape[0]
         return out
 
-    def _multiply(self, x_TK: Tensor, out_TN: Tensor) -> None:
-        """The base's part: one product over the weights as floats where they have to be turned into floats anyway."""
-        quantised = all(layer.parts() is not None for layer in self.layers)
-        groups = [self.layers] if quantised and x_TK.is_cuda else [[layer] for layer in self.layers]
-        row = 0
-        for group in groups:
-            rows = sum(layer.shape[0] for layer in group)
-            weight = _side_by_side(group, x_TK) if len(group) > 1 else _matrix(group[0], x_TK)
-            bias, part = joined_bias(group, x_TK.dtype), out_TN[:, row : row + rows]
-            args = (x_TK, weight.t())
-            torch.mm(*args, out=part) if bias is None else torch.addmm(bias, *args, out=part)
-            row += rows
+    def _base(self, x_TK: Tensor, kernels: Kernels | None) -> Tensor:
+        """The base's part: one product of all layers where their weights have to be turned into floats anyway."""
+        if kernels is not None and self._quantised:
+            weight = torch.empty(self.num_out, self.num_in, dtype=self.dtype, device=x_TK.device)
+            row = 0
+            for layer in self.layers:
+                layer.write_into(weight[row : row + layer.shape[0]], kernels)
+                row += layer.shape[0]
+            return functional.linear(x_TK, weight, self.bias)
+        matrices = (layer.matrix(self.dtype) for layer in self.layers)
+        if len(self.layers) == 1:
+            return functional.linear(x_TK, next(matrices), self.bias)
+        out, row = torch.empty(len(x_TK), self.num_out, dtype=self.dtype, device=x_TK.device), 0
+        for matrix in matrices:
+            torch.mm(x_TK, matrix.t(), out=out[:, row : row + len(matrix)])
+            row += len(matrix)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def _adapter(projection: Any, dtype: torch.dtype) -> Adapter | None:
+    """A layer's adapter as it is now, in the products' dtype; None where there is none, it is off or it is merged."""
+    found = None if getattr(projection, 'merged', False) else adapter_of(projection)
+    if found is None:
+        return None
+    return Adapter(found.a_rK.detach().to(dtype), found.b_Nr.detach().to(dtype), found.scaling, 0.0)
 
 
 def _merged(layer: FrozenLinear, adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
     weight = layer.matrix(dtype).detach()
     if adapter is None:
         return weight
-    return torch.addmm(weight, adapter.b_Nr.detach().to(dtype), adapter.a_rK.detach().to(dtype), alpha=adapter.scaling)
-
-
-def _side_by_side(layers: list[FrozenLinear], like: Tensor) -> Tensor:
-    kernels = kernels_for(like.device)
-    rows = sum(layer.shape[0] for layer in layers)
-    weight = torch.empty(rows, layers[0].shape[1], dtype=like.dtype, device=like.device)
-    row = 0
-    for layer in layers:
-        layer.write_into(weight[row : row + layer.shape[0]], kernels)
-        row += layer.shape[0]
-    return weight
-
-
-def _matrix(layer: FrozenLinear, like: Tensor) -> Tensor:
-    return _side_by_side([layer], like) if layer.parts() is not None and like.is_cuda else layer.matrix(like.dtype)
+    return torch.addmm(weight, adapter.b_Nr, adapter.a_rK, alpha=adapter.scaling)
 
 
 def joined_bias(layers: list[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
