@@ -12,7 +12,9 @@ are from float32's, relative. Prints one JSON line for each model.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import sys
 import tempfile
@@ -184,7 +186,9 @@ def fresh() -> dict[str, Any]:
     model = large_base()
     torch.cuda.synchronize()
     prompt = prompt_of(20, model.config.vocab_size)
-    first = timed(generate, model, prompt, 1)[0]
+    profiler = cProfile.Profile()
+    first = profiler.runcall(timed, generate, model, prompt, 1)[0]
+    pstats.Stats(profiler, stream=sys.stderr).sort_stats('tottime').print_stats(14)
     forget(model)
     again = timed(generate, model, prompt, 1)[0]
     started = time.perf_counter()
@@ -196,18 +200,21 @@ def fresh() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(model: Any) -> None:
-    """The kernels of 20 tokens, by time, to stderr."""
-    prompt = prompt_of(20, model.config.vocab_size)
-    timed(generate, model, prompt, 4)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        timed(generate, model, prompt, 21)
-    print(seen.key_averages().table(sort_by='cuda_time_total', row_limit=18, max_name_column_width=60), file=sys.stderr)
+def profile(model: Any, long: int) -> None:
+    """The kernels of 20 tokens and those of a long prompt, by time, to stderr."""
+    prompts = prompt_of(20, model.config.vocab_size), prompt_of(long, model.config.vocab_size)
+    for prompt, num_tokens in zip(prompts, (21, 1), strict=True):
+        timed(generate, model, prompt, num_tokens)
+        forget(model)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            timed(generate, model, prompt, num_tokens)
+        table = seen.key_averages().table(sort_by='cuda_time_total', row_limit=14, max_name_column_width=44)
+        print('\n'.join(line[:46] + line[-75:] for line in table.splitlines()), file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tokens', type=int, default=256 if ON_GPU else 100)
+    parser.add_argument('--tokens', type=int, default=128 if ON_GPU else 100)
     parser.add_argument('--prompt', type=int, default=2000 if ON_GPU else 500, help='tokens of the long prompt')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--fresh', action='store_true')
@@ -220,11 +227,11 @@ def main() -> None:
         model = large_base()
         print(json.dumps(measure('7B, 4 bit', model, args.tokens, args.prompt, args.rounds)), flush=True)
         if args.profile:
-            profile(model)
+            profile(model, args.prompt)
         adapted = add_adapter(model).eval()
         print(json.dumps(measure('7B, 4 bit, adapter', adapted, args.tokens, args.prompt, args.rounds)), flush=True)
         if args.profile:
-            profile(adapted)
+            profile(adapted, args.prompt)
         return
     for name, bits in (('demo, float32', None), ('demo, 4 bit', 4)):
         with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
 from xtuner.model.decode.layers import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger('xtuner')
 
 _KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
+# Not cuDNN's, which plans anew for each length that it has not seen.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WORTH_COMPILING = 512  # tokens of a prompt
 _SMALLEST = 512  # tokens a cache has room for
 
@@ -217,6 +220,7 @@ class Decoder:
         # Triton's kernels take seconds where they have never been compiled: a short first prompt does without.
         fused = self._fused and (self._step is not None or len(ids) >= _WORTH_COMPILING)
         kernels = fused_kernels() if fused else None
-        x = advance(self.layers, x, self._cache, len(self._ids), self._angles, kernels)
+        with sdpa_kernel(_ATTENTION):
+            x = advance(self.layers, x, self._cache, len(self._ids), self._angles, kernels)
         self._ids += ids
         return self._head(norm(decoder.norm, x[-1:], kernels))

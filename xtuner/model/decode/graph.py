@@ -17,7 +17,8 @@ from torch import Tensor
 from xtuner.model.decode.forward import Cache
 from xtuner.model.decode.layers import Layer
 from xtuner.model.decode.product import Product
-from xtuner.model.kernels import fused_rows, fused_step
+from xtuner.model.kernels import fused_gemv, fused_step
+from xtuner.model.kernels.fused_words import in_planes
 from xtuner.model.kernels.quantized import QuantizedWeight
 
 logger = logging.getLogger('xtuner')
@@ -27,24 +28,31 @@ logger = logging.getLogger('xtuner')
 class _Part:
     """A product as its kernel takes it; `down` is where its adapters' inner vector goes."""
 
-    weights: fused_step.Weights
+    weights: fused_gemv.Weights
     bias: Tensor | None
-    low_rank: fused_step.LowRank | None
+    low_rank: fused_gemv.LowRank | None
     down: Tensor | None
+
+    @property
+    def planes(self) -> int:
+        """In how many planes its input lies."""
+        return self.weights.planes
 
     def project(self, x: Tensor) -> None:
         if self.low_rank is not None and self.down is not None:
-            fused_step.project(self.low_rank, x, self.down)
+            fused_gemv.project(self.low_rank, x, self.down)
 
     def multiply(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
         """Writes the product, or adds it to what is there."""
         self.project(x)
-        fused_step.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
+        fused_gemv.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
 
-    def multiply_gated(self, x: Tensor, out: Tensor) -> None:
-        """Writes the gated product of two layers."""
+    def multiply_gated(self, x: Tensor, out: Tensor, *, planes: int) -> None:
+        """Writes the gated product of two layers, in planes."""
         self.project(x)
-        fused_step.multiply_gated(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down)
+        fused_gemv.multiply_gated(
+            self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, planes=planes
+        )
 
 
 class TokenStep:
@@ -71,11 +79,12 @@ class TokenStep:
         self.token = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.position = torch.zeros((), dtype=torch.int32, device=like.device)
         self._x = torch.empty(1, size, dtype=torch.float32, device=like.device)
-        self._normed = like.new_empty(1, size)
+        self._normed = torch.empty(size, device=like.device)
+        self._last = like.new_empty(1, size)
         self._qkv = torch.empty(heads.groups, heads.queries + 2 * heads.keys, heads.size, device=like.device)
         self._query = torch.empty(heads.num_queries, heads.size, device=like.device)
-        self._attended = like.new_empty(heads.num_queries, heads.size)
-        self._gated = like.new_empty(layers[0].down.num_in)
+        self._attended = torch.empty(heads.num_queries * heads.size, device=like.device)
+        self._gated = torch.empty(layers[0].down.num_in, device=like.device)
         self._attention = fused_step.Attention(heads.num_queries, like[0, 0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
@@ -83,26 +92,26 @@ class TokenStep:
     def run(self) -> Tensor:
         """Enqueues one step: `token` at `position`, which then counts on. Returns logits (1, V)."""
         self._x.copy_(self._decoder.embed_tokens(self.token))
-        normed = self._normed.view(-1)
+        x, position = self._x.view(-1), self.position
         for number, (layer, (qkv, out, gate_up, down)) in enumerate(zip(self._layers, self._parts, strict=True)):
             heads = layer.heads
             keys, values = self._cache.all[2 * number, 0], self._cache.all[2 * number + 1, 0]
-            self._norm(layer.norm_in)
-            qkv.multiply(normed, self._qkv)
+            self._norm(layer.norm_in, self._normed, qkv.planes)
+            qkv.multiply(self._normed, self._qkv)
             fused_step.turn_and_store(
-                self._qkv, self._angles, self.position, self._query, keys, values, queries=heads.queries
+                self._qkv, self._angles, position, self._query, keys, values, queries=heads.queries
             )
-            self._attention(self._query, keys, values, self.position, self._attended, heads.scale)
-            out.multiply(self._attended.view(-1), self._x, add=True)
-            self._norm(layer.norm_mid)
-            gate_up.multiply_gated(normed, self._gated)
-            down.multiply(self._gated, self._x, add=True)
-        self._norm(self._decoder.norm)
+            self._attention(self._query, keys, values, position, self._attended, heads.scale, planes=out.planes)
+            out.multiply(self._attended, x, add=True)
+            self._norm(layer.norm_mid, self._normed, gate_up.planes)
+            gate_up.multiply_gated(self._normed, self._gated, planes=down.planes)
+            down.multiply(self._gated, x, add=True)
+        self._norm(self._decoder.norm, self._last, 1)
         self.position += 1
-        return self._head(self._normed)
+        return self._head(self._last)
 
-    def _norm(self, module: Any) -> None:
-        fused_rows.rms_norm(self._x, module.weight, module.variance_epsilon, self._normed)
+    def _norm(self, module: Any, out: Tensor, planes: int) -> None:
+        fused_step.norm(self._x, module.weight, module.variance_epsilon, out, planes=planes)
 
     def record(self, free_position: int) -> None:
         """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all.
@@ -159,34 +168,34 @@ class Mailbox:
 def _part(product: Product) -> _Part:
     quantised = [layer.parts() for layer in product.layers]
     if any(part is None for part in quantised):
-        weights = fused_step.weights_of([layer.module.weight.detach() for layer in product.layers])
+        weights = fused_gemv.weights_of([layer.module.weight.detach() for layer in product.layers])
     else:
-        weights = fused_step.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
+        weights = fused_gemv.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
     if isinstance(weights, str):
         raise ValueError(weights)
     dtype = product.dtype
-    if weights.form == fused_step.FLOAT and weights.dtype != dtype:
+    if weights.form == fused_gemv.FLOAT and weights.dtype != dtype:
         raise ValueError(f'a layer has weights in {weights.dtype} among {dtype}')
-    low_rank = _low_rank(product, dtype)
+    low_rank = _low_rank(product, weights.planes)
     down = None
     if low_rank is not None:
         down = torch.empty(len(low_rank.down), dtype=torch.float32, device=low_rank.down.device)
     return _Part(weights, product.bias, low_rank, down)
 
 
-def _low_rank(product: Product, dtype: torch.dtype) -> fused_step.LowRank | None:
+def _low_rank(product: Product, planes: int) -> fused_gemv.LowRank | None:
     """All of a product's adapters, padded with zeros to one rank; None where it has none."""
     adapters = product.adapters
     if not any(adapters):
         return None
     rank = max(1 << (a.rank - 1).bit_length() for a in adapters if a)
     device = product.layers[0].module.weight.device
-    down = torch.zeros(len(adapters) * rank, product.num_in, dtype=dtype, device=device)
-    up = torch.zeros(product.num_out, rank, dtype=dtype, device=device)
+    down = torch.zeros(len(adapters) * rank, product.num_in, dtype=product.dtype, device=device)
+    up = torch.zeros(product.num_out, rank, dtype=product.dtype, device=device)
     row = 0
     for number, (layer, adapter) in enumerate(zip(product.layers, adapters, strict=True)):
         if adapter:
             down[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
             up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return fused_step.LowRank(down, up, rank)
+    return fused_gemv.LowRank(in_planes(down, planes).contiguous(), up, rank)

@@ -177,8 +177,9 @@ def state_of(modules: Sequence[nn.Module]) -> tuple:
     looked at too.
     """
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
-    seen = [p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters if p.requires_grad and p.numel()]
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters would answer each question in Python
+        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+        seen = [p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters if p.requires_grad and p.numel()]
     return weights, tuple(torch.stack(seen).tolist()) if seen else ()
 
 
