@@ -158,8 +158,8 @@ def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> Plan
     return Plan(schedule.max_steps * per_step, schedule, world_size)
 
 
-def knobs(config: TrainConfig, setup: Setup) -> list[Knob]:
-    """Settings that would take memory off, the one that saves most first; what saves nothing is left out."""
+def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> list[Knob]:
+    """Settings that would take memory off, the one that saves most first, and those left out that save too little."""
     schedule, shape = config.schedule, setup.shape
     changes: list[tuple[str, dict[str, Any]]] = []
     if schedule.batch_size > 1:
@@ -183,7 +183,7 @@ def knobs(config: TrainConfig, setup: Setup) -> list[Knob]:
         changes.append((f'adapter.r={config.adapter["r"] // 2}', {'shape': smaller}))
     now = predict_memory(setup).on_card
     found = [Knob(text, now - predict_memory(replace(setup, **change)).on_card) for text, change in changes]
-    return sorted((knob for knob in found if knob.saved > 2**20), key=lambda knob: -knob.saved)
+    return sorted((knob for knob in found if knob.saved > least_saved), key=lambda knob: -knob.saved)
 
 
 def _as_adapter(setup: Setup) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class TrainLoop(BaseLoop):
         max_nonfinite_steps: The run ends after so many steps in a row without a finite gradient.
         stop: Whether a signal asks to stop; None: nothing ever does.
         origins: Names the items of a micro-batch for messages; None leaves that out.
-        memory_knobs: Settings that would need less memory, for the message when it has run out.
+        memory_advice: Gives settings that would need less memory, called when it has run out.
 
     Attributes:
         step: Optimizer steps done.
@@ -112,7 +112,7 @@ class TrainLoop(BaseLoop):
         max_nonfinite_steps: int,
         stop: StopRequest | None = None,
         origins: Origins | None = None,
-        memory_knobs: Sequence[str] = (),
+        memory_advice: Callable[[], Sequence[str]] = list,
     ) -> None:
         super().__init__(runner, dataloader)
         self.plan = plan
@@ -127,7 +127,7 @@ class TrainLoop(BaseLoop):
         self.skips = Skips()
         self.validation_loss: float | None = None
         self._stop, self._stop_agreed = stop or StopRequest(), False
-        self._origins, self._memory_knobs = origins, memory_knobs
+        self._origins, self._memory_advice = origins, memory_advice
         self._gradients_checked = False
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
 
@@ -193,7 +193,7 @@ class TrainLoop(BaseLoop):
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 where = '; '.join(self._describe(range(len(micro_batches))))
-                reason = memory_message(self.runner, micro_batches, self._memory_knobs)
+                reason = memory_message(self.runner, micro_batches, self._memory_advice())
                 raise TrainingError(f'step {self.step + 1}: {reason}; the batch: {where}') from error
             if is_dead_worker(error):  # noticed whenever the system tells of it, not only where a batch is awaited
                 raise TrainingError(dead_worker_message(error)) from error

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.config.schema import TrainConfig
+from xtuner.engine.estimate_text import gib
 
-_MOST_KNOBS = 3
+_SHOWN = 3
 _CPU_WORDS = ("can't allocate memory", 'not enough memory')  # of torch's allocator on a CPU
 
 
@@ -19,38 +19,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in _CPU_WORDS)
 
 
-def memory_knobs(config: TrainConfig) -> list[str]:
-    """The three settings of a config that would save most, the ones that change the result least first."""
-    schedule, adapter, quantization = config.schedule, config.adapter, config.quantization
-    knobs = []
-    if schedule.batch_size > 1:
-        knobs.append(
-            f'schedule.batch_size={schedule.batch_size // 2} with '
-            f'schedule.accumulative_counts={schedule.accumulative_counts * 2}'
-        )
-    if not config.runtime.activation_checkpointing:
-        knobs.append('runtime.activation_checkpointing=True')
-    if adapter is not None and (quantization is None or quantization.bits > 4):
-        knobs.append('quantization.bits=4')
-    knobs.append(f'dataset.max_length={config.dataset.max_length // 2}')
-    if adapter is None:
-        knobs.append('a qlora config, which trains an adapter on a 4-bit base')
-    elif isinstance(rank := adapter.get('r'), int) and rank > 1:
-        knobs.append(f'adapter.r={rank // 2}')
-    knobs.append('optimizer.type=bitsandbytes.optim:PagedAdamW8bit')
-    return knobs[:_MOST_KNOBS]
-
-
-def memory_message(runner: Any, micro_batches: Sequence[Mapping[str, Tensor]], knobs: Sequence[str]) -> str:
+def memory_message(runner: Any, micro_batches: Sequence[Mapping[str, Tensor]], advice: Sequence[str]) -> str:
     """One line: device, the largest terms, what to turn, the form of the batch."""
     device = runner.train_loop.device
     terms = memory_terms(runner)
-    largest = ', '.join(f'{name} {_gib(size)}' for name, size in sorted(terms.items(), key=lambda t: -t[1])[:3])
-    total = f' of {_gib(torch.cuda.mem_get_info(device)[1])}' if device.type == 'cuda' else ''
+    largest = ', '.join(f'{name} {gib(size)}' for name, size in sorted(terms.items(), key=lambda t: -t[1])[:_SHOWN])
+    total = f' of {gib(torch.cuda.mem_get_info(device)[1])}' if device.type == 'cuda' else ''
     forms = ' and '.join(sorted({' x '.join(map(str, b['input_ids'].shape)) for b in micro_batches}))
     return (
         f'out of memory on {device}{total} with micro-batches of {forms} tokens; largest: {largest}; '
-        f'try {", or ".join(knobs) if knobs else "smaller batches"}'
+        f'{", or ".join(advice[:_SHOWN]) or "take smaller batches"}'
     )
 
 
@@ -76,7 +54,3 @@ def _tensors(state: Mapping[Any, Any]) -> Iterable[Tensor]:
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type == device.type)
-
-
-def _gib(size: int) -> str:
-    return f'{size / 2**30:.2f} GiB'

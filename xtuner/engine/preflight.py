@@ -11,8 +11,8 @@ from xtuner.dataset.stream import PackStream
 from xtuner.engine.estimate import data_size, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import gib, knob_texts
 from xtuner.engine.material import Data
-from xtuner.errors import TrainingError
-from xtuner.model.memory import predict_memory
+from xtuner.errors import TrainingError, XTunerError
+from xtuner.model.memory import Setup, predict_memory
 from xtuner.model.memory_terms import CONTEXT_BYTES
 
 logger = logging.getLogger('xtuner')
@@ -36,8 +36,7 @@ def check_memory(
     if device.type != 'cuda' or strategy not in PREDICTED_STRATEGIES:
         return
     free, total = torch.cuda.mem_get_info(device)
-    size = None if isinstance(data.dataset, PackStream) else data_size(data.dataset)
-    setup = setup_of(config, shape_of(config, data.model_folder), data=size, world_size=world_size)
+    setup = _setup(config, data, world_size)
     memory = predict_memory(setup)
     # The process's own context is there already; a paged optimizer's state goes to the host where it must.
     needed = memory.on_card - CONTEXT_BYTES - memory.beside.get('paged optimizer', 0)
@@ -53,3 +52,16 @@ def check_memory(
         logger.warning('%s', message)
         return
     raise TrainingError(f'{message}; runtime.check_memory=False tries all the same')
+
+
+def memory_advice(config: TrainConfig, data: Data, world_size: int) -> list[str]:
+    """What to turn where memory has run out after all, the setting that is predicted to save most first."""
+    try:
+        return knob_texts(knobs(config, _setup(config, data, world_size), least_saved=0))
+    except XTunerError:  # what cannot be predicted must not hide that memory has run out
+        return []
+
+
+def _setup(config: TrainConfig, data: Data, world_size: int) -> Setup:
+    size = None if isinstance(data.dataset, PackStream) else data_size(data.dataset)
+    return setup_of(config, shape_of(config, data.model_folder), data=size, world_size=world_size)

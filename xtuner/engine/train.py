@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +24,8 @@ from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import Group, process_group, sequence_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
-from xtuner.engine.memory_error import memory_knobs
 from xtuner.engine.plan import Plan
-from xtuner.engine.preflight import check_memory
+from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
 from xtuner.engine.same_run import describe_run, write_run
 from xtuner.engine.signals import StopRequest
@@ -212,7 +212,7 @@ def _make_runner(
         max_nonfinite_steps=runtime.max_nonfinite_steps,
         stop=stop,
         origins=batches.origins,
-        memory_knobs=memory_knobs(config),
+        memory_advice=partial(memory_advice, config, data, group.world_size),
     )
     return runner
 
