@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.decode.test_decoder import PROMPT, four_bit
+from tests.model.decode.compare import PROMPT, four_bit
 from tests.model.kernels.conftest import dequantised, tiny_llama, triton_obstacle, with_adapter
 from tests.model.published import write_model
 from xtuner.model.decode.decoder import find_decoder
