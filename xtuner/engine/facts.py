@@ -53,7 +53,7 @@ def about_run(
             'world_size': plan.world_size,
         },
         'dataset': {
-            name: summary_of(dataset)
+            name: summary_of(dataset, share=name == 'val' and data.dataset.summary == dataset.summary)
             for name, dataset in (('train', data.dataset), ('val', data.validation))
             if isinstance(dataset, PreparedDataset)
         },
@@ -65,6 +65,7 @@ def method_of(config: TrainConfig) -> str:
     if config.adapter is None:
         return 'all weights'
     kind = reference(config.adapter['type']).partition(':')[2].removesuffix('Config')
+    kind = {'Lora': 'DoRA' if config.adapter.get('use_dora') else 'LoRA'}.get(kind, kind)
     kind = {4: 'Q', 8: '8-bit ', None: ''}[config.quantization.bits if config.quantization else None] + kind
     rank = config.adapter.get('r')
     return f'{kind}, rank {rank}' if rank else kind
@@ -77,12 +78,19 @@ def sources_of(config: TrainConfig) -> list[str]:
     return [public_name(path) for path in paths]
 
 
-def summary_of(dataset: PreparedDataset) -> dict[str, Any]:
-    """A part's counts, how full its packs are, and how long its conversations."""
+def summary_of(dataset: PreparedDataset, *, share: bool = False) -> dict[str, Any]:
+    """A part's counts, how full its packs are, and how long its conversations.
+
+    Args:
+        dataset: Training or validation data.
+        share: Whether it is a share of data whose counts are told elsewhere.
+    """
     lengths = dataset.sample_lengths[dataset.sample_numbers]
     counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(1, int(lengths.max()))))
     return {
-        **dataset.summary.to_dict(),
+        **({} if share else dataset.summary.to_dict()),
+        'part_conversations': len(lengths),
+        'part_tokens': int(lengths.sum()),
         'packs': len(dataset),
         'fill': dataset.fill,
         'lengths': {'edges': edges.tolist(), 'counts': counts.tolist()},

@@ -19,5 +19,9 @@ for (const chart of document.querySelectorAll('svg.chart')) {
     reading.style.top = box.top - outer.top + near[1] * scale + 'px';
     show(true);
   });
-  chart.addEventListener('pointerleave', () => show(false));
+  chart.addEventListener('pointerleave', () => {
+    show(false);
+    reading.style.left = '0';
+    reading.textContent = '';  // a hidden reading must not make the page wider
+  });
 }

@@ -72,7 +72,8 @@ def _data_card(name: str, summary: Mapping[str, Any]) -> str:
     rows: list[tuple[str, object]] = [
         (label, f'{summary[key]:,}') for key, label in (
             ('records', 'records read'), ('conversations', 'conversations made of them'),
-            ('kept', 'kept'), ('packs', 'packs'), ('tokens', 'tokens'),
+            ('kept', 'kept'), ('tokens', 'tokens in them'), ('part_conversations', 'conversations in this part'),
+            ('part_tokens', 'tokens in them'), ('packs', 'packs'),
         ) if isinstance(summary.get(key), int)
     ]  # fmt: skip
     if isinstance(summary.get('fill'), float):
@@ -113,8 +114,9 @@ def sessions_part(run: Run) -> str:
     last = sessions[-1]
     return (
         f'<section><h2>Run</h2><div class="card scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
-        f'<div class="grid2">{_facts("What", _what(run))}{_facts("Machine", _machine(last))}'
-        f'{_facts("Versions", list((last.get("versions") or {}).items()))}{_facts("Repository", _git(last))}'
+        f'<div class="grid2">{_facts("What", _what(run))}'
+        f'{_facts("Versions", list((last.get("versions") or {}).items()))}'
+        f'{_facts("Machine", _machine(last))}{_facts("Repository", _git(last))}'
         '</div></section>'
     )
 
