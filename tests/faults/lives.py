@@ -113,8 +113,11 @@ def newest(work_dir: Path) -> Path:
 
 def result(work_dir: Path) -> dict[str, Any]:
     """The bytes that a run ended with, and its loss log."""
-    names = ('adapter_model.safetensors', 'trainer.safetensors', 'trainer.json')
-    return {name: (newest(work_dir) / name).read_bytes() for name in names} | {'metrics': metrics(work_dir)}
+    folder = newest(work_dir)
+    tensors = {name: (folder / name).read_bytes() for name in ('adapter_model.safetensors', 'trainer.safetensors')}
+    state = dict(json.loads((folder / 'trainer.json').read_text(encoding='utf-8'))['dict'])
+    state.pop('activation_rooms')  # of the machine, when the run began
+    return tensors | {'state': state, 'metrics': metrics(work_dir)}
 
 
 def steps_done(work_dir: Path) -> int:

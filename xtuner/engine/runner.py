@@ -9,7 +9,7 @@ from typing import Any
 
 import mmengine.runner
 import torch
-from mmengine.dist import get_dist_info
+from mmengine.dist import all_reduce, get_dist_info
 from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
@@ -21,6 +21,7 @@ from xtuner.engine.strategies import Strategy
 from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError
 from xtuner.model.adapter import trainable_parameters
+from xtuner.model.fast import activation_room, set_activation_room
 
 logger = logging.getLogger('xtuner')
 
@@ -87,6 +88,7 @@ class Runner(mmengine.runner.Runner):
             'optimizer': self.strategy.optimizer_state(),
             'scaler': loop.scaler.state_dict(),
             'skips': loop.skips.state(),
+            'activation_rooms': self._activation_rooms(),
         }
 
     def restore(self, folder: Path) -> None:
@@ -112,6 +114,17 @@ class Runner(mmengine.runner.Runner):
         loop.scaler.load_state_dict(state['scaler'])
         loop.skips = Skips(**state['skips'])
         loop.step = state['step']
+        rooms = state['activation_rooms']
+        if len(rooms) == self.strategy.world_size and rooms[self.strategy.rank] is not None:
+            set_activation_room(self.bare_model.llm, rooms[self.strategy.rank])
+
+    def _activation_rooms(self) -> list[int | None]:
+        """By which room for activations each rank decides what it computes again."""
+        mine = torch.full((self.strategy.world_size,), -1, dtype=torch.int64)
+        room = activation_room(self.bare_model.llm)
+        mine[self.strategy.rank] = -1 if room is None else max(0, room)
+        all_reduce(mine, 'max')
+        return [None if room < 0 else room for room in mine.tolist()]
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Refuses mmengine's own way, which unpickles the file it is given; `restore` is ours.

@@ -21,7 +21,15 @@ from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, w
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.sequence import SequenceGroup
 
-__all__ = ['FastPath', 'enable_fast_path', 'fused_linear_cross_entropy', 'target_rows', 'wait_once_a_step']
+__all__ = [
+    'FastPath',
+    'activation_room',
+    'enable_fast_path',
+    'fused_linear_cross_entropy',
+    'set_activation_room',
+    'target_rows',
+    'wait_once_a_step',
+]
 
 _KEPT_SHARE = 0.25  # of the free memory, for 4-bit weights kept as floats on a CPU
 _LOGGER = logging.getLogger('xtuner')
@@ -188,6 +196,26 @@ def check_heads(config: Any, size: int) -> None:
             f"`parallel.sequence_parallel_size` is {size}, which does not divide the model's {heads} heads of keys and "
             'values; use a divisor of it'
         )
+
+
+def activation_room(model: nn.Module) -> int | None:
+    """The bytes for activations by which a model's fast path decides what it computes again; None: nothing decides."""
+    fast = _fast_decoder(model)
+    return fast.room if fast is not None and fast.by_memory else None
+
+
+def set_activation_room(model: nn.Module, room: int) -> None:
+    """Decides by this room, whatever memory is free: a layer that is computed again has other last bits."""
+    fast = _fast_decoder(model)
+    if fast is not None:
+        fast.room = room
+
+
+def _fast_decoder(model: nn.Module) -> FastDecoder | None:
+    outer: Any = model
+    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
+    forward = causal.get_decoder().__dict__.get('forward') if hasattr(causal, 'get_decoder') else None
+    return forward.fast if isinstance(forward, _Forward) else None
 
 
 def _keep_on_cpu(fast: FastDecoder) -> str:

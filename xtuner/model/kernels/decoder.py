@@ -61,7 +61,7 @@ class FastDecoder:
         self.kernels = kernels
         self.folded = folded and not fp8
         self.by_memory = by_memory
-        self._room: int | None = None  # for activations; known when the first batch comes
+        self.room: int | None = None  # for activations; known when the first batch comes
         self._reported: int | None = None
         self.graphs_allowed = True
         self.offload_from_bytes = 2**28
@@ -185,21 +185,21 @@ class FastDecoder:
         """How many layers keep only their input: by the memory there is, or as the decoder is set."""
         if not self.by_memory:
             return len(runs) - 1 if self._checkpointing() else 0
-        if self._room is None:
+        if self.room is None:
             parameters = (p for run in runs for a in flatten(run) for p in (a.a_rK, a.b_Nr))
             trained = sum(getattr(p, '_local_tensor', p).numel() for p in parameters)  # of a sharded one, what is here
-            self._room = room_for_activations(free_bytes(x.device), trained, x.device.type)
+            self.room = room_for_activations(free_bytes(x.device), trained, x.device.type)
             if self.sequence is not None:  # computing again sends messages again: all must do it alike
-                self._room = self.sequence.least(self._room, x.device)
+                self.room = self.sequence.least(self.room, x.device)
         ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
         num_again = num_layers_again(
-            runs[0].parts, ranks, len(runs), tokens=len(x), item_bytes=runs[0].batch.how.dtype.itemsize, room=self._room
+            runs[0].parts, ranks, len(runs), tokens=len(x), item_bytes=runs[0].batch.how.dtype.itemsize, room=self.room
         )
         if self._reported is None or num_again > self._reported:
             self._reported = num_again
             _LOGGER.info(
                 'room for %.1f GiB of activations: at %d tokens %d of %d layers are computed twice',
-                self._room / 2**30, len(x), num_again, len(runs),
+                self.room / 2**30, len(x), num_again, len(runs),
             )  # fmt: skip
         return num_again
 
