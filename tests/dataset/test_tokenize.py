@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_tokenizer
 from tests.dataset.golden_templates import golden_tokenizer
 from xtuner.dataset.conversation import Conversation, Message, to_conversation
 from xtuner.dataset.template import get_template
+from xtuner.dataset.text_encoder import MIDDLE, Run, TextEncoder
 from xtuner.dataset.tokenize import Encoder, encode_conversation, encode_prompt
 from xtuner.errors import DataError
+from xtuner.model.loading import load_tokenizer
 
 ANSWER = Message('assistant', 'Hello there')
 ASK = Message('user', 'Hi you')
@@ -158,3 +162,37 @@ def test_names_of_tokens_in_a_text_are_text(internlm_like):
 def test_a_prompt_must_not_end_with_an_answer(internlm_like):
     with pytest.raises(DataError, match='the prompt ends with an answer'):
         encode_prompt([ASK, ANSWER], internlm_like, get_template('internlm_chat'))
+
+
+@pytest.mark.real
+def test_ids_of_internlm_are_the_tokenizers_own(shared_data):
+    """The encoder replaces spaces itself; what it encodes is what the tokenizer would have made of it."""
+    tokenizer = load_tokenizer(shared_data / 'internlm-7b-tokenizer')
+    encoder = TextEncoder(tokenizer, {'<eoa>': 103028, '</s>': 2})
+    assert encoder._space == '▁'
+    rows = [json.loads(line) for line in (shared_data / 'gsm8k_test.jsonl').open(encoding='utf-8')]
+    texts = [row['question'] + '  \n ▁' + row['answer'] for row in rows] + [
+        '',
+        ' ',
+        '▁ ▁',
+        '\0 \t x',
+        '<TOKENS_UNUSED_2> x',
+    ]
+    runs = [Run(text, MIDDLE, True) for text in texts]
+    assert encoder.encode(runs) == tokenizer(texts, add_special_tokens=False).input_ids
+    spelt = ['a </s> b', '<eoa> </s>', 'x  <eoa>']
+    for text, ids in zip(spelt, encoder.encode([Run(text, MIDDLE, True) for text in spelt]), strict=True):
+        assert not {2, 103028} & set(ids)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_two_encoders_of_one_tokenizer_do_not_disturb_each_other(internlm_like):
+    """Settings that encoding needs are the encoder's own, or put back."""
+    tokenizer = make_spaced_tokenizer(['<eoa>'], scheme='normalizer')
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(' ', '▁')
+    encoder = TextEncoder(tokenizer, {'<eoa>': tokenizer.convert_tokens_to_ids('<eoa>')})
+    before = tokenizer('Hello <eoa> you', add_special_tokens=False).input_ids
+    [ids] = encoder.encode([Run('Hello <eoa> you', MIDDLE, True)])
+    assert ids != before
+    assert tokenizer('Hello <eoa> you', add_special_tokens=False).input_ids == before
+    assert tokenizer.backend_tokenizer.normalizer is not None
