@@ -3,9 +3,9 @@
     python benchmarks/merge.py --work-dir DIR [--layers 2] [--device cpu] [--base original dequantized] [--kills 20]
 
 It writes the base (full vocabulary, random weights) and an adapter of rank 64 on every linear layer, copies the base's
-files as the measure, and merges in processes of their own, whose peak is the largest resident set, mapped files
-included. `--limit-gb` bounds each one's private memory (RLIMIT_DATA) and writes the base as .safetensors. With
-`--kills`, a merge is killed at random moments so many times, run to its end, and compared with one that was not.
+files as the measure, and merges in processes of their own, whose peak is the largest resident set, mapped pages of
+files included. With `--kills`, a merge is killed at random moments so many times, run to its end, and compared with one
+that was not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -53,23 +52,10 @@ def write_adapter(folder: Path, base: Path, layers: int) -> None:
     Provenance('benchmark', fingerprint(open_weights(base)), 'internlm_chat', 'bf16', settings).write(folder)
 
 
-def as_safetensors(base: Path) -> None:
-    """Rewrites the base's `.bin` shards: mapping those counts as private memory, although its pages are the file's."""
-    index = json.loads((base / 'pytorch_model.bin.index.json').read_text())
-    for file in sorted(set(index['weight_map'].values())):
-        save_file(
-            torch.load(base / file, weights_only=True), base / file.replace('.bin', '.safetensors'), {'format': 'pt'}
-        )
-        (base / file).unlink()
-    index['weight_map'] = {name: file.replace('.bin', '.safetensors') for name, file in index['weight_map'].items()}
-    (base / 'model.safetensors.index.json').write_text(json.dumps(index))
-    (base / 'pytorch_model.bin.index.json').unlink()
-
-
 def copy_seconds(base: Path, target: Path) -> tuple[float, int]:
     """Seconds that the disk takes to copy the base's weights, flushed; and their bytes."""
     target.mkdir()
-    files = sorted([*base.glob('*.bin'), *base.glob('*.safetensors')])
+    files = sorted(base.glob('*.bin'))
     start = time.perf_counter()
     for file in files:
         shutil.copyfile(file, target / file.name)
@@ -80,13 +66,9 @@ def copy_seconds(base: Path, target: Path) -> tuple[float, int]:
     return seconds, sum(file.stat().st_size for file in files)
 
 
-def start(words: list[str], limit_gb: float) -> subprocess.Popen[str]:
-    def limit() -> None:
-        if limit_gb:
-            resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 1e9),) * 2)
-
-    return subprocess.Popen([sys.executable, '-m', 'xtuner.cli.main', 'convert', 'merge', *words], preexec_fn=limit,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def start(words: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, '-m', 'xtuner.cli.main', 'convert', 'merge', *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @dataclass
@@ -99,9 +81,9 @@ class Run:
     verified: str
 
 
-def merge(words: list[str], limit_gb: float) -> Run:
+def merge(words: list[str]) -> Run:
     begun = time.perf_counter()
-    process = start(words, limit_gb)
+    process = start(words)
     log: list[tuple[float, str]] = []
 
     def read() -> None:
@@ -129,12 +111,12 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()[:16]
 
 
-def kill(words: list[str], out: Path, kills: int, limit_gb: float, seconds: float) -> None:
+def kill(words: list[str], out: Path, kills: int, seconds: float) -> None:
     """Kills the same merge again and again; each run goes on where the last was."""
     draw = random.Random(0)
     shards = []
     for _ in range(kills):
-        process = start([*words, str(out)], limit_gb)
+        process = start([*words, str(out)])
         time.sleep(draw.uniform(0.3, 1.0) * seconds)
         process.kill()
         process.communicate()
@@ -151,15 +133,12 @@ def main() -> None:
     parser.add_argument('--device', nargs='+', default=['cpu'])
     parser.add_argument('--base', nargs='+', default=['original', 'dequantized'])
     parser.add_argument('--verify', type=int, default=4)
-    parser.add_argument('--limit-gb', type=float, default=0)
     parser.add_argument('--kills', type=int, default=0)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     base, adapter = args.work_dir / 'base', args.work_dir / 'adapter'
     if not adapter.exists():
         write_checkpoint(base, args.tokenizer, num_hidden_layers=args.layers)
-        if args.limit_gb:
-            as_safetensors(base)
         write_adapter(adapter, base, args.layers)
     copying, num_bytes = copy_seconds(base, args.work_dir / 'copy')
     print(f'RESULT copy: {num_bytes / 1e9:.2f} GB in {copying:.1f} s, {num_bytes / copying / 1e6:.0f} MB/s', flush=True)
@@ -167,18 +146,18 @@ def main() -> None:
         for kind in args.base:
             words = [str(base), str(adapter), '--base', kind, '--device', device, '--dtype', 'fp16']
             out = args.work_dir / 'merged'
-            run = merge([*words, str(out), '--verify', str(args.verify)], args.limit_gb)
+            run = merge([*words, str(out), '--verify', str(args.verify)])
             print(f'RESULT {kind}, {device}: {run.written:.1f} s from start to the last byte, '
                   f'{num_bytes / run.written / 1e6:.0f} MB/s, {copying / run.written:.0%} of the copy; '
                   f'{run.seconds:.1f} s in all; peak {run.peak:.2f} GiB; {run.verified}', flush=True)  # fmt: skip
             shutil.rmtree(out)
             if args.kills:
                 words += ['--verify', '0', '--max-shard-size', '200MB']
-                merge([*words, str(out)], args.limit_gb)
+                merge([*words, str(out)])
                 whole = digest(out)
                 shutil.rmtree(out)
-                kill(words, out, args.kills, args.limit_gb, run.written)
-                merge([*words, str(out)], args.limit_gb)
+                kill(words, out, args.kills, run.written)
+                merge([*words, str(out)])
                 print(f'RESULT the same bytes as one that was not killed: {digest(out) == whole}', flush=True)
                 shutil.rmtree(out)
 
