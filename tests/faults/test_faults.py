@@ -17,8 +17,11 @@ import torch
 
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
+from xtuner.engine.lines import append_line
+from xtuner.errors import TrainingError
 
 STEPS = 5
+SAMPLES = ['samples.prompts=["Say 1.", "Say 2."]', 'samples.interval=1', 'samples.max_new_tokens=3']
 
 
 class Place:
@@ -117,6 +120,28 @@ def test_a_disk_that_fills_up(
     (place.folder / 'filler').unlink()
     assert place.train(words=('--allow-changes',)) == 0
     assert result(place.folder / 'run') == expected
+
+
+@pytest.mark.parametrize('tracker', ['[]', '["tensorboard"]'])
+def test_a_disk_without_a_byte_left(
+    tracker: str, place: Place, small_disk: Any, error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it is that cannot be written first."""
+    on_disk(place, small_disk(32))
+    monkeypatch.setattr('xtuner.engine.hooks.checkpoint.check_space', lambda *_: None)
+    options = [f'log.trackers={tracker}', 'checkpoint.interval=4', *SAMPLES]
+    assert place.train(fault('FillDisk', step=2, free=0), *options, steps=40) == 1
+    assert 'No space left on device' in error()
+    assert not list((place.folder / 'run').glob('.*'))
+    (place.folder / 'filler').unlink()
+    assert place.train(*options, steps=40, words=('--allow-changes',)) == 0
+
+
+def test_a_loss_log_that_cannot_be_written(small_disk: Any) -> None:
+    disk = small_disk(1)
+    (disk / 'filler').write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    with pytest.raises(TrainingError, match=r'cannot write .*metrics.jsonl: No space left on device'):
+        append_line(disk / 'metrics.jsonl', {'step': 1})
 
 
 def test_a_folder_that_cannot_be_written(place: Place, small_disk: Any, error: Any) -> None:
@@ -264,9 +289,6 @@ def test_an_adapter_without_a_gradient_is_named(place: Place, error: Any) -> Non
     assert 'layers.1.self_attn.q_proj:' in text
     assert 'k_proj' not in text
     assert place.checkpoints() == []
-
-
-SAMPLES = ['samples.prompts=["Say 1.", "Say 2."]', 'samples.interval=1', 'samples.max_new_tokens=3']
 
 
 def test_samples_change_nothing(place: Place) -> None:
