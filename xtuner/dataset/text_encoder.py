@@ -154,8 +154,10 @@ def _without_normalizer(backend: Tokenizer, added: Mapping[int, AddedToken]) -> 
     Writing another character for each space is all that many tokenizers' normalisers do, and a fifth of their time goes
     there; replaced beforehand, it takes none. The twin shares the model and keeps its own settings.
     """
-    normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer is not None else {}
-    if normalizer.get('type') != 'Replace' or normalizer['pattern'] != {'String': ' '}:
+    if type(backend.normalizer).__name__ != 'Replace':
+        return backend, ' '
+    normalizer = json.loads(backend.normalizer.__getstate__())
+    if normalizer['pattern'] != {'String': ' '}:
         return backend, ' '
     space = normalizer['content']
     if any(token.normalized or ' ' in token.content or space in token.content for token in added.values()):
