@@ -1,40 +1,90 @@
-"""Two processes: a signal to one of them stops both at the same step, saved; and what changes with their number."""
+"""One rank is killed, or hangs: all end within seconds, one line says which, and its checkpoint goes on."""
 
 from __future__ import annotations
 
-import os
-import signal
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.faults.lives import Life, metrics, steps_done, wait_for, words_for
+from tests.e2e.test_ranks import run, words_for
+from tests.faults.lives import Life, newest, steps_done
+from tests.faults.lives import words_for as life_words
+
+HOOKS = "hooks=[{{'type': 'tests.faults.rank_hooks:{name}', 'step': 3}}]"
+# Dropout's masks are each rank's own, and a learning rate that falls would know how long the run is.
+STEADY = ('adapter.lora_dropout=0', 'schedule.decay=constant', 'schedule.warmup_ratio=0.0')
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_to_one_rank_stops_both_at_one_step(
-    number: int, tiny_internlm: Path, forty_conversations: Path, tmp_path: Path
-) -> None:
-    log, work_dir = tmp_path / 'log', tmp_path / 'run'
-    words = words_for(tiny_internlm, forty_conversations, work_dir, 'checkpoint.interval=1000', steps=400)
-    life = Life(words, log, ranks=2)
-    wait_for(lambda: (work_dir / 'metrics.jsonl').is_file(), life)
-    os.kill(life.processes[1].pid, number)  # type: ignore[arg-type]
-    assert life.end() == [128 + number, 128 + number], log.read_text(encoding='utf-8')
-    stopped = steps_done(work_dir)
-    assert 1 <= stopped < 400
-    assert metrics(work_dir)[-1]['step'] == stopped
-    assert 'stopped at step' in log.read_text(encoding='utf-8')
+def errors(log: Path) -> list[str]:
+    return [line for line in log.read_text(encoding='utf-8').splitlines() if line.startswith('xtuner: error')]
+
+
+def test_killed_and_resumed_by_others(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
+    """Two ranks of `ddp`, one killed in step 3; two of `fsdp` go on."""
+    folder, log = tmp_path / 'run', tmp_path / 'log'
+    words = life_words(tiny_internlm, forty_conversations, folder, *STEADY, steps=4)
+    began = time.monotonic()
+    life = Life([*words, HOOKS.format(name='Killed')], log, ranks=2)
+    assert life.end(60) == [1, -9], log.read_text(encoding='utf-8')
+    assert time.monotonic() - began < 45
+    assert len(errors(log)) == 1 and 'rank 1 was killed' in errors(log)[0]
+    assert steps_done(folder) == 2
+    others = [*words, 'parallel.strategy=fsdp', '--allow-changes']  # the hook is not there any more
+    assert Life(others, log, ranks=2).end() == [0, 0], log.read_text(encoding='utf-8')
+    assert_same_weights(folder, uninterrupted(tiny_internlm, forty_conversations, tmp_path))
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_named(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
-    log, work_dir = tmp_path / 'log', tmp_path / 'run'
-    assert Life(words_for(tiny_internlm, forty_conversations, work_dir, steps=2), log).end() == [0]
-    options = ['schedule.accumulative_counts=1']
-    words = words_for(tiny_internlm, forty_conversations, work_dir, *options, steps=3)
-    assert Life(words, log, ranks=2).end()[0] == 1
-    text = log.read_text(encoding='utf-8')
-    assert 'the number of processes was 1 and is now 2' in text
-    assert Life([*words[:2], '--allow-changes', *words[2:]], log, ranks=2).end() == [0, 0], log.read_text()
-    assert [m['step'] for m in metrics(work_dir)] == [1, 2, 3]
+def test_any_number_of_ranks_goes_on(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
+    """Two steps by four ranks of `fsdp`, one by two of `ddp`, one by a single process: always four items a step."""
+    folder, log = tmp_path / 'run', tmp_path / 'log'
+    for steps, ranks, strategy in ((2, 4, 'fsdp'), (3, 2, 'ddp'), (4, 1, 'auto')):
+        words = life_words(tiny_internlm, forty_conversations, folder, *STEADY, steps=steps)
+        more = [f'schedule.accumulative_counts={4 // ranks}', f'parallel.strategy={strategy}', '--allow-changes']
+        assert set(Life([*words, *more], log, ranks=ranks).end()) == {0}, log.read_text(encoding='utf-8')
+    assert_same_weights(folder, uninterrupted(tiny_internlm, forty_conversations, tmp_path))
+
+
+def uninterrupted(model: Path, data: Path, tmp_path: Path) -> Path:
+    """The work folder of one process that did the same four steps."""
+    folder, log = tmp_path / 'whole', tmp_path / 'whole.log'
+    words = life_words(model, data, folder, *STEADY, 'schedule.accumulative_counts=4', steps=4)
+    assert Life(words, log).end() == [0], log.read_text(encoding='utf-8')
+    return folder
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ended, expected = (load_file(newest(f) / 'adapter_model.safetensors') for f in (one, other))
+    assert ended.keys() == expected.keys()
+    for name, tensor in expected.items():  # AdamW divides a gradient by its own size: near zero, rounding shows
+        assert (ended[name] - tensor).abs().max() < 2e-3 * tensor.abs().max(), name
+
+
+def test_a_rank_that_hangs_is_named(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
+    log = tmp_path / 'log'
+    words = life_words(tiny_internlm, forty_conversations, tmp_path / 'run', 'parallel.timeout_s=3', steps=4)
+    life = Life([*words, HOOKS.format(name='Hangs')], log, ranks=2)
+    assert set(life.end(60)) == {1}, log.read_text(encoding='utf-8')
+    assert len(errors(log)) == 1
+    assert 'rank 1 (on ' in errors(log)[0] and 'hangs at step 3, reading its data' in errors(log)[0]
+
+
+@pytest.mark.slow
+def test_the_launcher_tells_of_a_killed_rank(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
+    words = words_for(tiny_internlm, forty_conversations, tmp_path / 'run', 2)
+    result = run([*words, HOOKS.format(name='Killed'), '--nproc-per-node', '2'])
+    assert result.returncode == 1
+    assert result.stderr.count('xtuner: error') == 1
+    assert 'rank 1 was killed by SIGKILL' in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_one_that_prepares(tiny_internlm: Path, conversations: Path, tmp_path: Path) -> None:
+    """Twelve records at a second each, with a time-out of one second (seven for a collective)."""
+    words = words_for(tiny_internlm, conversations, tmp_path / 'run', 2)
+    more = ['dataset.map_fn=tests.faults.rank_hooks:slow_map', 'parallel.timeout_s=2']
+    result = run([*words, *more, '--nproc-per-node', '2'])
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count('1 of') == 0 and 'prepared in' in result.stderr

@@ -102,4 +102,23 @@ class Strategy:
         self.optimizer.load_state_dict(state)
 
 
+def leaves(state: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """A parameter's optimizer state without its nesting, which bitsandbytes' optimizers have: values by their path."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, value in state.items():
+        found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
+    return found
+
+
+def nested(found: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `leaves`."""
+    state: dict[str, Any] = {}
+    for (*sections, last), value in found.items():
+        here = state
+        for section in sections:
+            here = here.setdefault(section, {})
+        here[last] = value
+    return state
+
+
 Single = Strategy

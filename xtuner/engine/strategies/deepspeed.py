@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xtuner.config.deepspeed import read_deepspeed_config
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.strategies.base import MakeOptimizer, Strategy
+from xtuner.engine.strategies.base import MakeOptimizer, Strategy, leaves, nested
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
 
@@ -103,35 +103,41 @@ class ZeRO(Strategy):
         """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        scalars, names = self._state_form()
+        saved = self._inner.state_dict()
+        form = leaves(saved['state'][0])  # of one partition; of its size is what belongs to elements
+        size = next(iter(self._inner.state)).numel()
         state = {}
         for number, parameter in enumerate(trainable_parameters(self.bare).values()):
-            whole = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in names}
-            state[number] = whole | scalars
-        numbers = list(range(len(state)))
-        return {
-            'state': state,
-            'param_groups': [g | {'params': numbers} for g in self._inner.state_dict()['param_groups']],
-        }
+            whole = {
+                path: safe_get_full_optimizer_state(parameter, path[-1]).cpu() if _is_of(value, size) else value
+                for path, value in form.items()
+            }
+            state[number] = nested(whole)
+        groups = [group | {'params': list(range(len(state)))} for group in saved['param_groups']]
+        return {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Into the partitions."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        scalars, names = self._state_form()
-        for number, parameter in enumerate(trainable_parameters(self.bare).values()):
-            for name in names:
-                safe_set_full_optimizer_state(parameter, state['state'][number][name].to(self._device()), name)
-        first = state['state'][0]
-        for partition in self._inner.state.values():
-            for name in scalars:
-                partition[name] = first[name].clone() if isinstance(first[name], Tensor) else first[name]
+        parameters = list(trainable_parameters(self.bare).values())
+        self._make_room(leaves(state['state'][0]), parameters[0])
+        for number, parameter in enumerate(parameters):
+            for path, value in leaves(state['state'][number]).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), path[-1])
 
-    def _state_form(self) -> tuple[dict[str, Any], list[str]]:
-        """What the optimizer keeps for a partition: values that all share, and names of tensors of its size."""
-        partition, held = next(iter(self._inner.state.items()))
-        names = [k for k, v in held.items() if isinstance(v, Tensor) and v.numel() == partition.numel() and v.dim()]
-        return {k: v for k, v in held.items() if k not in names}, names
+    def _make_room(self, saved: dict[tuple[str, ...], Any], parameter: Tensor) -> None:
+        """State for each partition, as the optimizer's first step would make it, and its numbers as saved."""
+        for group in self._inner.param_groups:
+            for partition in group['params']:
+                for path, value in saved.items():
+                    of_elements = isinstance(value, Tensor) and value.shape == parameter.shape
+                    self._inner.state[partition][path[-1]] = torch.zeros_like(partition) if of_elements else value
+        link = getattr(self.optimizer, '_lazy_init_hp_params_optimizer_state', None)  # stages 1 and 2
+        if link is not None:
+            link()
 
-    def _device(self) -> torch.device:
-        return next(iter(self._inner.state)).device
+
+def _is_of(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == size

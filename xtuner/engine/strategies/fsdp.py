@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from xtuner.engine.strategies.base import Strategy
+from xtuner.engine.strategies.base import Strategy, leaves, nested
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.kernels.quantized import is_4bit
 
@@ -111,44 +111,47 @@ class FullyShard(Strategy):
         self._reshard()
         own = self.optimizer.state_dict()
         names = list(self._local)
-        held = {name: own['state'][i] for i, name in enumerate(n for n in names if self._local[n].numel())
-                if i in own['state']}  # fmt: skip
-        kinds = [{name: {k: isinstance(v, Tensor) and v.shape == self._local[name].shape for k, v in state.items()}
-                  for name, state in held.items()}]  # fmt: skip
-        distributed.broadcast_object_list(kinds, src=0)  # rank 0 has rows of every parameter
-        state: dict[int, dict[str, Any]] = {}
+        here = [name for name in names if self._local[name].numel()]
+        held = {name: leaves(own['state'][number]) for number, name in enumerate(here) if number in own['state']}
+        # Rank 0 has rows of every parameter, and so knows what there is to put together.
+        forms = [
+            {name: {path: _is_like(v, self._local[name]) for path, v in state.items()} for name, state in held.items()}
+        ]
+        distributed.broadcast_object_list(forms, src=0)
+        state = {}
         for number, name in enumerate(names):
-            for key, sharded in kinds[0].get(name, {}).items():
-                value = held.get(name, {}).get(key)
-                if sharded:
-                    value = self._put_together(name, value)
-                state.setdefault(number, {})[key] = value
+            whole = {}
+            for path, sharded in forms[0].get(name, {}).items():
+                value = held.get(name, {}).get(path)
+                whole[path] = self._put_together(name, value) if sharded else value
+            if whole:
+                state[number] = nested(whole)
         groups = [group | {'params': list(range(len(names)))} for group in own['param_groups']]
-        return {'state': state, 'param_groups': groups} | {
-            k: v for k, v in own.items() if k not in ('state', 'param_groups')
-        }
+        return own | {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes this rank's rows."""
-        own, place = {}, 0
+        own: dict[int, Any] = {}
+        place = 0
         for number, (name, local) in enumerate(self._local.items()):
             if not local.numel():
                 continue
             if number in state['state']:
-                whole = _parameter(self.bare, name)
-                own[place] = {k: self._rows(v, whole) for k, v in state['state'][number].items()}
+                whole = self.bare.get_parameter(name)
+                saved = leaves(state['state'][number])
+                own[place] = nested({path: self._rows(value, whole) for path, value in saved.items()})
             place += 1
         groups = [group | {'params': list(range(place))} for group in state['param_groups']]
         self.optimizer.load_state_dict(state | {'state': own, 'param_groups': groups})
 
     def _rows(self, value: Any, whole: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != whole.shape:
+        if not _is_like(value, whole):
             return value
         chunks = value.chunk(self.world_size)
         return chunks[self.rank].clone() if self.rank < len(chunks) else value[:0]
 
     def _put_together(self, name: str, value: Tensor | None) -> Tensor:
-        whole: Any = _parameter(self.bare, name)
+        whole: Any = self.bare.get_parameter(name)
         local = self._local[name]
         rows = torch.zeros_like(local) if value is None else value.to(local.device)
         full = DTensor.from_local(
@@ -183,8 +186,9 @@ def _local(parameter: Any) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to_local())
 
 
-def _parameter(model: nn.Module, name: str) -> Any:
-    return model.get_parameter(name)
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether a value of the optimizer's state is element for element a parameter's."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _trained(module: nn.Module) -> bool:

@@ -1,0 +1,233 @@
+"""What each rank of the strategy tests computes: one optimizer step of the real loop, by every strategy, over gloo.
+
+Forked from a server that has imported everything. Rank 0 leaves what it found in a file, for the test to compare.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xtuner.config.schema import ScheduleConfig
+from xtuner.dataset.collate import collate
+from xtuner.dataset.sampler import EpochSampler
+from xtuner.engine.launch import process_group, sequence_group
+from xtuner.engine.plan import Plan, StepSampler
+from xtuner.engine.runner import Runner
+from xtuner.engine.strategies.base import Single, Strategy
+from xtuner.model.adapter import trainable_parameters
+from xtuner.model.fast import enable_fast_path
+from xtuner.model.sft import SupervisedFinetune
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['tests.engine.strategies.ranks'])
+
+NUM_ITEMS, VOCABULARY = 8, 61
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same step of `NUM_ITEMS` items.
+
+    Attributes:
+        strategy: 'single', 'ddp' or 'fsdp'.
+        method: 'lora', 'qlora' or 'full'.
+        batch_size: Items of a micro-batch.
+        sequence: Ranks that share a pack.
+    """
+
+    strategy: str
+    method: str
+    batch_size: int = 1
+    sequence: int = 1
+
+
+def cases(world_size: int) -> list[Case]:
+    """All of them for a number of ranks; gradients are accumulated over what is left of the items."""
+    found = [
+        Case(strategy, method, batch_size)
+        for strategy in ('ddp', 'fsdp')
+        for method in ('lora', 'qlora', 'full')
+        for batch_size in (1, 2)
+    ]
+    shared = [Case('ddp', 'lora', sequence=size) for size in (2, 4) if size <= world_size]
+    return [*found, *shared, Case('fsdp', 'qlora', sequence=2)]
+
+
+def items() -> list[dict[str, np.ndarray]]:
+    """Packs of one to four samples, of 3 to 40 tokens, part of them targets: none is like another."""
+    random = np.random.default_rng(0)
+    made = []
+    for number in range(NUM_ITEMS):
+        lengths = random.integers(3, 11, number % 4 + 1)
+        ids = random.integers(0, VOCABULARY, lengths.sum())
+        labels = np.where(random.random(len(ids)) < 0.6, ids, -100)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        labels[positions == 0], labels[-1] = -100, ids[-1]
+        made.append({'input_ids': ids, 'labels': labels, 'position_ids': positions})
+    return made
+
+
+def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = True, sharded: bool = False) -> Any:
+    """The same small model for the same method, adapters not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, initializer_range=0.2)  # fmt: skip
+    llm: Any = LlamaForCausalLM(config)
+    if method == 'qlora':
+        quantise(llm, torch.float32 if sharded else torch.uint8)
+    if method != 'full':
+        adapter = LoraConfig(r=3, lora_alpha=6, target_modules='all-linear', task_type='CAUSAL_LM')
+        llm = get_peft_model(llm.requires_grad_(False), adapter)
+        for name, parameter in llm.named_parameters():
+            if 'lora_B' in name:
+                parameter.data.normal_(0, 0.2)
+    llm = llm.to(dtype)
+    if fast:
+        enable_fast_path(llm, sharded=sharded)
+    return SupervisedFinetune(llm).train()
+
+
+def quantise(llm: Any, storage: torch.dtype) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in llm.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32,
+                                     quant_type='nf4', quant_storage=storage)  # fmt: skip
+                    new.weight = Params4bit(
+                        linear.weight.data, requires_grad=False, quant_type='nf4', quant_storage=storage
+                    )
+                    setattr(parent, name, new.to('cpu'))
+
+
+def make(case: Case, rank: int, world_size: int) -> Strategy:
+    from xtuner.engine.strategies.ddp import DataParallel
+    from xtuner.engine.strategies.fsdp import FullyShard
+
+    kinds = {'single': Single, 'ddp': DataParallel, 'fsdp': FullyShard}
+    return kinds[case.strategy](rank, world_size)
+
+
+def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Loss, norm, gradient and new weights of one step of the real loop; also the optimizer's whole state."""
+    model = model_of(case.method, sharded=case.strategy == 'fsdp')
+    if case.sequence > 1:
+        model.share_sequences(sequence_group(case.sequence))
+    strategy = make(case, rank, world_size)
+    sent = count_broadcasts() if case.strategy == 'ddp' else None
+    strategy.prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+    groups = world_size // case.sequence
+    schedule = ScheduleConfig(max_steps=1, batch_size=case.batch_size, max_norm=0.5, warmup_ratio=0.0,
+                              accumulative_counts=NUM_ITEMS // groups // case.batch_size)  # fmt: skip
+    plan = Plan(NUM_ITEMS, schedule, groups)
+    sampler = StepSampler(EpochSampler(NUM_ITEMS, seed=3), plan, rank=rank // case.sequence)
+    loader = DataLoader(items(), batch_sampler=sampler, collate_fn=lambda batch: collate(batch, pad_id=0))
+    runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case}-{rank}', seed=0, trackers=[],
+                    launcher='none', write_model=lambda to, weights: None)  # fmt: skip
+    runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=3)
+    found: dict[str, Any] = {}
+    note_gradient(strategy, found)
+    note_result(runner, found)
+    runner.train()
+    found['weights'] = strategy.weights() or {n.removeprefix('llm.'): p.detach().clone()
+                                              for n, p in trainable_parameters(model).items()}  # fmt: skip
+    found['optimizer'] = strategy.optimizer_state()
+    found['broadcast'] = sent() if sent else None
+    from_disk = [found['optimizer']]  # every rank reads what rank 0 wrote
+    if world_size > 1:
+        distributed.broadcast_object_list(from_disk, src=0)
+    strategy.load_optimizer_state(from_disk[0])
+    found['again'] = strategy.optimizer_state()
+    return found
+
+
+def note_gradient(strategy: Strategy, found: dict[str, Any]) -> None:
+    """Keeps the unclipped gradient, whole, as the strategy completes it."""
+    backward = strategy.clip
+
+    def clip(scaler: Any, max_norm: float) -> float:
+        found['gradient'] = {n.removeprefix('llm.'): whole(p.grad) for n, p in
+                             trainable_parameters(strategy.bare).items()}  # fmt: skip
+        return backward(scaler, max_norm)
+
+    strategy.clip = clip  # type: ignore[method-assign]
+
+
+def note_result(runner: Runner, found: dict[str, Any]) -> None:
+    from mmengine.hooks import Hook
+
+    class Note(Hook):
+        def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            found.update(outputs)
+
+    runner.register_hook(Note())
+
+
+def whole(gradient: Any) -> torch.Tensor:
+    return (gradient.full_tensor() if hasattr(gradient, 'full_tensor') else gradient).detach().clone()
+
+
+def count_broadcasts() -> Any:
+    """Elements that DDP sends when it is made."""
+    sizes: list[int] = []
+    original = distributed._broadcast_coalesced
+
+    def counted(group: Any, tensors: Any, *args: Any) -> None:
+        sizes.extend(t.numel() for t in tensors)
+        original(group, tensors, *args)
+
+    distributed._broadcast_coalesced = counted
+
+    def stop() -> int:
+        distributed._broadcast_coalesced = original
+        return sum(sizes)
+
+    return stop
+
+
+def work(rank: int, world_size: int, port: int, folder: str) -> None:
+    """A rank's whole life."""
+    torch.set_num_threads(1)
+    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size),
+                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}  # fmt: skip
+    with process_group('pytorch', timeout_s=60):
+        for number, case in enumerate(cases(world_size)):
+            found = one_step(case, rank, world_size, Path(folder))
+            if rank == 0:
+                torch.save(found, Path(folder) / f'{number}.pt')
+            distributed.barrier()
+
+
+def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
+    """All cases on so many ranks; what rank 0 found of each."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+    processes = [CONTEXT.Process(target=work, args=(rank, world_size, port, str(folder))) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world_size
+    return {case: torch.load(folder / f'{n}.pt', weights_only=False) for n, case in enumerate(cases(world_size))}
+
+
+def alone(method: str, folder: Path) -> dict[str, Any]:
+    """The same step by one process, all items in one batch."""
+    return one_step(replace(Case('single', method), batch_size=NUM_ITEMS), 0, 1, folder)
