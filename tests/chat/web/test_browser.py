@@ -49,7 +49,7 @@ def free_port() -> int:
 @contextmanager
 def served(*command: str, port: int) -> Iterator[subprocess.Popen[str]]:
     """The page's process, once it answers."""
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
