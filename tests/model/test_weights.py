@@ -58,6 +58,11 @@ def test_every_layout_reads_the_same(tmp_path: Path, layout: str) -> None:
     for name, tensor in TENSORS.items():
         assert reader.shape(name) == tuple(tensor.shape)
         assert reader.dtype(name) == tensor.dtype
+        assert torch.equal(reader.rows(name), tensor)
+        if tensor.dim():
+            assert torch.equal(reader.rows(name, 1, 3), tensor[1:3])
+            assert torch.equal(reader.rows(name, 1, 10**6), tensor[1:])
+        assert bool(reader._places(reader.file(name))) == (layout != 'old-bin')  # read where it lies, not mapped
         assert torch.equal(reader.read(name), tensor)
         assert reader.file(name).is_file()
 

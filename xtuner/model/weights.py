@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtuner.errors import ModelError
+from xtuner.model.places import Place, bin_places, safetensors_places
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
 # Buffers that some published checkpoints carry although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
 _SAMPLE_LENGTH = 512  # elements that the fingerprint takes from each of three places
-_MAPPED_BYTES = 2**28  # of a mapped file that may be looked at before its pages are given back
 # safetensors' names of the dtypes that published weights come in.
 DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
@@ -51,9 +50,8 @@ class WeightReader:
         self.folder = folder
         self._files = files
         self._open: dict[Path, Any] = {}
-        self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
+        self._headers: dict[Path, dict[str, Place]] = {}
         self._raw: dict[Path, Any] = {}
-        self._mapped_bytes = 0
 
     def names(self) -> list[str]:
         """Names of all tensors, file by file, stray buffers left out."""
@@ -84,18 +82,14 @@ class WeightReader:
             ModelError: as `read`.
         """
         path, shape = self.file(name), self.shape(name)
-        if path.suffix != '.safetensors' or not shape:
-            rows = self.read(name).clone() if not shape else self.read(name)[start:stop].clone()
-            self._mapped_bytes += rows.nbytes
-            if self._mapped_bytes > _MAPPED_BYTES and zipfile.is_zipfile(path):
-                self._open.pop(path, None)
-                self._mapped_bytes = 0
-            return rows
+        place = self._places(path).get(name)
+        if place is None or not shape:
+            return self.read(name)[start:stop].clone() if shape else self.read(name).clone()
         stop = shape[0] if stop is None else min(stop, shape[0])
         start = min(start, stop)
         rows = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
-        begin = self._places(path)[name][0] + start * math.prod(shape[1:]) * rows.element_size()
         if rows.numel():
+            begin = place[0] + start * math.prod(shape[1:]) * rows.element_size()
             self._read_into(path, begin, rows.view(-1).view(torch.uint8).numpy().data)
         return rows
 
@@ -139,15 +133,11 @@ class WeightReader:
                 raise ModelError(f'{path} is cut off: it ends within a tensor')
             buffer = buffer[length:]
 
-    def _places(self, path: Path) -> dict[str, tuple[int, int]]:
-        """Where each tensor's bytes begin and end in a .safetensors file, from its header."""
+    def _places(self, path: Path) -> dict[str, Place]:
+        """Where each tensor's bytes begin and end in a file, as far as that is known."""
         if path not in self._headers:
-            with path.open('rb') as file:
-                length = int.from_bytes(file.read(8), 'little')
-                header = json.loads(file.read(length))
-            header.pop('__metadata__', None)
-            places = {name: entry['data_offsets'] for name, entry in header.items()}
-            self._headers[path] = {name: (8 + length + a, 8 + length + b) for name, (a, b) in places.items()}
+            safe = path.suffix == '.safetensors'
+            self._headers[path] = safetensors_places(path) if safe else bin_places(path, self._source(path))
         return self._headers[path]
 
     def _look(self, name: str, in_safetensors: Callable[[Any], Any], in_bin: Callable[[Tensor], Any]) -> Any:
