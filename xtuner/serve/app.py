@@ -116,6 +116,7 @@ class Service:
 
     async def _respond(self, http: HTTPRequest, request: Request, *, chat: bool) -> Response:
         model = self._model(request.model)
+        self.post.check_room(len(request.prompts))
         async with self._encoding:
             prompts = await asyncio.to_thread(self._encode, model, request, chat)
         answers = [self._answer(model, ids, request) for ids in prompts]

@@ -168,12 +168,16 @@ class Batcher:
             QueueFull: they do not fit behind those that wait.
         """
         with self._changed:
-            free = self._decoder.num_rows - len(self._table)
-            if len(self._waiting) + len(answers) > self.most_waiting + max(free, 0):
-                raise QueueFull(f'{len(self._waiting)} answers wait already and at most {self.most_waiting} may; '
-                                'try again later')  # fmt: skip
+            self.check_room(len(answers))
             self._waiting.extend(answers)
             self._changed.notify()
+
+    def check_room(self, num_answers: int) -> None:
+        """Raises QueueFull where so many answers would not fit now: asked before any work is put into them."""
+        free = self._decoder.num_rows - len(self._table)
+        if len(self._waiting) + num_answers > self.most_waiting + max(free, 0):
+            raise QueueFull(f'{len(self._waiting)} answers wait already and at most {self.most_waiting} may; '
+                            'try again later')  # fmt: skip
 
     def cancel(self, answer: Answer) -> None:
         """Gives an answer up; its row is free from the next round on."""

@@ -33,6 +33,13 @@ class Post:
         """From now on pieces go to the running loop."""
         self._loop = asyncio.get_running_loop()
 
+    def check_room(self, num_answers: int) -> None:
+        """Raises Problem where so many answers would not fit into the queue."""
+        try:
+            self.batcher.check_room(num_answers)
+        except QueueFull as error:
+            raise _full(error) from None
+
     def queue(self, answer: Answer) -> asyncio.Queue[Piece]:
         """Where the pieces of an answer come from now on."""
         self._queues[answer] = asyncio.Queue()
@@ -69,7 +76,7 @@ class Exchange:
             self._post.batcher.submit(self._answers)
         except QueueFull as error:
             self.close('429')
-            raise Problem(429, str(error), code='rate_limit_exceeded', headers={'Retry-After': '1'}) from None
+            raise _full(error) from None
 
     async def pieces(self, number: int) -> AsyncIterator[tuple[str, str | None]]:
         """Text and end of one answer, as they come; raises Problem where the model failed."""
@@ -155,3 +162,7 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._exchange.close()
+
+
+def _full(error: QueueFull) -> Problem:
+    return Problem(429, str(error), code='rate_limit_exceeded', headers={'Retry-After': '1'})
