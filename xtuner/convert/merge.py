@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,17 @@ class Source:
             for start, stop in row_blocks(plan.shape):
                 yield _cast(rows(start, stop), plan).cpu()
             return
-        combined = combine(self.parts, plan.name, lambda a, b: self._float(rows(a, b)), plan.shape)
+        scratch = torch.empty(0, device=self.device)
+
+        def in_float(rows: Tensor) -> Tensor:  # into one and the same buffer: fresh memory costs more than the products
+            return scratch.resize_(rows.shape).copy_(rows)
+
+        combined = combine(self.parts, plan.name, lambda a, b: in_float(rows(a, b)), plan.shape)
         changed = all(part.adapter.carried(plan.name) for part in self.parts if plan.name in part.adapter.targets)
         for start, stop in row_blocks(plan.shape):
             before = rows(start, stop)
-            block = _cast(combined.rows(self._float(before), start, stop), plan)
+            merged = combined.rows(in_float(before), start, stop)
+            block = merged.clone() if merged.dtype == plan.dtype else _cast(merged, plan)
             changed = changed or before.shape != block.shape or not torch.equal(block, before.to(block))
             yield block.cpu()
         if not changed:
@@ -87,9 +94,6 @@ class Source:
                 f'the adapter names {plan.name}, but in {_short(plan.dtype)} no value of it changes; it was '
                 'trained too little, or not at all'
             )
-
-    def _float(self, rows: Tensor) -> Tensor:
-        return rows.to(self.device).to(torch.float32, copy=rows.dtype == torch.float32)
 
 
 def merge(
@@ -141,7 +145,8 @@ def merge(
     _explain(base, source.provenance)
     num_prompts = _num_prompts(verify, size, source)
     with whole_folder(out, _job(source, plans, base, max_shard_bytes)) as folder:
-        write_weights(folder, plans, max_shard_bytes, source.merged)
+        with _few_threads(source):
+            write_weights(folder, plans, max_shard_bytes, source.merged)
         logger.info('%d tensors of %d changed', len(source.targets), len(plans))
         write_model_files(folder, source.reader.folder, source.parts[-1].adapter.folder, source.provenance,
                           config_changes | {'dtype': _short(DTYPES[dtype])})  # fmt: skip
@@ -215,6 +220,20 @@ def _ties(folder: Path) -> dict[str, str]:
         logger.warning('%s; its tensors are merged one by one', error)
         return {}
     return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
+
+
+@contextmanager
+def _few_threads(source: Source) -> Iterator[None]:
+    """One thread for the products of small blocks, which several would spend waiting for each other; another writes.
+
+    Quantising is worth all of them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if isinstance(source.base, QuantizedBase) else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _device(name: str) -> torch.device:
