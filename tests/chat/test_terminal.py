@@ -73,13 +73,16 @@ def test_what_does_not_fit_is_said(
 
 def test_piped(scripted: Any, capsys: pytest.CaptureFixture) -> None:
     session = scripted.session()
-    scripted.model.script = ['one\ntwo<eoa>', '世界<eoa>']
+    scripted.model.script = ['one\ntwo<eoa>', '世界<eoa>', 'three<eoa>']
     out = io.StringIO()
     terminal.chat_piped(session, ['hi\n', '\n', '/help\n'], out)
     assert out.getvalue() == 'one two\n世界\n'  # a script's lines are messages, whatever they begin with
     assert session.history[2].content == '/help'
     with pytest.raises(DataError, match='line 2: this message'):
         terminal.chat_piped(session, ['\n', 'how are you? ' * 99], out)
+    bytes_in = io.TextIOWrapper(io.BytesIO('世界\n'.encode() + b'\xff\n'), encoding='utf-8')
+    with pytest.raises(DataError, match='line 2: not UTF-8: byte 0xff'):
+        terminal.chat_piped(session, bytes_in, out)
 
 
 class Terminal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from io import TextIOWrapper
 from typing import TextIO
 
 from xtuner.chat.commands import COMMANDS, Exit, run_command
@@ -20,9 +21,13 @@ def chat_piped(session: ChatSession, lines: Iterable[str], out: TextIO) -> None:
     """Answers each line of input on one line of output, nothing else there; a newline in an answer becomes a space.
 
     Raises:
-        DataError: a line is too long for the model; the message says which.
+        DataError: a line is too long for the model, or is no text; the message says which.
     """
+    if isinstance(lines, TextIOWrapper):
+        lines.reconfigure(errors='surrogateescape')  # what is no text is then told with its line
     for number, line in enumerate(lines, 1):
+        if wrong := next((char for char in line if '\udc80' <= char <= '\udcff'), None):
+            raise DataError(f'line {number}: not UTF-8: byte 0x{ord(wrong) & 0xFF:02x}')
         if text := line.strip():
             dropped = session.num_dropped_turns
             try:
