@@ -29,6 +29,7 @@ class Combination:
         sequence: Whether packs are spread over ranks (`parallel.sequence_parallel_size` above 1).
         dtype: 'bf16', 'fp16', 'fp32', or 'auto'.
         fast: `runtime.fast`.
+        fp8: `runtime.fp8`.
         optimizer: Name of the optimizer's class.
     """
 
@@ -39,6 +40,7 @@ class Combination:
     sequence: bool = False
     dtype: str = 'auto'
     fast: bool = True
+    fp8: bool = False
     optimizer: str = 'AdamW'
 
 
@@ -83,6 +85,8 @@ RULES = (
     Rule({'method': ('full', 'other adapter', 'qlora-8bit'), 'sequence': (True,)},
          'sequence parallelism lives in the fast path, which is for plain LoRA on a float or 4-bit base',
          'LoRA or 4-bit QLoRA, or a shorter `dataset.max_length` with `fsdp`'),
+    Rule({'strategy': ('fsdp', 'deepspeed_zero3'), 'fp8': (True,)},
+         'the scales of FP8 products are taken from whole weights', '`runtime.fp8 = False`, or `ddp`'),
     Rule({'fast': (False,), 'sequence': (True,)},
          'sequence parallelism lives in the fast path', '`runtime.fast = True`'),
     Rule({'strategy': _ZERO, 'sequence': (True,)},
@@ -102,6 +106,7 @@ def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = No
         sequence=config.parallel.sequence_parallel_size > 1,
         dtype=dtype or config.model.dtype,
         fast=config.runtime.fast,
+        fp8=config.runtime.fp8,
         optimizer=_name(config.optimizer['type']),
     )
 
@@ -124,7 +129,8 @@ def check(combination: Combination) -> None:
 
 _TEXTS = {
     'method': 'method', 'strategy': 'strategy', 'packing': 'packing', 'checkpointing': 'activation checkpointing',
-    'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'optimizer': 'optimizer',
+    'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'fp8': 'runtime.fp8',
+    'optimizer': 'optimizer',
 }  # fmt: skip
 assert set(_TEXTS) == {field.name for field in fields(Combination)}
 
@@ -149,20 +155,18 @@ def _shown(value: object) -> str:
 def table() -> Iterator[str]:
     """The lines of docs/scale.md's table, with its notes."""
     columns = [*STRATEGIES[1:], 'sequence parallel']
-    numbers: dict[int, int] = {}
     yield f'| method | {" | ".join(columns)} |'
     yield f'|{" --- |" * (len(columns) + 1)}'
     for method in METHODS:
-        cells = [_cell(method, column, numbers) for column in columns]
+        cells = [_cell(method, column) for column in columns]
         yield f'| {method} | {" | ".join(cells)} |'
     yield ''
-    for rule in RULES:
-        numbers.setdefault(id(rule), len(numbers) + 1)
+    for number, rule in enumerate(RULES, 1):
         values = ' and '.join(f'{_TEXTS[n]} {" / ".join(map(_shown, v))}' for n, v in rule.when.items())
-        yield f'{numbers[id(rule)]}. {values}: {rule.why}. Use {rule.instead}.'
+        yield f'{number}. {values}: {rule.why}. Use {rule.instead}.'
 
 
-def _cell(method: str, column: str, numbers: dict[int, int]) -> str:
+def _cell(method: str, column: str) -> str:
     """'yes' where all of packing and checkpointing go; the number of the note where none does."""
     sequence = column == 'sequence parallel'
     strategy = 'ddp' if sequence else column
@@ -173,7 +177,7 @@ def _cell(method: str, column: str, numbers: dict[int, int]) -> str:
     broken = [rule for rule in rules if rule is not None]
     if not broken:
         return 'yes'
-    number = numbers.setdefault(id(broken[0]), len(numbers) + 1)
+    number = RULES.index(broken[0]) + 1
     return f'no ({number})' if len(broken) == len(rules) else f'in part ({number})'
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
 from xtuner.dataset.collate import collate, count_targets
+from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.engine.lines import append_line
 
@@ -51,13 +54,22 @@ class ValidateHook(Hook):
         was_training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=loop.device)
-        mine = range(get_rank(), len(self._dataset), get_world_size())
-        for start in range(0, len(mine), self._batch_size):
-            items = [self._dataset[i] for i in mine[start : start + self._batch_size]]
-            batch = collate(items, pad_id=self._pad_id)
+        for batch in self._batches(loop.strategy.rank, loop.strategy.world_size, loop.plan.world_size):
             with loop.autocast():
                 loss_sum = model(**batch)
             sums += torch.stack([loss_sum.double(), count_targets(batch['labels']).to(loss_sum)])
+        # Ranks that share packs have each a part of the loss and all of the targets.
+        sums[1] /= loop.strategy.world_size // loop.plan.world_size
         model.train(was_training)
         all_reduce(sums)
         return (sums[0] / sums[1]).item()
+
+    def _batches(self, rank: int, world_size: int, num_groups: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's batches, as many on every rank: where weights are put together for a batch, all take part."""
+        mine = range(rank // (world_size // num_groups), len(self._dataset), num_groups)
+        for start in range(0, math.ceil(len(self._dataset) / num_groups), self._batch_size):
+            chosen = mine[start : start + self._batch_size]
+            batch = collate([self._dataset[i] for i in chosen or (0,)], pad_id=self._pad_id)
+            if not chosen:
+                batch['labels'].fill_(IGNORE_INDEX)  # nothing is left for this rank: it computes without counting
+            yield batch

@@ -1,0 +1,105 @@
+"""Who starts whom: nodes and their checks, the variables of torchrun and Slurm, the scripts' usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import ROOT
+from xtuner import ranks
+from xtuner.engine import launch
+from xtuner.engine.launch import Nodes
+from xtuner.errors import UsageError
+
+
+def test_nodes_that_cannot_be() -> None:
+    assert Nodes(8, 4, 3, 'host0').world_size == 32
+    with pytest.raises(UsageError, match='--node-rank 4 must be from 0 to --nnodes - 1, 3'):
+        Nodes(8, 4, 4, 'host0')
+    with pytest.raises(UsageError, match='--nnodes needs --master-addr'):
+        Nodes(8, 2, 0)
+
+
+def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(UsageError, match='--nproc-per-node 4, but this machine has 2 GPUs'):
+        Nodes(4)
+
+
+def test_slurm_s_variables_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    slurm = {'SLURM_PROCID': '9', 'SLURM_NTASKS': '16', 'SLURM_LOCALID': '1', 'SLURM_STEP_NODELIST': 'node[3-4]',
+             'SLURM_JOB_ID': '123456'}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, text: 'node3\nnode4\n')
+    with monkeypatch.context() as inner:
+        inner.setattr(os, 'environ', dict(os.environ))
+        launch._take_slurm_variables()
+        names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+        assert [os.environ[name] for name in names] == ['9', '16', '1', 'node3', '23456']
+
+
+def failed(exitcode: int, message: object = '') -> SimpleNamespace:
+    return SimpleNamespace(exitcode=exitcode, message=message, signal_name=lambda: signal.Signals(-exitcode).name)
+
+
+def test_the_error_of_a_run_is_the_one_that_began_it() -> None:
+    told = failed(1, {'message': 'no such file'})
+    assert str(launch._failure({0: failed(1), 3: told})) == 'no such file'
+    assert launch._failure({0: failed(2, {'message': 'wrong call'})}).exit_status == 2
+    # A rank that was killed comes before what the others say of it.
+    assert 'rank 1 was killed by SIGKILL' in str(launch._failure({0: told, 1: failed(-9)}))
+    assert 'rank 1 was killed by SIGSEGV' in str(launch._failure({1: failed(-11)}))
+    assert 'said nothing' in str(launch._failure({2: failed(7)})) and launch._failure({2: failed(7)}).exit_status == 7
+
+
+def test_only_the_first_of_a_node_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.delenv(ranks.CHILD, raising=False)
+    told = []
+    for rank in ('1', '0'):
+        monkeypatch.setenv('RANK', rank)
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / rank / 'error.json'))
+        told.append(ranks.tells_error('no such file'))
+    assert told == [True, False]
+    assert json.loads((tmp_path / '1' / 'error.json').read_text())['message']['message'] == 'no such file'
+    assert not (tmp_path / '0' / 'error.json').exists()
+    monkeypatch.setenv(ranks.CHILD, '1')
+    assert not ranks.tells_error('no such file')  # who started us prints it
+
+
+@pytest.mark.parametrize('name', ['dist_train.sh', 'slurm_train.sh'])
+def test_a_script_without_arguments_tells_its_usage(name: str) -> None:
+    result = subprocess.run(['bash', str(ROOT / 'tools' / name)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f'tools/{name}' in result.stderr
+
+
+def test_the_scripts_start_what_they_say(tmp_path: Path) -> None:
+    """Instead of python and srun, programs that print their arguments."""
+    for name in ('python', 'srun'):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'NNODES': '2', 'NODE_RANK': '1',
+                                'MASTER_ADDR': 'host0', 'PORT': '29555', 'GPUS': '16'}  # fmt: skip
+    environment.pop('MASTER_PORT', None)
+
+    def words(*call: str) -> str:
+        return subprocess.run(['bash', *call], capture_output=True, text=True, check=True, env=environment).stdout
+
+    started = words(str(ROOT / 'tools' / 'dist_train.sh'), 'cfg', '8', '--seed', '1')
+    assert '--nnodes 2 --node-rank 1 --master-addr host0 --master-port 29555 --nproc-per-node 8' in started
+    assert started.strip().endswith('train.py cfg --launcher pytorch --seed 1')
+    started = words(str(ROOT / 'tools' / 'slurm_train.sh'), 'part', 'job', 'cfg', '--seed', '1')
+    assert '-p part --job-name job --gres gpu:8 --ntasks 16 --ntasks-per-node 8' in started
+    assert '--kill-on-bad-exit=1' in started
+    assert started.strip().endswith('train.py cfg --launcher slurm --seed 1')
