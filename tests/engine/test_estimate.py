@@ -170,3 +170,5 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_turn(
     _Gpu(monkeypatch, 10.0)
     preflight.check_memory(config, data, device, 1)
     preflight.check_memory(config, data, torch.device('cpu'), 1)
+    _Gpu(monkeypatch, 1.0)
+    preflight.check_memory(config, data, device, 4, strategy='fsdp')  # what it saves is not predicted

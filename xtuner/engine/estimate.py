@@ -36,6 +36,11 @@ class DataSize:
     target_share: float
 
 
+def is_predicted(config: TrainConfig, strategy: str) -> bool:
+    """Whether every process holds all weights and whole packs, which is what the prediction is of."""
+    return strategy in ('auto', 'single', 'ddp') and config.parallel.sequence_parallel_size == 1
+
+
 @dataclass(frozen=True)
 class Knob:
     """A setting that takes memory off.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.cards import CARDS, Card, tokens_per_second
-from xtuner.engine.estimate import Estimate, Knob, knobs
+from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.model.memory import Prediction, Setup
 
 GIB = 2**30
@@ -33,6 +33,8 @@ def describe(
     least = estimate.least or estimate.memory
     lines += _fit(config, setup, estimate.memory, least, card)
     lines += ['', *_run(config, estimate), *_time(estimate, card, step_seconds)]
+    if not is_predicted(config, config.parallel.strategy):
+        lines.append('What the processes share among them (`parallel`) is not predicted: each needs less than this.')
     lines += ['', 'On a CPU the memory of a run is not predicted; the rest holds.']
     return lines
 

@@ -8,7 +8,7 @@ import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.stream import PackStream
-from xtuner.engine.estimate import data_size, knobs, setup_of, shape_of
+from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import gib, knob_texts
 from xtuner.engine.material import Data
 from xtuner.errors import TrainingError, XTunerError
@@ -20,7 +20,6 @@ logger = logging.getLogger('xtuner')
 # Predictions and measurements differ by less (benchmarks/README.md): refused beyond, warned of within.
 _TOLERANCE = 0.1
 _SHOWN_TERMS = 3
-PREDICTED_STRATEGIES = ('single', 'ddp')
 
 
 def check_memory(
@@ -28,12 +27,12 @@ def check_memory(
 ) -> None:
     """Compares what the config's least memory is predicted to be with what the GPU has free.
 
-    On a CPU, and where processes share weights among them, nothing is predicted and nothing checked.
+    On a CPU, and where processes share weights or packs among them, nothing is predicted and nothing checked.
 
     Raises:
         TrainingError: it will not fit; names the largest terms and what to turn.
     """
-    if device.type != 'cuda' or strategy not in PREDICTED_STRATEGIES:
+    if device.type != 'cuda' or not is_predicted(config, strategy):
         return
     free, total = torch.cuda.mem_get_info(device)
     setup = _setup(config, data, world_size)

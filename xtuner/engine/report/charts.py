@@ -52,7 +52,8 @@ class Axis:
 
 
 def line_chart(
-    lines: Sequence[Line], *, label: str, show: Callable[[float], str], width: int = 1000, height: int = 280,
+    lines: Sequence[Line], *, label: str, show: Callable[[float], str], tick: Callable[[float], str] | None = None,
+    width: int = 1000, height: int = 280,
     log: bool = False, from_zero: bool = False,
 ) -> str:  # fmt: skip
     """An SVG of one or several quantities over the steps.
@@ -61,6 +62,7 @@ def line_chart(
         lines: What to draw; empty ones are left out.
         label: What it shows, for readers who do not see it.
         show: A value as text.
+        tick: A round value beside the axis as text; None: as `show`.
         width: Of the drawing's own coordinates, which scale with the page.
         height: Likewise.
         log: Whether the values' axis is logarithmic, where all values allow it.
@@ -76,7 +78,7 @@ def line_chart(
     last = max(line.series.steps[-1] for line in lines)
     x = Axis(first, last if last > first else first + 1, _LEFT, width - _RIGHT)
     y = Axis(low, high, height - _BOTTOM, _TOP, log)
-    parts = [_grid(x, y, show, width, height)]
+    parts = [_grid(x, y, tick or show, width, height)]
     beyond = sum(not low <= value <= high for value in values)
     clip = f'clip-{abs(hash((label, width, height))) % 10**8}'
     parts.append(
@@ -183,7 +185,7 @@ def _grid(x: Axis, y: Axis, show: Callable[[float], str], width: int, height: in
         parts.append(
             f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(show(value))}</text>'
         )
-    for value in ticks(x.low, x.high, max(3, width // 140)):
+    for value in ticks(x.low, x.high, max(3, width // 120)):
         if value == int(value):
             parts.append(
                 f'<text class="tick" x="{x(value):.1f}" y="{height - 6}" text-anchor="middle">{int(value):,}</text>'

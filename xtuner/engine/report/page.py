@@ -116,7 +116,7 @@ def _number(line: dict[str, Any], key: str) -> float:
 def _charts(run: Run) -> str:
     lines = [Line('training', run.series('loss'), smooth=True), Line('validation', run.validation_loss, role='second')]
     legend = ''.join(f'<span><i class="{line.role}"></i>{line.name}</span>' for line in lines if len(line.series))
-    drawn = line_chart(lines, label='loss over the steps', show=_loss)
+    drawn = line_chart(lines, label='loss over the steps', show=_loss, tick=lambda v: f'{v:g}')
     main = _figure('Loss', drawn, legend if len(run.validation_loss) else 'mean over target tokens, nats', 'wide')
     small = [
         _small(run, 'Learning rate', 'lr', _exponent, from_zero=True),
