@@ -47,14 +47,14 @@ def make_model(seed: int = 0, *, dropout: float = 0.0) -> SupervisedFinetune:
 
 
 def make_runner(work_dir: Path, items: list[Any], model: SupervisedFinetune, *, lr: float = 0.05, nonfinite: int = 3,
-                **schedule: Any) -> Runner:  # fmt: skip
+                dtype: torch.dtype = torch.float32, **schedule: Any) -> Runner:  # fmt: skip
     plan = Plan(len(items), ScheduleConfig(**schedule))
     loader = DataLoader(items, batch_sampler=StepSampler(EpochSampler(len(items), seed=3), plan),
                         collate_fn=lambda batch: collate(batch, pad_id=0))  # fmt: skip
     strategy = Single().prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=lr))
     runner = Runner(strategy, loader, hooks=[LogHook()], work_dir=work_dir,
                     seed=0, trackers=[], launcher='none', write_model=lambda folder, weights: None)  # fmt: skip
-    runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=nonfinite)
+    runner.set_loop(plan=plan, compute_dtype=dtype, seed=5, max_nonfinite_steps=nonfinite)
     return runner
 
 
@@ -114,13 +114,14 @@ def test_no_target_is_an_error(tmp_path: Path) -> None:
         make_runner(tmp_path, items, make_model(), max_steps=1, accumulative_counts=2).train()
 
 
-@pytest.mark.parametrize('stop_at', [1, 3])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, stop_at: int) -> None:
-    """Mid-epoch, with accumulation and dropout."""
+@pytest.mark.parametrize(('stop_at', 'dtype'), [(1, torch.float32), (3, torch.float32), (3, torch.float16)])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, stop_at: int, dtype: torch.dtype) -> None:
+    """Mid-epoch, with accumulation and dropout; with float16, the loss scale and its count of good steps as well."""
     items = make_items(7)
-    schedule: dict[str, Any] = {'max_steps': 5, 'accumulative_counts': 3, 'batch_size': 2}
+    schedule: dict[str, Any] = {'max_steps': 5, 'accumulative_counts': 3, 'batch_size': 2, 'dtype': dtype}
     whole = make_model(dropout=0.2)
-    make_runner(tmp_path / 'whole', items, whole, **schedule).train()
+    uninterrupted = make_runner(tmp_path / 'whole', items, whole, **schedule)
+    uninterrupted.train()
 
     first = make_model(dropout=0.2)
     runner = make_runner(tmp_path / 'cut', items, first, **schedule)
@@ -156,6 +157,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, stop_at: int) -> 
     assert [[m[k] for k in keys] for m in metrics(tmp_path / 'cut')] == [
         [m[k] for k in keys] for m in metrics(tmp_path / 'whole')
     ]
+    scaler = uninterrupted.train_loop.scaler.state_dict()
+    assert resumed.train_loop.scaler.state_dict() == scaler
+    assert dtype != torch.float16 or scaler['_growth_tracker'] > 5 - stop_at
 
 
 def test_training_learns(tmp_path: Path) -> None:
