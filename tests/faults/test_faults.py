@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ def test_a_disk_too_small_is_known_before_the_run(place: Place, small_disk: Any,
     assert list(place.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(('free', 'checked'), [(2**20, True), (100_000, False), (2**15, False), (2**12, False)])
+@pytest.mark.parametrize(
+    ('free', 'checked'),
+    [(2**20, True), (100_000, False), pytest.param(2**15, False, marks=pytest.mark.slow), (2**12, False)],
+)
 def test_a_disk_that_fills_up(
     free: int, checked: bool, place: Place, small_disk: Any, error: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,9 +171,18 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'trainer.safetensors', 'trainer.json', 'manifest.json'])
-@pytest.mark.parametrize('harm', [cut, flip, Path.unlink])
-def test_a_checkpoint_is_torn(harm: Any, name: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+FILES = ('adapter_model.safetensors', 'trainer.safetensors', 'trainer.json', 'manifest.json')
+HARMS = list(product(FILES, (cut, flip, Path.unlink)))
+
+
+@pytest.mark.parametrize(  # a third of them by default: each file, each harm
+    ('name', 'harm'),
+    [
+        pytest.param(*pair, marks=[] if number in (0, 4, 8, 9) else pytest.mark.slow)
+        for number, pair in enumerate(HARMS)
+    ],
+)
+def test_a_checkpoint_is_torn(name: str, harm: Any, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.train() == 0
     harm(place.folder / 'run' / 'checkpoint-00000005' / name)
     capsys.readouterr()
@@ -298,7 +311,10 @@ def test_samples_change_nothing(place: Place) -> None:
     assert [json.loads(line)['step'] for line in answers] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-@pytest.mark.parametrize('kind', [KeyError, RuntimeError, torch.OutOfMemoryError, OSError, AssertionError])
+SLOW_KINDS = (RuntimeError, torch.OutOfMemoryError, OSError, AssertionError)
+
+
+@pytest.mark.parametrize('kind', [KeyError, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)])
 def test_samples_that_fail_change_nothing(
     kind: type[Exception], place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
