@@ -17,7 +17,7 @@ from xtuner.model.memory_terms import CONTEXT_BYTES
 
 logger = logging.getLogger('xtuner')
 
-# Predictions and measurements differ by less (benchmarks/README.md): refused beyond, warned of within.
+# Predictions and measurements differ by less (benchmarks/estimate_h100_*.md): refused beyond, warned of within.
 _TOLERANCE = 0.1
 _SHOWN_TERMS = 3
 
