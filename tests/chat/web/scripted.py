@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from xtuner.chat.web.app import run_app
@@ -147,5 +147,4 @@ def tell_of_the_outside(event: str, arguments: tuple[Any, ...]) -> None:
 
 if __name__ == '__main__':
     sys.addaudithook(tell_of_the_outside)
-    with suppress(KeyboardInterrupt):
-        run_app(share(Scripted(outside=sys.argv[2], delay_s=0.03)), int(sys.argv[1]))
+    run_app(share(Scripted(outside=sys.argv[2], delay_s=0.03)), int(sys.argv[1]))

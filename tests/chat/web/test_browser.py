@@ -293,18 +293,18 @@ def test_a_real_model_by_the_command_and_by_streamlit_run(browser: Any, tiny_int
     words = [str(tiny_internlm), '--prompt-template', 'internlm_chat', '--temperature', '0', '--max-new-tokens', '40']
     port = free_port()
     commands = [  # and the status after Ctrl-C, which Streamlit's own command says in its own way
-        ('-m xtuner.cli.main chat', [*words, '--web', '--port', str(port)], 130),
-        (f'-m streamlit run tools/web_demo.py --server.port {port} --', words, 1),
+        ('-m xtuner.cli.main chat', [*words, '--web', '--port', str(port)], (0,)),
+        (f'-m streamlit run tools/web_demo.py --server.port {port} --', words, (0, 1)),
     ]
     answers = []
-    for command, rest, status in commands:
+    for command, rest, statuses in commands:
         with served(sys.executable, *command.split(), *rest, port=port) as process:
             assert listening(port) == {'127.0.0.1'}
             tab = Tab(browser, f'http://127.0.0.1:{port}')
             answers.append([tab.ask('Hello'), tab.ask('And now?')])
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=20)
-            assert process.returncode == status, output
+            assert process.returncode in statuses, output
             assert 'Traceback' not in output
             assert 'statistics' not in output.lower()
             tab.page.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -115,4 +115,5 @@ def run_app(shared: SharedModel, port: int | None) -> None:
     share_model(shared)
     # Streamlit looks for its options beside what it is told it runs.
     sys.argv = [str(shipped_folder('tools') / LAUNCHER)]
-    App(PAGE, middleware=MIDDLEWARE).run(config={} if port is None else {'server.port': port})
+    with suppress(KeyboardInterrupt):  # which Streamlit 1.67 lets through and 1.65 does not
+        App(PAGE, middleware=MIDDLEWARE).run(config={} if port is None else {'server.port': port})
