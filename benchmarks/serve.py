@@ -143,9 +143,20 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         if torch.cuda.is_available():
             found[label]['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             found[label]['recorded'] = decoder._graphs.why_not or len(decoder._graphs._recorded)
+            found[label]['recorded_differs'] = recorded_differs(decoder)
             torch.cuda.reset_peak_memory_stats()
         del decoder
     return found
+
+
+def recorded_differs(decoder: Any) -> float:
+    """The largest difference of a recorded step's logits from the step's own, over the largest logit."""
+    lengths = list(range(20, 20 + decoder.num_rows))
+    decoder.prefill([[7 * n % 2000 + 5 for n in range(length)] for length in lengths], row=0)
+    ids = [11 * n + 5 for n in range(decoder.num_rows)]
+    recorded = decoder.step(ids, lengths, row=0, alone=True).clone()
+    own = decoder.step(ids, lengths, row=0)
+    return round(float((recorded - own).abs().amax() / own.abs().amax()), 5)
 
 
 def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 
 from xtuner.errors import ModelError
+from xtuner.model.batch_graphs import StepGraphs
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM
@@ -92,28 +94,69 @@ def test_a_recurrent_model_is_refused() -> None:
         BatchDecoder(model, num_rows=1, max_length=8)
 
 
+class Replayed(StepGraphs):
+    """A recording is a pass carried out anew: what is left is which rows and places it is of, and its inputs."""
+
+    spoilt = False
+
+    def _capture(self, ids: Any, positions: Any, places: int) -> Any:
+        expected = self._forward(ids, positions, places).clone()
+        logits = expected.clone()
+
+        def replay() -> None:
+            logits.copy_(self._forward(ids, positions, places) + self.spoilt)
+
+        return SimpleNamespace(replay=replay), logits, expected
+
+
+def steps_beside(recorded: BatchDecoder, plain: BatchDecoder) -> None:
+    """Rows join, lengths pass from one recording to the next, two keys; beside steps that are not recorded."""
+    for rows in (1, 3, 5):
+        lengths = [248 + row for row in range(rows)]
+        for decoder in (recorded, plain):
+            decoder.prefill([[5 + row] * length for row, length in enumerate(lengths)], row=0)
+        for number in range(10):
+            ids = [(7 * number + row) % 90 + 3 for row in range(rows)]
+            got = recorded.step(ids, lengths, row=0, alone=True, key=number % 2).clone()
+            torch.testing.assert_close(got, plain.step(ids, lengths, row=0), atol=1e-3, rtol=1e-3)
+            lengths = [length + 1 for length in lengths]
+
+
+def two_decoders(device: str) -> tuple[BatchDecoder, BatchDecoder]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {'max_position_embeddings': 1024})).to(device).eval()
+    recorded, plain = (BatchDecoder(model, num_rows=6, max_length=600) for _ in range(2))
+    plain._graphs = None
+    return recorded, plain
+
+
+@torch.inference_mode()
+def test_a_recording_is_of_the_next_power_of_two() -> None:
+    recorded, plain = two_decoders('cpu')
+    graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
+    steps_beside(recorded, plain)
+    assert not graphs.why_not
+    assert {(rows, places) for _, rows, places in graphs._recorded} == {(r, p) for r in (1, 4, 6) for p in (256, 512)}
+    assert {key for key, _, _ in graphs._recorded} == {0, 1}
+    num_recorded = len(graphs._recorded)
+    recorded.step([5, 6], [20, 30], row=1, alone=True)
+    recorded.step([5, 6], [20, 30], row=0, alone=False)
+    assert len(graphs._recorded) == num_recorded, 'a recording writes to rows that others may hold'
+
+
+@torch.inference_mode()
+def test_a_recording_that_says_something_else_is_not_used() -> None:
+    recorded, plain = two_decoders('cpu')
+    graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
+    graphs.spoilt = True
+    steps_beside(recorded, plain)
+    assert 'other logits' in graphs.why_not and not graphs._recorded
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @torch.inference_mode()
 def test_recorded_steps_are_the_steps() -> None:
-    """Rows join and leave, lengths pass from one recording to the next, two keys; beside steps not recorded."""
-    torch.manual_seed(0)
-    model = MODELS['llama']().cuda().eval()
-    model.config.max_position_embeddings = 1024
-    recorded, plain = (BatchDecoder(model, num_rows=6, max_length=600) for _ in range(2))
-    plain._graphs = None
-    prompts = [[5 + n] * (250 + n) for n in range(5)]
-    lengths = [len(prompt) for prompt in prompts]
-    for decoder in (recorded, plain):
-        decoder.prefill(prompts, row=0)
-    for number in range(24):
-        rows = (1, 3, 5)[number % 3] if number < 12 else 5
-        ids = [(7 * number + row) % 90 + 3 for row in range(rows)]
-        got = recorded.step(ids, lengths[:rows], row=0, alone=True, key=number % 2).clone()
-        want = plain.step(ids, lengths[:rows], row=0)
-        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
-        for row in range(rows):
-            lengths[row] += 1
+    recorded, plain = two_decoders('cuda')
+    steps_beside(recorded, plain)
     assert recorded._graphs is not None and not recorded._graphs.why_not
-    assert {(rows, places) for _, rows, places in recorded._graphs._recorded} == {
-        (1, 256), (4, 256), (6, 256), (6, 512)}  # fmt: skip

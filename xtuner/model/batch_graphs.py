@@ -17,13 +17,14 @@ logger = logging.getLogger('xtuner')
 
 _SHORTEST = 256  # places
 _WARMUPS = 2  # passes before recording: what is tried or set up at first must not be recorded
+_NEAR = 1e-2  # of the largest logit: how far a replay may be from the pass, whose kernels may be others
 
 Forward = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass
 class _Recorded:
-    graph: torch.cuda.CUDAGraph
+    graph: Any  # torch.cuda.CUDAGraph
     ids: Tensor  # (B, 1)
     positions: Tensor  # (B, 1)
     logits: Tensor  # (B, V)
@@ -78,19 +79,29 @@ class StepGraphs:
         ids, positions = (torch.zeros(rows, 1, dtype=torch.long, device=self._device) for _ in range(2))
         # Recorded over places that the rows have not reached: what is in the store stays as it is.
         positions.fill_(places - 1)
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(side):
-                for _ in range(_WARMUPS):
-                    self._forward(ids, positions, places)
-            torch.cuda.current_stream(self._device).wait_stream(side)
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
-                logits = self._forward(ids, positions, places)
+            graph, logits, expected = self._capture(ids, positions, places)
+            graph.replay()
+            near = torch.allclose(logits, expected, rtol=_NEAR, atol=_NEAR * float(expected.abs().amax()))
         except RuntimeError as error:  # the model waits for the GPU somewhere
             self.why_not = ' '.join(str(error).split())[:200]
-            logger.info('steps are not recorded, which is slower: %s', self.why_not)
-            return None
+        else:
+            if near:
+                return _Recorded(graph, ids, positions, logits)
+            self.why_not = 'a recorded step gave other logits than the step itself'
+        logger.info('steps are not recorded, which is slower: %s', self.why_not)
+        return None
+
+    def _capture(self, ids: Tensor, positions: Tensor, places: int) -> tuple[Any, Tensor, Tensor]:
+        """The recording, where its logits lie, and what they must be for these ids."""
+        here, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUPS):
+                expected = self._forward(ids, positions, places)
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
+            logits = self._forward(ids, positions, places)
         self._pool = self._pool or graph.pool()
-        return _Recorded(graph, ids, positions, logits)
+        return graph, logits, expected
