@@ -16,7 +16,12 @@ from xtuner.model.kernels.decoder import FastDecoder, adapter_obstacle, base_of,
 from xtuner.model.kernels.dispatch import PLAIN
 from xtuner.model.kernels.layer import LayerParts
 
-_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+# A layer's linear layers by what they do; InternLM2's second names, whose q, k and v are one.
+_PROJECTIONS = (
+    ('q_proj', 'wqkv'), ('k_proj',), ('v_proj',), ('o_proj', 'wo'), ('gate_proj', 'w1'), ('up_proj', 'w3'),
+    ('down_proj', 'w2'),
+)  # fmt: skip
+_NAMES = {name for names in _PROJECTIONS for name in names}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class ModelShape:
         num_head: Elements of the output head, 0 where it is the input embedding.
         num_other: Elements of the rest: norms, biases.
         num_trained: Trained elements, which are float32.
-        ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one.
+        ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one. Where a layer names its
+            parts otherwise, the largest rank for each.
         dropout: Whether adapters drop inputs.
         obstacle: Why the fast path is not taken, '' where it is.
         kind: `model_type`.
@@ -95,7 +101,7 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
             model = attach_adapter(model, adapter)
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     decoder = causal.get_decoder()
-    projections = [p for name, p in decoder.layers[0].named_modules() if name.rsplit('.', 1)[-1] in _PROJECTIONS]
+    projections = [p for name, p in decoder.layers[0].named_modules() if name.rsplit('.', 1)[-1] in _NAMES]
     obstacle = static_obstacle(decoder) or next(filter(None, map(adapter_obstacle, projections)), None)
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -108,7 +114,7 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
         head_size=getattr(text, 'head_dim', None) or text.hidden_size // heads,
         vocabulary=text.vocab_size,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        ranks=tuple(_rank(decoder.layers[0], name) for name in _PROJECTIONS),
+        ranks=_ranks(decoder.layers[0]),
         dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
         obstacle=obstacle or '',
         kind=config.model_type,
@@ -132,9 +138,15 @@ def _count_base(model: Any) -> dict[str, Any]:
     }
 
 
-def _rank(layer: nn.Module, name: str) -> int:
-    """The rank of the adapter on a layer's projection, 0 where there is none."""
-    projection: Any = next((m for n, m in layer.named_modules() if n.rsplit('.', 1)[-1] == name), None)
-    if projection is None or projection is base_of(projection) or not hasattr(projection, 'r'):
-        return 0
-    return max(projection.r.values(), default=0)
+def _ranks(layer: nn.Module) -> tuple[int, ...]:
+    """The ranks of the adapters on a layer's projections."""
+    found = {name.rsplit('.', 1)[-1]: _rank(module) for name, module in layer.named_modules()}
+    ranks = tuple(max(found.get(name, 0) for name in names) for names in _PROJECTIONS)
+    return ranks if any(ranks) else (max(found.values(), default=0),) * len(_PROJECTIONS)
+
+
+def _rank(module: Any) -> int:
+    """The rank of the adapter on a module, 0 where there is none."""
+    return (
+        0 if module is base_of(module) or not isinstance(getattr(module, 'r', None), dict) else max(module.r.values())
+    )
