@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_the_work_folder_tells_the_run(trained: Path) -> None:
     assert about['sessions'][-1]['end'] == 'finished'
     assert about['plan']['num_steps'] == 4
     assert about['dataset']['train']['kept'] == 40
-    assert about['sessions'][-1]['versions']['torch'] == torch.__version__
+    assert about['sessions'][-1]['versions']['torch'] == metadata.version('torch')
     page = (trained / 'report.html').read_text(encoding='utf-8')
     assert 'finished' in page
     assert page.count('class="answer before"') == 2
