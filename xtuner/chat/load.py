@@ -55,6 +55,7 @@ class ChatModel:
     def warm(self) -> None:
         """Makes the first answer as fast as all others: on a GPU, loads kernels and records the decoding step."""
         if self.model.device.type == 'cuda':
+            logger.info('warming up; the first time on a machine, kernels are compiled, which takes some seconds')
             warm(self.model, self.max_length)
 
     def _settings(self, system: str, sampling: Sampling) -> dict[str, Any]:

@@ -47,10 +47,10 @@ class Weights:
         size: K.
         block: Values that share a scale.
         coarse: Scales that share a coarse one.
-        addresses: int64 (weights, 6): where values, table, scales, the scales' table, coarse scales and offset lie.
+        addresses: int64 (weights, 14): where values, table, scales, the scales' table, coarse scales and offset lie,
+            and the eight words of `table_words`.
         owners: The tensors that lie there.
         dtype: Of float weights.
-        table: The 16 values of a 4-bit weight as float16, cut into eight words: four of low bytes, four of high bytes.
     """
 
     form: int
@@ -61,7 +61,6 @@ class Weights:
     addresses: Tensor
     owners: tuple
     dtype: torch.dtype
-    table: tuple[int, ...] = _NO_TABLE
 
     @property
     def planes(self) -> int:
@@ -79,20 +78,22 @@ def weights_of(parts: list[QuantizedWeight] | list[Tensor]) -> Weights | str:
         if len(floats) < len(parts) or len({part.dtype for part in floats}) > 1:
             return 'layers that read the same input have weights of several forms'
         owners, rows = [(part,) * _FIELDS for part in floats], tuple(len(part) for part in floats)
-        form, size, block, coarse, dtype, table = FLOAT, first.shape[1], WORD, 1, first.dtype, _NO_TABLE
+        form, size, block, coarse, dtype = FLOAT, first.shape[1], WORD, 1, first.dtype
+        words = [_NO_TABLE for _ in floats]
     else:
         packed = [part for part in parts if isinstance(part, QuantizedWeight)]
-        tables = [table_words(p.table) for p in packed]
-        same = {(p.block, p.absmax_block, p.absmax_table is None, t) for p, t in zip(packed, tables, strict=True)}
+        same = {(part.block, part.absmax_block, part.absmax_table is None) for part in packed}
         if len(packed) < len(parts) or len(same) > 1:
             return 'layers that read the same input have weights of several forms'
         if first.shape[1] % first.block or first.block & (first.block - 1) or first.block < WORD:
             return f'quantisation blocks of {first.block} do not fill rows of {first.shape[1]}'
         owners, rows = [_fields(part) for part in packed], tuple(part.shape[0] for part in packed)
         form, size, block = (NF4 if first.absmax_table is None else NESTED), first.shape[1], first.block
-        coarse, dtype, table = first.absmax_block, torch.float32, tables[0]
-    addresses = torch.tensor([[t.data_ptr() for t in own] for own in owners], dtype=torch.int64)
-    return Weights(form, rows, size, block, coarse, addresses.to(owners[0][0].device), tuple(owners), dtype, table)
+        coarse, dtype = first.absmax_block, torch.float32
+        words = [table_words(part.table) for part in packed]
+    entries = [[*(t.data_ptr() for t in own), *rest] for own, rest in zip(owners, words, strict=True)]
+    addresses = torch.tensor(entries, dtype=torch.int64)
+    return Weights(form, rows, size, block, coarse, addresses.to(owners[0][0].device), tuple(owners), dtype)
 
 
 def _fields(part: QuantizedWeight) -> tuple[Tensor, ...]:
@@ -102,7 +103,7 @@ def _fields(part: QuantizedWeight) -> tuple[Tensor, ...]:
 
 @triton.jit
 def _address(addresses, member, field: tl.constexpr):
-    return tl.load(addresses + member * 6 + field)
+    return tl.load(addresses + member * 14 + field)
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _dot_float(
 
 @triton.jit
 def _dot_4bit(
-    addresses, member, x, row, num_rows, size, l0, l1, l2, l3, h0, h1, h2, h3,
+    addresses, member, x, row, num_rows, size,
     IS_NESTED: tl.constexpr, COARSE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -137,6 +138,10 @@ def _dot_4bit(
         offset = tl.load(tl.multiple_of(_address(addresses, member, 5).to(tl.pointer_type(tl.float32)), 4))
     else:
         scales = tl.multiple_of(_address(addresses, member, 2).to(tl.pointer_type(tl.float32)), 4)
+    low0, low1 = _address(addresses, member, 6).to(tl.int32), _address(addresses, member, 7).to(tl.int32)
+    low2, low3 = _address(addresses, member, 8).to(tl.int32), _address(addresses, member, 9).to(tl.int32)
+    high0, high1 = _address(addresses, member, 10).to(tl.int32), _address(addresses, member, 11).to(tl.int32)
+    high2, high3 = _address(addresses, member, 12).to(tl.int32), _address(addresses, member, 13).to(tl.int32)
     row_blocks = size // (8 * WORDS)
     total = tl.zeros((ROWS, BLOCKS, WORDS), tl.float32)
     number = tl.arange(0, WORDS)
@@ -151,13 +156,14 @@ def _dot_4bit(
             scale = tl.load(fine + code) * tl.load(coarse + index // COARSE, mask=inside, other=0.0) + offset
         else:
             scale = tl.load(scales + index, mask=inside, other=0.0)
-        place = block[:, None] * WORDS + number[None, :]
-        there = (block < row_blocks)[:, None]
+        # In three dimensions from the start: Triton then gives them the words' own layout, and nothing is moved.
+        place = block[None, :, None] * WORDS + number[None, None, :]
+        there = (block < row_blocks)[None, :, None]
         part = word_sum(
             word, plane(x, place, there, size, 0), plane(x, place, there, size, 1), plane(x, place, there, size, 2),
             plane(x, place, there, size, 3), plane(x, place, there, size, 4), plane(x, place, there, size, 5),
-            plane(x, place, there, size, 6), plane(x, place, there, size, 7), table, l0, l1, l2, l3, h0, h1, h2, h3,
-            IN_REGISTERS,
+            plane(x, place, there, size, 6), plane(x, place, there, size, 7), table, low0, low1, low2, low3, high0,
+            high1, high2, high3, IN_REGISTERS,
         )  # fmt: skip
         total += part * scale[:, :, None]
     return tl.sum(tl.sum(total, axis=2), axis=1)
@@ -165,16 +171,13 @@ def _dot_4bit(
 
 @triton.jit
 def _dot(
-    addresses, member, x, row, num_rows, size, l0, l1, l2, l3, h0, h1, h2, h3,
+    addresses, member, x, row, num_rows, size,
     FORM: tl.constexpr, DTYPE: tl.constexpr, COARSE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     if FORM == 0:
         return _dot_float(addresses, member, x, row, num_rows, size, DTYPE, ROWS, BLOCKS)
-    return _dot_4bit(
-        addresses, member, x, row, num_rows, size, l0, l1, l2, l3, h0, h1, h2, h3, FORM == 2, COARSE, WORDS, ROWS,
-        BLOCKS, IN_REGISTERS,
-    )  # fmt: skip
+    return _dot_4bit(addresses, member, x, row, num_rows, size, FORM == 2, COARSE, WORDS, ROWS, BLOCKS, IN_REGISTERS)
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def _low_rank(up, down, member, row, inside, RANK: tl.constexpr):
 
 @triton.jit
 def _multiply(
-    addresses, x, bias, up, down, out, rows0, rows1, rows2, size, l0, l1, l2, l3, h0, h1, h2, h3,
+    addresses, x, bias, up, down, out, rows0, rows1, rows2, size,
     FORM: tl.constexpr, DTYPE: tl.constexpr, COARSE: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +203,7 @@ def _multiply(
     row = at * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     total = _dot(
-        addresses, member, x, row, num_rows, size, l0, l1, l2, l3, h0, h1, h2, h3, FORM, DTYPE, COARSE, WORDS, ROWS,
-        BLOCKS, IN_REGISTERS,
+        addresses, member, x, row, num_rows, size, FORM, DTYPE, COARSE, WORDS, ROWS, BLOCKS, IN_REGISTERS
     )  # fmt: skip
     row = before + row
     if HAS_BIAS:
@@ -215,21 +217,15 @@ def _multiply(
 
 @triton.jit
 def _multiply_gated(
-    addresses, x, bias, up, down, out, rows, size, l0, l1, l2, l3, h0, h1, h2, h3,
+    addresses, x, bias, up, down, out, rows, size,
     FORM: tl.constexpr, DTYPE: tl.constexpr, COARSE: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    gate = _dot(
-        addresses, 0, x, row, rows, size, l0, l1, l2, l3, h0, h1, h2, h3, FORM, DTYPE, COARSE, WORDS, ROWS, BLOCKS,
-        IN_REGISTERS,
-    )  # fmt: skip
-    raised = _dot(
-        addresses, 1, x, row, rows, size, l0, l1, l2, l3, h0, h1, h2, h3, FORM, DTYPE, COARSE, WORDS, ROWS, BLOCKS,
-        IN_REGISTERS,
-    )  # fmt: skip
+    gate = _dot(addresses, 0, x, row, rows, size, FORM, DTYPE, COARSE, WORDS, ROWS, BLOCKS, IN_REGISTERS)
+    raised = _dot(addresses, 1, x, row, rows, size, FORM, DTYPE, COARSE, WORDS, ROWS, BLOCKS, IN_REGISTERS)
     if HAS_BIAS:
         gate += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
         raised += tl.load(bias + rows + row, mask=inside, other=0.0).to(tl.float32)
@@ -277,8 +273,8 @@ def project(low_rank: LowRank, x_K: Tensor, out: Tensor) -> None:
     rows, size = low_rank.down.shape
     weights = low_rank.weights
     _multiply[(triton.cdiv(rows, 2),)](
-        weights.addresses, x_K, out, out, out, out, rows, 0, 0, size, *weights.table, RANK=0, HAS_BIAS=False,
-        ADD=False, **_constants(weights, Tile(rows=2)),
+        weights.addresses, x_K, out, out, out, out, rows, 0, 0, size, RANK=0, HAS_BIAS=False, ADD=False,
+        **_constants(weights, Tile(rows=2)),
     )  # fmt: skip
 
 
@@ -303,7 +299,7 @@ def multiply(
     programs = sum(triton.cdiv(n, tile.rows) for n in weights.rows)
     _multiply[(programs,)](
         weights.addresses, x_K, x_K if bias_N is None else bias_N, x_K if low_rank is None else low_rank.up,
-        x_K if down is None else down, out_N, rows[0], rows[1], rows[2], weights.size, *weights.table,
+        x_K if down is None else down, out_N, rows[0], rows[1], rows[2], weights.size,
         RANK=low_rank.rank if low_rank else 0, HAS_BIAS=bias_N is not None, ADD=add, **_constants(weights, tile),
     )  # fmt: skip
 
@@ -316,6 +312,6 @@ def multiply_gated(
     tile = tile or Tile()
     _multiply_gated[(triton.cdiv(weights.rows[0], tile.rows),)](
         weights.addresses, x_K, x_K if bias_N is None else bias_N, x_K if low_rank is None else low_rank.up,
-        x_K if down is None else down, out_I, weights.rows[0], weights.size, *weights.table, PLANES=planes,
+        x_K if down is None else down, out_I, weights.rows[0], weights.size, PLANES=planes,
         RANK=low_rank.rank if low_rank else 0, HAS_BIAS=bias_N is not None, **_constants(weights, tile),
     )  # fmt: skip

@@ -85,13 +85,14 @@ mov.f32 $0, s;
 
 @triton.jit
 def word_sum(
-    word, x0, x1, x2, x3, x4, x5, x6, x7, table, l0, l1, l2, l3, h0, h1, h2, h3, IN_REGISTERS: tl.constexpr
+    word, x0, x1, x2, x3, x4, x5, x6, x7, table, low0, low1, low2, low3, high0, high1, high2, high3,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """The sum of words' values times their inputs."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             WORD_SUM, '=f,r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r',
-            [word, x0, x1, x2, x3, x4, x5, x6, x7, l0, l1, l2, l3, h0, h1, h2, h3],
+            [word, x0, x1, x2, x3, x4, x5, x6, x7, low0, low1, low2, low3, high0, high1, high2, high3],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     total = tl.load(table + ((word >> 4) & 15)) * x0 + tl.load(table + (word & 15)) * x1
@@ -109,7 +110,7 @@ def place(index, size, PLANES: tl.constexpr):
 @triton.jit
 def plane(x, place, inside, size, NUMBER: tl.constexpr):
     """A plane's inputs of words."""
-    return tl.load(x + NUMBER * (size // 8) + place, mask=inside, other=0.0)[None, :, :]
+    return tl.load(x + NUMBER * (size // 8) + place, mask=inside, other=0.0)
 
 
 def in_planes(x: Tensor, planes: int) -> Tensor:
