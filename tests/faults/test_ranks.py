@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.e2e.test_ranks import run, words_for
-from tests.faults.lives import Life, newest, steps_done
+from tests.faults.lives import Life, metrics, newest, steps_done
 from tests.faults.lives import words_for as life_words
 
 HOOKS = "hooks=[{{'type': 'tests.faults.rank_hooks:{name}', 'step': 3}}]"
@@ -24,7 +24,8 @@ def errors(log: Path) -> list[str]:
 def test_killed_and_resumed_by_others(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
     """Two ranks of `ddp`, one killed in step 3; two of `fsdp` go on."""
     folder, log = tmp_path / 'run', tmp_path / 'log'
-    words = life_words(tiny_internlm, forty_conversations, folder, *STEADY, steps=4)
+    options = [*STEADY, 'dataset.val_ratio=0.2']
+    words = life_words(tiny_internlm, forty_conversations, folder, *options, steps=4)
     began = time.monotonic()
     life = Life([*words, HOOKS.format(name='Killed')], log, ranks=2)
     assert life.end(60) == [1, -9], log.read_text(encoding='utf-8')
@@ -33,7 +34,10 @@ def test_killed_and_resumed_by_others(tiny_internlm: Path, forty_conversations: 
     assert steps_done(folder) == 2
     others = [*words, 'parallel.strategy=fsdp', '--allow-changes']  # the hook is not there any more
     assert Life(others, log, ranks=2).end() == [0, 0], log.read_text(encoding='utf-8')
-    assert_same_weights(folder, uninterrupted(tiny_internlm, forty_conversations, tmp_path))
+    whole = uninterrupted(tiny_internlm, forty_conversations, tmp_path, *options)
+    assert_same_weights(folder, whole)
+    losses = [[line['val_loss'] for line in metrics(f) if 'val_loss' in line] for f in (folder, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 
 @pytest.mark.slow
@@ -47,10 +51,10 @@ def test_any_number_of_ranks_goes_on(tiny_internlm: Path, forty_conversations: P
     assert_same_weights(folder, uninterrupted(tiny_internlm, forty_conversations, tmp_path))
 
 
-def uninterrupted(model: Path, data: Path, tmp_path: Path) -> Path:
+def uninterrupted(model: Path, data: Path, tmp_path: Path, *options: str) -> Path:
     """The work folder of one process that did the same four steps."""
     folder, log = tmp_path / 'whole', tmp_path / 'whole.log'
-    words = life_words(model, data, folder, *STEADY, 'schedule.accumulative_counts=4', steps=4)
+    words = life_words(model, data, folder, *(options or STEADY), 'schedule.accumulative_counts=4', steps=4)
     assert Life(words, log).end() == [0], log.read_text(encoding='utf-8')
     return folder
 

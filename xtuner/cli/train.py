@@ -56,8 +56,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='who started this process as one of several: torchrun or srun',
     )
-    group.add_argument('--strategy', help='single, ddp, fsdp or deepspeed_zero1 to 3')
-    group.add_argument('--deepspeed', metavar='NAME', help='deepspeed_zero1 to 3, or a DeepSpeed .json')
+    group.add_argument('--strategy', help='single, ddp, fsdp, deepspeed_zero1 or deepspeed_zero2')
+    group.add_argument('--deepspeed', metavar='NAME', help='deepspeed_zero1, deepspeed_zero2, or a DeepSpeed .json')
 
 
 def run(args: argparse.Namespace) -> int:

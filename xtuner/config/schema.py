@@ -157,8 +157,8 @@ class ParallelConfig:
     """How a run spreads over several devices (docs/scale.md)."""
 
     strategy: str = option(
-        'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1 to 3 (also with _offload), '
-        'or a DeepSpeed .json', 'auto')  # fmt: skip
+        'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1, deepspeed_zero2, '
+        'deepspeed_zero2_offload, or a DeepSpeed .json', 'auto')  # fmt: skip
     sequence_parallel_size: int = option('devices that share each pack, for packs too long for one', 1, minimum=1)
     timeout_s: float = option('seconds without progress after which a rank has hung', 1800, minimum=1)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer (1), gradients (2) and weights (3) spread over the ranks. An optional extra.
+"""DeepSpeed's ZeRO 1 and 2: optimizer state, and gradients, spread over the ranks. An optional extra.
 
 Trained parameters stay float32 and the forward pass runs under autocast, as everywhere here; so DeepSpeed's own half
 precision stays off, and its checkpoints are not used: whole tensors are put together for ours.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xtuner.config.deepspeed import read_deepspeed_config
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.strategies.base import MakeOptimizer, Strategy, leaves, nested
+from xtuner.engine.strategies.base import MakeOptimizer, Strategy, leaves
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
 
@@ -47,8 +47,6 @@ class ZeRO(Strategy):
             'gradient_accumulation_steps': 1,  # the loop says which micro-batch is a step's last
             'gradient_clipping': config.schedule.max_norm or 0.0,
         }
-        self.stage: int = self._settings['zero_optimization']['stage']
-        self.together = self.stage == 3
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Strategy:
         """Hands model and optimizer to DeepSpeed's engine."""
@@ -87,33 +85,19 @@ class ZeRO(Strategy):
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
         """Done already."""
 
-    def weights(self) -> dict[str, Tensor] | None:
-        """Whole tensors under ZeRO-3; elsewhere the model has them."""
-        if self.stage < 3:
-            return None
-        import deepspeed
-
-        found = {}
-        for name, parameter in trainable_parameters(self.bare).items():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                found[name.removeprefix('llm.')] = parameter.detach().cpu().clone()
-        return found
-
     def optimizer_state(self) -> dict[str, Any]:
         """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        saved = self._inner.state_dict()
-        form = leaves(saved['state'][0])  # of one partition; of its size is what belongs to elements
-        size = next(iter(self._inner.state)).numel()
-        state = {}
-        for number, parameter in enumerate(trainable_parameters(self.bare).values()):
-            whole = {
-                path: safe_get_full_optimizer_state(parameter, path[-1]).cpu() if _is_of(value, size) else value
-                for path, value in form.items()
+        partition, form = next(iter(self._inner.state.items()))
+        state = {
+            number: {
+                name: safe_get_full_optimizer_state(parameter, name).cpu() if _is_of(value, partition) else value
+                for name, value in form.items()
             }
-            state[number] = nested(whole)
-        groups = [group | {'params': list(range(len(state)))} for group in saved['param_groups']]
+            for number, parameter in enumerate(trainable_parameters(self.bare).values())
+        }
+        groups = [group | {'params': list(range(len(state)))} for group in self._inner.param_groups]
         return {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -127,17 +111,16 @@ class ZeRO(Strategy):
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), path[-1])
 
-    def _make_room(self, saved: dict[tuple[str, ...], Any], parameter: Tensor) -> None:
+    def _make_room(self, saved: dict[tuple[str, ...], Any], parameter: Any) -> None:
         """State for each partition, as the optimizer's first step would make it, and its numbers as saved."""
-        for group in self._inner.param_groups:
-            for partition in group['params']:
-                for path, value in saved.items():
-                    of_elements = isinstance(value, Tensor) and value.shape == parameter.shape
-                    self._inner.state[partition][path[-1]] = torch.zeros_like(partition) if of_elements else value
-        link = getattr(self.optimizer, '_lazy_init_hp_params_optimizer_state', None)  # stages 1 and 2
-        if link is not None:
-            link()
+        partitions = [partition for group in self._inner.param_groups for partition in group['params']]
+        for partition in partitions:
+            for path, value in saved.items():
+                of_elements = isinstance(value, Tensor) and value.shape == parameter.shape
+                self._inner.state[partition][path[-1]] = torch.zeros_like(partition) if of_elements else value
+        self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _is_of(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == size
+def _is_of(value: Any, partition: Tensor) -> bool:
+    """Whether a value of a partition's state is element for element the partition's."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == partition.numel()
