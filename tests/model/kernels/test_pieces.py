@@ -71,3 +71,11 @@ def test_products_in_pieces_are_the_products(monkeypatch):
     assert len(group._pieces(how, adapters)) == 5
     for whole, pieces in zip(*results, strict=True):
         assert torch.allclose(pieces, whole, rtol=1e-5, atol=1e-3)  # other sums: entries are of size 20
+
+
+def test_a_replaced_weight_is_taken_apart_anew():
+    frozen = layer(256, 64)
+    first = frozen.parts()
+    assert frozen.parts() is first
+    frozen.module.weight = layer(256, 64, nested=False).module.weight
+    assert frozen.parts() is not first and frozen.parts().absmax_table is None

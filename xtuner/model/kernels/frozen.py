@@ -37,7 +37,7 @@ class FrozenLinear:
         self.module: Any = module
         self.kept: Tensor | None = None
         self._parts: QuantizedWeight | None = None
-        self._parts_of: Tensor | None = None
+        self._parts_of: tuple[int, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,8 +52,9 @@ class FrozenLinear:
     def parts(self) -> QuantizedWeight | None:
         """The 4-bit weight's parts, None for a float weight; looked up again when the weight was replaced."""
         weight = self.module.weight
-        if self._parts_of is not weight.data_ptr():
-            self._parts_of = weight.data_ptr()
+        now = (weight.data_ptr(), getattr(weight, 'quant_state', None))
+        if self._parts_of is None or self._parts_of[0] != now[0] or self._parts_of[1] is not now[1]:
+            self._parts_of = now
             self._parts = take_apart(self.module) if is_4bit(self.module) else None
         return self._parts
 
