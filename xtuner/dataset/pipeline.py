@@ -78,7 +78,8 @@ def prepare_dataset(
         raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
-    packs = f'{shown}: {len(dataset)} packs, {dataset.fill:.1%} full'
+    plural = 's' * (len(dataset) != 1)
+    packs = f'{shown}: {len(dataset)} pack{plural}, {dataset.fill:.1%} full'
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
     if train_folder is not None and is_complete(train_folder):
         _warn_of_leaks(dataset, PreparedDataset(train_folder))

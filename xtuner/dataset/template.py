@@ -285,7 +285,7 @@ def get_template(name: str | Template, tokenizer: Any = None) -> Template:
         template = TEMPLATES.get(name) if isinstance(name, str) else None
         if template is None:
             known = [*TEMPLATES.module_dict, 'from_tokenizer']
-            raise ConfigError(f'`model.template` is {name!r}, which is no template{nearest(str(name), known)}; '
+            raise ConfigError(f'{name!r} is no prompt template{nearest(str(name), known)}; '
                               f'known: {", ".join(sorted(known))}')  # fmt: skip
     if tokenizer is not None:
         template.check(tokenizer)
