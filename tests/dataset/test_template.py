@@ -128,7 +128,7 @@ def test_internlm_chat_is_what_internlm_saw(internlm_like):
 def test_unknown_name_lists_the_known_and_the_nearest():
     with pytest.raises(ConfigError, match=r"'internlm_cat' is no prompt template; did you mean 'internlm_chat'"):
         get_template('internlm_cat')
-    with pytest.raises(ConfigError, match='which is no template'):
+    with pytest.raises(ConfigError, match='3 is no prompt template'):
         get_template(3)
 
 
