@@ -26,6 +26,12 @@ def model() -> Any:
     return scripted
 
 
+@pytest.fixture(autouse=True)
+def _main_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit makes the page the main module, which processes that other tests start would then run."""
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+
+
 def open_page() -> AppTest:
     page = AppTest.from_file(str(app.PAGE), default_timeout=30).run()
     assert not page.exception
