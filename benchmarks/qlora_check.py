@@ -109,7 +109,7 @@ def check_repeats(model: Any, ids: Any, positions: Any) -> None:
         set_checkpointing(model, checkpointing)
         enable_fast_path(model, recompute_by_memory=room is not None)
         fast = model.get_base_model().model.forward.fast
-        fast._room = room
+        fast.room = room
         for _ in range(7):  # graphs from the fifth on
             torch.manual_seed(3)
             results.append(gradients(model, ids, positions, fused_loss=True)[1])

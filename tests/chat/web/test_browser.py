@@ -10,7 +10,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,14 +28,9 @@ import pytest
 from tests.conftest import ROOT
 
 pytest.importorskip('streamlit', reason="the page needs Streamlit: pip install 'xtuner[web]'")
-playwright = pytest.importorskip(
-    'playwright.sync_api', reason="driving a browser needs Playwright: pip install 'xtuner[browser]'"
-)
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason='no chromium on the PATH; on Debian: apt install chromium'),
-]
+from tests.browser import CHROMIUM, MARKS, playwright
+
+pytestmark = MARKS
 TITLE = 'tiny · xtuner'
 
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.browser import CHROMIUM, MARKS, playwright
 from tests.engine.report.test_page import EVIL, work_dir  # noqa: F401
 from xtuner.engine.report.page import write_report
 
-playwright = pytest.importorskip(
-    'playwright.sync_api', reason="driving a browser needs Playwright: pip install 'xtuner[browser]'"
-)
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason='no chromium on the PATH; on Debian: apt install chromium'),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])

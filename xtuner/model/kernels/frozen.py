@@ -89,7 +89,8 @@ class FrozenLinear:
         if self.kept is not None:
             return self.kept.to(dtype)
         weight = self.module.weight
-        if self.parts() is None:
+        parts = self.parts()
+        if parts is None:
             return weight.to(dtype)
         from bitsandbytes.functional import dequantize_4bit
 
@@ -97,7 +98,7 @@ class FrozenLinear:
         if weight.device.type != 'cpu' or state.shape[1] % state.blocksize == 0:
             return dequantize_4bit(weight.data, state).to(dtype)
         out = torch.empty(self.shape, dtype=dtype)
-        plain.dequantize_into(out, take_apart(self.module))
+        plain.dequantize_into(out, parts)
         return out
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
