@@ -15,7 +15,14 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build_base(device: str, *, quantise: bool = True, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+def build_base(
+    device: str,
+    *,
+    quantise: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: torch.dtype = torch.uint8,
+    **changes: Any,
+) -> Any:
     """The base model, frozen, its projections in NF4 with quantised scales; `changes` to the shape."""
     import bitsandbytes as bnb
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,10 +43,13 @@ def build_base(device: str, *, quantise: bool = True, dtype: torch.dtype = torch
                 module.out_features,
                 bias=module.bias is not None,
                 compute_dtype=dtype,
+                quant_storage=storage,
                 device='meta',
             )
             data = random(module.weight.shape, 0.02)
-            new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type='nf4').to(device)
+            new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type='nf4', quant_storage=storage).to(
+                device
+            )
             if module.bias is not None:
                 new.bias = nn.Parameter(random(module.bias.shape, 0.02), requires_grad=False)
             parent, _, name = path.rpartition('.')

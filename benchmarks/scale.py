@@ -2,14 +2,16 @@
 
     python benchmarks/scale.py --out DIR [--parts ddp,sequence,fsdp,start]
 
-    ddp        InternLM-7B's shape, QLoRA, 4 x 2048 tokens a card: one card, then `ddp` on two
+    ddp        InternLM-7B's shape, QLoRA, 4 x 2048 tokens a card: one card, two at once each for itself, `ddp` on two
     sequence   the same model on 1 x 65,536 tokens in 16 samples: one card, then spread over two
     fsdp       the 20B shape (60 layers, 5120 wide, 40 heads, 13824 inner): one card, `ddp` on two, `fsdp` on two
     start      `xtuner train` on a 7B checkpoint in the published format until its first step, on one card and on two;
                and how long two cards take to end when one of them fails
 
 Every figure is printed as it comes, as a line `RESULT {...}`, and all of them are written to DIR/scale.json. Weights
-are random; the 20B shape is built straight into 4 bit. `--tiny` does it all on a CPU in small, to test the script.
+are random; the 20B shape is built straight into 4 bit. What fails is told, and the rest goes on. Where `ddp` on two is
+slower than two each for itself, it is for the messages; where these are slower than one, for the machine they share.
+`--tiny` does it all on a CPU in small, to test the script.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,21 @@ def worker(parts: list[str], tiny: bool) -> None:
             measure_20b(group, tiny)
 
 
+def attempt(name: str, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `act` returns; where it fails that is told, and nothing is returned."""
+    try:
+        return act()
+    except Exception as error:
+        traceback.print_exc()
+        report(what=name, failed=f'{type(error).__name__}: {error}'[:300])
+        return {}
+
+
+def over(one: dict[str, Any], other: dict[str, Any], name: str, digits: int = 3) -> float | None:
+    """The ratio of a figure, None where one of the two is not there."""
+    return round(one[name] / other[name], digits) if one.get(name) and other.get(name) else None
+
+
 def build(shape: dict[str, Any], tiny: bool) -> Any:
     """The loss of a 4-bit model under a rank-64 adapter; every layer is computed again, so that peaks compare."""
     import torch
@@ -56,7 +75,7 @@ def build(shape: dict[str, Any], tiny: bool) -> Any:
 
     device = 'cpu' if tiny else 'cuda'
     dtype = torch.float32 if tiny else torch.bfloat16
-    model = add_adapter(build_base(device, dtype=dtype, **(TINY if tiny else shape)))
+    model = add_adapter(build_base(device, dtype=dtype, storage=dtype, **(TINY if tiny else shape)))
     set_checkpointing(model, True)
     return SupervisedFinetune(model).train()
 
@@ -87,7 +106,13 @@ def prepared(strategy: Any, model: Any) -> Any:
 
 
 def run_steps(strategy: Any, batch: dict[str, Any], steps: int, *, groups: int, alone: bool = False) -> dict[str, Any]:
-    """Steps as the loop does them; the slowest rank's median of the last half, and the largest peak."""
+    """Steps as the loop does them; the slowest rank's median of the last half, and the largest peak.
+
+    Peaks are what PyTorch allocates: `held_gib` of it is there before the first step. The optimizer's state is paged
+    and comes on top.
+    """
+    import gc
+
     import torch
     from torch import distributed
 
@@ -95,10 +120,12 @@ def run_steps(strategy: Any, batch: dict[str, Any], steps: int, *, groups: int, 
     scaler = torch.amp.GradScaler('cuda' if on_gpu else 'cpu', enabled=False)
     kind, dtype = ('cuda', torch.bfloat16) if on_gpu else ('cpu', torch.bfloat16)
     targets = (batch['labels'].numel() - len(batch['labels'])) * groups
-    seconds, loss = [], torch.zeros(())
+    seconds, loss, norm, held = [], torch.zeros(()), 0.0, 0.0
+    gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() / 2**30
     for _ in range(steps):
         if on_gpu:
             torch.cuda.synchronize()
@@ -106,31 +133,41 @@ def run_steps(strategy: Any, batch: dict[str, Any], steps: int, *, groups: int, 
         with torch.autocast(kind, dtype, enabled=on_gpu):
             loss = strategy.module(**batch)
         strategy.backward(loss * (strategy.gradient_factor / targets))
-        strategy.clip(scaler, 1.0)
+        norm = strategy.clip(scaler, 1.0)
         strategy.step(scaler, skipped=False)
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    figures = torch.tensor([statistics.median(seconds[steps // 2 :]), peak], device=batch['input_ids'].device)
+    figures = torch.tensor([statistics.median(seconds[steps // 2 :]), peak, held], device=batch['input_ids'].device)
     total = loss.detach().clone()
     if not alone:
         distributed.all_reduce(figures, distributed.ReduceOp.MAX)
         distributed.all_reduce(total)
-    slowest, peak = figures.tolist()
+    slowest, peak, held = figures.tolist()
+    state = paged_gib(strategy.optimizer)
     tokens = batch['labels'].numel() * groups
     return {'tokens_per_s': round(tokens / slowest), 'step_s': round(slowest, 4), 'peak_gib': round(peak, 2),
-            'loss': round(total.item() / targets, 5), 'first_step_s': round(seconds[0], 2)}  # fmt: skip
+            'held_gib': round(held, 2), 'paged_state_gib': round(state, 2), 'with_state_gib': round(peak + state, 2),
+            'loss': round(total.item() / targets, 5), 'gradient_norm': float(f'{norm:.6g}'),
+            'first_step_s': round(seconds[0], 2)}  # fmt: skip
+
+
+def paged_gib(optimizer: Any) -> float:
+    """Size of the paged state on this rank, which PyTorch does not count."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if getattr(t, 'is_paged', False)]
+    return sum(t.nbytes for t in tensors) / 2**30
 
 
 def alone_on_rank_0(group: Any, act: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
     """Rank 0 measures while the others wait; all know the result."""
     from torch import distributed
 
-    found: list[Any] = [None]
+    found: list[Any] = [{}]
     if group.rank == 0:
-        found[0] = act()
-        report(what=name, cards=1, **found[0])
+        found[0] = attempt(name, act)
+        if found[0]:
+            report(what=name, cards=1, **found[0])
     distributed.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -148,33 +185,34 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
         report(what='7B built', seconds=round(time.perf_counter() - started, 1), path=str(path))
     length, steps = (64, 4) if tiny else (2048, 8)
     batch = batch_of(4, length, 1, group.rank, tiny)
-    results = {}
-    if 'ddp' in parts:
-        results['one'] = alone_on_rank_0(
-            group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '7B 4x2048 single'
-        )
     long, long_steps = (256, 2) if tiny else (65536, 2)
     pack = batch_of(1, long, 16, 0, tiny)
+    one: dict[str, Any] = {}
+    one_long: dict[str, Any] = {}
+
+    def single(what: dict[str, Any], steps: int) -> dict[str, Any]:
+        return run_steps(prepared(Single(), model), what, steps, groups=1, alone=True)
+
+    if 'ddp' in parts:
+        one = alone_on_rank_0(group, lambda: single(batch, steps), '7B 4x2048 single')
+        both = attempt('7B 4x2048, both cards at once', lambda: single(batch, steps))
+        if both:  # each rank tells its own
+            report(what='7B 4x2048, both cards at once, each for itself', rank=group.rank, **both)
     if 'sequence' in parts:
-        results['one long'] = alone_on_rank_0(
-            group,
-            lambda: run_steps(prepared(Single(), model), pack, long_steps, groups=1, alone=True),
-            '7B 1x65536 single',
-        )
+        one_long = alone_on_rank_0(group, lambda: single(pack, long_steps), '7B 1x65536 single')
     two = prepared(DataParallel(group.rank, group.world_size), model)
     if 'ddp' in parts:
-        result = run_steps(two, batch, steps, groups=group.world_size)
-        ratio = round(result['tokens_per_s'] / results['one']['tokens_per_s'], 3)
-        if group.rank == 0:
-            report(what='7B 4x2048 a card, ddp', cards=group.world_size, **result, speedup=ratio)
+        result = attempt('7B ddp', lambda: run_steps(two, batch, steps, groups=group.world_size))
+        if group.rank == 0 and result:
+            speedup = over(result, one, 'tokens_per_s')
+            report(what='7B 4x2048 a card, ddp', cards=group.world_size, **result, speedup=speedup)
     if 'sequence' in parts:
         model.share_sequences(sequence_group(group.world_size))
-        result = run_steps(two, pack, long_steps, groups=1)
-        ratio = round(result['tokens_per_s'] / results['one long']['tokens_per_s'], 3)
-        difference = abs(result['loss'] - results['one long']['loss'])
-        if group.rank == 0:
-            report(what='7B 1x65536, sequence parallel', cards=group.world_size, **result, speedup=ratio,
-                   loss_difference=round(difference, 6))  # fmt: skip
+        result = attempt('7B sequence parallel', lambda: run_steps(two, pack, long_steps, groups=1))
+        if group.rank == 0 and result:
+            report(what='7B 1x65536, sequence parallel', cards=group.world_size, **result,
+                   speedup=over(result, one_long, 'tokens_per_s'), loss_of_one=over(result, one_long, 'loss', 6),
+                   gradient_norm_of_one=over(result, one_long, 'gradient_norm', 6))  # fmt: skip
 
 
 def measure_20b(group: Any, tiny: bool) -> None:
@@ -195,24 +233,21 @@ def measure_20b(group: Any, tiny: bool) -> None:
     single = alone_on_rank_0(
         group, lambda: run_steps(prepared(Single(), model), batch, steps, groups=1, alone=True), '20B 4x2048 single'
     )
-    gc.collect()
-    ddp = prepared(DataParallel(group.rank, group.world_size), model)
-    result = run_steps(ddp, batch, steps, groups=group.world_size)
-    if group.rank == 0:
-        report(what='20B 4x2048 a card, ddp', cards=group.world_size, **result)
-    speed = result['tokens_per_s']
-    del ddp
+
+    def run_on_all(strategy: Any) -> dict[str, Any]:
+        return run_steps(prepared(strategy, model), batch, steps, groups=group.world_size)
+
+    ddp = attempt('20B ddp', lambda: run_on_all(DataParallel(group.rank, group.world_size)))
+    if group.rank == 0 and ddp:
+        report(what='20B 4x2048 a card, ddp', cards=group.world_size, **ddp)
     gc.collect()
     enable_fast_path(model.llm, sharded=True)
-    started = time.perf_counter()
-    sharded = prepared(FullyShard(group.rank, group.world_size), model)
-    seconds = round(time.perf_counter() - started, 2)
-    gc.collect()
-    result = run_steps(sharded, batch, steps, groups=group.world_size)
-    if group.rank == 0:
-        of_one = round(result['peak_gib'] / single['peak_gib'], 3) if single['peak_gib'] else None
-        report(what='20B 4x2048 a card, fsdp', cards=group.world_size, **result, sharding_s=seconds,
-               peak_of_one=of_one, speed_of_ddp=round(result['tokens_per_s'] / speed, 3))  # fmt: skip
+    fsdp = attempt('20B fsdp', lambda: run_on_all(FullyShard(group.rank, group.world_size)))
+    if group.rank == 0 and fsdp:
+        report(what='20B 4x2048 a card, fsdp', cards=group.world_size, **fsdp,
+               peak_of_one=over(fsdp, single, 'peak_gib'), with_state_of_one=over(fsdp, single, 'with_state_gib'),
+               speed_of_ddp=over(fsdp, ddp, 'tokens_per_s'), loss_of_ddp=over(fsdp, ddp, 'loss', 6),
+               gradient_norm_of_ddp=over(fsdp, ddp, 'gradient_norm', 6))  # fmt: skip
 
 
 # What is measured from outside.
@@ -250,6 +285,8 @@ def anonymous_gib() -> list[float]:
 def start_up(folder: Path, tiny: bool) -> None:
     root = Path(__file__).parent.parent
     model, data = folder / 'model', folder / 'data.jsonl'
+    for name in ('1-card', '2-cards', 'fail', 'cache'):  # of a run before
+        shutil.rmtree(folder / name, ignore_errors=True)
     with data.open('w', encoding='utf-8') as file:
         for i in range(64):
             text = ' '.join(str(i * j) for j in range(40))
@@ -286,10 +323,10 @@ def start_up(folder: Path, tiny: bool) -> None:
         watcher.join()
         if status:
             print(''.join(lines[-15:]), flush=True)
-        times[name] = first_step or float('nan')
+        times[name] = first_step or 0.0
         report(what=f'start on {name}', to_first_step_s=first_step, model_loaded_s=loaded, status=status,
                host_anonymous_gib=round(peaks[0], 2))  # fmt: skip
-    report(what='start, two cards over one', ratio=round(times['2 cards'] / times['1 card'], 3))
+    report(what='start, two cards over one', ratio=over({'s': times['2 cards']}, {'s': times['1 card']}, 's'))
     run = [*words[:-1], '5', '--work-dir', str(folder / 'fail'), '--nproc-per-node', '2', *options,
            "hooks=[{'type': 'benchmarks.scale:second_rank_fails'}]"]  # fmt: skip
     ended = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
@@ -304,10 +341,15 @@ def write_7b(folder: Path, tiny: bool) -> None:
     from demo.tokenizer import train_tokenizer
 
     started = time.perf_counter()
+    if (folder / 'written').exists():
+        report(what='7B there from a run before')
+        return
+    shutil.rmtree(folder / 'model', ignore_errors=True)
     train_tokenizer([Path(__file__).parent.parent / 'demo' / 'base.jsonl'], folder, vocab_size=800)
     changes = {'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2, 'num_attention_heads': 4,
                'vocab_size': 800} if tiny else {}  # fmt: skip
     write_checkpoint(folder / 'model', folder / 'tokenizer.model', **changes)
+    (folder / 'written').touch()
     report(what='7B written', seconds=round(time.perf_counter() - started, 1))
 
 
@@ -331,18 +373,23 @@ def main() -> None:
     if args.write:
         write_7b(args.scratch, args.tiny)
         return
+    run_parts(args, parts)
+
+
+def run_parts(args: argparse.Namespace, parts: list[str]) -> None:
+    """Each part in processes of its own, so that what is left of one spoils no other's memory."""
     args.out.mkdir(parents=True, exist_ok=True)
     root = Path(__file__).parent.parent
     environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    own = ['--out', str(args.out), '--scratch', str(args.scratch), *(['--tiny'] if args.tiny else [])]
     lines: list[str] = []
     writer = None
     if 'start' in parts:  # on the CPU, beside the other parts
         args.scratch.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, __file__, '--out', str(args.out), '--write', '--scratch', str(args.scratch)]
-        writer = subprocess.Popen([*words, *(['--tiny'] if args.tiny else [])],
+        writer = subprocess.Popen([sys.executable, __file__, '--write', *own],
                                   env=environment | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '4'})  # fmt: skip
-    for chosen in (['ddp', 'sequence'], ['fsdp'], ['start']):
+    for chosen, limit_s in ((['ddp', 'sequence'], 110), (['fsdp'], 110), (['start'], 200)):
         now = [part for part in chosen if part in parts]
         if not now:
             continue
@@ -350,18 +397,20 @@ def main() -> None:
         if writer is not None and chosen == ['start']:
             writer.wait()
             print(f'--- waited {time.perf_counter() - began:.0f} s for the checkpoint', flush=True)
-        launcher = [sys.executable] if chosen == ['start'] else torchrun
-        own = ['--scratch', str(args.scratch), '--start'] if chosen == ['start'] else ['--worker']
-        words = [*launcher, __file__, '--out', str(args.out), '--parts', ','.join(now), *own]
-        process = subprocess.Popen([*words, *(['--tiny'] if args.tiny else [])], env=environment,
-                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
+        launcher, mode = ([sys.executable], '--start') if chosen == ['start'] else (torchrun, '--worker')
+        words = [*launcher, __file__, '--parts', ','.join(now), mode, *own]
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(limit_s, process.terminate)  # a rank that fails alone leaves the other waiting
+        timer.start()
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end='', flush=True)
             if line.startswith('RESULT '):
                 lines.append(line.removeprefix('RESULT ').strip())
                 (args.out / 'scale.json').write_text('[' + ',\n'.join(lines) + ']\n', encoding='utf-8')
-        print(f'--- {",".join(now)}: exit status {process.wait()}, {time.perf_counter() - began:.0f} s', flush=True)
+        status = process.wait()
+        timer.cancel()
+        print(f'--- {",".join(now)}: exit status {status}, {time.perf_counter() - began:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
