@@ -28,6 +28,7 @@ from xtuner.engine.runner import Runner
 from xtuner.engine.strategies.base import Single, Strategy
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import enable_fast_path
+from xtuner.model.kernels.quantized import state_of
 from xtuner.model.sft import SupervisedFinetune
 
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -131,6 +132,7 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     sent = count_broadcasts() if case.strategy == 'ddp' else None
     strategy.prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
     groups = world_size // case.sequence
+    held = held_bytes(model.llm)
     schedule = ScheduleConfig(max_steps=1, batch_size=case.batch_size, max_norm=0.5, warmup_ratio=0.0,
                               accumulative_counts=NUM_ITEMS // groups // case.batch_size)  # fmt: skip
     plan = Plan(NUM_ITEMS, schedule, groups)
@@ -139,7 +141,7 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case}-{rank}', seed=0, trackers=[],
                     launcher='none', write_model=lambda to, weights: None)  # fmt: skip
     runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=3)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {'held': held}
     note_gradient(strategy, found)
     note_result(runner, found)
     runner.train()
@@ -153,6 +155,16 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     strategy.load_optimizer_state(from_disk[0])
     found['again'] = strategy.optimizer_state()
     return found
+
+
+def held_bytes(llm: Any) -> int:
+    """Memory behind the base's weights in the layers, and behind the scales of 4-bit ones, on this rank."""
+    base = llm.get_base_model() if hasattr(llm, 'get_base_model') else llm
+    named = base.model.layers.named_parameters()
+    tensors = [getattr(p, '_local_tensor', p) for name, p in named if 'lora_' not in name]
+    states = (state_of(module) for module in base.model.layers.modules())
+    tensors += [state.absmax for state in states if state is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def note_gradient(strategy: Strategy, found: dict[str, Any]) -> None:

@@ -96,6 +96,13 @@ def test_what_is_frozen_is_never_sent(found: tuple[int, Found]) -> None:
             assert result['broadcast'] == sum(tensor.numel() for tensor in result['weights'].values()), case
 
 
+def test_a_rank_holds_its_share_of_the_layers(found: tuple[int, Found], references: dict[str, Any]) -> None:
+    world_size, results = found
+    for case, result in results.items():
+        if case.strategy == 'fsdp':
+            assert result['held'] == references[case.method]['held'] // world_size, case
+
+
 def test_all_cases_were_run(found: tuple[int, Found]) -> None:
     world_size, results = found
     assert list(results) == cases(world_size)

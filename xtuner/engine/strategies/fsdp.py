@@ -55,6 +55,8 @@ class FullyShard(Strategy):
         outer._get_fsdp_state()._lazy_init()
         for module in _sharded(outer):  # makes the whole tensors ordinary ones, which generation alone would not
             module.unshard()
+            if _is_layer(module):
+                read_scales_from_parameters(module)
             module.reshard()
         self._local = {name: _local(p) for name, p in trainable_parameters(outer).items()}
         return outer
@@ -86,7 +88,7 @@ class FullyShard(Strategy):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Puts together what belongs to no layer; layers come and go by themselves."""
-        roots = [module for module in _sharded(self.bare) if not hasattr(module, 'self_attn')]
+        roots = [module for module in _sharded(self.bare) if not _is_layer(module)]
         for module in roots:
             module.unshard()
         try:
@@ -168,6 +170,8 @@ class FullyShard(Strategy):
 def keep_quantisation_states(model: nn.Module) -> int:
     """Moves each 4-bit weight's state from the weight, which becomes a plain parameter, to its layer.
 
+    The scales, one for 64 values, become a parameter as well, so that they are sharded too.
+
     Returns:
         How many layers have one.
     """
@@ -177,8 +181,17 @@ def keep_quantisation_states(model: nn.Module) -> int:
             layer: Any = module
             layer.quant_state = layer.weight.quant_state
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+            layer.absmax = nn.Parameter(layer.quant_state.absmax, requires_grad=False)
             count += 1
     return count
+
+
+def read_scales_from_parameters(layer: nn.Module) -> None:
+    """Lets states look at the whole scales, whose memory comes and goes with each unsharding but stays one tensor."""
+    for module in layer.modules():
+        if is_4bit(module):
+            state: Any = module.quant_state
+            state.absmax = module.absmax.detach()  # type: ignore[operator]
 
 
 def _local(parameter: Any) -> nn.Parameter:
@@ -193,6 +206,10 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, 'self_attn')
 
 
 def _sharded(model: nn.Module) -> list[Any]:
