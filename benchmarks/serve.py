@@ -1,13 +1,13 @@
 """The service: tokens a second of one stream and of 16, and what it bears.
 
-    python benchmarks/serve.py speed     # the command as a process, over HTTP on loopback, a tiny model on the CPU
+    python benchmarks/serve.py speed     # the command as a process, over HTTP on loopback, a small model on the CPU
     python benchmarks/serve.py load      # 64 clients for 120 s: answers, disconnects, oversized and malformed bodies
     python benchmarks/serve.py decode    # the decoding thread alone; on a GPU InternLM-7B's shape in 4 bit
 
 `speed` and `decode` time streams that begin together, from the first request to the last token, the median of three
 rounds after one that is not counted; the ratio is of one run. `load` counts what every client saw, by kind, and reads
 the service's memory from the system: once after the first 10 s, when all its buffers have been used, and at the end.
-Each prints one JSON line.
+Each prints one JSON line. `--hidden` and `--layers` are of the model on a CPU; without them it is the demo's.
 """
 
 from __future__ import annotations
@@ -103,15 +103,22 @@ def medians(measure: Callable[[int], float], num_streams: int) -> dict[str, Any]
     return {'1_tokens_s': round(one, 1), f'{num_streams}_tokens_s': round(many, 1), 'ratio': round(many / one, 2)}
 
 
-def speed(args: argparse.Namespace) -> dict[str, Any]:
-    from demo.base import write_base_model
+def shape(args: argparse.Namespace) -> dict[str, int]:
+    """Of the model on a CPU."""
+    return {'hidden_size': args.hidden, 'intermediate_size': 43 * args.hidden // 16, 'num_hidden_layers': args.layers,
+            'num_attention_heads': args.hidden // 64, 'num_key_value_heads': args.hidden // 64}  # fmt: skip
 
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    from demo.base import CONFIG, write_base_model
+
+    CONFIG.update(shape(args))
     with tempfile.TemporaryDirectory() as folder:
         model = write_base_model(Path(folder) / 'tiny')
         words = ['--prompt-template', 'internlm_chat', '--max-streams', str(args.streams)]
         with service(model, *words) as (port, _):
             found = medians(lambda num: asyncio.run(streams_over_http(port, 'tiny', num, args.tokens)), args.streams)
-    return {'what': 'over HTTP, tiny model on the CPU'} | found
+    return {'what': f'over HTTP, {args.layers} layers of {args.hidden} on the CPU'} | found
 
 
 def decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -119,24 +126,22 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.qlora_model import add_adapter, build_base
     from xtuner.model.batching import BatchDecoder
-    from xtuner.model.unpack import unpack_weights
+    from xtuner.model.kept import keep_weights
 
     if torch.cuda.is_available():
         model = build_base('cuda', max_position_embeddings=2048).eval()
         found: dict[str, Any] = {'device': torch.cuda.get_device_name(), 'model': '7B shape, NF4'}
     else:
-        small = {'vocab_size': 2048, 'hidden_size': 256, 'intermediate_size': 688, 'num_hidden_layers': 4}
-        model = build_base('cpu', dtype=torch.float32, quantise=False, num_attention_heads=4,
-                           num_key_value_heads=4, **small).eval()  # fmt: skip
-        found = {'device': 'cpu', 'model': '4 layers of 256, float32'}
-    for label in ('base', 'adapter', 'base unpacked', 'adapter unpacked'):
+        model = build_base('cpu', dtype=torch.float32, quantise=False, vocab_size=2048, **shape(args)).eval()
+        found = {'device': 'cpu', 'model': f'{args.layers} layers of {args.hidden}, float32'}
+    for label in ('base', 'adapter', 'base kept', 'adapter kept'):
         if label == 'adapter':
             model = add_adapter(model).eval()
-        if label == 'base unpacked':
-            if not unpack_weights(model).num_kept:
+        if label == 'base kept':
+            if not keep_weights(model).num_kept:
                 break
             model.disable_adapter_layers()
-        if label == 'adapter unpacked':
+        if label == 'adapter kept':
             model.enable_adapter_layers()
         decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
         found[label] = medians(lambda num, d=decoder: streams_alone(d, num, args.tokens), args.streams)
@@ -304,6 +309,8 @@ def main() -> None:
     parser.add_argument('what', choices=('speed', 'load', 'decode'))
     parser.add_argument('--streams', type=int, default=16)
     parser.add_argument('--tokens', type=int, default=200)
+    parser.add_argument('--hidden', type=int, default=256)
+    parser.add_argument('--layers', type=int, default=4)
     parser.add_argument('--clients', type=int, default=64)
     parser.add_argument('--seconds', type=float, default=120)
     args = parser.parse_args()

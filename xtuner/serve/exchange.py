@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from xtuner.serve.batcher import Answer, Batcher, Events, Piece, QueueFull
 from xtuner.serve.problems import Problem
-from xtuner.serve.responses import DONE, Head, event, json_response
+from xtuner.serve.responses import DONE, Head, Pieces, event, json_response
 
 logger = logging.getLogger('xtuner')
 
@@ -125,9 +125,10 @@ class Exchange:
         for chunk in self.head.first_chunks():
             yield event(chunk)
         for number in range(len(self._answers)):
+            write = Pieces(self.head, number)
             try:
                 async for text, finish in self.pieces(number):
-                    yield b''.join(map(event, self.head.chunk(number, text, finish)))
+                    yield write(text, finish)
             except Problem as problem:  # the status has gone out as 200 long ago
                 yield event(problem.body())
                 return

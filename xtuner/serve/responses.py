@@ -88,17 +88,39 @@ class Head:
         return {'id': self.id, 'object': kind, 'created': self.created, 'model': self.model, 'choices': choices} | extra
 
 
+class Pieces:
+    """The events by which one answer's text goes out; what they have in common is written once.
+
+    Args:
+        head: Of the response.
+        number: Which of its answers.
+    """
+
+    def __init__(self, head: Head, number: int) -> None:
+        self._head, self._number = head, number
+        (chunk,) = head.chunk(number, _MARK, None)
+        self._before, _, self._after = event(chunk).rpartition(to_json(_MARK))
+
+    def __call__(self, text: str, finish: str | None) -> bytes:
+        """What a piece adds to the stream."""
+        if finish is None:
+            return self._before + to_json(text) + self._after
+        return b''.join(map(event, self._head.chunk(self._number, text, finish)))
+
+
 def event(content: dict[str, Any]) -> bytes:
     """A server-sent event."""
     return b'data: ' + to_json(content) + b'\n\n'
 
 
 DONE = b'data: [DONE]\n\n'
+_MARK = '\0'  # stands where the text goes, behind everything that a client has a say in
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
 
 def to_json(content: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(content, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
+    return _encode(content).encode('utf-8')
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
-from xtuner.model.unpack import unpack_weights
+from xtuner.model.kept import keep_weights
 from xtuner.serve.app import Limits, Service
 from xtuner.serve.guard import Guard
 from xtuner.serve.models import load_served
@@ -75,9 +75,9 @@ def run_service(
         sampling=sampling,
         guard=Guard(api_key=api_key, only_loopback=loopback and not api_key),
     )
-    if not packed and (kept := unpack_weights(loaded.model)).num_layers:
-        logger.info('%d of %d 4-bit layers kept as floats: %.2f GiB', kept.num_kept, kept.num_layers,
-                    kept.num_bytes / 2**30)  # fmt: skip
+    if not packed and (kept := keep_weights(loaded.model)).num_layers:
+        logger.info('%d of %d layers kept in the form that is multiplied soonest: %.2f GiB', kept.num_kept,
+                    kept.num_layers, kept.num_bytes / 2**30)  # fmt: skip
     logger.info('%d answers of up to %d tokens at a time: %.2f GiB', num_streams, max_length,
                 decoder.store_bytes / 2**30)  # fmt: skip
     for model in loaded.served:

@@ -1,0 +1,97 @@
+"""Weights kept in the form in which they are multiplied soonest, where memory allows.
+
+4-bit weights are kept as floats beside their packed form: turning them into floats is most of the work of a pass over
+few tokens; kept, it is done once. On a CPU, float32 weights, these too, are kept as oneDNN lays them out. The values are
+the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xtuner.model.kernels import onednn
+from xtuner.model.kernels.host import free_host_bytes
+from xtuner.model.kernels.quantized import is_4bit
+
+_SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
+_SMALL = 2**18  # values: read from the processor's cache, one row is multiplied sooner without a layout
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How many layers might be kept in a better form, how many of them are, and what that takes."""
+
+    num_layers: int
+    num_kept: int
+    num_bytes: int
+
+
+class _Forward:
+    """Stands in for one layer's `forward`."""
+
+    def __init__(self, weight_NK: Tensor, bias: Tensor | None) -> None:
+        self.bias = bias
+        self.ordered = onednn.lay_out(weight_NK) if onednn.can_lay_out(weight_NK) else None
+        self.plain = weight_NK if self.ordered is None or weight_NK.numel() < _SMALL else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        plain, ordered = self.plain, self.ordered
+        if plain is not None and (ordered is None or x.numel() == x.shape[-1]):
+            return functional.linear(x.to(plain.dtype), plain, self.bias).to(x.dtype)
+        return onednn.linear(x.float(), ordered, self.bias).to(x.dtype)
+
+
+def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
+    """Lets layers compute with weights kept in a better form, one after the other until the budget is spent.
+
+    Args:
+        model: Any model, bare or wrapped by peft, for inference; its layers' `forward` is replaced on the instance, and
+            does not see it when their weights change.
+        budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
+    """
+    layers: list[Any] = [module for module in model.modules() if _is_worth_it(module)]
+    left = budget_bytes if budget_bytes is not None else _free_bytes(layers)
+    kept = taken = 0
+    for layer in layers:
+        size = _size_bytes(layer)
+        if size > left:
+            break
+        weight = _floats(layer)
+        layer.forward = _Forward(weight, None if layer.bias is None else layer.bias.detach().to(weight.dtype))
+        kept, taken, left = kept + 1, taken + size, left - size
+    return Kept(len(layers), kept, taken)
+
+
+def _is_worth_it(module: nn.Module) -> bool:
+    return is_4bit(module) or (type(module) is nn.Linear and onednn.can_lay_out(module.weight))
+
+
+def _size_bytes(layer: Any) -> int:
+    shape = layer.weight.quant_state.shape if is_4bit(layer) else layer.weight.shape
+    return shape.numel() * _dtype(layer).itemsize
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    return (layer.compute_dtype or layer.weight.quant_state.dtype) if is_4bit(layer) else layer.weight.dtype
+
+
+@torch.no_grad()
+def _floats(layer: Any) -> Tensor:
+    if not is_4bit(layer):
+        return layer.weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(_dtype(layer))
+
+
+def _free_bytes(layers: list[Any]) -> int:
+    if not layers:
+        return 0
+    device = layers[0].weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else free_host_bytes()
+    return int(_SHARE[device.type] * free)
