@@ -1,8 +1,8 @@
 """Weights kept in the form in which they are multiplied soonest, where memory allows.
 
 4-bit weights are kept as floats beside their packed form: turning them into floats is most of the work of a pass over
-few tokens; kept, it is done once. On a CPU, float32 weights, these too, are kept as oneDNN lays them out. The values are
-the same.
+few tokens; kept, it is done once. On a CPU, float32 weights, these too, are kept as oneDNN lays them out.
+The values are the same.
 """
 
 from __future__ import annotations
