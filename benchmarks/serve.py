@@ -4,10 +4,10 @@
     python benchmarks/serve.py load      # 64 clients for 120 s: answers, disconnects, oversized and malformed bodies
     python benchmarks/serve.py decode    # the decoding thread alone; on a GPU InternLM-7B's shape in 4 bit
 
-`speed` and `decode` time streams that begin together, from the first request to the last token, the median of three
+`speed` and `decode` time streams that begin together, from the first request to the last token, the median of some
 rounds after one that is not counted; the ratio is of one run. `load` counts what every client saw, by kind, and reads
 the service's memory from the system: once after the first 10 s, when all its buffers have been used, and at the end.
-Each prints one JSON line. `--hidden` and `--layers` are of the model on a CPU; without them it is the demo's.
+Each prints JSON lines, the last one with all. `--hidden` and `--layers` are of the model on a CPU, else the demo's.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-ROUNDS = 3
 
 
 @contextmanager
@@ -91,10 +89,10 @@ async def streams_over_http(port: int, model: str, num: int, num_tokens: int) ->
     return sum(drawn) / seconds
 
 
-def medians(measure: Callable[[int], float], num_streams: int) -> dict[str, Any]:
-    """One stream and several in turn."""
+def medians(measure: Callable[[int], float], num_streams: int, rounds: int = 3) -> dict[str, Any]:
+    """One stream and several in turn; the first round is not counted."""
     rates: dict[int, list[float]] = {1: [], num_streams: []}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for num, found in rates.items():
             rate = measure(num)
             if number:
@@ -117,40 +115,52 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         model = write_base_model(Path(folder) / 'tiny')
         words = ['--prompt-template', 'internlm_chat', '--max-streams', str(args.streams)]
         with service(model, *words) as (port, _):
-            found = medians(lambda num: asyncio.run(streams_over_http(port, 'tiny', num, args.tokens)), args.streams)
+            found = medians(lambda num: asyncio.run(streams_over_http(port, 'tiny', num, args.tokens)), args.streams,
+                            args.rounds)  # fmt: skip
     return {'what': f'over HTTP, {args.layers} layers of {args.hidden} on the CPU'} | found
 
 
 def decode(args: argparse.Namespace) -> dict[str, Any]:
+    """As served first (weights kept), then as loaded; each line is printed as it comes."""
     import torch
 
     from benchmarks.qlora_model import add_adapter, build_base
-    from xtuner.model.batching import BatchDecoder
     from xtuner.model.kept import keep_weights
 
+    began = time.perf_counter()
     if torch.cuda.is_available():
         model = build_base('cuda', max_position_embeddings=2048).eval()
         found: dict[str, Any] = {'device': torch.cuda.get_device_name(), 'model': '7B shape, NF4'}
     else:
         model = build_base('cpu', dtype=torch.float32, quantise=False, vocab_size=2048, **shape(args)).eval()
         found = {'device': 'cpu', 'model': f'{args.layers} layers of {args.hidden}, float32'}
-    for label in ('base', 'adapter', 'base kept', 'adapter kept'):
+    print(json.dumps(found | {'built_s': round(time.perf_counter() - began, 1)}), flush=True)
+    for label in ('base', 'adapter'):
         if label == 'adapter':
             model = add_adapter(model).eval()
-        if label == 'base kept':
-            if not keep_weights(model).num_kept:
-                break
-            model.disable_adapter_layers()
-        if label == 'adapter kept':
-            model.enable_adapter_layers()
-        decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
-        found[label] = medians(lambda num, d=decoder: streams_alone(d, num, args.tokens), args.streams)
-        if torch.cuda.is_available():
-            found[label]['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            found[label]['recorded'] = decoder._graphs.why_not or len(decoder._graphs._recorded)
-            found[label]['recorded_differs'] = recorded_differs(decoder)
-            torch.cuda.reset_peak_memory_stats()
-        del decoder
+        for form in ('kept', 'as loaded'):
+            if form == 'kept':
+                keep_weights(model)
+            found[f'{label}, {form}'] = rates = decoding_rates(model, args)
+            print(json.dumps({f'{label}, {form}': rates, 's': round(time.perf_counter() - began, 1)}), flush=True)
+            for module in model.modules():
+                module.__dict__.pop('forward', None)
+    return found
+
+
+def decoding_rates(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second; on a GPU memory too, and whether its steps were recorded."""
+    import torch
+
+    from xtuner.model.batching import BatchDecoder
+
+    decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
+    found = medians(lambda num: streams_alone(decoder, num, args.tokens), args.streams, args.rounds)
+    if decoder._graphs is not None:
+        found['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found['recorded'] = decoder._graphs.why_not or len(decoder._graphs._recorded)
+        found['recorded_differs'] = recorded_differs(decoder)
+        torch.cuda.reset_peak_memory_stats()
     return found
 
 
@@ -309,6 +319,7 @@ def main() -> None:
     parser.add_argument('what', choices=('speed', 'load', 'decode'))
     parser.add_argument('--streams', type=int, default=16)
     parser.add_argument('--tokens', type=int, default=200)
+    parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--hidden', type=int, default=256)
     parser.add_argument('--layers', type=int, default=4)
     parser.add_argument('--clients', type=int, default=64)

@@ -53,8 +53,8 @@ def test_small_float_layers_are_left_alone() -> None:
 @torch.inference_mode()
 def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: bool) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=1100, hidden_size=256, intermediate_size=400, num_hidden_layers=1,
-                         num_attention_heads=4, attention_bias=True, mlp_bias=True, max_position_embeddings=64)  # fmt: skip
+    size = {'vocab_size': 1100, 'hidden_size': 256, 'intermediate_size': 400, 'max_position_embeddings': 64}
+    config = LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=4, attention_bias=True, mlp_bias=True)
     model: Any = LlamaForCausalLM(config).eval()
     if adapted:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=['q_proj', 'up_proj'], init_lora_weights=False))
