@@ -40,10 +40,11 @@ class _Forward:
         self.plain = weight_NK if self.ordered is None or weight_NK.numel() < _SMALL else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        plain, ordered = self.plain, self.ordered
-        if plain is not None and (ordered is None or x.numel() == x.shape[-1]):
-            return functional.linear(x.to(plain.dtype), plain, self.bias).to(x.dtype)
-        return onednn.linear(x.float(), ordered, self.bias).to(x.dtype)
+        if self.ordered is not None and (self.plain is None or x.numel() > x.shape[-1]):
+            return onednn.linear(x.float(), self.ordered, self.bias).to(x.dtype)
+        weight = self.plain
+        assert weight is not None
+        return functional.linear(x.to(weight.dtype), weight, self.bias).to(x.dtype)
 
 
 def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
