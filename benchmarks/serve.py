@@ -177,8 +177,8 @@ def recorded_differs(decoder: Any) -> float:
 def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
     """Tokens a second of some answers that begin together, from the thread that draws them."""
     from xtuner.model.generate import Sampling
+    from xtuner.model.text import AnswerText
     from xtuner.serve.batcher import Answer, Batcher, Events
-    from xtuner.serve.text import AnswerText
 
     finished = threading.Semaphore(0)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
-from xtuner.model.generate import Sampling, TextStream
+from xtuner.model.generate import Sampling
 from xtuner.model.loading import load_model, load_tokenizer
+from xtuner.model.text import TextStream
 
 
 class Script(torch.nn.Module):

@@ -14,7 +14,8 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.errors import DataError
-from xtuner.model.generate import Sampling, TextStream, generate
+from xtuner.model.generate import Sampling, generate
+from xtuner.model.text import TextStream
 
 
 class ChatSession:

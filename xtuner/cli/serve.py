@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
     parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
     parser.add_argument('--packed', action='store_true',
-                        help='leave 4-bit weights packed: less memory, slower')  # fmt: skip
+                        help='leave weights as they were loaded, 4-bit ones packed: less memory, slower')  # fmt: skip
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
     parser.add_argument('--host', default='127.0.0.1', help='address to listen at (127.0.0.1: this machine alone)')
     parser.add_argument('--port', type=port_number, default=8000, help='port to listen at; 0 takes a free one (8000)')
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
     key = read_key(args.api_key_file)
     try:
-        from xtuner.serve.run import run_service
+        from xtuner.serve.app import Limits
+        from xtuner.serve.run import Address, Source, run_service
     except ModuleNotFoundError as error:
         if error.name not in ('starlette', 'uvicorn'):
             raise
@@ -53,21 +54,10 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.model.generate import Sampling
 
     run_service(
-        args.llm,
-        adapters=args.adapter,
-        template=args.prompt_template,
-        bits=args.bits,
-        packed=args.packed,
-        trust_remote_code=args.trust_remote_code,
+        Source(args.llm, args.adapter, args.prompt_template, args.bits, args.packed, args.trust_remote_code),
+        Address(args.host, args.port, is_loopback(args.host), key),
+        Limits(args.max_length, 1024 * args.max_body_kib, streams=args.max_streams, waiting=args.max_waiting),
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
-        host=args.host,
-        port=args.port,
-        loopback=is_loopback(args.host),
-        api_key=key,
-        num_streams=args.max_streams,
-        num_waiting=args.max_waiting,
-        max_length=args.max_length,
-        body_bytes=1024 * args.max_body_kib,
         grace_s=args.grace,
     )
     return 0

@@ -12,7 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template, get_template
 from xtuner.dataset.tokenize import encode_prompt
-from xtuner.model.generate import UNFINISHED, Sampling, generate
+from xtuner.model.generate import Sampling, generate
+from xtuner.model.text import UNFINISHED
 
 Turns = Sequence[tuple[str, str]]
 

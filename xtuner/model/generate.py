@@ -1,9 +1,9 @@
-"""Drawing an answer, token by token, and its text as it comes."""
+"""Drawing an answer, token by token."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -12,13 +12,10 @@ from typing import Any
 import torch
 
 from xtuner.model.decode.decoder import Decoder, find_decoder, release
+from xtuner.model.text import TextStream
 
 logger = logging.getLogger('xtuner')
 _SAID: set[str] = set()  # reasons for the slower way that were logged
-
-UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
-
-_WINDOW, _OVERLAP = 64, 8  # ids that are decoded for the text's end, and those of them that were shown already
 
 
 @dataclass(frozen=True)
@@ -42,49 +39,6 @@ class Sampling:
         if self.temperature == 0:
             return {'do_sample': False, 'temperature': None, 'top_p': None, 'top_k': None}
         return {'do_sample': True, 'temperature': self.temperature, 'top_p': self.top_p, 'top_k': 0}
-
-
-class TextStream:
-    """Turns ids into text as they come: a transformers streamer that never shows half a character.
-
-    Args:
-        tokenizer: Decodes the ids.
-        on_text: Called with each new piece of text.
-        stop_ids: Not shown.
-    """
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
-        self.ids: list[int] = []
-        self._first, self._shown = 0, ''  # the first id that is still decoded, and what was shown of the text from it
-        self._prompt_seen = False
-        self._tokenizer, self._on_text, self._stop_ids = tokenizer, on_text, frozenset(stop_ids)
-
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt once, then ids as they are drawn."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.ids += [i for i in value.reshape(-1).tolist() if i not in self._stop_ids]
-        text = self._text()
-        if text.endswith(UNFINISHED):
-            return
-        self._show(text)
-        if len(self.ids) - self._first > _WINDOW:  # a long answer is not decoded from its beginning at each token
-            self._first = len(self.ids) - _OVERLAP
-            self._shown = self._text()
-
-    def end(self) -> None:
-        """Shows what was held back because it might have been half a character."""
-        self._show(self._text())
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self.ids[self._first :], clean_up_tokenization_spaces=False)
-
-    def _show(self, text: str) -> None:
-        new = text[len(self._shown) :]
-        self._shown = text
-        if new:
-            self._on_text(new)
 
 
 def generate(

@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from xtuner.errors import DataError
 from xtuner.model.generate import Sampling
+from xtuner.model.text import AnswerText
 from xtuner.serve.batcher import Answer, Batcher, Decoder
 from xtuner.serve.exchange import Exchange, Post, Stream
 from xtuner.serve.guard import Guard, Refusal, read_body
@@ -32,7 +33,6 @@ from xtuner.serve.models import Loaded, ServedModel
 from xtuner.serve.problems import Problem, wrong
 from xtuner.serve.protocol import Request, chat_request, completion_request, parse_body
 from xtuner.serve.responses import Choice, Head, json_response, to_json
-from xtuner.serve.text import AnswerText
 
 logger = logging.getLogger('xtuner')
 
@@ -45,12 +45,14 @@ class Limits:
         max_length: Tokens of prompt and answer together.
         body_bytes: Size of a request.
         body_s: Seconds in which it must have come.
+        streams: Answers drawn at a time, each in a row of the store.
         waiting: Answers that may wait for a row.
     """
 
     max_length: int
     body_bytes: int = 2**20
     body_s: float = 30.0
+    streams: int = 16
     waiting: int = 64
 
 

@@ -18,9 +18,9 @@ from typing import Protocol
 from torch import Tensor
 
 from xtuner.model.generate import Sampling
+from xtuner.model.text import AnswerText
 from xtuner.serve.draw import draw_tokens
 from xtuner.serve.table import Table
-from xtuner.serve.text import AnswerText
 
 logger = logging.getLogger('xtuner')
 

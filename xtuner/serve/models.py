@@ -136,20 +136,26 @@ def load_served(
     for name, path in folders.items():
         source = path if (path / 'tokenizer_config.json').is_file() else folder
         served.append(_served(name, name, source, template, origins[name] or base_origin, trust_remote_code))
+    quantization = QuantizationConfig(bits=bits) if bits else _as_trained(origins)
+    model = _load_model(folder, folders, quantization, trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    return Loaded(model, tuple(served), getattr(config, 'max_position_embeddings', 2048))
+
+
+def _load_model(base: Path, adapters: dict[str, Path], quantization: QuantizationConfig | None, trusted: bool) -> Any:
     device = default_device()
     model: Any = load_model(
-        folder,
+        base,
         dtype=compute_dtype('auto', device),
-        quantization=QuantizationConfig(bits=bits) if bits else _as_trained(origins),
+        quantization=quantization,
         device=device,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trusted,
     )
-    for name, path in folders.items():
+    for name, path in adapters.items():
         model = load_adapter(model, path, name=_peft_name(name))
         if model.peft_config[_peft_name(name)].is_prompt_learning:
             raise ModelError(f'{path}: an adapter that adds tokens to the prompt cannot be served')
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    return Loaded(model.eval(), tuple(served), getattr(config, 'max_position_embeddings', 2048))
+    return model.eval()
 
 
 def _served(

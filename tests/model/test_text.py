@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner.model.loading import load_tokenizer
-from xtuner.serve.text import AnswerText
+from xtuner.model.text import AnswerText
 
 
 @pytest.fixture(scope='module')

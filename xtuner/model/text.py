@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from xtuner.model.generate import UNFINISHED
+from torch import Tensor
+
+UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
 
 
 class AnswerText:
@@ -62,6 +64,42 @@ class AnswerText:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ''
+
+
+class TextStream:
+    """Shows an answer as it comes: a streamer as transformers' `generate` takes one.
+
+    Args:
+        tokenizer: Decodes the ids.
+        on_text: Called with each new piece of text.
+        stop_ids: Not shown.
+
+    Attributes:
+        ids: What was shown.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
+        self.ids: list[int] = []
+        self._text, self._on_text, self._stop_ids = AnswerText(tokenizer), on_text, frozenset(stop_ids)
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt once, then ids as they are drawn."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for id_ in value.reshape(-1).tolist():
+            if id_ not in self._stop_ids:
+                self.ids.append(id_)
+                self._show(self._text.push(id_))
+
+    def end(self) -> None:
+        """Shows what was held back because it might have been half a character."""
+        self._show(self._text.end())
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._on_text(text)
 
 
 def _overlap(text: str, word: str) -> int:
