@@ -19,6 +19,7 @@ from xtuner.engine.plan import Plan
 from xtuner.model.card import public_name
 from xtuner.model.precision import dtype_name
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shares import num_parameters
 from xtuner.registry import reference
 
 _BINS = 24
@@ -30,8 +31,6 @@ def about_run(
     config: TrainConfig, data: Data, plan: Plan, model: SupervisedFinetune, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The facts of `about.json`, beside its sessions."""
-    parameters = list(model.parameters())
-    states = [getattr(p, 'quant_state', None) for p in parameters]  # a 4-bit weight is stored as packed bytes
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
     return {
         'base': config.model.path,
@@ -41,10 +40,7 @@ def about_run(
         'template': config.model.template,
         'compute_dtype': dtype_name(dtype),
         'fast_path': str(getattr(forward, 'path', '')),
-        'parameters': {
-            'all': sum(p.numel() if s is None else s.shape.numel() for p, s in zip(parameters, states, strict=True)),
-            'trained': sum(p.numel() for p in parameters if p.requires_grad),
-        },
+        'parameters': {'all': num_parameters(model), 'trained': num_parameters(model, trained=True)},
         'plan': {
             'num_items': plan.num_items,
             'items_per_step': plan.items_per_step,

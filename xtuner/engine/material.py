@@ -17,13 +17,20 @@ from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import Template, get_template
 from xtuner.engine.launch import Group
-from xtuner.model.adapter import Provenance, attach_adapter, load_adapter, trainable_parameters
+from xtuner.model.adapter import (
+    Provenance,
+    attach_adapter,
+    load_adapter,
+    looks_at_the_base,
+    trainable_parameters,
+)
 from xtuner.model.card import prompt_example, write_card
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shares import Share, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights import fingerprint, open_weights
 
@@ -64,7 +71,13 @@ def load_data(config: TrainConfig, group: Group) -> Data:
 
 
 def load_for_training(
-    config: TrainConfig, data: Data, *, dtype: torch.dtype, checkpoint: Path | None, strategy: str = 'single'
+    config: TrainConfig,
+    data: Data,
+    *,
+    dtype: torch.dtype,
+    checkpoint: Path | None,
+    strategy: str = 'single',
+    share: Share | None = None,
 ) -> SupervisedFinetune:
     """The base model with its adapter, on its device, ready to be trained.
 
@@ -74,6 +87,7 @@ def load_for_training(
         dtype: The compute dtype.
         checkpoint: Whose adapter, or whole weights, to begin with; None: a new adapter on the base.
         strategy: Name of the strategy that it is for.
+        share: This rank's part of what is sharded.
     """
     started = time.perf_counter()
     # A whole model that is trained needs its weights in float32; a frozen one only computes.
@@ -86,6 +100,7 @@ def load_for_training(
         device=default_device(),
         trust_remote_code=config.model.trust_remote_code,
         sharded=strategy == 'fsdp',
+        share=share if strategy == 'fsdp' and not looks_at_the_base(config.adapter) else None,
     )
     check_vocabulary(data.tokenizer, base, data.model_folder)
     model = _adapted(base, config, checkpoint, data.base_fingerprint)
@@ -127,10 +142,7 @@ def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> 
 
 def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
     parameters = list(model.parameters())
-    # A 4-bit weight is stored as packed bytes; its logical size is in its quantisation state.
-    states = [getattr(p, 'quant_state', None) for p in parameters]
-    total = sum(p.numel() if s is None else s.shape.numel() for p, s in zip(parameters, states, strict=True))
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total, trained = num_parameters(model), num_parameters(model, trained=True)
     held = f'{config.quantization.bits} bit' if config.quantization else dtype_name(parameters[0].dtype)
     logger.info(
         'model: %s, %.4g M parameters (base in %s), %.4g M trained (%.2f %%), loaded in %.1f s',

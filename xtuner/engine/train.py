@@ -34,11 +34,11 @@ from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_f
 from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.errors import ConfigError
-from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shares import Share, num_parameters
 from xtuner.registry import build, check_arguments
 
 logger = logging.getLogger('xtuner')
@@ -95,7 +95,10 @@ def _run(
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)
     check_memory(config, data, device, group.world_size, strategy=name)
-    model = load_for_training(config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name)
+    model = load_for_training(
+        config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name,
+        share=Share(group.rank, group.world_size),
+    )  # fmt: skip
     if group.rank == 0:
         _check_space(work_dir, config, plan, model, data)
         open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
@@ -127,7 +130,8 @@ def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: Supervi
     most = num_saves if config.checkpoint.max_keep < 1 else min(num_saves, kept + 1)
     missing = most - len(list_checkpoints(work_dir))
     if missing > 0:
-        size = checkpoint_bytes(trainable_parameters(model).values())
+        trained = torch.empty(num_parameters(model, trained=True), device='meta')  # all in float32
+        size = checkpoint_bytes([trained])
         check_space(work_dir, missing * size, f'{missing} checkpoints')
 
 

@@ -95,6 +95,21 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
     return adapted
 
 
+def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
+    """Whether the adapter of a config is made from the base's weights, or changes them, when it is attached.
+
+    Plain LoRA does not; DoRA takes their norms, PiSSA and its like take them apart, others were not looked at. None,
+    all weights, does not either.
+    """
+    if section is None:
+        return False
+    from peft import LoraConfig
+
+    adapter = build(section, 'adapter')
+    plain = type(adapter) is LoraConfig and adapter.init_lora_weights in (True, False, 'gaussian')
+    return not plain or bool(adapter.use_dora or adapter.target_parameters or adapter.layer_replication)
+
+
 def load_adapter(
     model: nn.Module,
     folder: Path,

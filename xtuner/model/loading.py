@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from xtuner.model.internlm3.configuration import InternLM3Config
 from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
 from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
+from xtuner.model.shares import Share, cut_while_loading
 from xtuner.model.sources import resolve_model
 
 __all__ = ['load_config', 'load_model', 'load_tokenizer', 'register', 'resolve_model']
@@ -122,6 +124,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     sharded: bool = False,
+    share: Share | None = None,
 ) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on its device.
 
@@ -134,6 +137,7 @@ def load_model(
         revision: Of a hub model; None takes the newest.
         trust_remote_code: Whether a model that transformers does not know may run its own code. InternLM's never runs.
         sharded: Whether 4-bit weights shall be stored in `dtype`, as what shards them expects.
+        share: Which rows of each linear layer's weight are kept; None: all. With a share the model cannot compute.
 
     Raises:
         ModelError: no model there, weights that do not fit it, or an option that cannot be had here.
@@ -154,7 +158,8 @@ def load_model(
         arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+        with nullcontext() if share is None else cut_while_loading(share):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
         raise ModelError(f'{folder}: the model cannot be loaded: {_one_line(error)}') from error
     model, report = loaded

@@ -19,17 +19,21 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xtuner.config.schema import ScheduleConfig
+from tests.model.published import write_model
+from xtuner.config.schema import QuantizationConfig, ScheduleConfig
 from xtuner.dataset.collate import collate
 from xtuner.dataset.sampler import EpochSampler
 from xtuner.engine.launch import process_group, sequence_group
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.engine.strategies.base import Single, Strategy
-from xtuner.model.adapter import trainable_parameters
+from xtuner.engine.strategies.fsdp import FullyShard
+from xtuner.model.adapter import attach_adapter, trainable_parameters
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.kernels.quantized import state_of
+from xtuner.model.loading import load_model
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shares import Share
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['tests.engine.strategies.ranks'])
@@ -117,7 +121,6 @@ def quantise(llm: Any, storage: torch.dtype) -> None:
 
 def make(case: Case, rank: int, world_size: int) -> Strategy:
     from xtuner.engine.strategies.ddp import DataParallel
-    from xtuner.engine.strategies.fsdp import FullyShard
 
     kinds = {'single': Single, 'ddp': DataParallel, 'fsdp': FullyShard}
     return kinds[case.strategy](rank, world_size)
@@ -167,6 +170,32 @@ def held_bytes(llm: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def cut_and_whole(rank: int, world_size: int, folder: Path) -> list[str]:
+    """What differs after a model was cut while it was loaded from one that was loaded whole and then sharded."""
+    different = []
+    for method, quantization in (('full', None), ('lora', None), ('qlora', QuantizationConfig())):
+        sides = []
+        for share in (None, Share(rank, world_size)):
+            llm: Any = load_model(folder, dtype=torch.float32, quantization=quantization, sharded=True, share=share)
+            if method == 'full':
+                llm.requires_grad_(True)
+            else:
+                torch.manual_seed(0)
+                llm = attach_adapter(llm, {'type': LoraConfig, 'r': 3, 'target_modules': 'all-linear',
+                                           'modules_to_save': ['lm_head'], 'init_lora_weights': False})  # fmt: skip
+            enable_fast_path(llm, sharded=True)
+            model: Any = FullyShard(rank, world_size).wrap(SupervisedFinetune(llm).train())
+            batch = collate(items(), pad_id=0)
+            sides.append((model, model(**batch).detach()))
+        (one_model, loss), (cut_model, own_loss) = sides
+        if not torch.equal(loss, own_loss):
+            different.append(f'{method}: loss')
+        for (name, one), (_, other) in zip(one_model.named_parameters(), cut_model.named_parameters(), strict=True):
+            same = one.requires_grad == other.requires_grad and torch.equal(whole(one), whole(other))
+            different += [] if same else [f'{method}: {name}']
+    return different
+
+
 def note_gradient(strategy: Strategy, found: dict[str, Any]) -> None:
     """Keeps the unclipped gradient, whole, as the strategy completes it."""
     backward = strategy.clip
@@ -189,8 +218,8 @@ def note_result(runner: Runner, found: dict[str, Any]) -> None:
     runner.register_hook(Note())
 
 
-def whole(gradient: Any) -> torch.Tensor:
-    return (gradient.full_tensor() if hasattr(gradient, 'full_tensor') else gradient).detach().clone()
+def whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().clone()
 
 
 def count_broadcasts() -> Any:
@@ -217,6 +246,9 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size),
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}  # fmt: skip
     with process_group('pytorch', timeout_s=60):
+        cut = cut_and_whole(rank, world_size, Path(folder) / 'model')
+        if rank == 0:
+            torch.save(cut, Path(folder) / 'cut.pt')
         for number, case in enumerate(cases(world_size)):
             found = one_step(case, rank, world_size, Path(folder))
             if rank == 0:
@@ -226,6 +258,7 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
 
 def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
     """All cases on so many ranks; what rank 0 found of each."""
+    write_model(folder / 'model', 'v1')
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]

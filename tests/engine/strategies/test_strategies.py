@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,14 @@ Found = dict[Case, dict[str, Any]]
 
 
 @pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Found]:
-    return request.param, run_ranks(request.param, tmp_path_factory.mktemp('ranks'))
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Found, Path]:
+    folder = tmp_path_factory.mktemp('ranks')
+    return request.param, run_ranks(request.param, folder), folder
+
+
+@pytest.fixture(scope='module')
+def found(ranks: tuple[int, Found, Path]) -> tuple[int, Found]:
+    return ranks[:2]
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +108,10 @@ def test_a_rank_holds_its_share_of_the_layers(found: tuple[int, Found], referenc
     for case, result in results.items():
         if case.strategy == 'fsdp':
             assert result['held'] == references[case.method]['held'] // world_size, case
+
+
+def test_weights_cut_while_loading_are_those_cut_later(ranks: tuple[int, Found, Path]) -> None:
+    assert torch.load(ranks[2] / 'cut.pt') == []
 
 
 def test_all_cases_were_run(found: tuple[int, Found]) -> None:

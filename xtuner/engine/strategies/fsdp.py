@@ -18,8 +18,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xtuner.engine.strategies.base import Strategy, leaves, nested
+from xtuner.engine.strategies.shards import (
+    keep_quantisation_states,
+    put_rows_back,
+    read_scales_from_parameters,
+    set_rows_aside,
+)
 from xtuner.model.adapter import trainable_parameters
-from xtuner.model.kernels.quantized import is_4bit
 
 
 class FullyShard(Strategy):
@@ -40,6 +45,7 @@ class FullyShard(Strategy):
         device = next(decoder.layers[0].parameters()).device
         mesh = init_device_mesh(device.type, (self.world_size,))
         keep_quantisation_states(decoder)
+        rows = set_rows_aside(outer)
         for layer in decoder.layers:
             fully_shard(layer, mesh=mesh)
         # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
@@ -47,6 +53,7 @@ class FullyShard(Strategy):
             fully_shard(head, mesh=mesh)
         ignored = set() if _trained(decoder.embed_tokens) else set(decoder.embed_tokens.parameters())
         fully_shard(outer, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
+        put_rows_back(rows)
         for module in _sharded(outer):  # the sum is wanted, not the mean
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -165,33 +172,6 @@ class FullyShard(Strategy):
         """Everything in its shards: parameters are their own."""
         for module in _sharded(self.bare):
             module.reshard()
-
-
-def keep_quantisation_states(model: nn.Module) -> int:
-    """Moves each 4-bit weight's state from the weight, which becomes a plain parameter, to its layer.
-
-    The scales, one for 64 values, become a parameter as well, so that they are sharded too.
-
-    Returns:
-        How many layers have one.
-    """
-    count = 0
-    for module in model.modules():
-        if is_4bit(module):
-            layer: Any = module
-            layer.quant_state = layer.weight.quant_state
-            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-            layer.absmax = nn.Parameter(layer.quant_state.absmax, requires_grad=False)
-            count += 1
-    return count
-
-
-def read_scales_from_parameters(layer: nn.Module) -> None:
-    """Lets states look at the whole scales, whose memory comes and goes with each unsharding but stays one tensor."""
-    for module in layer.modules():
-        if is_4bit(module):
-            state: Any = module.quant_state
-            state.absmax = module.absmax.detach()  # type: ignore[operator]
 
 
 def _local(parameter: Any) -> nn.Parameter:
