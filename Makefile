@@ -5,6 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # Further words for pytest, such as ARGS='-k merge' or ARGS='-m slow'.
 ARGS   ?=
+# Processes that share the tests; `pytest` alone takes one.
+WORKERS ?= auto
 BIN    := $(VENV)/bin
 
 .PHONY: help demo test check style clean
@@ -16,7 +18,7 @@ demo: $(VENV)/.demo    ## train a tiny InternLM, tune it in 4 bit, merge it, com
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.test    ## run the tests in their own environment
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test   ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # before any test imports a library that reads it
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # a core a worker: threads of several would wait for each other
 if not Path('/dev/nvidiactl').exists():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # Triton's kernels are tested on the CPU where there is no GPU
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults.lives import Life, wait_for
 from xtuner.cli.main import main
 
 FLAGSHIP = 'internlm_7b_qlora_oasst1'
@@ -152,14 +149,12 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny_internlm: Path, trained: Pa
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_internlm: Path, trained: Path, tmp_path: Path) -> None:
     data, run = trained.parent / 'data.jsonl', tmp_path / 'run'
     words = train_words(tiny_internlm, data, run, 'checkpoint.interval=1000', steps=400)
-    process = subprocess.Popen([sys.executable, '-m', 'xtuner.cli.main', *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / 'metrics.jsonl').is_file() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert err.splitlines()[-1].startswith('xtuner: error: stopped at step')
+    life = Life(words, tmp_path / 'log')
+    wait_for((run / 'metrics.jsonl').is_file, life)
+    life.processes[0].terminate()
+    assert life.end() == [143]
+    said = (tmp_path / 'log').read_text(encoding='utf-8')
+    assert said.splitlines()[-1].startswith('xtuner: error: stopped at step'), said
     step = int(newest(run).name.removeprefix('checkpoint-'))
     assert 1 <= step < 400
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from xtuner.cli.main import main
+
 
 def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     import os
@@ -31,8 +33,7 @@ def metrics(work_dir: Path) -> list[dict[str, float]]:
 
 
 def test_two_ranks_train_as_one(tiny_internlm: Path, conversations: Path, tmp_path: Path) -> None:
-    alone = run(words_for(tiny_internlm, conversations, tmp_path / 'one', 4))
-    assert alone.returncode == 0, alone.stderr
+    assert main(words_for(tiny_internlm, conversations, tmp_path / 'one', 4)) == 0
     words = words_for(tiny_internlm, conversations, tmp_path / 'two', 2)
     together = run([*words, '--nproc-per-node', '2'])
     assert together.returncode == 0, together.stderr
@@ -55,7 +56,8 @@ def test_a_failure_on_the_ranks_is_the_command_s_own(tiny_internlm: Path, tmp_pa
     assert 'nothing.jsonl' in result.stderr
 
 
-def test_a_launcher_that_is_not_there_is_said(tiny_internlm: Path, conversations: Path, tmp_path: Path) -> None:
-    result = run([*words_for(tiny_internlm, conversations, tmp_path / 'run', 2), '--launcher', 'pytorch'])
-    assert result.returncode == 2
-    assert 'start with torchrun' in result.stderr
+def test_a_launcher_that_is_not_there_is_said(
+    tiny_internlm: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words_for(tiny_internlm, conversations, tmp_path / 'run', 2), '--launcher', 'pytorch']) == 2
+    assert 'start with torchrun' in capsys.readouterr().err

@@ -5,7 +5,6 @@ Forked from a server that has imported everything. Rank 0 leaves what it found i
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.faults.lives import CONTEXT
 from tests.model.published import write_model
 from xtuner.config.schema import QuantizationConfig, ScheduleConfig
 from xtuner.dataset.collate import collate
@@ -34,9 +34,6 @@ from xtuner.model.kernels.quantized import state_of
 from xtuner.model.loading import load_model
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share
-
-CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['tests.engine.strategies.ranks'])
 
 NUM_ITEMS, VOCABULARY = 8, 61
 

@@ -18,6 +18,14 @@ if triton_obstacle() or torch.cuda.is_available():
     pytest.skip(triton_obstacle() or 'the GPU tests record the step', allow_module_level=True)
 
 from xtuner.model.decode.graph import TokenStep
+from xtuner.model.kernels import fused_gemv
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by programs, not by rows; small tiles are tested kernel by kernel."""
+    tile = fused_gemv.Tile
+    monkeypatch.setattr(fused_gemv, 'Tile', lambda rows=64: tile(rows))
 
 
 def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:

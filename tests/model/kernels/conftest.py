@@ -1,6 +1,7 @@
 """A tiny Llama with biases, 4-bit, under peft: small enough for float64, odd enough to catch a wrong stride."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -19,6 +20,22 @@ def triton_obstacle():
     if not torch.cuda.is_available() and os.environ.get('TRITON_INTERPRET') != '1':
         return 'Triton was imported before its interpreter was asked for; set TRITON_INTERPRET=1'
     return None
+
+
+def combinations(*values):
+    """All combinations on a GPU; in the interpreter, which is slow, a few in which every pair of values occurs."""
+    every = list(itertools.product(*values))
+    if torch.cuda.is_available():
+        return every
+    chosen, missing = [], {pair for case in every for pair in _pairs(case)}
+    while missing:
+        chosen.append(max(every, key=lambda case: len(missing & _pairs(case))))
+        missing -= _pairs(chosen[-1])
+    return chosen
+
+
+def _pairs(case):
+    return set(itertools.combinations(enumerate(case), 2))
 
 
 def tiny_llama(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32):

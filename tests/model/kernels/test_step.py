@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.model.kernels.conftest import triton_obstacle
+from tests.model.kernels.conftest import combinations, triton_obstacle
 from tests.model.kernels.test_fused import DEVICE, error, rand
 from xtuner.model.kernels.quantized import take_apart
 
@@ -47,10 +47,10 @@ def adapters(sizes, size, rank, dtype, planes):
     return low, exact
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('form', ['float', 'nf4', 'nested'])
-@pytest.mark.parametrize('sizes', [(6,), (9, 4, 7)])
-@pytest.mark.parametrize('extras', [False, True])
+@pytest.mark.parametrize(
+    ('dtype', 'form', 'sizes', 'extras'),
+    combinations(DTYPES, ['float', 'nf4', 'nested'], [(6,), (9, 4, 7)], [False, True]),
+)
 def test_multiply(dtype, form, sizes, extras):
     size = 320
     x = rand(size)
@@ -136,11 +136,10 @@ def test_turn_and_store(groups, queries, keys, position):
         assert (cache == 7).all()
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize(('heads', 'key_heads', 'size'), [(4, 4, 16), (6, 2, 12)])
-@pytest.mark.parametrize('position', [0, 130, 299])
-def test_attention(dtype, heads, key_heads, size, position):
+@pytest.mark.parametrize(('dtype', 'shape', 'position'), combinations(DTYPES, [(4, 4, 16), (6, 2, 12)], [0, 130, 299]))
+def test_attention(dtype, shape, position):
     """Three pieces of 128 tokens; what lies beyond the position must not be looked at."""
+    heads, key_heads, size = shape
     query = rand(heads, size)
     keys, values = rand(key_heads, 300, size, dtype=dtype).clone(), rand(key_heads, 300, size, dtype=dtype).clone() + 1
     keys[:, position + 1 :] = values[:, position + 1 :] = float('nan')
