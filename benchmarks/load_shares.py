@@ -1,6 +1,6 @@
 """Host memory of a rank that loads a model for `fsdp`: cut while it is loaded, against loaded whole and cut later.
 
-    python benchmarks/load_shares.py [--layers 4] [--ranks 2,4] [--device cpu]
+    python benchmarks/load_shares.py [--layers 4] [--ranks 2,4] [--bits 4,16] [--device cpu]
 
 A checkpoint of a few layers of InternLM-7B's width is written in the published format; then each rank loads it, in 4
 bit or in bf16, puts a LoRA adapter on it and shards it. On a CPU the model itself is in host memory; the peak is the
@@ -52,6 +52,7 @@ class Peak:
 def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size: int) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
+    from torch.distributed.tensor import DTensor
 
     from xtuner.config.schema import QuantizationConfig
     from xtuner.engine.strategies.fsdp import FullyShard
@@ -67,10 +68,13 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
             sharded=True, share=Share(rank, world_size) if cut else None,
         )  # fmt: skip
         loaded = time.perf_counter() - started
+    with Peak() as later:
         llm = attach_adapter(llm, {'type': LoraConfig, 'r': 8, 'target_modules': 'all-linear'})
         model = FullyShard(rank, world_size).wrap(SupervisedFinetune(llm))
-    found = {'peak_gib': (peak.largest - peak.before) / GIB, 'kept_gib': (peak.after - peak.before) / GIB,
-             'loaded_s': loaded, 'parameters': sum(1 for _ in model.parameters())}  # fmt: skip
+    assert all(isinstance(p, DTensor) for p in model.llm.base_model.model.model.layers.parameters())
+    found = {'peak_loading_gib': (peak.largest - peak.before) / GIB, 'loaded_gib': (peak.after - peak.before) / GIB,
+             'peak_sharding_gib': (later.largest - peak.before) / GIB, 'kept_gib': (later.after - peak.before) / GIB,
+             'loaded_s': loaded}  # fmt: skip
     if device == 'cuda':
         found |= {'card_peak_gib': torch.cuda.max_memory_allocated() / GIB,
                   'card_kept_gib': torch.cuda.memory_allocated() / GIB}  # fmt: skip
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument('--layers', type=int, default=4)
     parser.add_argument('--words', type=int, default=8192)
     parser.add_argument('--ranks', default='2,4')
+    parser.add_argument('--bits', default='4,16')
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     from benchmarks.internlm_7b import write_checkpoint
@@ -126,7 +131,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.glob('*.bin')) / GIB
         print(f'{args.layers} layers of 4096 x 11008, {args.words} words, {size:.2f} GiB in float16', flush=True)
         for world_size in map(int, args.ranks.split(',')):
-            for bits in (4, 16):
+            for bits in map(int, args.bits.split(',')):
                 for cut in (False, True):
                     figures = measure(folder, world_size, bits, cut, args.device)
                     print(json.dumps({'ranks': world_size, 'bits': bits, 'cut_while_loading': cut, **figures}),

@@ -285,7 +285,7 @@ def anonymous_gib() -> list[float]:
 def start_up(folder: Path, tiny: bool) -> None:
     root = Path(__file__).parent.parent
     model, data = folder / 'model', folder / 'data.jsonl'
-    for name in ('1-card', '2-cards', 'fail', 'cache'):  # of a run before
+    for name in ('1-card', '2-cards', '2-cards-fsdp', 'fail', 'cache'):  # of a run before
         shutil.rmtree(folder / name, ignore_errors=True)
     with data.open('w', encoding='utf-8') as file:
         for i in range(64):
@@ -298,8 +298,9 @@ def start_up(folder: Path, tiny: bool) -> None:
                'dataset.max_length=512', f'dataset.cache_dir={folder / "cache"}']  # fmt: skip
     environment = os.environ | {'PYTHONPATH': f'{root}:{os.environ.get("PYTHONPATH", "")}'}
     times: dict[str, float] = {}
-    for name, cards in (('1 card', 1), ('2 cards', 2)):
-        run = [*words, '--work-dir', str(folder / name.replace(' ', '-')), '--nproc-per-node', str(cards), *options]
+    for name, cards, strategy in (('1 card', 1, 'auto'), ('2 cards', 2, 'auto'), ('2 cards fsdp', 2, 'fsdp')):
+        run = [*words, '--work-dir', str(folder / name.replace(' ', '-')), '--nproc-per-node', str(cards),
+               '--strategy', strategy, *options]  # fmt: skip
         peaks, done = [0.0], threading.Event()
 
         def watch(peaks: list[float] = peaks, done: threading.Event = done) -> None:
@@ -326,7 +327,8 @@ def start_up(folder: Path, tiny: bool) -> None:
         times[name] = first_step or 0.0
         report(what=f'start on {name}', to_first_step_s=first_step, model_loaded_s=loaded, status=status,
                host_anonymous_gib=round(peaks[0], 2))  # fmt: skip
-    report(what='start, two cards over one', ratio=over({'s': times['2 cards']}, {'s': times['1 card']}, 's'))
+    report(what='start, two cards over one', ddp=over(times, {'2 cards': times['1 card']}, '2 cards'),
+           fsdp=over(times, {'2 cards fsdp': times['1 card']}, '2 cards fsdp'))  # fmt: skip
     run = [*words[:-1], '5', '--work-dir', str(folder / 'fail'), '--nproc-per-node', '2', *options,
            "hooks=[{'type': 'benchmarks.scale:second_rank_fails'}]"]  # fmt: skip
     ended = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
