@@ -4,7 +4,8 @@
     python benchmarks/decode.py --fresh    # the first token of a fresh process alone, after the model is there
 
 Speeds are medians of several answers, tokens a second without the first; `ttft` is the time to the first token of a
-long prompt. `limit` is what the products of that prompt take at the speed that this GPU reaches in one large product.
+long prompt, when the 4-bit weights have stayed as floats since an earlier one and when not. `limit` is what the
+products of that prompt take at the speed that this GPU reaches in one large product.
 `agree` is how many tokens agree with transformers' before the first that differs; `logits` how far ours and its own
 are from float32's, relative. On a CPU the demo's model in 4 bit does not agree, because bitsandbytes' own CPU kernel is
 wrong for its 688 wide rows. Prints one JSON line for each model.
@@ -23,12 +24,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.qlora_model import add_adapter, build_base
+from xtuner.model.decode import decoder as decoding
 from xtuner.model.decode.decoder import find_decoder, release
 from xtuner.model.generate import Sampling, generate, generate_plainly
 
@@ -122,10 +125,24 @@ def measure(name: str, model: Any, num_tokens: int, long: int, rounds: int) -> d
     pairs = zip(answers['plain'], answers['ours'], strict=False)
     found['agree'] = next((i for i, (a, b) in enumerate(pairs) if a != b), num_tokens)
     if ON_GPU:
+        found['allocated_gib'] = round(torch.cuda.memory_allocated() / 2**30, 2)
+        found['ours_ttft_no_floats_s'] = round(without_floats(model, prompt_of(long, words), rounds), 4)
         found |= limits(model, long, found['ours_ttft_s']) | {'logits': logit_errors(model, short)}
-        found['allocated_gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found['peak_gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     release(model)
     return found
+
+
+def without_floats(model: Any, prompt: list[int], rounds: int) -> float:
+    """Seconds to the first token where no weights may stay as floats: on a small card, or a first prompt."""
+    release(model)
+    with patch.object(decoding, '_KEPT_SHARE', 0.0):
+        times = []
+        for _ in range(rounds + 1):
+            times.append(timed(generate, model, prompt, 1)[0])
+            forget(model)
+    release(model)
+    return statistics.median(times[1:])
 
 
 def limits(model: Any, long: int, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.model.kernels import onednn
-from xtuner.model.kernels.host import free_host_bytes
+from xtuner.model.kernels.host import free_bytes
 from xtuner.model.kernels.quantized import is_4bit
 
 _SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
@@ -56,7 +56,10 @@ def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
         budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
     """
     layers: list[Any] = [module for module in model.modules() if _is_worth_it(module)]
-    left = budget_bytes if budget_bytes is not None else _free_bytes(layers)
+    left = budget_bytes or 0
+    if budget_bytes is None and layers:
+        device = layers[0].weight.device
+        left = int(_SHARE[device.type] * free_bytes(device))
     kept = taken = 0
     for layer in layers:
         size = _size_bytes(layer)
@@ -88,11 +91,3 @@ def _floats(layer: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(_dtype(layer))
-
-
-def _free_bytes(layers: list[Any]) -> int:
-    if not layers:
-        return 0
-    device = layers[0].weight.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else free_host_bytes()
-    return int(_SHARE[device.type] * free)

@@ -68,7 +68,7 @@ def test_logits_against_float64() -> None:
 
 
 def test_weights_too_large_to_be_kept_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, 'free_host_bytes', lambda: 0)
+    monkeypatch.setattr(decoding, 'free_bytes', lambda device: 0)
     assert_decoded(with_adapter(four_bit()).eval())
     assert_decoded(with_adapter(tiny_llama(bias=False)).eval())
 

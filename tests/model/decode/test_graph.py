@@ -76,3 +76,26 @@ def test_internlm(tmp_path: Path, name: str) -> None:
     model: Any = load_model(write_model(tmp_path, name), dtype=torch.float32)
     exact = model.double()(input_ids=torch.tensor([PROMPT])).logits[0, -1].detach()
     assert error(stepped_logits(model.float(), PROMPT), exact) < 1e-5
+
+
+@pytest.mark.parametrize('stay', [False, True])
+def test_a_prompt_by_kernels(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
+    """In two parts, then again, when weights may have stayed as floats."""
+    monkeypatch.setattr('xtuner.model.decode.decoder._WORTH_COMPILING', 1)
+    model = with_adapter(four_bit(heads=1, kv_heads=1).half()).eval()
+    exact = exact_logits(model)
+    decoder: Any = find_decoder(model, len(PROMPT))
+    decoder._fused = True
+    with torch.inference_mode():
+        decoder._prepare(len(PROMPT))
+        products = [product for layer in decoder.layers for product in layer.products]
+        for product in products:
+            product._kept = None
+            assert product.keep_floats(10**9 if stay else 0) > 0 or not stay
+        decoder._prefill(PROMPT[:-2])
+        assert all((product._floats is not None) is stay for product in products)
+        logits = decoder._prefill(PROMPT)
+        decoder._ids = []
+        again = decoder._prefill(PROMPT)
+    assert error(logits[0], exact) < 5e-3  # float16 through two layers
+    assert error(again[0], exact) < 5e-3

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_decoded, four_bit
-from tests.model.kernels.conftest import dequantised, tiny_llama, with_adapter
+from tests.model.kernels.conftest import dequantised, quantise, tiny_llama, with_adapter
 from tests.model.published import CONFIGS, write_model
 from xtuner.model.decode import decoder as decoding
 from xtuner.model.generate import Sampling, generate
@@ -95,3 +96,33 @@ def test_an_answer_that_was_stopped_spoils_nothing() -> None:
         generate(model, PROMPT, stop_ids=STOP, sampling=DRAWN, streamer=Streamer())  # type: ignore[arg-type]
     assert_decoded(model, [*PROMPT, *expected[:5]])
     assert assert_decoded(model) == expected
+
+
+def test_a_long_prompt_by_kernels() -> None:
+    """Whole; once more, with weights that stayed as floats; and behind what the cache holds already."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.1,
+    )  # fmt: skip
+    base = quantise(LlamaForCausalLM(config).cuda().bfloat16(), torch.bfloat16)
+    model = with_adapter(base).bfloat16().eval()
+    prompt = torch.randint(5, 97, (1300,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.tensor([prompt], device='cuda')
+    exact = dequantised(model)(input_ids=ids).logits[0, -1].detach()
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits.double() - exact).norm() / exact.norm())
+
+    with torch.inference_mode():
+        bound = 1.5 * error(model(input_ids=ids).logits[0, -1])
+        decoder: Any = decoding.find_decoder(model, 1310)
+        decoder._prepare(1310)
+        whole = error(decoder._prefill(prompt)[0])
+        assert all(p._floats is not None for layer in decoder.layers for p in layer.products)
+        decoder._ids = []
+        again = error(decoder._prefill(prompt)[0])
+        decoder._ids = []
+        decoder._prefill([*prompt[:650], 3])
+        behind = error(decoder._prefill(prompt)[0])
+    assert max(whole, again, behind) < bound

@@ -25,14 +25,14 @@ from xtuner.model.decode.layers import (
 )
 from xtuner.model.decode.sampling import next_token
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
-from xtuner.model.kernels.host import free_host_bytes
+from xtuner.model.kernels.host import free_bytes
 
 if TYPE_CHECKING:
     from xtuner.model.decode.graph import Mailbox, TokenStep
 
 logger = logging.getLogger('xtuner')
 
-_KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats on a CPU
+_KEPT_SHARE = 0.25  # of the free memory, for weights kept as floats: on a CPU at once, on a GPU for long prompts
 # Not cuDNN's, which plans anew for each length that it has not seen.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WORTH_COMPILING = 512  # tokens of a prompt
@@ -197,11 +197,11 @@ class Decoder:
             self._angles = rotary_table(self._decoder, capacity, self.layers[0].heads.size)
 
     def _keep_weights(self) -> None:
-        budget = 0 if self._weight.is_cuda else int(free_host_bytes() * _KEPT_SHARE)
+        budget = int(free_bytes(self.device) * _KEPT_SHARE)
         for layer in self.layers:
             for product in layer.products:
                 product.refresh()
-                budget -= 0 if self._weight.is_cuda else product.keep(budget)
+                budget -= product.keep_floats(budget) if self.device.type == 'cuda' else product.keep(budget)
 
     def _prefill(self, prompt: list[int]) -> Tensor:
         """Logits (1, V) after the prompt; what it shares with the ids in the cache is not computed again."""

@@ -5,6 +5,7 @@ Letters of shapes: T new tokens, H hidden, L tokens in the cache with the new on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,32 +49,56 @@ def advance(
         cache: Filled up to `start`; the new tokens' keys and values are added.
         start: Position of the first new token.
         angles: Cosines and sines of all positions, (capacity, D / 2) each.
-        kernels: Fused kernels for norms, rotation and the gate; None takes PyTorch's own.
+        kernels: Fused kernels for norms, attention and the gate; None takes PyTorch's own.
 
     Returns:
         The last hidden states before the final norm, (T, H).
     """
+    attend = _attention(layers[0].heads, x_TH, cache, start, angles, fused=kernels is not None)
+    for number, layer in enumerate(layers):
+        qkv = layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels)
+        x_TH = layer.out(attend(number, qkv), kernels, onto=x_TH)
+        gate_up = layer.gate_up(norm(layer.norm_mid, x_TH, kernels), kernels)
+        x_TH = layer.down(_gated(gate_up, kernels), kernels, onto=x_TH)
+    return x_TH
+
+
+def _attention(
+    heads: Heads, x_TH: Tensor, cache: Cache, start: int, angles: tuple[Tensor, Tensor], *, fused: bool
+) -> Callable[[int, Tensor], Tensor]:
+    """A function from a layer's number and its q, k and v, (T, N D), to the attended values; it fills the cache."""
     length = len(x_TH)
     end = start + length
+    turn = angles[0][start:end], angles[1][start:end]
+    if fused:
+        from xtuner.model.kernels import fused_prompt
+
+        if fused_prompt.takes(x_TH.dtype, heads.size):
+
+            def by_kernels(number: int, qkv: Tensor) -> Tensor:
+                qkv = qkv.view(length, heads.groups, -1, heads.size)
+                keys, values = cache.all[2 * number, 0], cache.all[2 * number + 1, 0]
+                fused_prompt.turn_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
+                return fused_prompt.attend(qkv, keys, values, start, heads.scale, queries=heads.queries)
+
+            return by_kernels
     new, seen = cache.slots(start, end), cache.slots(0, end)
-    turn = _angles(angles, start, end, fused=kernels is not None)
+    whole = torch.cat((turn[0],) * 2, -1)[:, None, None], torch.cat((-turn[1], turn[1]), -1)[:, None, None]
     mask = None
     if start and length > 1:
         mask = torch.ones(length, end, dtype=torch.bool, device=x_TH.device).tril(start)
-    for number, layer in enumerate(layers):
-        heads = layer.heads
-        qkv = layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels).view(length, heads.groups, -1, heads.size)
-        query, key, value = _turned(qkv, heads, turn, kernels)
+
+    def plainly(number: int, qkv: Tensor) -> Tensor:
+        query, key, value = _turned(qkv.view(length, heads.groups, -1, heads.size), heads, whole)
         new[2 * number].copy_(key)
         new[2 * number + 1].copy_(value)
         attended = functional.scaled_dot_product_attention(
             query, seen[2 * number], seen[2 * number + 1], attn_mask=mask, is_causal=length > 1 and not start,
             scale=heads.scale, enable_gqa=heads.num_queries != heads.num_keys,
         )  # fmt: skip
-        x_TH = x_TH + layer.out(attended.transpose(1, 2).reshape(length, -1), kernels)
-        gate_up = layer.gate_up(norm(layer.norm_mid, x_TH, kernels), kernels)
-        x_TH = x_TH + layer.down(_gated(gate_up, kernels), kernels)
-    return x_TH
+        return attended.transpose(1, 2).reshape(length, -1)
+
+    return plainly
 
 
 def norm(module: Any, x_TH: Tensor, kernels: Kernels | None) -> Tensor:
@@ -94,27 +119,12 @@ def _gated(gate_up: Tensor, kernels: Kernels | None) -> Tensor:
     return out
 
 
-def _angles(angles: tuple[Tensor, Tensor], start: int, end: int, *, fused: bool) -> tuple[Tensor, Tensor]:
-    """Of the new tokens: as the fused kernel reads them, or for whole heads, the first half's sines negative."""
-    cos, sin = angles[0][start:end], angles[1][start:end]
-    if fused:
-        return cos, sin
-    return torch.cat((cos, cos), -1)[:, None, None], torch.cat((-sin, sin), -1)[:, None, None]
-
-
-def _turned(
-    qkv: Tensor, heads: Heads, turn: tuple[Tensor, Tensor], kernels: Kernels | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys at their positions, and values: (1, N, T, D) each."""
+def _turned(qkv: Tensor, heads: Heads, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys at their positions, and values: (1, N, T, D) each; the first half's sines are negative."""
     cut = heads.queries + heads.keys
     both, value = qkv[:, :, :cut], qkv[:, :, cut:]
-    if kernels is None:
-        half = heads.size // 2
-        wide = both.to(turn[0].dtype)
-        both = torch.addcmul(wide * turn[0], wide.roll(half, -1), turn[1]).to(qkv.dtype)
-    else:
-        for group in range(heads.groups):
-            kernels.rotate(both[:, group], turn[0], turn[1], both[:, group], inverse=False)
+    wide = both.to(turn[0].dtype)
+    both = torch.addcmul(wide * turn[0], wide.roll(heads.size // 2, -1), turn[1]).to(qkv.dtype)
     parts = both[:, :, : heads.queries], both[:, :, heads.queries :], value
     query, key, value = (part.reshape(1, len(qkv), -1, heads.size).transpose(1, 2) for part in parts)
     return query, key, value

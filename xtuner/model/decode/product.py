@@ -29,12 +29,14 @@ class Product:
         self.layers = [FrozenLinear(base_of(projection)) for projection in projections]
         self.num_in = self.layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in self.layers)
-        self._kept: Tensor | None = None
+        self._kept: Tensor | None = None  # weights and adapters
+        self._floats: Tensor | None = None  # a quantised base's weights alone
+        self._may_stay = False
         self.refresh()
 
     def refresh(self) -> None:
         """Looks anew at weights and adapters, which have changed."""
-        self._kept = None
+        self._kept = self._floats = None
         self.adapters = [_adapter(projection, self.dtype) for projection in self.projections]
         self.bias = joined_bias(self.layers, self.dtype)
         self._quantised = all(layer.parts() is not None for layer in self.layers)
@@ -58,11 +60,27 @@ class Product:
         self._kept = torch.cat([_merged(layer, adapter, self.dtype) for layer, adapter in both])
         return size
 
-    def __call__(self, x_TK: Tensor, kernels: Kernels | None = None) -> Tensor:
-        """All layers' outputs side by side, (T, N); with kernels, 4-bit weights are turned into floats by them."""
+    def keep_floats(self, budget_bytes: int) -> int:
+        """Lets a quantised base's weights stay as floats, if they fit, when kernels first turn them into such.
+
+        Returns:
+            The bytes they take then.
+        """
+        size = self.num_in * self.num_out * torch.finfo(self.dtype).bits // 8
+        self._may_stay = self._quantised and size <= budget_bytes
+        return size if self._may_stay else 0
+
+    def __call__(self, x_TK: Tensor, kernels: Kernels | None = None, onto: Tensor | None = None) -> Tensor:
+        """All layers' outputs side by side, (T, N); with kernels, 4-bit weights are turned into floats by them.
+
+        Args:
+            x_TK: The input.
+            kernels: See above.
+            onto: (T, N), what the outputs are added to; not changed.
+        """
         if self._kept is not None:
-            return functional.linear(x_TK, self._kept, self.bias)
-        out = self._base(x_TK, kernels)
+            return _linear(x_TK, self._kept, self.bias, onto)
+        out = self._base(x_TK, kernels, onto)
         if self._down is not None:
             inner, row, column = functional.linear(x_TK, self._down), 0, 0
             for layer, adapter in zip(self.layers, self.adapters, strict=True):
@@ -73,23 +91,40 @@ class Product:
                 row += layer.shape[0]
         return out
 
-    def _base(self, x_TK: Tensor, kernels: Kernels | None) -> Tensor:
+    def _base(self, x_TK: Tensor, kernels: Kernels | None, onto: Tensor | None) -> Tensor:
         """The base's part: one product of all layers where their weights have to be turned into floats anyway."""
         if kernels is not None and self._quantised:
-            weight = torch.empty(self.num_out, self.num_in, dtype=self.dtype, device=x_TK.device)
-            row = 0
-            for layer in self.layers:
-                layer.write_into(weight[row : row + layer.shape[0]], kernels)
-                row += layer.shape[0]
-            return functional.linear(x_TK, weight, self.bias)
+            return _linear(x_TK, self._float_weight(kernels), self.bias, onto)
         matrices = (layer.matrix(self.dtype) for layer in self.layers)
         if len(self.layers) == 1:
-            return functional.linear(x_TK, next(matrices), self.bias)
+            return _linear(x_TK, next(matrices), self.bias, onto)
         out, row = torch.empty(len(x_TK), self.num_out, dtype=self.dtype, device=x_TK.device), 0
         for matrix in matrices:
             torch.mm(x_TK, matrix.t(), out=out[:, row : row + len(matrix)])
             row += len(matrix)
-        return out if self.bias is None else out.add_(self.bias)
+        for term in (self.bias, onto):
+            out = out if term is None else out.add_(term)
+        return out
+
+    def _float_weight(self, kernels: Kernels) -> Tensor:
+        if self._floats is not None:
+            return self._floats
+        device = self.layers[0].device
+        weight, row = torch.empty(self.num_out, self.num_in, dtype=self.dtype, device=device), 0
+        for layer in self.layers:
+            layer.write_into(weight[row : row + layer.shape[0]], kernels)
+            row += layer.shape[0]
+        if self._may_stay:
+            self._floats = weight
+        return weight
+
+
+def _linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, onto: Tensor | None) -> Tensor:
+    if onto is None:
+        return functional.linear(x_TK, weight_NK, bias_N)
+    if bias_N is None:
+        return torch.addmm(onto, x_TK, weight_NK.t())  # the sum is taken before it is rounded
+    return functional.linear(x_TK, weight_NK, bias_N).add_(onto)
 
 
 def _adapter(projection: Any, dtype: torch.dtype) -> Adapter | None:

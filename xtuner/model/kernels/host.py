@@ -67,6 +67,14 @@ def free_host_bytes() -> int:
         return 0
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory in bytes that this process could still take where tensors of a device lie."""
+    if device.type != 'cuda':
+        return free_host_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 @dataclass
 class HostStore:
     """What checkpointed layers keep, copied to pinned memory while the GPU goes on, and back in time.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from xtuner.model.kernels.host import free_host_bytes
 from xtuner.model.kernels.layer import LayerParts
 
 # Of the free memory on a GPU; a host's is shared with other programs and with what is read from disk.
@@ -40,19 +37,11 @@ def working_bytes(parts: LayerParts, tokens: int, item_bytes: int) -> int:
     return kept_bytes(parts, tokens, (0, 0, 0, 0), item_bytes) + 2 * widest * item_bytes
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that a training process could still take on a device."""
-    if device.type != 'cuda':
-        return free_host_bytes()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 def room_for_activations(free: int, num_trained: int, kind: str) -> int:
     """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet.
 
     Args:
-        free: `free_bytes` of it.
+        free: `host.free_bytes` of it.
         num_trained: Trained values.
         kind: Of the device: 'cuda' or 'cpu'.
 
