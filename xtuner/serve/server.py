@@ -71,12 +71,17 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise UsageError(f'--host {host}: {error}') from None
     try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of a service before does not matter
         taken.bind(address)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # else one more could take it until we listen
     except OSError as error:
         taken.close()
-        raise UsageError(f'{host}:{port} cannot be had ({error.strerror}); choose another with --port') from None
+        raise _not_to_be_had(host, port, error) from None
     return taken
+
+
+def _not_to_be_had(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(f'{host}:{port} cannot be had ({error.strerror}); choose another with --port')
 
 
 def make_server(app: Starlette, *, grace_s: float, header_s: float = HEADER_S) -> uvicorn.Server:
@@ -104,10 +109,18 @@ def serve(app: Starlette, taken: socket.socket, *, grace_s: float) -> None:
         app: What answers.
         taken: What `listen` returned.
         grace_s: Seconds that requests under way have to end.
+
+    Raises:
+        UsageError: the address was taken meanwhile.
     """
     server = make_server(app, grace_s=grace_s)
-    taken.listen(server.config.backlog)  # who comes from now on is heard, if a moment later
     host, port = taken.getsockname()[:2]
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.listen(server.config.backlog)  # who comes from now on is heard, if a moment later
+    except OSError as error:
+        taken.close()
+        raise _not_to_be_had(host, port, error) from None
     logger.info('serving at http://%s:%d/v1', f'[{host}]' if ':' in host else host, port)
     # uvicorn raises the signal once more when it is done, for whoever had it before: a service that was asked to end
     # and did has succeeded.

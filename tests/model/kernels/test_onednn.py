@@ -24,6 +24,13 @@ def test_the_product(rows: tuple[int, ...], bias: bool, laid_out: bool) -> None:
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
 
 
+def test_few_numbers_of_rows() -> None:
+    """Code is compiled for each."""
+    usual = [onednn._usual_number(rows) for rows in range(513)]
+    assert sorted(set(usual)) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    assert all(rows <= size and (rows < 2 or size < 2 * rows) for rows, size in enumerate(usual))
+
+
 def test_what_is_not_laid_out() -> None:
     assert not onednn.can_lay_out(torch.empty(256, 256, dtype=torch.bfloat16))
     assert not onednn.can_lay_out(torch.empty(64, 64)), 'too small to be worth it'
