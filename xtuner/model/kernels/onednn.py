@@ -38,8 +38,8 @@ def lay_out(weight_NK: Tensor) -> Tensor:
 def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """As `torch.nn.functional.linear`, for any leading shape, without gradients.
 
-    oneDNN compiles code for each number of rows and keeps it, some 0.5 ms and 0.5 MB each: rows are added to make it one
-    of few numbers.
+    oneDNN compiles code for each number of rows and keeps it, some 0.5 ms and 0.5 MB each: rows are added to make it
+    one of few numbers.
 
     Args:
         x_TK: float32.
