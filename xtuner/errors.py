@@ -54,3 +54,8 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Returns a hint such as `; did you mean 'a' or 'b'?` for a misspelt `name`, or '' where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
     return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''
+
+
+def one_line(error: object) -> str:
+    """An exception of another library, or its text, on one line of an error message."""
+    return ' '.join(str(error).split())[:500] or type(error).__name__

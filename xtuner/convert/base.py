@@ -1,23 +1,30 @@
-"""What an adapter is added to: the published weights, or the 4- and 8-bit values that training saw in their place."""
+"""What an adapter is added to: the published weights, or the 4- and 8-bit values that training saw in their place.
+
+transformers and bitsandbytes are imported where they are needed: the published weights alone need neither.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert.delta import Rows
+from xtuner.convert.nf4 import BLOCK, quantize_nf4
+from xtuner.convert.shards import row_blocks
 from xtuner.errors import ModelError
-from xtuner.model.loading import bitsandbytes_config, load_config
+from xtuner.model.sources import read_json
 from xtuner.model.weights import WeightReader
 
-_BLOCK, _SCALES_BLOCK = 64, 256  # values that share a scale, and scales that share one, in bitsandbytes' layers
+logger = logging.getLogger('xtuner')
+
+_SCALES_BLOCK = 256  # scales that share one, in bitsandbytes' layers
 _QUANTIZED_AT_ONCE = 2**20  # elements
+_ELEMENTS_A_THREAD = 2**15  # for fewer, torch's sums take no further thread
 
 
 def skeleton(folder: Path) -> Any:
@@ -27,10 +34,26 @@ def skeleton(folder: Path) -> Any:
         ModelError: it is of a kind that is not known here.
     """
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from xtuner.model.loading import load_config
 
     config = load_config(folder)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32).eval()
+
+
+def shared_tensors(folder: Path) -> dict[str, str]:
+    """Tensors that a model shares, each with the name under which it is stored; none where that is not known."""
+    config = folder / 'config.json'
+    if config.is_file() and read_json(config).get('tie_word_embeddings') is False:
+        return {}
+    try:
+        model = skeleton(folder)
+    except ModelError as error:
+        logger.warning('%s; its tensors are merged one by one', error)
+        return {}
+    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
 class PublishedBase:
@@ -63,22 +86,55 @@ class QuantizedBase:
     ) -> None:
         self._reader, self._dtype, self._device = reader, dtype, device
         self._settings = quantization
+        self._num_threads = torch.get_num_threads()
         self._quantized = quantized_weights(skeleton(reader.folder), quantization, dtype, device)
+        fast = quantization.bits == 4 and quantization.quant_type == 'nf4' and device.type == 'cpu'
+        self._fast = fast and dtype.itemsize == 2
 
     def open(self, name: str) -> Rows:
         """A tensor's rows: quantised and back where training did so, else rounded to the compute dtype."""
         if name not in self._quantized:
             return lambda start, stop: _rounded(self._reader.rows(name, start, stop), self._dtype)
+        transposed = self._quantized[name].__name__ == 'Conv1D'
+        rows = None
+        if self._fast and not transposed and self._reader.shape(name)[1] % BLOCK == 0:
+            rows = self._open_fast(name)
+        return rows or self._open_whole(name, transposed)
+
+    def _open_whole(self, name: str, transposed: bool) -> Rows:
         weight = self._reader.rows(name).to(self._device, self._dtype)
-        if self._quantized[name] is Conv1D:  # holds its weight transposed; a 4-bit layer does not
+        if transposed:  # a Conv1D holds its weight transposed; a 4-bit layer does not
             whole = requantize(weight.T.contiguous(), self._settings).T
         else:
-            whole = requantize(weight, self._settings)
+            whole = requantize(weight, self._settings, self._num_threads)
         return lambda start, stop: whole[start:stop].clone()
+
+    def _open_fast(self, name: str) -> Rows | None:
+        """The same values, held in 4 bit; None for a weight that is not finite."""
+        shape = self._reader.shape(name)
+        blocks = (_rounded(self._reader.rows(name, *rows), self._dtype) for rows in row_blocks(shape))
+        parts = [quantize_nf4(block) for block in blocks]
+        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not scales.isfinite().all():
+            return None
+        if self._settings.double_quant:
+            scales = requantize_scales(scales, self._num_threads)
+        width = shape[1]
+
+        def rows(start: int, stop: int) -> Tensor:
+            first, last = start * width, stop * width
+            return torch.ops.bitsandbytes.dequantize_4bit.default(
+                codes[first // 2 : last // 2], scales[first // BLOCK : last // BLOCK], BLOCK, 'nf4',
+                (stop - start, width), self._dtype,
+            )  # fmt: skip
+
+        return rows
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    return tensor.float().to(dtype)  # torch converts between 16-bit types several times slower
 
 
 def quantized_weights(
@@ -96,6 +152,8 @@ def quantized_weights(
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    from xtuner.model.loading import bitsandbytes_config
+
     config = bitsandbytes_config(quantization, dtype, device)
     before = {name: type(module) for name, module in model.named_modules()}
     replaced = replace_with_bnb_linear(
@@ -111,12 +169,13 @@ def quantized_weights(
     return classes
 
 
-def requantize(weight: Tensor, quantization: QuantizationConfig) -> Tensor:
+def requantize(weight: Tensor, quantization: QuantizationConfig, num_threads: int | None = None) -> Tensor:
     """Quantises a weight as loading does and computes its values again, in the memory of a few blocks.
 
     Args:
         weight: (out, in), in the compute dtype, on the device that shall quantise it; it is written over.
         quantization: 4 bit, of whatever kind, or 8 bit.
+        num_threads: Of `requantize_scales`; None: torch's.
 
     Returns:
         The same tensor.
@@ -130,15 +189,34 @@ def requantize(weight: Tensor, quantization: QuantizationConfig) -> Tensor:
     kind = quantization.quant_type
     width = weight.shape[1]
     # Where blocks cross rows, bitsandbytes' kernels on a CPU depend on the shape: the weight stays in one part then.
-    parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % _BLOCK == 0 else (weight,)
-    packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=_BLOCK) for part in parts]
+    parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % BLOCK == 0 else (weight,)
+    packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=BLOCK) for part in parts]
     scales = torch.cat([state.absmax for _, state in packed])
     if quantization.double_quant:  # the scales of the whole weight are quantised together
-        mean = scales.mean()
-        scale_codes, state = bnb.functional.quantize_blockwise(scales - mean, blocksize=_SCALES_BLOCK)
-        scales = bnb.functional.dequantize_blockwise(scale_codes, state) + mean
-    counts = [part.numel() // _BLOCK + bool(part.numel() % _BLOCK) for part in parts]
+        scales = requantize_scales(scales, num_threads or torch.get_num_threads())
+    counts = [part.numel() // BLOCK + bool(part.numel() % BLOCK) for part in parts]
     for part, (codes, state), own in zip(parts, packed, scales.split(counts), strict=True):
         state.absmax = own
         part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(part.shape))
     return weight
+
+
+def requantize_scales(scales: Tensor, num_threads: int) -> Tensor:
+    """Quantises a weight's scales as double quantisation does and computes their values again.
+
+    Args:
+        scales: float32 (n,), on the device that shall quantise them.
+        num_threads: How many torch has where a model is loaded: the last bit of their mean depends on it.
+    """
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    mean = _mean(scales, num_threads) if scales.device.type == 'cpu' else scales.mean()
+    codes, state = quantize_blockwise(scales - mean, blocksize=_SCALES_BLOCK)
+    return dequantize_blockwise(codes, state) + mean
+
+
+def _mean(values: Tensor, num_threads: int) -> Tensor:
+    """`values.mean()` as so many threads of torch compute it, in this one: the sum of each thread's sum."""
+    threads = min(num_threads, -(-len(values) // _ELEMENTS_A_THREAD))
+    sums = [part.sum() for part in values.split(-(-len(values) // threads))]
+    return torch.stack(sums).sum() / len(values)

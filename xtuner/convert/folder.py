@@ -11,7 +11,8 @@ from typing import Any
 from xtuner.dataset.template import get_template
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
 from xtuner.model.card import prompt_example, write_card
-from xtuner.model.loading import load_tokenizer, read_json
+from xtuner.model.sources import read_json
+from xtuner.model.tokenizer import load_tokenizer
 
 # Files of a tokenizer in any of its published forms, and the terms under which a model may be used.
 _COMPANIONS = (

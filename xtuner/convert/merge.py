@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,14 @@ from torch import Tensor
 from xtuner import __version__
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert.adapter_file import AdapterFile
-from xtuner.convert.base import PublishedBase, QuantizedBase, skeleton
+from xtuner.convert.base import PublishedBase, QuantizedBase, shared_tensors
 from xtuner.convert.combine import Weighted, combine, merged_shape
 from xtuner.convert.delta import Rows
-from xtuner.convert.folder import write_model_files
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
-from xtuner.convert.verify import is_cheap, verify_merge
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.adapter import Provenance, check_adapter
-from xtuner.model.loading import resolve_model
+from xtuner.model.sources import resolve_model
 from xtuner.model.weights import WeightReader, fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -32,7 +29,8 @@ logger = logging.getLogger('xtuner')
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
 BASES = ('original', 'dequantized')
 DEFAULT_PROMPTS = 4
-_FLOAT16_END = 65520  # the first number that is rounded to infinity
+CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
+"""Sizes of models that are verified without being asked for."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,15 @@ def merge(
     _explain(base, source.provenance)
     num_prompts = _num_prompts(verify, size, source)
     with whole_folder(out, _job(source, plans, base, max_shard_bytes)) as folder:
-        with _few_threads(source):
-            write_weights(folder, plans, max_shard_bytes, source.merged)
+        write_weights(folder, plans, max_shard_bytes, source.merged)
         logger.info('%d tensors of %d changed', len(source.targets), len(plans))
+        from xtuner.convert.folder import write_model_files  # imports what the weights do not wait for
+
         write_model_files(folder, source.reader.folder, source.parts[-1].adapter.folder, source.provenance,
                           config_changes | {'dtype': _short(DTYPES[dtype])})  # fmt: skip
         if num_prompts:
+            from xtuner.convert.verify import verify_merge
+
             verify_merge(source.reader.folder, source.rows, source.parts, folder, num_prompts, DTYPES[dtype],
                          source.device)  # fmt: skip
     return out
@@ -209,31 +210,7 @@ def _open(llm: str, adapters: Sequence[tuple[Path, float]], base: str, device: t
                              'its xtuner.json says; use --base original')  # fmt: skip
         weights = QuantizedBase(reader, QuantizationConfig(**provenance.quantization),
                                 {'fp16': torch.float16, **DTYPES}[provenance.compute_dtype], device)  # fmt: skip
-    return Source(reader, weights, tuple(parts), provenance, _ties(folder), device)
-
-
-def _ties(folder: Path) -> dict[str, str]:
-    """Tensors that the model shares, each with the name under which it is stored; none where that is not known."""
-    try:
-        model = skeleton(folder)
-    except ModelError as error:
-        logger.warning('%s; its tensors are merged one by one', error)
-        return {}
-    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
-
-
-@contextmanager
-def _few_threads(source: Source) -> Iterator[None]:
-    """One thread for the products of small blocks, which several would spend waiting for each other; another writes.
-
-    Quantising is worth all of them.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if isinstance(source.base, QuantizedBase) else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return Source(reader, weights, tuple(parts), provenance, shared_tensors(folder), device)
 
 
 def _device(name: str) -> torch.device:
@@ -258,7 +235,7 @@ def _explain(base: str, provenance: Provenance | None) -> None:
 def _num_prompts(verify: int | None, size: int, source: Source) -> int:
     if verify is not None:
         return verify
-    if is_cheap(size, source.device):
+    if size <= CHEAP_BYTES[source.device.type]:
         return DEFAULT_PROMPTS
     logger.info('not verified: it would read %.1f GB twice; --verify %d does it, in the same memory',
                 size / 1e9, DEFAULT_PROMPTS)  # fmt: skip
@@ -278,11 +255,12 @@ def _cast(tensor: Tensor, plan: TensorPlan) -> Tensor:
     """The tensor in the planned dtype; a value that it cannot hold is an error."""
     if tensor.dtype == plan.dtype:
         return tensor
-    if plan.dtype == torch.float16 and tensor.numel():
-        least, most = torch.aminmax(tensor)  # either is NaN where any value is
-        if not (least > -_FLOAT16_END and most < _FLOAT16_END):
-            raise ModelError(f'{plan.name} has values that float16 cannot hold; use --dtype bf16')
-    return tensor.to(plan.dtype)
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()  # torch converts between 16-bit types several times slower
+    cast = tensor.to(plan.dtype)
+    if plan.dtype == torch.float16 and not cast.sum(dtype=torch.float32).isfinite():  # that sum has room for any block
+        raise ModelError(f'{plan.name} has values that float16 cannot hold; use --dtype bf16')
+    return cast
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """Writing weights block by block into .safetensors shards that are planned before the first byte.
 
-A shard is written under another name, flushed, and renamed; so those that have their names are whole, and a run that
-was interrupted goes on after them. The index comes last.
+Where each tensor lies is known, so several threads write, a tensor each: what one computes another reads or writes
+meanwhile. A shard is written under another name, flushed, and renamed; so those that have their names are whole, and a
+run that was interrupted goes on after them. The index comes last.
 
     model-00001-of-00008.safetensors.part  ->  model-00001-of-00008.safetensors  ...  ->  model.safetensors.index.json
 """
@@ -11,27 +12,29 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from xtuner.convert.placed_file import PlacedFile
 from xtuner.errors import ModelError
 from xtuner.model.weights import DTYPES
 
 logger = logging.getLogger('xtuner')
 
-BLOCK_ELEMENTS = 2**20  # of a block: 4 MB in float32, which stays in a processor's cache and in the C library's heap
-_BLOCKS_AHEAD = 4  # computed while one is written
-_SYNC_BYTES = 2**28  # written between two flushes, so that the last one is short
+BLOCK_ELEMENTS = 2**18  # of a block: 1 MB in float32, which stays in a core's own cache and in the C library's heap
+_ROWS_AT_ONCE = 16  # a multiple of these: products of matrices then have the bits of the whole matrix's product
+_MOST_THREADS = 4  # keep a disk busy; each takes memory
+_OPEN_SHARDS = 2  # so that no thread waits for the end of a shard
 _REPORT_SECONDS = 5.0
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -51,13 +54,14 @@ class TensorPlan:
 
 
 Blocks = Callable[[TensorPlan], Iterable[Tensor]]
-"""Gives a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU."""
+"""Gives a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU. Several threads call it."""
 
 
-def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `BLOCK_ELEMENTS` elements; a tensor without dimensions is one row."""
+def row_blocks(shape: Sequence[int], elements: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about so many elements, `BLOCK_ELEMENTS` by default; without dimensions it is one row."""
     num_rows = shape[0] if shape else 1
-    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, math.prod(shape[1:])))
+    step -= step % _ROWS_AT_ONCE if step > _ROWS_AT_ONCE else 0
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
 
@@ -69,7 +73,7 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
         folder: Where the files go; exists. What an earlier call with the same plans wrote there is kept.
         plans: The tensors in the order in which they are written.
         max_shard_bytes: Most bytes of tensors in one file, unless one tensor alone is larger.
-        blocks: Gives a tensor's values. It runs in this thread while another writes.
+        blocks: Gives a tensor's values; a few threads call it, each for another tensor.
 
     Returns:
         The bytes of all tensors.
@@ -87,9 +91,7 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
         raise ModelError(f'{folder.parent} has {free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are to be written')
     if len(todo) < len(shards):
         logger.info('going on after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
-    progress = _Progress(total)
-    for path, shard in todo:
-        _write_shard(path, shard, blocks, progress)
+    _write_shards(todo, blocks, _Progress(total))
     num_bytes = sum(plan.nbytes for plan in plans)
     if len(shards) > 1:
         weight_map = {plan.name: file for file, shard in zip(files, shards, strict=True) for plan in shard}
@@ -104,43 +106,97 @@ class _Progress:
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
         self._started = self._reported = time.perf_counter()
+        self._lock = threading.Lock()
 
     def add(self, num_bytes: int) -> None:
         """Counts what was written."""
-        self._done += num_bytes
-        now = time.perf_counter()
-        if now - self._reported > _REPORT_SECONDS or self._done == self._total:
-            self._reported = now
-            speed = self._done / max(now - self._started, 1e-9)
-            left = (self._total - self._done) / speed
-            logger.info(
-                '%.1f of %.1f GB, %.0f MB/s, eta %.0f s', self._done / 1e9, self._total / 1e9, speed / 1e6, left
-            )
+        with self._lock:
+            self._done += num_bytes
+            now = time.perf_counter()
+            if now - self._reported > _REPORT_SECONDS or self._done == self._total:
+                self._reported = now
+                speed = self._done / max(now - self._started, 1e-9)
+                left = (self._total - self._done) / speed
+                logger.info(
+                    '%.1f of %.1f GB, %.0f MB/s, eta %.0f s', self._done / 1e9, self._total / 1e9, speed / 1e6, left
+                )
 
 
-def _write_shard(path: Path, shard: Sequence[TensorPlan], blocks: Blocks, progress: _Progress) -> None:
-    part = path.with_name(f'{path.name}.part')
-    with part.open('wb') as file, ThreadPoolExecutor(1, 'write-weights') as pool:
-        pending: deque[Future[None]] = deque([pool.submit(_append, file, _header(shard))])
-        unsynced = 0
-        for plan in shard:
-            written = 0
-            for block in blocks(plan):
-                assert block.dtype == plan.dtype, f'{plan.name}: {block.dtype} is not {plan.dtype}'
-                pending.append(pool.submit(_append, file, _bytes(block)))
-                written += block.nbytes
-                unsynced += block.nbytes
-                if unsynced > _SYNC_BYTES:
-                    pending.append(pool.submit(_sync, file))
-                    unsynced = 0
-                while len(pending) > _BLOCKS_AHEAD:
-                    pending.popleft().result()
-                progress.add(block.nbytes)
-            assert written == plan.nbytes, f'{plan.name}: {written} bytes came, {plan.nbytes} were planned'
-        pending.append(pool.submit(_sync, file))
-        for future in pending:
-            future.result()
-    part.rename(path)
+class _Shard:
+    """A file that threads are writing, under another name."""
+
+    def __init__(
+        self, path: Path, plans: Sequence[TensorPlan], blocks: Blocks, progress: _Progress, pool: ThreadPoolExecutor
+    ) -> None:
+        self._path, self._part = path, path.with_name(f'{path.name}.part')
+        self._blocks, self._progress = blocks, progress
+        header = _header(plans)
+        self._file = PlacedFile(self._part, len(header) + sum(plan.nbytes for plan in plans))
+        self._file.write(0, [header])
+        self._tensors = []
+        position = len(header)
+        for plan in plans:
+            self._tensors.append(pool.submit(self._write, plan, position))
+            position += plan.nbytes
+
+    def finish(self) -> None:
+        """Waits for all tensors, flushes the file, and gives it its name."""
+        for tensor in self._tensors:
+            tensor.result()
+        self._file.flush()
+        self._file.close()
+        self._part.rename(self._path)
+
+    def close(self) -> None:
+        """Gives the file up; no thread may write any more."""
+        self._file.close()
+
+    def _write(self, plan: TensorPlan, position: int) -> None:
+        self._file.write(position, self._pieces(plan))
+
+    def _pieces(self, plan: TensorPlan) -> Iterator[memoryview]:
+        written = 0
+        for block in self._blocks(plan):
+            assert block.dtype == plan.dtype, f'{plan.name}: {block.dtype} is not {plan.dtype}'
+            yield _bytes(block)
+            written += block.nbytes
+            self._progress.add(block.nbytes)
+        assert written == plan.nbytes, f'{plan.name}: {written} bytes came, {plan.nbytes} were planned'
+
+
+def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks, progress: _Progress) -> None:
+    """Writes the shards in their order; the next one has begun when one is finished."""
+    unfinished: deque[_Shard] = deque()
+    with _threads() as pool:
+        try:
+            for path, plans in todo:
+                unfinished.append(_Shard(path, plans, blocks, progress, pool))
+                if len(unfinished) == _OPEN_SHARDS:
+                    unfinished[0].finish()
+                    unfinished.popleft()
+            while unfinished:
+                unfinished[0].finish()
+                unfinished.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for shard in unfinished:
+                shard.close()
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for reading, computing and writing tensors, one more than may compute, since one waits for the disk.
+
+    Each computes alone: on blocks of this size, torch's own threads would spend most of their time waiting for each
+    other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(_MOST_THREADS, before) + 1, 'write-weights') as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _into_shards(plans: Iterable[TensorPlan], max_shard_bytes: int) -> Iterator[list[TensorPlan]]:
@@ -176,12 +232,3 @@ def _header(shard: Sequence[TensorPlan]) -> memoryview:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _append(file: BinaryIO, data: memoryview) -> None:
-    file.write(data)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

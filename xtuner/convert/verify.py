@@ -23,12 +23,12 @@ from xtuner.convert.combine import Combined, Weighted, combine
 from xtuner.convert.delta import LowRank, Rows
 from xtuner.convert.shards import row_blocks
 from xtuner.errors import ModelError
-from xtuner.model.loading import load_tokenizer
+from xtuner.model.tokenizer import load_tokenizer
 from xtuner.model.weights import WeightReader, open_weights
 
 logger = logging.getLogger('xtuner')
 
-CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
+_BLOCK_ELEMENTS = 2**20  # of a weight at once; several threads compute on it
 _TOKENS = 32  # most of a prompt
 _PROMPTS = (
     'Write a haiku about the sea.', 'What is 17 times 23? Explain each step.', '请用一句话介绍杭州。',
@@ -56,11 +56,6 @@ class Comparison:
     deviation: float
     agreement: float
     positions: int
-
-
-def is_cheap(num_bytes: int, device: torch.device) -> bool:
-    """Whether a model of that size is compared without being asked for."""
-    return num_bytes <= CHEAP_BYTES[device.type]
 
 
 def verify_merge(
@@ -172,7 +167,7 @@ class _Weights:
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor with all its changes."""
         plain, others = self.low_rank(name, shape)
-        blocks = list(self.blocks(name, row_blocks(shape), Combined((*others.deltas, *plain))))
+        blocks = list(self.blocks(name, row_blocks(shape, _BLOCK_ELEMENTS), Combined((*others.deltas, *plain))))
         return torch.cat(blocks) if shape else blocks[0]
 
     def _float(self, rows: Tensor) -> Tensor:
@@ -205,7 +200,7 @@ def _linear(module: nn.Linear, own: Mapping[str, str], weights: _Weights, x: Ten
     shape = tuple(module.weight.shape)
     plain, others = weights.low_rank(own['weight'], shape)
     out = x.new_empty(*x.shape[:-1], shape[0])
-    ranges = list(row_blocks(shape))
+    ranges = list(row_blocks(shape, _BLOCK_ELEMENTS))
     for (start, stop), block in zip(ranges, weights.blocks(own['weight'], ranges, others), strict=True):
         out[..., start:stop] = x @ block.T
     for delta, weight in plain:

@@ -18,7 +18,6 @@ from torch import nn
 
 from xtuner import __version__
 from xtuner.errors import CheckpointError, ConfigError, ModelError
-from xtuner.registry import build
 
 PROVENANCE_FILE = 'xtuner.json'
 
@@ -80,6 +79,8 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
         ConfigError: the section does not fit its type, no module matches, or nothing would be trained.
     """
     from peft import get_peft_model
+
+    from xtuner.registry import build
 
     adapter_config = build(section, 'adapter')
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a tokenizer and a model.
+"""From a folder or a hub id to a model.
 
 The only decisions about 4 and 8 bit, about attention, and about remote code. Nothing is left to chance: a tensor that
 is missing, surplus or of another shape is an error that names the tensor and its file.
@@ -7,7 +7,6 @@ is missing, surplus or of another shape is an error that names the tensor and it
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,31 +20,28 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from xtuner.config.schema import QuantizationConfig
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, one_line
 from xtuner.model.check import check_weights
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM, InternLMModel
-from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
+from xtuner.model.internlm.tokenization import InternLMTokenizer
 from xtuner.model.internlm2.configuration import InternLM2Config
 from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.configuration import InternLM3Config
 from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
-from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
+from xtuner.model.internlm3.tokenization import InternLM3Tokenizer
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
 from xtuner.model.shares import Share, cut_while_loading
-from xtuner.model.sources import resolve_model
+from xtuner.model.sources import read_json, resolve_model
+from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
 
-__all__ = ['load_config', 'load_model', 'load_tokenizer', 'register', 'resolve_model']
+__all__ = ['load_config', 'load_model', 'load_tokenizer', 'read_json', 'register', 'resolve_model']
 
 logger = logging.getLogger('xtuner')
-
-_TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer, 'internlm3': InternLM3Tokenizer}
-_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 
 
 def register() -> None:
@@ -63,55 +59,6 @@ def register() -> None:
 
 
 register()
-
-
-def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
-
-    Args:
-        path: A folder, a hub id or `modelscope:OWNER/NAME`.
-        revision: Of a hub model; None takes the newest.
-        trust_remote_code: Whether a tokenizer that transformers does not know may run its own code.
-
-    Raises:
-        ModelError: there is none, or it needs remote code.
-    """
-    folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not trust_remote_code:
-        raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_TOKENIZER_FILES)} is there')
-    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
-    own = _own_tokenizer(folder, settings)
-    foreign = own is None and (settings.get('auto_map') or {}).get('AutoTokenizer')
-    if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
-        kind = settings.get('tokenizer_class', 'its tokenizer')
-        raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
-                         'pass --trust-remote-code to run that code')  # fmt: skip
-    try:
-        if own is not None:
-            return own.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f'{folder}: the tokenizer cannot be loaded: {_one_line(error)}') from error
-
-
-def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMTokenizer] | None:
-    """Which of our tokenizers a folder is for; None: one of transformers' own."""
-    if not (folder / 'tokenizer.model').is_file() and PREFIX_KEY not in settings:
-        return None
-    named = f'{settings.get("tokenizer_class", "")} {settings.get("auto_map", "")}'
-    if 'InternLM3' in named or (PREFIX_KEY in settings and SPACES_KEY in settings):
-        return InternLM3Tokenizer
-    if 'InternLM' in named:
-        return InternLM2Tokenizer if 'InternLM2' in named else InternLMTokenizer
-    config = read_json(folder / 'config.json') if (folder / 'config.json').is_file() else {}
-    if config.get('model_type') in _TOKENIZERS:
-        return _TOKENIZERS[config['model_type']]
-    bare = not settings and not config and not (folder / 'tokenizer.json').is_file()
-    return InternLMTokenizer if PREFIX_KEY in settings or bare else None
 
 
 def load_model(
@@ -145,7 +92,7 @@ def load_model(
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
     device = torch.device(device or 'cpu')
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    native = config.model_type in _TOKENIZERS
+    native = config.model_type in TOKENIZERS
     arguments: dict[str, Any] = {
         'config': config,
         'dtype': dtype,
@@ -161,7 +108,7 @@ def load_model(
         with nullcontext() if share is None else cut_while_loading(share):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
-        raise ModelError(f'{folder}: the model cannot be loaded: {_one_line(error)}') from error
+        raise ModelError(f'{folder}: the model cannot be loaded: {one_line(error)}') from error
     model, report = loaded
     _check_report(folder, report)
     keep_plain_layout(model)
@@ -183,7 +130,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     content = read_json(folder / 'config.json')
     kind = str(content.get('model_type'))
     try:
-        known = kind in _TOKENIZERS or bool(AutoConfig.for_model(kind))
+        known = kind in TOKENIZERS or bool(AutoConfig.for_model(kind))
     except ValueError:
         known = False
     if not known and not trust_remote_code:
@@ -193,7 +140,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code and not known)
     except Exception as error:
-        raise ModelError(f'{folder / "config.json"}: {_one_line(error)}') from error
+        raise ModelError(f'{folder / "config.json"}: {one_line(error)}') from error
 
 
 def _attention(name: str) -> str:
@@ -230,19 +177,4 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
             f'{folder}: tensor {surplus[0]!r} belongs to no part of the model, and {len(surplus) - 1} more'
         )
     if errors:
-        raise ModelError(f'{folder}: {_one_line(errors[0])}')
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of settings; raises ModelError, with the path, where it cannot be read or holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise ModelError(f'{path} cannot be read: {error}') from error
-    if not isinstance(content, dict):
-        raise ModelError(f'{path} holds no settings: expected a JSON object')
-    return content
-
-
-def _one_line(error: Any) -> str:
-    return ' '.join(str(error).split())[:500] or type(error).__name__
+        raise ModelError(f'{folder}: {one_line(errors[0])}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -43,6 +44,17 @@ def resolve_model(
     if not _ID.fullmatch(name) or name.startswith('.'):
         raise ModelError(f'model {name!r}: no such folder, and no hub id of the form OWNER/NAME')
     return _from_hugging_face(name, revision, unwanted + (_second_copy(name, revision) if weights else []))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings; raises ModelError, with the path, where it cannot be read or holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise ModelError(f'{path} cannot be read: {error}') from error
+    if not isinstance(content, dict):
+        raise ModelError(f'{path} holds no settings: expected a JSON object')
+    return content
 
 
 def _from_hugging_face(name: str, revision: str | None, unwanted: list[str]) -> Path:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ DTYPES = {
 
 
 class WeightReader:
-    """The tensors of a checkpoint folder, by name. Made by `open_weights`.
+    """The tensors of a checkpoint folder, by name, for any number of threads. Made by `open_weights`.
 
     Args:
         folder: The checkpoint's folder.
@@ -51,7 +52,7 @@ class WeightReader:
         self._files = files
         self._open: dict[Path, Any] = {}
         self._headers: dict[Path, dict[str, Place]] = {}
-        self._raw: dict[Path, Any] = {}
+        self._raw: dict[tuple[Path, int], Any] = {}
 
     def names(self) -> list[str]:
         """Names of all tensors, file by file, stray buffers left out."""
@@ -124,11 +125,13 @@ class WeightReader:
 
     def _read_into(self, path: Path, begin: int, buffer: memoryview) -> None:
         """Fills the buffer with a file's bytes; unlike a mapping, that keeps no page of the file in this process."""
-        if path not in self._raw:
-            self._raw[path] = path.open('rb', buffering=0)
-        self._raw[path].seek(begin)
+        key = (path, threading.get_ident())  # each thread has a position of its own
+        if key not in self._raw:
+            self._raw[key] = path.open('rb', buffering=0)
+        file = self._raw[key]
+        file.seek(begin)
         while buffer:
-            length = self._raw[path].readinto(buffer)
+            length = file.readinto(buffer)
             if not length:
                 raise ModelError(f'{path} is cut off: it ends within a tensor')
             buffer = buffer[length:]
