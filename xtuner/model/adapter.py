@@ -106,6 +106,8 @@ def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
         return False
     from peft import LoraConfig
 
+    from xtuner.registry import build
+
     adapter = build(section, 'adapter')
     plain = type(adapter) is LoraConfig and adapter.init_lora_weights in (True, False, 'gaussian')
     return not plain or bool(adapter.use_dora or adapter.target_parameters or adapter.layer_replication)
