@@ -95,6 +95,7 @@ def medians(measure: Callable[[int], float], num_streams: int, rounds: int = 3) 
     for number in range(rounds + 1):
         for num, found in rates.items():
             rate = measure(num)
+            print(f'round {number}, {num} at a time: {rate:.1f} tokens/s', file=sys.stderr, flush=True)
             if number:
                 found.append(rate)
     one, many = (statistics.median(found) for found in rates.values())

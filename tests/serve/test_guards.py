@@ -89,7 +89,7 @@ def test_a_wrong_field_is_named(server: Running, fields: dict[str, Any], param: 
 
 
 def test_wrong_prompts_of_completions(server: Running) -> None:
-    for prompt in (None, [], [[]], 7, [7.5], ['a', 7], ['a'] * 65, [10**6], [-1], '\ud800'):
+    for prompt in (None, [], [[]], 7, [7.5], ['a', 7], ['a'] * 65, [10**6], [-1], '', ['a', ''], '\ud800'):
         status, error = post(server, {'model': server.base, 'prompt': prompt}, '/v1/completions')
         assert (status, error['param']) == (400, 'prompt'), prompt
 

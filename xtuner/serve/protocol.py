@@ -99,6 +99,8 @@ def completion_request(content: Mapping[str, Any], default: Sampling) -> Request
         prompts = tuple(prompt)
     else:
         raise wrong('prompt', '`prompt` must be a text, a list of token ids, or a list of at least one of these')
+    if '' in prompts:
+        raise wrong('prompt', '`prompt` is empty; give it a character or a token id to go on from')
     if len(prompts) > MOST_PROMPTS:
         raise wrong('prompt', f'`prompt` holds {len(prompts)} prompts; at most {MOST_PROMPTS} a request')
     return _request(content, prompts, 'max_tokens', default)
