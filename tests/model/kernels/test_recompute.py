@@ -24,7 +24,7 @@ def test_kept_bytes_are_those_of_what_a_layer_keeps(batch):
 
     def spy(run, x, *, differentiable):
         out, kept = plain_forward(run, x, differentiable=differentiable)
-        tensors = [x, kept.qkv, kept.attended, kept.middle, kept.gate_up, *kept.scaled]
+        tensors = [x, kept.attention.qkv, kept.attention.out, kept.middle, kept.gate_up, *kept.scaled]
         ranks = [sum(a.rank for a in group if a) for group in run.adapters]
         seen.append((sum(t.numel() * 4 for t in tensors), recompute.kept_bytes(run.parts, len(x), ranks, 4), len(x)))
         return out, kept
@@ -37,6 +37,36 @@ def test_kept_bytes_are_those_of_what_a_layer_keeps(batch):
         layer.layer_forward = plain_forward
     for held, predicted, tokens in seen:
         assert predicted == held + 4 * 4 * tokens  # and a float32 for each of the four heads
+
+
+def test_what_comes_back_from_the_host_is_not_computed_and_changes_nothing(batch):
+    """A GPU's store gives back the state between the halves, and gate and up: then attention comes last."""
+    from xtuner.model.kernels import layer
+
+    model = with_adapter(quantise(tiny_llama(layers=2)), dropout=0.2)
+    force(model, PLAIN, folded=True)
+    backward, compared = layer.layer_backward, []
+
+    def spy(run, x, dout, kept, *, need_dx):
+        middle, gate_up = kept.middle.clone(), kept.gate_up.clone()
+        ways = [(None, None), (middle, None), (middle, gate_up)]
+        others = [layer.compute_again(run, x, *way) for way in ways]
+        assert [other.attention is None for other in others] == [False, True, True]
+        found = [backward(run, x, dout, other, need_dx=need_dx) for other in [*others, kept]]
+        for dx, grads in found[:-1]:
+            # what an adapter multiplies is another product where its layer is not computed, of the same numbers
+            compared.extend(
+                (g - e).abs().max() <= 1e-6 * e.abs().max() for g, e in zip(grads, found[-1][1], strict=True)
+            )
+            assert (dx is None) == (not need_dx) and (dx is None or torch.equal(dx, found[-1][0]))
+        return found[-1]
+
+    layer.layer_backward = spy
+    try:
+        step(model, batch)
+    finally:
+        layer.layer_backward = backward
+    assert len(compared) == 2 * 3 * 14 and all(compared)  # layers, ways, adapters' gradients
 
 
 @pytest.mark.parametrize(('layers_that_fit', 'again'), [(0, 3), (1, 3), (2, 2), (3, 1), (4, 0), (99, 0)])

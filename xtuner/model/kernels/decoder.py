@@ -23,10 +23,11 @@ from xtuner.model.kernels.graphs import (
     suits,
 )
 from xtuner.model.kernels.host import HostStore, free_bytes, free_host_bytes
-from xtuner.model.kernels.layer import Batch, LayerFunction, LayerParts, NormFunction, Run
+from xtuner.model.kernels.layer import LayerFunction, NormFunction
 from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
 from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
+from xtuner.model.kernels.run import Batch, LayerParts, Run
 from xtuner.model.kernels.sequence import SequenceGroup, SharedAttention
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from xtuner.model.kernels.frozen import FrozenLinear
-from xtuner.model.kernels.layer import LayerParts, Run
 from xtuner.model.kernels.plain import FP8_MAX
+from xtuner.model.kernels.run import LayerParts, Run
 
 _MULTIPLE = 16  # of the matrices' sizes, which cuBLAS asks for in FP8
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.model.kernels.layer import Batch, Run, compute_again, layer_backward, layer_forward
+from xtuner.model.kernels.layer import compute_again, layer_backward, layer_forward
+from xtuner.model.kernels.run import Batch, Run
 
 MOST_TOKENS = 4096  # beyond, the GPU is the slower one: at 8192 graphs changed nothing on an H200
 AFTER_BATCHES = 3

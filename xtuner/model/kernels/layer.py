@@ -13,90 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.model.kernels.attention import Attention
-from xtuner.model.kernels.frozen import Adapter
-from xtuner.model.kernels.host import HostStore
-from xtuner.model.kernels.linear import Group, Setting
-
-
-@dataclass
-class LayerParts:
-    """The frozen parts of one decoder layer."""
-
-    qkv: Group
-    out: Group
-    gate_up: Group
-    down: Group
-    norm_in: nn.Module
-    norm_mid: nn.Module
-    heads: int
-    kv_heads: int
-    head_size: int
-    scale: float
-
-    @property
-    def groups(self) -> tuple[Group, Group, Group, Group]:
-        """In the order of the forward pass."""
-        return self.qkv, self.out, self.gate_up, self.down
-
-
-@dataclass
-class Batch:
-    """What all layers share in one forward pass.
-
-    Attributes:
-        how: Kernels, dtype, folding.
-        attention: For this batch's samples.
-        cos: (T, D / 2), float32.
-        sin: Likewise.
-        seeds: int64 (L, 4, 16): of the dropout masks, by layer, group and layer of the group.
-        num_again: How many layers, from the first on, keep only their input and are computed again.
-        store: Where those inputs are kept on the host, or None.
-
-    """
-
-    how: Setting
-    attention: Attention
-    cos: Tensor
-    sin: Tensor
-    seeds: Tensor
-    num_again: int
-    store: HostStore | None = None
-
-
-@dataclass
-class Run:
-    """One layer in one forward pass: its number and parts, its adapters (a list for each group)."""
-
-    number: int
-    parts: LayerParts
-    batch: Batch
-    adapters: list[list[Adapter | None]]
-
-    @property
-    def again(self) -> bool:
-        """Whether the backward pass computes this layer again."""
-        return self.number < self.batch.num_again
-
-    def seeds(self, group: int) -> Tensor:
-        """Of a group's dropout masks, int64 (16,)."""
-        return self.batch.seeds[self.number, group]
-
-    def ranks(self, group: int) -> int:
-        """The columns to append for a group's adapters."""
-        return sum(a.rank for a in self.adapters[group] if a) if self.batch.how.folded else 0
+from xtuner.model.kernels.linear import Setting
+from xtuner.model.kernels.run import LayerParts, Run
 
 
 @dataclass
 class Kept:
-    """What the backward pass needs of one layer's forward pass."""
+    """What the backward pass needs of one layer's forward pass; of attention, nothing until it is needed."""
 
-    qkv: Tensor
-    heads: tuple[Tensor, Tensor, Tensor]
-    attended: Tensor
     middle: Tensor
     gate_up: Tensor
     scaled: list[Tensor | None]
+    attention: Attended | None = None
+
+
+@dataclass
+class Attended:
+    """Rotated q, k and v, and what attention made of them, on its own graph."""
+
+    qkv: Tensor
+    heads: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
 
 
 def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tensor, Kept]:
@@ -123,19 +60,16 @@ def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tens
 def compute_again(
     run: Run, x_TH: Tensor, middle: Tensor | None, gate_up: Tensor | None, *, differentiable: bool = True
 ) -> Kept:
-    """All of a layer but its last product, less what is there already: the state between the halves, gate and up."""
+    """All of a layer but its last product, less what is there already: the state between the halves, gate and up.
+
+    Where the state between the halves is there, attention waits until the backward pass is done with the other half.
+    """
     parts, how = run.parts, run.batch.how
     scaled: list[Tensor | None] = [None] * 4
-    normed, _ = _norm(run, 0, parts.norm_in, x_TH)
-    qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seeds(0))
-    del normed
-    both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
-    how.kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
-    q, k, v = (t.detach().requires_grad_(differentiable) for t in _heads(parts, qkv))
-    with torch.set_grad_enabled(differentiable):
-        attended = run.batch.attention.forward(q, k, v, parts.scale)
+    attention = None
     if middle is None:
-        wide = _widen(run, 1, attended.detach())
+        attention = _attend(run, x_TH, scaled, differentiable=differentiable)
+        wide = _widen(run, 1, attention.out.detach())
         update, scaled[1] = parts.out.forward(how, wide, run.adapters[1], run.seeds(1))
         del wide
         middle = _add(update, x_TH)
@@ -143,7 +77,20 @@ def compute_again(
         normed, _ = _norm(run, 2, parts.norm_mid, middle)
         spare = run.ranks(2)
         gate_up, scaled[2] = parts.gate_up.forward(how, normed, run.adapters[2], run.seeds(2), spare=spare)
-    return Kept(qkv, (q, k, v), attended, middle, gate_up, scaled)
+    return Kept(middle, gate_up, scaled, attention)
+
+
+def _attend(run: Run, x_TH: Tensor, scaled: list[Tensor | None], *, differentiable: bool = True) -> Attended:
+    parts, how = run.parts, run.batch.how
+    normed, _ = _norm(run, 0, parts.norm_in, x_TH)
+    qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seeds(0))
+    del normed
+    both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
+    how.kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
+    q, k, v = (t.detach().requires_grad_(differentiable) for t in _heads(parts, qkv))
+    with torch.set_grad_enabled(differentiable):
+        out = run.batch.attention.forward(q, k, v, parts.scale)
+    return Attended(qkv, (q, k, v), out)
 
 
 def layer_backward(
@@ -153,15 +100,17 @@ def layer_backward(
 
     Overwrites what was kept.
     """
-    middle, dmiddle, mlp_grads = _mlp_backward(run, dout_TH, kept)
+    dmiddle, mlp_grads = _mlp_backward(run, dout_TH, kept)
     parts, how = run.parts, run.batch.how
+    kept.middle = torch.empty(0)
+    attention = kept.attention or _attend(run, x_TH, kept.scaled)
     wide = _widen(run, 1, dmiddle.to(how.dtype))
     dattended, dxa = parts.out.input_grad(how, wide, run.adapters[1], run.seeds(1))
-    attended = kept.attended.detach()
+    attended = attention.out.detach()
     scaled = _scaled(run, 1, kept, attended)
     out_grads = parts.out.weight_grads(how, wide, attended, scaled, dxa, run.adapters[1], run.seeds(1))
-    del wide, attended, middle
-    dqkv = _attention_backward(run, kept, dattended)
+    del wide, attended
+    dqkv = _attention_backward(run, attention, dattended)
     del dattended
     normed, rstd = _norm(run, 0, parts.norm_in, x_TH)
     dnormed, dxa = parts.qkv.input_grad(how, dqkv, run.adapters[0], run.seeds(0), need_dx=need_dx)
@@ -175,8 +124,8 @@ def layer_backward(
     return dx, qkv_grads + out_grads + mlp_grads
 
 
-def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Returns the state between the halves, its gradient, and the adapters' gradients of gate, up and down."""
+def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    """Returns the gradient by the state between the halves, and by the adapters of gate, up and down."""
     parts, how = run.parts, run.batch.how
     size = parts.down.num_in
     wide = _widen(run, 3, dout_TH.to(how.dtype))
@@ -195,13 +144,13 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, Tensor
     del gate_up, normed, source
     args = (dnormed, kept.middle, rstd, parts.norm_mid.weight, dout_TH)
     dmiddle = how.kernels.rms_norm_backward(*args, spare=run.ranks(1))
-    return kept.middle, dmiddle, grads
+    return dmiddle, grads
 
 
-def _attention_backward(run: Run, kept: Kept, dattended: Tensor | None) -> Tensor:
+def _attention_backward(run: Run, attention: Attended, dattended: Tensor | None) -> Tensor:
     """The gradient by q, k and v side by side, rotated back, with room for the adapters' ranks."""
     parts, batch = run.parts, run.batch
-    dq, dk, dv = torch.autograd.grad(kept.attended, kept.heads, dattended)
+    dq, dk, dv = torch.autograd.grad(attention.out, attention.heads, dattended)
     width = parts.qkv.num_out
     dqkv = torch.empty(len(dq), width + run.ranks(0), dtype=batch.how.dtype, device=dq.device)
     to_q, to_k, to_v = _heads(parts, dqkv[:, :width])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xtuner.model.kernels.layer import LayerParts
+from xtuner.model.kernels.run import LayerParts
 
 # Of the free memory on a GPU; a host's is shared with other programs and with what is read from disk.
 _SHARE = {'cuda': 0.9, 'cpu': 0.5}
