@@ -246,7 +246,7 @@ def main() -> None:
         print(json.dumps(measure('7B, 4 bit', model, args.tokens, args.prompt, args.rounds)), flush=True)
         if args.profile:
             profile(model, args.prompt)
-        adapted = add_adapter(model).eval()
+        adapted = add_adapter(model).eval().requires_grad_(False)  # as chat loads it
         print(json.dumps(measure('7B, 4 bit, adapter', adapted, args.tokens, args.prompt, args.rounds)), flush=True)
         if args.profile:
             profile(adapted, args.prompt)

@@ -88,27 +88,28 @@ def check_routine(routine: str, dtype: torch.dtype, *, heads: int = 8, key_heads
 
 
 def check_nothing_leaks(routine: str, dtype: torch.dtype) -> Result:
-    """Changing one sample changes no bit of the others' outputs and gradients, and changes its own."""
+    """Changing one sample changes no bit of the others' outputs, and changes its own.
+
+    Gradients are summed in any order, so of theirs the same call twice is what others may differ by; the sample is
+    changed by a hundred times as much as its values are large.
+    """
     run = {'ours': _ours, 'torch': _torch_varlen}[routine]
     tensors = _tensors(8, 8, 128, dtype)
     start = sum(LENGTHS[:4])
     end = start + LENGTHS[4]
     changed = [x.clone() for x in tensors]
     for x in changed[:3]:
-        x[start:end] += 1
-    torch.use_deterministic_algorithms(True, warn_only=True)  # else sums over keys are added in any order
-    try:
-        before, after = run(tensors), run(changed)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    leaked, moved = 0.0, 0.0
-    for a, b in zip(before, after, strict=True):
+        x[start:end] += 100
+    before, after, again = run(tensors), run(changed), [run(tensors) for _ in range(4)]
+    leaked, moved = [], 0.0
+    for number, (a, b) in enumerate(zip(before, after, strict=True)):
         moved = max(moved, (a[start:end] - b[start:end]).abs().max().item())
-        for here in (slice(0, start), slice(end, None)):
-            leaked = max(leaked, (a[here] - b[here]).abs().max().item())
-    assert leaked == 0.0, leaked
+        others = torch.cat((torch.arange(start), torch.arange(end, len(a))))
+        noise = max((a[others] - c[number][others]).abs().max().item() for c in again)
+        leaked.append((a[others] - b[others]).abs().max().item())
+        assert leaked[-1] <= (4 * noise if number else 0.0), (number, leaked[-1], noise)
     assert moved > 0.01, moved
-    return {'leaked': leaked, 'moved': moved}
+    return {'leaked': max(leaked), 'moved': moved}
 
 
 def _model(attention: str, dtype: torch.dtype) -> Any:

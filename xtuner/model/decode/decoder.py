@@ -223,4 +223,4 @@ class Decoder:
         with sdpa_kernel(_ATTENTION):
             x = advance(self.layers, x, self._cache, len(self._ids), self._angles, kernels)
         self._ids += ids
-        return self._head(norm(decoder.norm, x[-1:], kernels))
+        return self._head(norm(decoder.norm, x, kernels))

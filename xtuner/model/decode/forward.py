@@ -45,19 +45,21 @@ def advance(
 
     Args:
         layers: The decoder's layers.
-        x_TH: The new tokens' embeddings; not changed.
+        x_TH: The new tokens' embeddings, in memory that this call may write to.
         cache: Filled up to `start`; the new tokens' keys and values are added.
         start: Position of the first new token.
         angles: Cosines and sines of all positions, (capacity, D / 2) each.
         kernels: Fused kernels for norms, attention and the gate; None takes PyTorch's own.
 
     Returns:
-        The last hidden states before the final norm, (T, H).
+        The last token's hidden state before the final norm, (1, H).
     """
     attend = _attention(layers[0].heads, x_TH, cache, start, angles, fused=kernels is not None)
     for number, layer in enumerate(layers):
-        qkv = layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels)
-        x_TH = layer.out(attend(number, qkv), kernels, onto=x_TH)
+        attended = attend(number, layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels))
+        if number == len(layers) - 1:
+            x_TH, attended = x_TH[-1:], attended[-1:]  # all that is asked for; keys and values are in the cache
+        x_TH = layer.out(attended, kernels, onto=x_TH)
         gate_up = layer.gate_up(norm(layer.norm_mid, x_TH, kernels), kernels)
         x_TH = layer.down(_gated(gate_up, kernels), kernels, onto=x_TH)
     return x_TH

@@ -76,7 +76,7 @@ class Product:
         Args:
             x_TK: The input.
             kernels: See above.
-            onto: (T, N), what the outputs are added to; not changed.
+            onto: (T, N), what the outputs are added to, in place.
         """
         if self._kept is not None:
             return _linear(x_TK, self._kept, self.bias, onto)
@@ -102,9 +102,9 @@ class Product:
         for matrix in matrices:
             torch.mm(x_TK, matrix.t(), out=out[:, row : row + len(matrix)])
             row += len(matrix)
-        for term in (self.bias, onto):
-            out = out if term is None else out.add_(term)
-        return out
+        if self.bias is not None:
+            out.add_(self.bias)
+        return out if onto is None else onto.add_(out)
 
     def _float_weight(self, kernels: Kernels) -> Tensor:
         if self._floats is not None:
@@ -123,8 +123,8 @@ def _linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, onto: Tensor
     if onto is None:
         return functional.linear(x_TK, weight_NK, bias_N)
     if bias_N is None:
-        return torch.addmm(onto, x_TK, weight_NK.t())  # the sum is taken before it is rounded
-    return functional.linear(x_TK, weight_NK, bias_N).add_(onto)
+        return onto.addmm_(x_TK, weight_NK.t())  # one pass less, and the sum is taken before it is rounded
+    return onto.add_(functional.linear(x_TK, weight_NK, bias_N))
 
 
 def _adapter(projection: Any, dtype: torch.dtype) -> Adapter | None:
