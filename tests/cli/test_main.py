@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from xtuner import __version__
 from xtuner.cli.main import COMMANDS, main
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import TrainConfig
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +68,64 @@ def test_a_wrong_call_is_one_line(
     err = capsys.readouterr().err
     assert message in err
     assert err.count('\n') <= 1
+
+
+@pytest.mark.parametrize(
+    ('words', 'resume'),
+    [
+        (['--resume', 'NAME', '--max-steps', '5'], 'newest'),
+        (['--max-steps', '5', '--resume', 'NAME'], 'newest'),
+        (['NAME', '--max-steps', '5', '--resume'], 'newest'),
+        (['--resume', '--max-steps', '5', 'NAME'], 'newest'),
+        (['--resume', 'somewhere', 'NAME', '--max-steps', '5'], 'somewhere'),
+        (['--max-steps', '5', '--cfg-options', 'schedule.batch_size=2', 'NAME'], None),
+        (['--resume', '--max-steps', '5', '--cfg-options', 'schedule.batch_size=2', 'NAME'], 'newest'),
+    ],
+)
+def test_a_config_may_stand_anywhere(words: list[str], resume: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xtuner.engine import train as engine
+
+    called = {}
+
+    def train(config: TrainConfig, **options: Any) -> Path:
+        called.update(options, config=config)
+        return Path('checkpoint')
+
+    monkeypatch.setattr(engine, 'train', train)
+    assert main(['train', *(word.replace('NAME', 'internlm_7b_qlora_oasst1') for word in words)]) == 0
+    assert called['config'].schedule.max_steps == 5
+    assert called['config'].schedule.batch_size == (2 if 'schedule.batch_size=2' in words else 1)
+    assert called['start'].resume == resume
+    assert called['work_dir'] == Path('work_dirs/internlm_7b_qlora_oasst1')
+
+
+def test_a_checkpoint_alone_is_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['train', '--resume', str(tmp_path)]) == 2
+    assert 'arguments are required: config' in capsys.readouterr().err
+    assert main(['train', '--resume', 'internlm_7b_qlora_oast1']) == 1
+    assert "no config 'internlm_7b_qlora_oast1'; did you mean" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_has_one_name() -> None:
+    from xtuner.cli import train
+    from xtuner.engine.start import NEWEST
+
+    assert train._NEWEST == NEWEST
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='/dev/full is of Linux')
+def test_where_the_output_cannot_go() -> None:
+    command = f'{sys.executable} -m xtuner.cli.main list-cfg'
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+
+    def shell(line: str) -> tuple[int, str]:
+        done = subprocess.run(['bash', '-c', line], capture_output=True, text=True, check=False, env=environment)
+        return done.returncode, done.stderr
+
+    assert shell(f'{command} > /dev/full') == (1, 'xtuner: error: standard output: No space left on device\n')
+    assert shell(f'set -o pipefail; PYTHONUNBUFFERED=1 {command} | head -c 1') == (1, '')
+    assert shell(f'{command} >&-') == (0, '')
+    assert shell(f'{command} 2>&-') == (0, '')
 
 
 def test_the_exit_status_is_the_process_s_own() -> None:

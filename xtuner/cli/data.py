@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from xtuner.cli.options import config_overrides
+from xtuner.cli.options import read_config
 
 
 def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Returns the checked config of a command line, its tokenizer and its template; the model is not loaded."""
-    from xtuner.config.load import load_config
-
-    config = load_config(args.config, config_overrides(args))
+    config = read_config(args)
 
     from xtuner.dataset.template import get_template
     from xtuner.model.loading import load_tokenizer

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from xtuner.cli.options import add_config_arguments, config_overrides, positive_float, positive_int
+from xtuner.cli.options import add_config_arguments, positive_float, positive_int, read_config
 
 if TYPE_CHECKING:
     from xtuner.engine.estimate import DataSize
@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the estimate on stdout."""
     from xtuner.cli.log import start_logging
-    from xtuner.config.load import load_config
 
-    config = load_config(args.config, config_overrides(args))
+    config = read_config(args)
     start_logging()
 
     from xtuner.engine.cards import find_card, local_card

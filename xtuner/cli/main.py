@@ -7,6 +7,7 @@ that `xtuner --help` costs nothing. Exit status: 0 done, 1 failed, 2 wrong call,
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 import traceback
@@ -14,6 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xtuner import __version__
+from xtuner.cli.process import (
+    flush_results,
+    forget_results,
+    leave,
+    look_for_cycles_less_often,
+    stops_at_once_while_importing,
+)
 from xtuner.errors import UsageError, XTunerError, nearest
 from xtuner.ranks import leave_group, tells_error
 
@@ -49,13 +57,25 @@ COMMANDS = {
     'doctor': Command('xtuner.cli.doctor', 'say what works on this machine, to paste into an issue'),
 }
 
+# What the machine refuses is no fault of ours; everything else that is no `XTunerError` is.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
+
+
+def command() -> None:
+    """The process `xtuner`: one command line, then its exit status."""
+    leave(main())
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status; prints at most one line of error, unless `--debug`."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in words
+    look_for_cycles_less_often()
     try:
-        return _run(words)
+        with stops_at_once_while_importing():
+            status = _run(words)
+            flush_results()
+            return status
     except XTunerError as error:
         _report(error, debug=debug)
         leave_group(error.exit_status)
@@ -64,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('xtuner: interrupted', file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing is left to say
-        sys.stderr.close()
+        forget_results()
         return 1
     except Exception as error:
-        _report(error, debug=debug, unexpected=True)
+        _report(error, debug=debug, unexpected=getattr(error, 'errno', None) not in _REFUSALS)
         leave_group(1)
         return 1
 
@@ -124,6 +144,8 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     if debug:
         traceback.print_exception(error)
     text = ' '.join(str(error).split())
+    if isinstance(error, OSError) and not unexpected:
+        text = ': '.join(map(str, filter(None, (error.filename, error.strerror))))
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
     if tells_error(text):
@@ -131,4 +153,4 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    command()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xtuner.errors import UsageError
+
+if TYPE_CHECKING:
+    from xtuner.config.schema import TrainConfig
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and what replaces parts of it."""
-    parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
+    config = parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
+    config.required = False  # `read_config` asks for it, once it has looked where else on the line it may stand
     parser.add_argument('--model', help="base model in place of the config's: a folder, a hub id or modelscope:ID")
     parser.add_argument(
         '--data', help="data in place of the config's: a hub id, a file or a folder; its format is detected"
@@ -23,16 +30,34 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The dotted overrides that `add_config_arguments` collected, for `load_config`."""
-    from xtuner.config.load import parse_options
+def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Loads the config of a command line with all that `add_config_arguments` and the command put in its place.
 
-    overrides: dict[str, Any] = {}
+    argparse gives every word after `--cfg-options` to it, CONFIG too; afterwards it is `args.config`.
+
+    Args:
+        args: The parsed command line.
+        overrides: The command's own dotted keys and their values; `--cfg-options` go before them.
+
+    Raises:
+        UsageError: there is no CONFIG.
+        ConfigError: it does not exist, or something in it is wrong.
+    """
+    from xtuner.config.load import load_config, parse_options
+
+    words = list(args.cfg_options)
+    if args.config is None and words and '=' not in words[-1]:
+        args.config = words.pop()
+    if args.config is None:
+        raise UsageError(
+            'the following arguments are required: config (`xtuner list-cfg` lists those that are shipped)'
+        )
+    named: dict[str, Any] = {}
     if args.model:
-        overrides['model.path'] = args.model
+        named['model.path'] = args.model
     if args.data:
-        overrides |= {'dataset.source': args.data, 'dataset.map_fn': None}
-    return overrides | parse_options(args.cfg_options)
+        named |= {'dataset.source': args.data, 'dataset.map_fn': None}
+    return load_config(args.config, named | parse_options(words) | dict(overrides or {}))
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xtuner.cli.options import add_config_arguments, config_overrides
+from xtuner.cli.options import add_config_arguments, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +16,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the flat source, which is itself a config file."""
     from xtuner.config.find import find_config
     from xtuner.config.flatten import flatten
-    from xtuner.config.load import load_config
 
-    config = load_config(args.config, config_overrides(args))
+    config = read_config(args)
     print(flatten(config, title=f'{find_config(args.config).stem}, flat.'), end='')
     return 0

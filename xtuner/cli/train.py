@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from xtuner.cli.options import add_config_arguments, config_overrides, positive_int
+from xtuner.cli.options import add_config_arguments, positive_int, read_config
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
+
+_NEWEST = 'newest'  # `xtuner.engine.start.NEWEST`, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--resume',
         nargs='?',
-        const='newest',
+        const=_NEWEST,
         metavar='CHECKPOINT',
         help='go on exactly where a run was stopped: at its newest checkpoint, or the one given; without one, begin',
     )
@@ -64,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     """Checks the config, trains, and prints the last checkpoint's folder on stdout."""
     from xtuner.cli.log import start_logging
     from xtuner.config.find import find_config
-    from xtuner.config.load import load_config
 
-    overrides = config_overrides(args)
+    _take_config_from_resume(args)
+    overrides: dict[str, Any] = {}
     if args.max_steps is not None:
         overrides['schedule.max_steps'] = args.max_steps
     if args.seed is not None:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError('--strategy and --deepspeed both name a strategy; give one of them')
     if args.strategy or args.deepspeed:
         overrides['parallel.strategy'] = args.strategy or args.deepspeed
-    config = load_config(args.config, overrides)
+    config = read_config(args, overrides)
     if args.launcher == 'none' and _needs_launcher(args, config.parallel.strategy):
         return _launch(args, config)
     work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
@@ -90,6 +92,12 @@ def run(args: argparse.Namespace) -> int:
     if is_first_process():
         print(last)
     return 0
+
+
+def _take_config_from_resume(args: argparse.Namespace) -> None:
+    """`--resume CONFIG`: argparse takes the word after the option for its value, whichever was meant."""
+    if args.config is None and args.resume not in (None, _NEWEST) and not Path(args.resume).is_dir():
+        args.config, args.resume = args.resume, _NEWEST
 
 
 # What concerns the launch alone; the processes that it starts are told by torch.

@@ -1,0 +1,79 @@
+"""Ctrl-C at any moment of a command's start: status 130 and one quiet line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# A library that passes over the interrupt while it is imported, as torch does with numpy's; then the command fails.
+CARELESS = """
+import os, signal
+try:
+    import interrupted_here
+except BaseException:
+    pass
+"""
+INTERRUPTED = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+for _ in range(1000):
+    pass
+"""
+COMMAND = """
+import os, signal, sys
+from xtuner.cli.main import COMMANDS, Command, main
+COMMANDS['careless'] = Command(sys.argv[1], '')
+sys.exit(main(['careless']))
+"""
+WORKING = """
+import os, signal
+def add_arguments(parser): pass
+def run(args):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+    except KeyboardInterrupt:
+        print('noticed', flush=True)
+        raise
+"""
+
+
+def run(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
+    for name, text in (('careless', CARELESS), ('interrupted_here', INTERRUPTED), ('working', WORKING)):
+        (folder / f'{name}.py').write_text(text, encoding='utf-8')
+    code = f'import sys; sys.path.insert(0, {str(folder)!r})\n{COMMAND}'
+    return subprocess.run([sys.executable, '-c', code, module], capture_output=True, text=True, check=False)
+
+
+def test_an_interrupt_that_a_library_passes_over_ends_the_command(tmp_path: Path) -> None:
+    done = run(tmp_path, 'careless')
+    assert (done.returncode, done.stderr) == (130, 'xtuner: interrupted\n')
+
+
+def test_an_interrupt_while_working_is_an_exception(tmp_path: Path) -> None:
+    done = run(tmp_path, 'working')
+    assert (done.returncode, done.stdout, done.stderr) == (130, 'noticed\n', 'xtuner: interrupted\n')
+
+
+STARTED = "import sys; from xtuner.cli.main import main; print('started', flush=True); sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_at_sixty_moments_of_the_start(tiny_internlm: Path) -> None:
+    """Imports and loading take some seconds, then the chat waits for a line."""
+    words = ['chat', str(tiny_internlm), '--prompt-template', 'internlm_chat']
+    for moment in range(60):
+        process = subprocess.Popen(
+            [sys.executable, '-c', STARTED, *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == 'started\n'
+        time.sleep(moment * 0.07)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err.splitlines()[-1:]) == (130, ['xtuner: interrupted']), (moment, err)
