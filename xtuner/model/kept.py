@@ -7,6 +7,7 @@ The values are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from xtuner.model.kernels.host import free_bytes
 from xtuner.model.kernels.quantized import is_4bit
 
 _SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
-_SMALL = 2**18  # values: read from the processor's cache, one row is multiplied sooner without a layout
+_CACHED = 2**24  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,23 @@ class Kept:
     num_bytes: int
 
 
-class _Forward:
-    """Stands in for one layer's `forward`."""
+def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callable[[Tensor], Tensor]:
+    """What stands in for one layer's `forward`."""
+    dtype, size = weight_NK.dtype, weight_NK.shape[1]
 
-    def __init__(self, weight_NK: Tensor, bias: Tensor | None) -> None:
-        self.bias = bias
-        self.ordered = onednn.lay_out(weight_NK) if onednn.can_lay_out(weight_NK) else None
-        self.plain = weight_NK if self.ordered is None or weight_NK.numel() < _SMALL else None
+    def multiply(x: Tensor) -> Tensor:
+        return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.ordered is not None and (self.plain is None or x.numel() > x.shape[-1]):
-            return onednn.linear(x.float(), self.ordered, self.bias).to(x.dtype)
-        weight = self.plain
-        assert weight is not None
-        return functional.linear(x.to(weight.dtype), weight, self.bias).to(x.dtype)
+    if not onednn.can_lay_out(weight_NK):
+        return multiply
+    ordered, plain = onednn.lay_out(weight_NK), multiply if cached else None
+
+    def multiply_ordered(x: Tensor) -> Tensor:
+        if plain is not None and x.numel() == size:
+            return plain(x)
+        return onednn.linear(x.to(dtype), ordered, bias).to(x.dtype)
+
+    return multiply_ordered
 
 
 def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
@@ -56,17 +60,18 @@ def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
         budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
     """
     layers: list[Any] = [module for module in model.modules() if _is_worth_it(module)]
+    sizes = [_size_bytes(layer) for layer in layers]
     left = budget_bytes or 0
     if budget_bytes is None and layers:
         device = layers[0].weight.device
         left = int(_SHARE[device.type] * free_bytes(device))
     kept = taken = 0
-    for layer in layers:
-        size = _size_bytes(layer)
+    for layer, size in zip(layers, sizes, strict=True):
         if size > left:
             break
         weight = _floats(layer)
-        layer.forward = _Forward(weight, None if layer.bias is None else layer.bias.detach().to(weight.dtype))
+        bias = None if layer.bias is None else layer.bias.detach().to(weight.dtype)
+        layer.forward = _forward(weight, bias, cached=sum(sizes) <= _CACHED)
         kept, taken, left = kept + 1, taken + size, left - size
     return Kept(len(layers), kept, taken)
 
