@@ -63,6 +63,16 @@ def test_a_prompt_over_the_cache(dtype, form, start, length, size):
     assert error(out, exact) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize('dtype', ROUNDING)
+@pytest.mark.parametrize('size', [64, 97])
+def test_sum_and_norm(dtype, size):
+    x, y, weight = rand(5, size, dtype=dtype).clone(), rand(5, size, dtype=dtype) * 0.3, rand(size, dtype=dtype)
+    total = x.double() + y.double()
+    exact = total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    out = fused_prompt.add_norm(x, y, weight, 1e-5)
+    assert error(x, total) < ROUNDING[dtype] and error(out, exact) < ROUNDING[dtype]
+
+
 def test_what_it_takes():
     assert fused_prompt.takes(torch.bfloat16, 128)
     assert not fused_prompt.takes(torch.float32, 128) and not fused_prompt.takes(torch.float16, 80)

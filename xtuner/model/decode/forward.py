@@ -59,8 +59,8 @@ def advance(
         attended = attend(number, layer.qkv(norm(layer.norm_in, x_TH, kernels), kernels))
         if number == len(layers) - 1:
             x_TH, attended = x_TH[-1:], attended[-1:]  # all that is asked for; keys and values are in the cache
-        x_TH = layer.out(attended, kernels, onto=x_TH)
-        gate_up = layer.gate_up(norm(layer.norm_mid, x_TH, kernels), kernels)
+        normed = _add_norm(x_TH, layer.out(attended, kernels), layer.norm_mid, kernels)
+        gate_up = layer.gate_up(normed, kernels)
         x_TH = layer.down(_gated(gate_up, kernels), kernels, onto=x_TH)
     return x_TH
 
@@ -110,6 +110,15 @@ def norm(module: Any, x_TH: Tensor, kernels: Kernels | None) -> Tensor:
     out = torch.empty_like(x_TH)
     kernels.rms_norm(x_TH, module.weight, module.variance_epsilon, out)
     return out
+
+
+def _add_norm(x_TH: Tensor, y_TH: Tensor, module: Any, kernels: Kernels | None) -> Tensor:
+    """Adds to the first in place; returns the sum's norm."""
+    if kernels is None:
+        return norm(module, x_TH.add_(y_TH), None)
+    from xtuner.model.kernels import fused_prompt
+
+    return fused_prompt.add_norm(x_TH, y_TH, module.weight, module.variance_epsilon)
 
 
 def _gated(gate_up: Tensor, kernels: Kernels | None) -> Tensor:
