@@ -45,10 +45,22 @@ def worker(parts: list[str], tiny: bool) -> None:
     from xtuner.engine.launch import process_group
 
     with process_group('pytorch') as group:
+        if group.rank == 0:
+            report(what='machine', **versions())
         if 'ddp' in parts or 'sequence' in parts:
             measure_7b(parts, group, tiny)
         if 'fsdp' in parts:
             measure_20b(group, tiny)
+
+
+def versions() -> dict[str, str]:
+    import bitsandbytes
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+    return {'device': device, 'torch': torch.__version__, 'transformers': transformers.__version__,
+            'bitsandbytes': bitsandbytes.__version__}  # fmt: skip
 
 
 def attempt(name: str, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:

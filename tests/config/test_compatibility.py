@@ -36,7 +36,9 @@ def test_a_rule_refuses_each_of_its_combinations_and_says_what_instead(rule: obj
 
 def test_what_is_not_forbidden_goes() -> None:
     going = [c for c in (Combination(m, s) for m, s in product(METHODS, STRATEGIES)) if broken_rule(c) is None]
-    assert len(going) == len(METHODS) * len(STRATEGIES) - 6  # ZeRO-3, and 8 bit under fsdp
+    assert (
+        len(going) == len(METHODS) * len(STRATEGIES) - 4
+    )  # ZeRO-3 of a quantised base or another adapter, and 8 bit under fsdp
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_the_table_in_the_docs_is_made_from_the_rules() -> None:
 
 
 def test_shipped_deepspeed_configs_are_read_and_do_not_overlap() -> None:
-    assert set(shipped_deepspeed_configs()) >= {f'deepspeed_zero{n}' for n in (1, 2)}
+    assert set(shipped_deepspeed_configs()) >= {f'deepspeed_zero{n}' for n in (1, 2, 3)}
     for name in shipped_deepspeed_configs():
         content = read_deepspeed_config(name)
         assert content['zero_optimization']['overlap_comm'] is False

@@ -39,12 +39,31 @@ def test_slurm_s_variables_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
              'SLURM_JOB_ID': '123456'}  # fmt: skip
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, text: 'node3\nnode4\n')
+    answers = {'hostnames': 'node3\nnode4\n', 'node': 'NodeName=node3 CPUTot=8\n   NodeAddr=10.1.2.3 NodeHostName=x\n'}
+    monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, text: answers[words[2]])
+    for known, address in ((False, '10.1.2.3'), (True, 'node3')):  # a node's name need not be a host's
+        monkeypatch.setattr(launch, '_is_known', lambda host, known=known: known)
+        with monkeypatch.context() as inner:
+            inner.setattr(os, 'environ', dict(os.environ))
+            launch._take_slurm_variables()
+            assert os.environ['MASTER_ADDR'] == address
     with monkeypatch.context() as inner:
         inner.setattr(os, 'environ', dict(os.environ))
         launch._take_slurm_variables()
         names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
         assert [os.environ[name] for name in names] == ['9', '16', '1', 'node3', '23456']
+
+
+def test_an_address_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        'RANK': '0',
+        'WORLD_SIZE': '2',
+        'LOCAL_RANK': '0',
+        'MASTER_ADDR': 'no.such.host.invalid',
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r'MASTER_ADDR no\.such\.host\.invalid is no name'), process_group('pytorch'):
+        raise AssertionError('a group was made')
 
 
 def failed(exitcode: int, message: object = '') -> SimpleNamespace:

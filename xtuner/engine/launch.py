@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,9 @@ def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[Group]:
     if missing:
         how = 'torchrun' if launcher == 'pytorch' else 'srun'
         raise UsageError(f'--launcher {launcher} needs {", ".join(missing)} in the environment; start with {how}')
+    if not _is_known(os.environ['MASTER_ADDR']):  # torch would try for as long as a collective may wait
+        raise UsageError(f'MASTER_ADDR {os.environ["MASTER_ADDR"]} is no name that this machine knows; set it to the '
+                         'address of the machine that rank 0 runs on')  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     # The watch names who hangs; the collectives' own time-out, which cannot, stands behind it.
@@ -187,13 +191,27 @@ def _stopped(number: int, folder: Path) -> Interrupted:
     return Interrupted(number, 'stopped before anything was trained')
 
 
+def _is_known(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _slurm_address(node: str) -> str:
+    """Where Slurm itself finds a node whose name is no host name; the name where it does not say."""
+    told = subprocess.check_output(['scontrol', 'show', 'node', node], text=True)
+    return next((word.partition('=')[2] for word in told.split() if word.startswith('NodeAddr=')), node)
+
+
 def _take_slurm_variables() -> None:
     for name, slurm_name in _SLURM_VARIABLES.items():
         if slurm_name in os.environ:
             os.environ.setdefault(name, os.environ[slurm_name])
     nodes = os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_NODELIST', ''))
     if nodes and 'MASTER_ADDR' not in os.environ:
-        names = subprocess.check_output(['scontrol', 'show', 'hostnames', nodes], text=True).split()
-        os.environ['MASTER_ADDR'] = names[0]
+        first = subprocess.check_output(['scontrol', 'show', 'hostnames', nodes], text=True).split()[0]
+        os.environ['MASTER_ADDR'] = first if _is_known(first) else _slurm_address(first)
     # A port that all tasks of the job agree on without talking, away from other jobs' on the same node.
     os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20000))

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1 and 2: optimizer state, and gradients, spread over the ranks. An optional extra.
+"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) and weights (3) spread over the ranks. An optional extra.
 
 Trained parameters stay float32 and the forward pass runs under autocast, as everywhere here; so DeepSpeed's own half
 precision stays off, and its checkpoints are not used: whole tensors are put together for ours.
@@ -47,6 +47,7 @@ class ZeRO(Strategy):
             'gradient_accumulation_steps': 1,  # the loop says which micro-batch is a step's last
             'gradient_clipping': config.schedule.max_norm or 0.0,
         }
+        self.together = self._shards_weights = self._settings['zero_optimization']['stage'] == 3
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Strategy:
         """Hands model and optimizer to DeepSpeed's engine."""
@@ -55,7 +56,7 @@ class ZeRO(Strategy):
         logging.getLogger('DeepSpeed').setLevel(logging.WARNING)
         self.bare = model
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and not self._shards_weights:
                 parameter.ds_optim_param = True  # type: ignore[attr-defined]  # it sends no such ones at the start
         optimizer = make_optimizer(trainable_parameters(model).values())
         engine, self.optimizer, *_ = deepspeed.initialize(
@@ -85,6 +86,19 @@ class ZeRO(Strategy):
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
         """Done already."""
 
+    def weights(self) -> dict[str, Tensor] | None:
+        """Trained tensors put together one by one where weights are sharded, kept on rank 0 only."""
+        if not self._shards_weights:
+            return None
+        import deepspeed
+
+        found = {}
+        for name, parameter in trainable_parameters(self.bare).items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.rank == 0:
+                    found[name.removeprefix('llm.')] = parameter.detach().cpu().clone()
+        return found
+
     def optimizer_state(self) -> dict[str, Any]:
         """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -102,23 +116,46 @@ class ZeRO(Strategy):
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Into the partitions."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         parameters = list(trainable_parameters(self.bare).values())
-        self._make_room(leaves(state['state'][0]), parameters[0])
-        for number, parameter in enumerate(parameters):
+        shapes = [_shape(parameter) for parameter in parameters]
+        self._make_room(leaves(state['state'][0]), shapes[0])
+        for number, (parameter, shape) in enumerate(zip(parameters, shapes, strict=True)):
             for path, value in leaves(state['state'][number]).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if not isinstance(value, Tensor) or value.shape != shape:
+                    continue
+                if self._shards_weights:
+                    safe_set_local_optimizer_state(parameter, _own_part(parameter, value, self.rank), path[-1])
+                else:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), path[-1])
 
-    def _make_room(self, saved: dict[tuple[str, ...], Any], parameter: Any) -> None:
+    def _make_room(self, saved: dict[tuple[str, ...], Any], shape: torch.Size) -> None:
         """State for each partition, as the optimizer's first step would make it, and its numbers as saved."""
-        partitions = [partition for group in self._inner.param_groups for partition in group['params']]
+        # Stage 3 gives its partitions to the optimizer one by one, within a step.
+        partitions = self.optimizer.fp32_partitioned_groups_flat if self._shards_weights else [
+            partition for group in self._inner.param_groups for partition in group['params']
+        ]  # fmt: skip
         for partition in partitions:
             for path, value in saved.items():
-                of_elements = isinstance(value, Tensor) and value.shape == parameter.shape
+                of_elements = isinstance(value, Tensor) and value.shape == shape
                 self._inner.state[partition][path[-1]] = torch.zeros_like(partition) if of_elements else value
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+        if not self._shards_weights:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """A parameter's shape, also while it is a partition."""
+    return getattr(parameter, 'ds_shape', parameter.shape)
+
+
+def _own_part(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+    """What stage 3 keeps of a tensor on this rank: an equal share of its elements, zeros after the last."""
+    size = parameter.ds_tensor.numel()
+    part = torch.zeros(size, dtype=whole.dtype, device=parameter.ds_tensor.device)
+    own = whole.flatten()[rank * size : (rank + 1) * size]
+    part[: own.numel()] = own.to(part.device)
+    return part
 
 
 def _is_of(value: Any, partition: Tensor) -> bool:
