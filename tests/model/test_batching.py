@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 
 from xtuner.errors import ModelError
-from xtuner.model.batch_graphs import StepGraphs
+from xtuner.model.batch_graphs import StepGraphs, distance
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM
@@ -151,6 +151,38 @@ def test_a_recording_that_says_something_else_is_not_used() -> None:
     graphs.spoilt = True
     steps_beside(recorded, plain)
     assert 'other logits' in graphs.why_not and not graphs._recorded
+
+
+def test_the_distance_of_logits() -> None:
+    """Of the farthest row; what is no number is infinitely far."""
+    expected = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
+    assert distance(expected + torch.tensor([[0.3, 0.4], [0.0, 0.5]]), expected) == pytest.approx(0.1)
+    assert distance(expected.flip(0), expected) > 1
+    assert distance(expected * torch.tensor([[1.0], [float('nan')]]), expected) == float('inf')
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('quantised', [False, True], ids=['floats', '4 bit'])
+@torch.inference_mode()
+def test_wide_models_in_half_precision_are_recorded(quantised: bool) -> None:
+    """Of a 7B model's width, whose rounding is seen in the logits; one row and 16, 4-bit layers too."""
+    from benchmarks.qlora_model import build_base
+
+    model = build_base('cuda', quantise=quantised, num_hidden_layers=4, vocab_size=32000).eval()
+    recorded, plain = (BatchDecoder(model, num_rows=16, max_length=512) for _ in range(2))
+    plain._graphs = None
+    for rows in (1, 16):
+        lengths = list(range(20, 20 + rows))
+        for decoder in (recorded, plain):
+            decoder.prefill([[7 * n % 2000 + 5 for n in range(length)] for length in lengths], row=0)
+        for number in range(3):
+            ids = [11 * row + number for row in range(rows)]
+            got = recorded.step(ids, lengths, row=0, alone=True).clone()
+            assert distance(got, plain.step(ids, lengths, row=0)) < 0.05
+            lengths = [length + 1 for length in lengths]
+    assert recorded._graphs is not None and not recorded._graphs.why_not
+    assert {rows for _, rows, _ in recorded._graphs._recorded} == {1, 16}
 
 
 @pytest.mark.gpu
