@@ -233,16 +233,18 @@ def _fast_workspace(setup: Setup) -> int:
     """The highest stage of `kernels.layer.layer_backward`: down's product, gate and up's, attention's, q, k and v's.
 
     A stage has its weight as floats with the ranks appended (`linear.Group`), one layer's at a time where least memory
-    is asked for.
+    is asked for. The state between the halves is let go before attention; where it came back from the host, q, k, v and
+    what attention made of them come only then.
     """
     shape, (r0, _, r2, r3) = setup.shape, setup.group_ranks
     h, inner, attended, qkv, tokens = shape.hidden, shape.inner, _attended(shape), _qkv_width(shape), setup.tokens
     slim = setup.layers_again > 0 and setup.num_again is None and tokens <= MOST_TOKENS
     r0, r2 = (0, 0) if shape.dropout else (r0, r2)  # under dropout the ranks are no part of the product
-    gone = 2 * inner + setup.group_ranks[2]  # gate and up, once their gradient has been used
-    down = tokens * (2 * h + r3 + inner) + (h + r3) * inner
-    gate_up = tokens * (3 * h + r2) + ((inner if slim else 2 * inner) + r2) * h
-    after = tokens * (4 * h + r2)
+    later = qkv + attended if setup.offloaded and setup.num_again is None and tokens > MOST_TOKENS else 0
+    gone = 2 * inner + setup.group_ranks[2] + h  # gate and up, once their gradient has been used, and the state before
+    down = tokens * (2 * h + r3 + inner - later) + (h + r3) * inner
+    gate_up = tokens * (3 * h + r2 - later) + ((inner if slim else 2 * inner) + r2) * h
+    after = tokens * (4 * h + r2 - later)
     attention = tokens * (2 * h + attended + qkv + 2 * attended - gone)  # the kernel sums dq in float32
     rotated = tokens * (2 * h + attended + 2 * qkv + r0 - gone)
     first = tokens * (4 * h + qkv + 2 * r0 - gone) + ((attended if slim else qkv) + r0) * h
