@@ -66,6 +66,7 @@ def line_editing(words: Iterable[str], history: Path | None = None) -> Iterator[
     known = sorted(words)
 
     def complete(text: str, state: int) -> str | None:
+        """The completion number `state` of what is typed; None after the last, as readline asks for them."""
         found = [word for word in known if word.startswith(text)] if text else []
         return found[state] if state < len(found) else None
 

@@ -81,6 +81,7 @@ def _answer(session: ChatSession, text: str, out: TextIO) -> None:
     pieces: list[str] = []
 
     def show(piece: str) -> None:
+        """Prints a piece of the answer as it comes, and keeps it in case the answer is stopped."""
         pieces.append(piece)
         print(piece, end='', file=out, flush=True)
 

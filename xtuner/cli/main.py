@@ -116,6 +116,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with a wrong call as an exception: one line, exit status 2."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises what argparse would print."""
         raise UsageError(f'{message}; see `{self.prog} --help`')
 
 

@@ -69,6 +69,7 @@ def stops_at_once_while_importing() -> Iterator[None]:
     command = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        """The signal's handler."""
         if _is_importing(frame):
             if os.getpid() == command:  # not in a process forked from it
                 os.write(2, b'xtuner: interrupted\n')

@@ -123,6 +123,7 @@ def _held(lock: Path) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
+        """Touches the lock until the block is done: others take over one that is silent."""
         while not done.wait(_BEAT_S):
             with contextlib.suppress(OSError):
                 os.utime(lock)

@@ -125,6 +125,7 @@ def _loaded(dataset: Any, name: str) -> Source:
     """A data set that is in memory, or memory-mapped, already."""
 
     def fingerprint() -> str:
+        """The library's own fingerprint of the data, or a hash over all rows."""
         known = getattr(dataset, '_fingerprint', None)
         if known:
             return str(known)

@@ -106,6 +106,7 @@ def _run(
     training = training_facts(config, data, plan, dtype)
 
     def write(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Writes a checkpoint's files beside the trainer's state."""
         write_model(config, data, model, dtype, folder, weights, training | latest_losses(work_dir))
         write_run(folder, run)
 
@@ -152,6 +153,7 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
     """Hands model and optimizer to the strategy, and says once how many steps of what size will come."""
 
     def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the config, over what a strategy hands out."""
         optimizer = build(config.optimizer, 'optimizer', parameters)
         if config.runtime.fast:
             wait_once_a_step(optimizer)

@@ -150,6 +150,7 @@ def _stream(model: Any, tokenizer: Any, prompt: list[int], stop_ids: list[int], 
     streamer: Any = _Responses(tokenizer, stop_ids, out)
 
     def run() -> None:
+        """Generates, and ends the queue with None or with what went wrong."""
         try:
             generate(model, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
             out.put(None)

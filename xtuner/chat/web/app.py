@@ -68,6 +68,7 @@ class Guard:
             return
 
         async def send_with_headers(message: Message) -> None:
+            """Sends a message; the start of an answer with our headers."""
             if message['type'] == 'http.response.start':
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)

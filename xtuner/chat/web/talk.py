@@ -123,6 +123,7 @@ class Talk:
         session = self._session(voice)
 
         def grow(piece: str) -> None:
+            """Adds a piece to the answer and shows the whole."""
             answer.text += piece
             on_text(answer.text)
 

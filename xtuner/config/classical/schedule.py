@@ -26,6 +26,7 @@ def translate_schedule(
     wrapper.refuse('all parameters have one learning rate here', 'paramwise_cfg')
 
     def to_steps(iterations: int, where: str) -> int:
+        """A count of micro-batches as optimizer steps, rounded and at least 1; says so where they differ."""
         steps = max(1, math.floor(iterations / accumulated + 0.5))
         if accumulated > 1:
             top.findings.note(f'`{where}` counts optimizer steps here: {iterations} iterations are {steps} '

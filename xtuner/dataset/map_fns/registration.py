@@ -23,6 +23,7 @@ def map_fn(*columns: str, detect: Callable[[Mapping[str, Any]], bool] | None = N
     """
 
     def register(function: MapFn) -> MapFn:
+        """Adds the function to the registry under both names, with its columns and its detector."""
         name = function.__name__
         function.columns = columns  # type: ignore[attr-defined]
         function.detect = detect or (lambda record: all(column in record for column in columns))  # type: ignore[attr-defined]

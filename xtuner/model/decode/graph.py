@@ -39,6 +39,7 @@ class _Part:
         return self.weights.planes
 
     def project(self, x: Tensor) -> None:
+        """Writes `s A x` of the adapters, where there are any."""
         if self.low_rank is not None and self.down is not None:
             fused_gemv.project(self.low_rank, x, self.down)
 

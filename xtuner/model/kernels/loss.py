@@ -69,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, slice_tokens: int
     ) -> Tensor:
+        """The summed loss; gradients of what needs them are made on the way, slice by slice."""
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         everything = len(rows) == len(labels)
         chosen, targets = (hidden, labels) if everything else (hidden[rows], labels[rows])
@@ -100,6 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that the forward pass made, times the incoming one."""
         dhidden, dweight, dbias = ctx.saved_tensors
         return (
             None if dhidden is None else dhidden * grad.to(dhidden.dtype),

@@ -85,12 +85,14 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        """Sends and receives."""
         ctx.group = group
         return _exchange(x, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Sends the gradients back the same way."""
         return _exchange(grad, ctx.group), None
 
 
