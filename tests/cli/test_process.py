@@ -26,6 +26,7 @@ for _ in range(1000):
 """
 COMMAND = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from xtuner.cli.main import COMMANDS, Command, main
 COMMANDS['careless'] = Command(sys.argv[1], '')
 sys.exit(main(['careless']))
@@ -60,7 +61,13 @@ def test_an_interrupt_while_working_is_an_exception(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, 'noticed\n', 'xtuner: interrupted\n')
 
 
-STARTED = "import sys; from xtuner.cli.main import main; print('started', flush=True); sys.exit(main(sys.argv[1:]))"
+STARTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+from xtuner.cli.main import command
+print('started', flush=True)
+command()
+"""
 
 
 @pytest.mark.slow
