@@ -123,7 +123,7 @@ def test_where_the_output_cannot_go() -> None:
         return done.returncode, done.stderr
 
     assert shell(f'{command} > /dev/full') == (1, 'xtuner: error: standard output: No space left on device\n')
-    assert shell(f'set -o pipefail; PYTHONUNBUFFERED=1 {command} | head -c 1') == (1, '')
+    assert shell(f'set -o pipefail; {command} | true') == (1, '')
     assert shell(f'{command} >&-') == (0, '')
     assert shell(f'{command} 2>&-') == (0, '')
 

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     except FileExistsError as error:
         raise ConfigError(f'{target} exists; nothing was written: name another folder or remove it') from error
     except OSError as error:
+        target.unlink(missing_ok=True)  # half of it would be in the way the next time
         raise ConfigError(f'cannot write {target}: {error.strerror}') from error
     print(target)
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
 from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
+from xtuner.engine.work_folder import alone_in
 from xtuner.errors import ConfigError
 from xtuner.model.fast import check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
@@ -57,7 +59,10 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
         XTunerError: anything a user can mend, before or during the run.
     """
     _check_open_sections(config)
-    with process_group(launcher, timeout_s=config.parallel.timeout_s) as group:
+    with (
+        process_group(launcher, timeout_s=config.parallel.timeout_s) as group,
+        alone_in(work_dir) if group.rank == 0 else nullcontext(),
+    ):
         checkpoint = find_checkpoint(work_dir, start, rank=group.rank)
         _run(config, work_dir, checkpoint, start, launcher, group)
     last = [checkpoint, *list_checkpoints(work_dir)][-1]
@@ -139,7 +144,7 @@ def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: Supervi
 def _check_open_sections(config: TrainConfig) -> None:
     build(config.optimizer, 'optimizer', [nn.Parameter(torch.zeros(1))])  # refuses its values now, not after loading
     if config.adapter is not None:
-        check_arguments(config.adapter, 'adapter')
+        build(config.adapter, 'adapter')
     for i, hook in enumerate(config.hooks):
         check_arguments(hook, f'hooks[{i}]')
     for name in config.log.trackers:

@@ -1,0 +1,65 @@
+"""One run at a time in a work folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from xtuner.engine.work_folder import LOCK_FILE, alone_in
+from xtuner.errors import CheckpointError
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], 'w')
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('process 7 on elsewhere', file=file, flush=True)
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another(work_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, '-c', HOLD, str(work_dir / LOCK_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == 'held\n'
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_run_is_refused_and_the_first_one_left_alone(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as other:
+        for _ in range(2):
+            with (
+                pytest.raises(CheckpointError, match=r'another run is under way there \(process 7 on elsewhere\)'),
+                alone_in(tmp_path),
+            ):
+                pytest.fail('let in')
+        other.kill()
+        other.wait()
+        with alone_in(tmp_path):  # a lock ends with its process, however that ends
+            assert 'process' in (tmp_path / LOCK_FILE).read_text(encoding='utf-8')
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / 'a' / 'b'):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with alone_in(tmp_path / 'a' / 'b'):
+        (tmp_path / 'a' / 'b' / 'checkpoint').mkdir()
+    assert [p.name for p in (tmp_path / 'a' / 'b').iterdir()] == ['checkpoint']
+
+
+def test_a_file_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    for place in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        with pytest.raises(CheckpointError, match=f'cannot write to {place}: .*; give another --work-dir'):
+            alone_in(place).__enter__()

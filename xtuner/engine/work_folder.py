@@ -1,0 +1,87 @@
+"""The work folder belongs to one run at a time: two that save there would prune each other's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger('xtuner')
+
+LOCK_FILE = '.lock'
+"""Holds the process and machine of the run under way; what counts is the lock on it, which ends with its process."""
+
+
+@contextlib.contextmanager
+def alone_in(work_dir: Path) -> Iterator[None]:
+    """Makes the work folder and holds it for the time of a `with` block; what was made and stayed empty goes again.
+
+    Raises:
+        CheckpointError: nothing can be written there, or another run is under way there.
+    """
+    made = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(work_dir / LOCK_FILE)
+    except OSError as error:
+        reason = 'it is a file' if work_dir.is_file() else error.strerror
+        raise CheckpointError(f'cannot write to {work_dir}: {reason}; give another --work-dir') from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (work_dir / LOCK_FILE).unlink()
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _locked(path: Path) -> int:
+    """Opens and locks the file, which is this run's until the descriptor is closed; a fork of us does not hold it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor, path)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its run ended just now, and removed it
+                _sign(descriptor)
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning('%s: this file system has no locks (%s); a second run there would not be noticed',
+                           path.parent, error.strerror)  # fmt: skip
+            return
+        holder = path.read_text(encoding='utf-8', errors='replace').strip() or 'unknown'
+        raise CheckpointError(
+            f'{path.parent}: another run is under way there ({holder}); wait for its end, or give another --work-dir'
+        ) from None
+
+
+def _sign(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
