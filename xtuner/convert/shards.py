@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -133,11 +134,9 @@ class _Shard:
         header = _header(plans)
         self._file = PlacedFile(self._part, len(header) + sum(plan.nbytes for plan in plans))
         self._file.write(0, [header])
-        self._tensors = []
-        position = len(header)
-        for plan in plans:
-            self._tensors.append(pool.submit(self._write, plan, position))
-            position += plan.nbytes
+        places = dict(zip(plans, accumulate((plan.nbytes for plan in plans), initial=len(header))))  # noqa: B905
+        largest_first = sorted(plans, key=lambda plan: -plan.nbytes)  # so that no thread is left alone with one
+        self._tensors = [pool.submit(self._write, plan, places[plan]) for plan in largest_first]
 
     def finish(self) -> None:
         """Waits for all tensors, flushes the file, and gives it its name."""
