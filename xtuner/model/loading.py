@@ -105,7 +105,7 @@ def load_model(
         arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
-        with nullcontext() if share is None else cut_while_loading(share):
+        with nullcontext() if share is None else cut_while_loading(share, tied=config.tie_word_embeddings):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
         raise ModelError(f'{folder}: the model cannot be loaded: {one_line(error)}') from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 _SYNCHRONOUS = 'HF_DEACTIVATE_ASYNC_LOAD'
@@ -42,27 +43,35 @@ class Share:
 
 
 @contextmanager
-def cut_while_loading(share: Share) -> Iterator[None]:
+def cut_while_loading(share: Share, *, tied: bool) -> Iterator[None]:
     """In this block a linear layer's weight is cut to a rank's rows as soon as a module gets it.
 
-    The layer remembers whole shapes (see `whole_shapes`); a 4-bit weight's scales are cut too. What an embedding
-    holds, and a head that is tied to it, stays whole.
+    The layer remembers whole shapes (see `whole_shapes`); a 4-bit weight's scales are cut too. Embeddings stay whole.
+
+    Args:
+        share: Which rows.
+        tied: Whether the head is an embedding's weight, and so stays whole too: where a checkpoint holds it all the
+            same, transformers compares the two before it ties them.
     """
-    whole: dict[int, nn.Parameter] = {}  # parameters that stay as they are: an embedding's, and those cut already
+    embeddings: set[torch.Size] = set()
+    done: dict[int, nn.Parameter] = {}
 
     def cut(module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is None or parameter.is_meta or id(parameter) in whole:
+        if parameter is None or id(parameter) in done:
             return
         if isinstance(module, nn.Embedding):
-            whole[id(parameter)] = parameter
+            embeddings.add(parameter.shape)  # before any weight is there, too
+        elif parameter.is_meta or (tied and parameter.shape in embeddings):
+            return
         elif isinstance(module, nn.Linear) and name == 'weight':
             shapes = module.__dict__['whole_shapes'] = {'weight': parameter.shape}
             parameter.data = share.rows(parameter.data)
             state = getattr(parameter, 'quant_state', None)
             if state is not None:
-                shapes['absmax'] = state.absmax.shape
-                state.absmax = share.rows(state.absmax)
-            whole[id(parameter)] = parameter
+                scales = scales_as(parameter.dtype, state.absmax)
+                shapes['absmax'] = scales.shape
+                state.absmax = share.rows(scales)
+            done[id(parameter)] = parameter
 
     from transformers import modeling_utils as transformers
 
@@ -79,8 +88,15 @@ def cut_while_loading(share: Share) -> Iterator[None]:
         os.environ.pop(_SYNCHRONOUS) if synchronous is None else os.environ.update({_SYNCHRONOUS: synchronous})
 
 
+def scales_as(dtype: torch.dtype, absmax: Tensor) -> Tensor:
+    """A 4-bit weight's scales as floats, the only numbers that torch 2.11 shards: bytes side by side, then zeros."""
+    if absmax.is_floating_point():
+        return absmax
+    return functional.pad(absmax, (0, -absmax.numel() % dtype.itemsize)).view(dtype)
+
+
 def whole_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Of a layer whose weight was cut: the stored shapes before, of `weight` and of a 4-bit one's `absmax`."""
+    """Of a layer whose weight was cut: the stored shapes before, of `weight` and of a 4-bit one's `scales_as`."""
     return module.__dict__.get('whole_shapes', {})
 
 

@@ -188,7 +188,7 @@ def cut_and_whole(rank: int, world_size: int, folder: Path) -> list[str]:
         if not torch.equal(loss, own_loss):
             different.append(f'{method}: loss')
         for (name, one), (_, other) in zip(one_model.named_parameters(), cut_model.named_parameters(), strict=True):
-            same = one.requires_grad == other.requires_grad and torch.equal(whole(one), whole(other))
+            same = one.requires_grad == other.requires_grad and torch.equal(bits(one), bits(other))
             different += [] if same else [f'{method}: {name}']
     return different
 
@@ -217,6 +217,10 @@ def note_result(runner: Runner, found: dict[str, Any]) -> None:
 
 def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().clone()
+
+
+def bits(tensor: Any) -> torch.Tensor:
+    return whole(tensor).contiguous().view(torch.uint8)
 
 
 def count_broadcasts() -> Any:

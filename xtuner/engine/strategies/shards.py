@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from xtuner.model.kernels.quantized import is_4bit
-from xtuner.model.shares import whole_shapes
+from xtuner.model.shares import scales_as, whole_shapes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def keep_quantisation_states(model: nn.Module) -> int:
             layer: Any = module
             layer.quant_state = layer.weight.quant_state
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-            layer.absmax = nn.Parameter(layer.quant_state.absmax, requires_grad=False)
+            layer.absmax = nn.Parameter(scales_as(layer.weight.dtype, layer.quant_state.absmax), requires_grad=False)
             count += 1
     return count
 
@@ -46,7 +46,9 @@ def read_scales_from_parameters(layer: nn.Module) -> None:
     for module in layer.modules():
         if is_4bit(module):
             state: Any = module.quant_state
-            state.absmax = module.absmax.detach()  # type: ignore[operator]
+            scales: Tensor = module.absmax.detach()  # type: ignore[operator]
+            count = -(-state.shape.numel() // state.blocksize)
+            state.absmax = scales.view(torch.uint8)[:count] if state.nested else scales
 
 
 def set_rows_aside(model: nn.Module) -> list[Rows]:
