@@ -129,7 +129,9 @@ def build(section: Mapping[str, Any], where: str, *args: Any) -> Any:
     """
     check_arguments(section, where, given=('',) * len(args))
     target = resolve(section['type'])
+    values = {k: v for k, v in section.items() if k != 'type'}
     try:
-        return target(*args, **{k: v for k, v in section.items() if k != 'type'})
+        return target(*args, **values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'`{where}`: {reference(target)} refused its arguments: {error}') from error
+        shown = ', '.join(f'{key}={value!r}' for key, value in values.items())
+        raise ConfigError(f'`{where}`: {reference(target)} refused {shown}: {error}') from error

@@ -66,6 +66,12 @@ def test_what_a_line_may_hold_that_is_wrong(tmp_path):
     assert found[4][1].startswith('not JSON: Unterminated string')
 
 
+def test_a_file_in_utf_16_is_said_to_be(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"a": "ü"}\n', encoding='utf-16')
+    assert errors(path)[0] == (':1', 'not UTF-8: byte 0xff at column 1; the file is UTF-16: save it as UTF-8')
+
+
 def test_a_line_that_is_too_long_is_skipped_and_what_follows_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, 'MAX_RECORD_BYTES', 1000)
     monkeypatch.setattr(readers, '_BLOCK', 64)

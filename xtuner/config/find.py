@@ -38,6 +38,8 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.suffix == '.py' and path.is_file():
         return path
+    if name and path.exists():
+        raise ConfigError(f'{name!r} is no config: a config is a shipped name (`xtuner list-cfg`) or a .py file')
     hint = nearest(path.stem, shipped) or '; `xtuner list-cfg` shows all'
     kind = 'config file' if path.suffix == '.py' else 'config'
     raise ConfigError(f'no {kind} {name!r}{hint}')

@@ -6,6 +6,7 @@ read on. Origins are `file:line`, or `file[row]` where a format has no lines.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -55,7 +56,9 @@ def parse(text: bytes, origin: str) -> Record:
         if b'\\ud' in text or b'\\uD' in text:
             json.dumps(value, ensure_ascii=False).encode('utf-8')
     except UnicodeDecodeError as error:
-        return Record(origin, error=f'not UTF-8: byte 0x{text[error.start]:02x} at column {error.start + 1}')
+        utf16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        wide = '; the file is UTF-16: save it as UTF-8' if utf16 else ''
+        return Record(origin, error=f'not UTF-8: byte 0x{text[error.start]:02x} at column {error.start + 1}{wide}')
     except UnicodeEncodeError:
         return Record(origin, error='holds half of a surrogate pair, which is no character')
     except json.JSONDecodeError as error:
