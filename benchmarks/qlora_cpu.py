@@ -1,69 +1,127 @@
-"""Times a 4-bit training step on a CPU, stock path and fast path: a tiny model and one layer of the 7B.
+"""Times a 4-bit training step on a CPU, stock path and fast path, at three sizes of model.
 
-    python benchmarks/qlora_cpu.py [--tokens 256] [--steps 5]
+    python benchmarks/qlora_cpu.py [--models demo,tiny,slice] [--tokens 16,128,512] [--rounds 7] [--dtype fp32]
 
-A step is forward, backward and an AdamW update of adapters on all seven projections, float32, NF4 weights. Times are
-processor time.
+A step is forward, backward and an update of adapters on all seven projections by PyTorch's fused AdamW (transformers'
+default), NF4 weights, every position a target. Steps of both paths take turns on the same batches; figures are medians
+of wall time.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import add_adapter, build_base
 from xtuner.model.fast import enable_fast_path, fused_linear_cross_entropy
+from xtuner.model.precision import compute_dtype
 
-TINY = {
-    'vocab_size': 2048, 'hidden_size': 256, 'intermediate_size': 704, 'num_hidden_layers': 4, 'num_attention_heads': 8,
+
+@dataclass(frozen=True)
+class Case:
+    """A model's shape and its adapters."""
+
+    title: str
+    rank: int
+    dropout: float = 0.0
+    shape: dict[str, int] = field(default_factory=dict)
+
+
+MODELS = {
+    'demo': Case("the demo's model", 64, 0.05, {
+        'vocab_size': 2000, 'hidden_size': 256, 'intermediate_size': 688, 'num_hidden_layers': 4,
+        'num_attention_heads': 4}),
+    'tiny': Case('4 layers of 256', 8, 0.0, {
+        'vocab_size': 2048, 'hidden_size': 256, 'intermediate_size': 704, 'num_hidden_layers': 4,
+        'num_attention_heads': 8}),
+    'slice': Case('one layer of the 7B, 8,192 words', 64, 0.0, {'vocab_size': 8192, 'num_hidden_layers': 1}),
+    'words': Case('one layer of the 7B, 103,168 words', 64, 0.0, {'num_hidden_layers': 1}),
 }  # fmt: skip
-SLICE = {'vocab_size': 8192, 'num_hidden_layers': 1}
 
 
-def measure(model: Any, ids: torch.Tensor, steps: int, *, fast: bool) -> tuple[float, float]:
-    """Least processor seconds of a step (so that other programs' load does not count), and the last loss."""
-    print(' ', enable_fast_path(model, enabled=fast))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
-    seconds, loss = [], torch.zeros(())
-    for _ in range(steps + 1):
-        start = time.process_time()
-        base = model.get_base_model()
-        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        if fast:
-            loss = fused_linear_cross_entropy(hidden, base.lm_head.weight, None, labels) / ids.numel()
-        else:
-            loss = torch.nn.functional.cross_entropy(base.lm_head(hidden), labels, reduction='sum') / ids.numel()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.process_time() - start)
-    return min(seconds[1:]), loss.item()
+class Way:
+    """One path's steps on one model."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, *, fast: bool) -> None:
+        self.fast = fast
+        torch.manual_seed(0)
+        self.model = add_adapter(build_base('cpu', dtype=dtype, **case.shape), rank=case.rank, dropout=case.dropout)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.path = enable_fast_path(self.model, enabled=fast)
+        self.dtype = dtype
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step(self, ids: Tensor, targets: Tensor) -> float:
+        with torch.autocast('cpu', self.dtype, enabled=self.dtype != torch.float32):
+            base = self.model.get_base_model()
+            hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            if self.fast:
+                loss = fused_linear_cross_entropy(hidden, base.lm_head.weight, None, targets)
+            else:
+                loss = functional.cross_entropy(base.lm_head(hidden).float(), targets, reduction='sum')
+        (loss / ids.numel()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item() / ids.numel()
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def compare(case: Case, ways: list[Way], tokens: int, rounds: int) -> None:
+    """Prints a row: medians of both, their ratio, the loss after the same steps."""
+    ids = torch.randint(
+        3, case.shape.get('vocab_size', 103168), (1, tokens), generator=torch.Generator().manual_seed(0)
+    )
+    targets = functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+    for way in ways:
+        way.step(ids, targets)
+    times: list[list[float]] = [[], []]
+    losses = [0.0, 0.0]
+    for _ in range(rounds):
+        for number, way in enumerate(ways):
+            spent, losses[number] = seconds(lambda way=way: way.step(ids, targets))
+            times[number].append(spent)
+    stock, fast = (statistics.median(t) for t in times)
+    each = sorted(a / b for a, b in zip(*times, strict=True))
+    print(f'| {case.title} | {tokens} | {stock * 1e3:.1f} | {fast * 1e3:.1f} | {tokens / stock:,.0f} | {tokens / fast:,.0f} '
+          f'| {stock / fast:.2f} ({each[len(each) // 4]:.2f} to {each[-1 - len(each) // 4]:.2f}) | {losses[0]:.4f}, {losses[1]:.4f} |', flush=True)  # fmt: skip
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--tokens', default='16,64,256', help='tokens a step, comma-separated')
-    p.add_argument('--steps', type=int, default=5)
+    p.add_argument('--models', default='demo,tiny,slice', help='of ' + ', '.join(MODELS))
+    p.add_argument('--tokens', default='16,128,512', help='tokens a step, comma-separated')
+    p.add_argument('--rounds', type=int, default=7)
+    p.add_argument('--dtype', default='fp32', choices=('fp32', 'bf16'))
     args = p.parse_args()
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
-    for name, shape in (('tiny', TINY), ('one layer of the 7B', SLICE)):
-        base = build_base('cpu', dtype=torch.float32, **shape)
-        model = add_adapter(base, rank=8 if name == 'tiny' else 64)
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, {args.dtype}')
+    print('| model | tokens | stock, ms | ours, ms | stock, tokens/s | ours, tokens/s | ratio (middle half) | losses |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
+    dtype = compute_dtype(args.dtype, torch.device('cpu'))
+    for name in args.models.split(','):
+        case = MODELS[name]
+        ways = [Way(case, dtype, fast=False), Way(case, dtype, fast=True)]
         for tokens in map(int, args.tokens.split(',')):
-            ids = torch.randint(3, shape['vocab_size'], (1, tokens), generator=torch.Generator().manual_seed(0))
-            stock, stock_loss = measure(model, ids, args.steps, fast=False)
-            fast, fast_loss = measure(model, ids, args.steps, fast=True)
-            ratio = f'{stock / fast:.2f}x'
-            print(f'{name}, {tokens} tokens: stock {stock * 1e3:.0f} ms (loss {stock_loss:.4f}), '
-                  f'fast {fast * 1e3:.0f} ms (loss {fast_loss:.4f}), {ratio}', flush=True)  # fmt: skip
+            compare(case, ways, tokens, args.rounds if name != 'words' else min(args.rounds, 3))
 
 
 if __name__ == '__main__':

@@ -66,8 +66,8 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
         assert enable_fast_path(model).taken
         fast: FastDecoder = base.get_decoder().forward.fast
         fast.kernels, fast.folded = hollow(), True  # as on CUDA
-        for linear in (linear for layer in fast.frozen for linear in layer):
-            linear.kept = None
+        for group in (group for layer in fast.layers for group in layer.groups):
+            group.kept = None
     monkeypatch.setattr('xtuner.model.kernels.loss.kernels_for', lambda device: hollow())
     ids = torch.randint(3, 500, (1, TOKENS))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:

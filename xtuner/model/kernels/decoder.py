@@ -248,13 +248,12 @@ class FastDecoder:
         Meant for CPUs, where turning them anew costs more than the memory.
         """
         kept, size = 0, torch.finfo(dtype).bits // 8
-        for frozen in (linear for layer in self.frozen for linear in layer):
-            need = frozen.shape[0] * frozen.shape[1] * size
-            if not is_4bit(frozen.module) or need > budget_bytes:
-                continue
-            frozen.kept = frozen.matrix(dtype)
-            budget_bytes -= need
-            kept += 1
+        for group in (group for layer in self.layers for group in layer.groups):
+            need = group.num_in * group.num_out * size
+            if group.is_4bit and need <= budget_bytes:
+                group.keep(dtype)
+                budget_bytes -= need
+                kept += len(group.layers)
         return kept
 
 

@@ -35,7 +35,6 @@ class FrozenLinear:
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self.kept: Tensor | None = None
         self._parts: QuantizedWeight | None = None
         self._parts_of: tuple[int, Any] | None = None
 
@@ -85,9 +84,7 @@ class FrozenLinear:
         return [(slice(*cut), FrozenRows(parts.rows(*cut), self, slice(*cut))) for cut in cuts]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a float matrix (N, K): the kept copy, the layer's own, or a fresh one."""
-        if self.kept is not None:
-            return self.kept.to(dtype)
+        """The weight as a float matrix (N, K): the layer's own, or a fresh one."""
         weight = self.module.weight
         parts = self.parts()
         if parts is None:

@@ -8,7 +8,7 @@ own product and the adapter is added to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, Frozen, FrozenLinear
+from xtuner.model.kernels.onednn import add_product_, product
 from xtuner.model.kernels.weights import above_a, above_a_transposed, beside_b, bias_of
 
 FP8 = torch.float8_e4m3fn
@@ -33,15 +34,30 @@ class Setting:
     fp8: bool = False  # frozen weights and adapters are multiplied in FP8; `folded` is off then
     slim: bool = False  # a piece of a weight as floats at a time, for least memory
 
+    @property
+    def apart(self) -> bool:
+        """Whether adapters are multiplied by themselves."""
+        return not self.folded and not self.fp8
+
 
 class Group:
     """Linear layers that read the same input. Holds no activations: those pass through as arguments."""
 
     def __init__(self, layers: list[FrozenLinear]) -> None:
         self.layers = layers
+        self.kept: Tensor | None = None  # 4-bit weights as floats, one below the other; `keep` makes them
         self.scale = torch.ones(())  # of weights and adapters in FP8; `fp8.WeightScales` keeps it
         self.num_in = layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in layers)
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether all its weights are in 4 bit."""
+        return all(layer.parts() is not None for layer in self.layers)
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Turns its weights into floats for good."""
+        self.kept = torch.cat([layer.matrix(dtype) for layer in self.layers])
 
     def forward(
         self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, spare: int = 0
@@ -61,18 +77,18 @@ class Group:
         """
         x = x_wide[:, : self.num_in]
         projected = self._project(how, x_wide, x, adapters, seeds)
-        if how.fp8:
+        if how.folded:
+            out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
+            self._folded_product(how, x_wide, adapters, out[:, : self.num_out])
+        elif how.fp8:
             out = self._fp8_product(how, x, projected, adapters)
         else:
-            out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
-            y = out[:, : self.num_out]
-            if how.folded:
-                self._folded_product(how, x_wide, adapters, y)
-            else:
-                self._separate_products(how, x, projected, adapters, y)
+            out = self._separate_products(how, x)
         scaled = torch.empty(0, device=x.device)
         if projected is not None:
             scaled = projected * _column_factors(adapters, projected)
+            for adapter, columns, rows in self._parts_with(adapters) if how.apart else ():
+                add_product_(out[:, rows], scaled[:, columns], adapter.b_Nr.to(how.dtype).t())
         return out, scaled
 
     def scaled_projection(self, how: Setting, x: Tensor, adapters: list[Adapter | None], seeds: Tensor) -> Tensor:
@@ -93,13 +109,13 @@ class Group:
             return None
         out = x_wide[:, self.num_in :] if how.folded else torch.empty(len(x), ranks, dtype=how.dtype, device=x.device)
         if not any(a and a.dropout for a in adapters):
-            return torch.mm(x, _stack_a(how, adapters).t(), out=out)
+            return product(x, _stack_a(how, adapters).t(), out=out)
         for number, (adapter, columns) in enumerate(_columns(adapters)):
             weight = adapter.a_rK.to(how.dtype)
             if adapter.dropout:
                 how.kernels.dropout_project(x, weight, adapter.dropout, seeds[number], out[:, columns])
             else:
-                torch.mm(x, weight.t(), out=out[:, columns])
+                product(x, weight.t(), out=out[:, columns])
         return out
 
     def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
@@ -118,19 +134,16 @@ class Group:
         bias = bias_of(self.layers, how.dtype)
         return how.kernels.fp8_product(rounded, scales, weight, self.scale, bias, how.dtype)
 
-    def _separate_products(
-        self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None], y: Tensor
-    ) -> None:
-        row, column = 0, 0
-        for layer, adapter in zip(self.layers, adapters, strict=True):
-            part = y[:, row : row + layer.shape[0]]
-            bias, weight = layer.bias(how.dtype), layer.matrix(how.dtype)
-            torch.mm(x, weight.t(), out=part) if bias is None else torch.addmm(bias, x, weight.t(), out=part)
-            if adapter and projected is not None:
-                own = projected[:, column : column + adapter.rank]
-                part.addmm_(own, adapter.b_Nr.to(how.dtype).t(), alpha=adapter.scaling)
-                column += adapter.rank
-            row += layer.shape[0]
+    def _separate_products(self, how: Setting, x: Tensor) -> Tensor:
+        parts = [product(x, weight.t(), bias) for weight, bias in self._matrices(how)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _matrices(self, how: Setting) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The weights as floats with their biases: all as one matrix where they are kept, else a layer at a time."""
+        if self.kept is not None:
+            yield self.kept.to(how.dtype), bias_of(self.layers, how.dtype)
+        else:
+            yield from ((layer.matrix(how.dtype), layer.bias(how.dtype)) for layer in self.layers)
 
     def _pieces(self, how: Setting, adapters: list[Adapter | None]) -> list[Piece]:
         """What is multiplied at a time: all layers, or some rows of one where the weight as floats must stay small."""
@@ -170,7 +183,7 @@ class Group:
             for adapter, columns, rows in self._parts_with(adapters):
                 scaled = torch.empty(adapter.b_Nr.shape, dtype=how.dtype, device=dy.device)
                 torch.mul(adapter.b_Nr, adapter.scaling, out=scaled)
-                torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
+                product(dy[:, rows], scaled, out=dxa[:, columns])
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)
@@ -180,15 +193,17 @@ class Group:
         elif how.fp8:
             dx = self._input_grad_fp8(how, dy, dxa, tail)
         else:
-            tail, dx = [], self._input_grad_separate(how, dy)
-        if dxa is not None and not tail:
+            dx = self._input_grad_separate(how, dy)
+            if dxa is not None and not dropped:
+                add_product_(dx, dxa, _stack_a(how, adapters))
+        if dxa is not None and dropped:
             for number, (adapter, columns) in enumerate(_columns(adapters)):
                 weight = adapter.a_rK.to(how.dtype)
                 if adapter.dropout:
                     args = (dx, dxa[:, columns], weight, adapter.dropout, seeds[number])
                     how.kernels.dropout_project_input_grad_(*args)
                 else:
-                    dx.addmm_(dxa[:, columns], weight)
+                    add_product_(dx, dxa[:, columns], weight)
         return dx, dxa
 
     def _input_grad_folded(self, how: Setting, dy_wide: Tensor, tail: list[Adapter]) -> Tensor:
@@ -210,10 +225,10 @@ class Group:
 
     def _input_grad_separate(self, how: Setting, dy: Tensor) -> Tensor:
         dx, row = None, 0
-        for layer in self.layers:
-            part, weight = dy[:, row : row + layer.shape[0]], layer.matrix(how.dtype)
-            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
-            row += layer.shape[0]
+        for weight, _ in self._matrices(how):
+            part = product(dy[:, row : row + len(weight)], weight)
+            dx = part if dx is None else dx.add_(part)
+            row += len(weight)
         assert dx is not None
         return dx
 
@@ -292,4 +307,4 @@ def _product_wide(left: Tensor, right: Tensor) -> Tensor:
     """A product that leaves the accumulator in float32 (float64 for float64 factors)."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
+    return product(left, right)

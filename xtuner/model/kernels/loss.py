@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.model.kernels.dispatch import kernels_for
+from xtuner.model.kernels.onednn import product
 
 _LOGITS_BYTES = 2**28
 
@@ -84,12 +85,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(chosen), slice_tokens):
             part = slice(start, start + slice_tokens)
             x = chosen[part]
-            logits = torch.mm(x, head.t()) if offset is None else torch.addmm(offset, x, head.t())
+            logits = product(x, head.t(), offset)
             total += entropy(logits, targets[part]).sum()
             if dhidden is not None:
-                torch.mm(logits, head, out=dhidden[part])
+                product(logits, head, out=dhidden[part])
             if dweight is not None:
-                dweight += logits.t() @ x
+                dweight += product(logits.t(), x)
             if dbias is not None:
                 dbias += logits.sum(0, dtype=wide)
         if dhidden is not None and not everything:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.model.kernels.onednn import product
 from xtuner.model.kernels.quantized import QuantizedWeight
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
@@ -88,8 +89,9 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
 
     """
     x = _wide(x_TH)
-    rstd = torch.rsqrt(x.square().mean(-1) + eps)
-    out_TH.copy_(x * rstd[:, None] * weight_H)
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    out_TH.copy_((x * rstd[:, None]).mul_(weight_H))
     return rstd
 
 
@@ -110,12 +112,13 @@ def rms_norm_backward(
         (T, H) in the dtype of `x`.
 
     """
-    normed = _wide(x_TH) * rstd_T[:, None]
-    scaled = _wide(dh_TH) * weight_H
-    dx = rstd_T[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    x, rstd = _wide(x_TH), rstd_T[:, None]
+    dx = _wide(dh_TH) * weight_H
+    along = (dx * x).mean(-1, keepdim=True) * rstd**3
+    dx.mul_(rstd).addcmul_(x, along, value=-1)
     if residual_TH is not None:
-        dx = dx + residual_TH
-    return roomy(x_TH, spare).copy_(dx)
+        dx.add_(residual_TH)
+    return dx if dx.dtype == x_TH.dtype and not spare else roomy(x_TH, spare).copy_(dx)
 
 
 def roomy(like_TK: Tensor, spare: int) -> Tensor:
@@ -138,14 +141,15 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
     half = x_TAD.shape[-1] // 2
     cos, sin = cos_TD[:, None], -sin_TD[:, None] if inverse else sin_TD[:, None]
     first, second = _wide(x_TAD[..., :half]), _wide(x_TAD[..., half:])
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    out_TAD.copy_(rotated)
+    rotated = (first * cos).sub_(second * sin), (second * cos).add_(first * sin)  # both before anything is overwritten
+    for part, out in zip(rotated, out_TAD.chunk(2, dim=-1), strict=True):
+        out.copy_(part)
 
 
 def swiglu(gate_up: Tensor, out_TI: Tensor) -> None:
     """Writes `silu(gate) * up` of a (T, 2 I) matrix that holds both."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    out_TI.copy_(functional.silu(gate) * up)
+    out_TI.copy_(functional.silu(gate).mul_(up))
 
 
 def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
@@ -157,11 +161,11 @@ def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
 
     """
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    sigmoid, dact = torch.sigmoid(gate), _wide(dact_TI)
-    silu = gate * sigmoid
-    dgate = dact * up * (sigmoid + silu * (1 - sigmoid))
-    dup, act = dact * silu, silu * up  # both before anything is overwritten
-    gate_up.copy_(torch.cat((dgate, dup), dim=-1))
+    silu, dact = functional.silu(gate), _wide(dact_TI)
+    dgate = torch.ops.aten.silu_backward(dact * up, gate)
+    dup, act = dact * silu, silu.mul_(up)  # both before anything is overwritten
+    for part, out in zip((dgate, dup), gate_up.chunk(2, dim=-1), strict=True):
+        out.copy_(part)
     dact_TI.copy_(act)
 
 
@@ -178,8 +182,9 @@ def dropout_keep(num_rows: int, num_columns: int, p: float, seed: Tensor) -> Ten
         bool (T, K).
 
     """
-    index = torch.arange(num_rows * num_columns, device=seed.device) & _MASK32
-    return (_hash(index, seed) >= drop_threshold(p)).view(num_rows, num_columns)
+    numbers = torch.arange(num_rows * num_columns, dtype=torch.int32, device=seed.device)
+    hashed = _hash_(numbers, seed).bitwise_xor_(-(2**31))  # unsigned order in signed numbers
+    return (hashed >= drop_threshold(p) - 2**31).view(num_rows, num_columns)
 
 
 def drop_threshold(p: float) -> int:
@@ -187,34 +192,43 @@ def drop_threshold(p: float) -> int:
     return min(int(p * 2**32), _MASK32)
 
 
-def _hash(index: Tensor, seed: Tensor) -> Tensor:
-    """Two rounds of multiply and shift over 32 bits, the seed entering both."""
-    second = ((seed * 0x9E3779B1) ^ (seed >> 15)) & _MASK32
-    x = index ^ seed
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = (x + second) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+def _hash_(x: Tensor, seed: Tensor) -> Tensor:
+    """Two rounds of multiply and shift over 32 bits, the seed entering both; in place, `x` int32."""
+    second, shifted = (seed * 0x9E3779B1) ^ (seed >> 15), torch.empty_like(x)
+
+    def fold(bits: int) -> Tensor:
+        torch.bitwise_right_shift(x, bits, out=shifted)
+        return x.bitwise_xor_(shifted.bitwise_and_(_MASK32 >> bits))  # int32 shifts its sign in
+
+    x.bitwise_xor_(seed.to(torch.int32))
+    fold(16).mul_(0x7FEB352D).add_(second.to(torch.int32))
+    fold(15).mul_(0x846CA68B - 2**32)
+    return fold(16)
 
 
 def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: Tensor) -> None:
     """Writes `dropout(x) @ A.T`, the mask drawn from `seed`."""
-    out_Tr.copy_(_wide(_dropped(x_TK, p, seed) @ a_rK.t()) / (1 - p))
+    out_Tr.copy_(_wide(product(_dropped(x_TK, p, seed), a_rK.t())) / (1 - p))
 
 
 def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """The gradient by A of `dropout(x) @ A.T`, the same mask drawn again: (r, K), float32 or wider."""
-    return _wide(dxa_Tr.t() @ _dropped(x_TK, p, seed)) / (1 - p)
+    return _wide(product(dxa_Tr.t(), _dropped(x_TK, p, seed))) / (1 - p)
 
 
 def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
     """Adds the gradient by x of `dropout(x) @ A.T` to `dx`, the same mask drawn again."""
-    keep = dropout_keep(dx_TK.shape[0], dx_TK.shape[1], p, seed)
-    dx_TK.copy_(dx_TK + _wide(dxa_Tr @ a_rK).mul_(keep) / (1 - p))
+    extra = _wide(product(dxa_Tr, a_rK)).mul_(_keep_like(dx_TK, p, seed))
+    dx_TK.copy_(torch.add(dx_TK, extra, alpha=1 / (1 - p)))
 
 
 def _dropped(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
-    return x_TK * dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed)
+    return x_TK * _keep_like(x_TK, p, seed)
+
+
+def _keep_like(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`dropout_keep` in the dtype of `x`: products of unlike dtypes are many times slower."""
+    return dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
