@@ -67,6 +67,7 @@ class Way:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
+        """One step; returns the loss per position."""
         with torch.autocast('cpu', self.dtype, enabled=self.dtype != torch.float32):
             base = self.model.get_base_model()
             hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -102,8 +103,12 @@ def compare(case: Case, ways: list[Way], tokens: int, rounds: int) -> None:
             times[number].append(spent)
     stock, fast = (statistics.median(t) for t in times)
     each = sorted(a / b for a, b in zip(*times, strict=True))
-    print(f'| {case.title} | {tokens} | {stock * 1e3:.1f} | {fast * 1e3:.1f} | {tokens / stock:,.0f} | {tokens / fast:,.0f} '
-          f'| {stock / fast:.2f} ({each[len(each) // 4]:.2f} to {each[-1 - len(each) // 4]:.2f}) | {losses[0]:.4f}, {losses[1]:.4f} |', flush=True)  # fmt: skip
+    middle = f'{each[len(each) // 4]:.2f} to {each[-1 - len(each) // 4]:.2f}'
+    cells = (
+        case.title, tokens, f'{stock * 1e3:.1f}', f'{fast * 1e3:.1f}', f'{tokens / stock:,.0f}',
+        f'{tokens / fast:,.0f}', f'{stock / fast:.2f} ({middle})', f'{losses[0]:.5f}, {losses[1]:.5f}',
+    )  # fmt: skip
+    print('|', ' | '.join(map(str, cells)), '|', flush=True)
 
 
 def main() -> None:

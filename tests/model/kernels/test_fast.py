@@ -7,6 +7,7 @@ import torch
 
 from tests.model.kernels.conftest import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.model.fast import enable_fast_path
+from xtuner.model.kernels import onednn
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
 from xtuner.model.kernels.host import HostStore
@@ -76,6 +77,29 @@ def test_gradients_equal_float64(batch, way, checkpointing):
     assert loss == pytest.approx(exact_loss, rel=1e-5)
     assert error(stock, exact) < 1e-4
     assert error(grads, exact) < 1e-4
+
+
+@pytest.mark.parametrize('kept', [True, False])
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
+    """Weights kept as one matrix or turned into floats layer by layer, of every size, some without an adapter."""
+    model = with_adapter(quantise(tiny_llama()), dropout=dropout, targets=['q_proj', 'v_proj', 'up_proj', 'down_proj'])
+    path = enable_fast_path(model)
+    groups = [group for layer in model.get_base_model().model.forward.fast.layers for group in layer.groups]
+    assert path.why_not == '14 of its 4-bit weights kept as floats' and all(g.kept is not None for g in groups)
+    for group in groups:
+        group.kept = group.kept if kept else None
+    torch.manual_seed(3)
+    loss, grads = step(model, batch)
+    monkeypatch.setattr(onednn, '_WORTH_PRODUCT', 1)
+    torch.manual_seed(3)
+    other_loss, other = step(model, batch)
+    exact_loss, exact = step(dequantised(model), batch)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert error(other, grads) < 1e-4
+    if not dropout:
+        assert other_loss == pytest.approx(exact_loss, rel=1e-5)
+        assert error(other, exact) < 1e-4
 
 
 def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):

@@ -35,3 +35,56 @@ def test_what_is_not_laid_out() -> None:
     assert not onednn.can_lay_out(torch.empty(256, 256, dtype=torch.bfloat16))
     assert not onednn.can_lay_out(torch.empty(64, 64)), 'too small to be worth it'
     assert not onednn.can_lay_out(torch.empty(256, 256, device='meta'))
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every float32 product goes to oneDNN, and is counted."""
+    calls: list[int] = []
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(onednn, 'linear', lambda *args: calls.append(1) or linear(*args))
+    return calls
+
+
+def views(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Matrices of one shape in every layout that the layers hand over."""
+    generator = torch.Generator().manual_seed(rows)
+    wide = torch.randn(rows, 3 * columns, generator=generator)
+    tall = torch.randn(columns, 3 * rows, generator=generator)
+    return {
+        'dense': wide[:, :columns].contiguous(),
+        'columns of a wider one': wide[:, columns : 2 * columns],
+        'transposed': tall[:, :rows].contiguous().t(),
+        'transposed columns': tall[:, rows : 2 * rows].t(),
+    }
+
+
+LAYOUTS = list(views(1, 1))
+
+
+@pytest.mark.parametrize('shape', [(37, 130, 9), (9, 37, 130), (1, 5, 1)])
+@pytest.mark.parametrize('left', LAYOUTS)
+@pytest.mark.parametrize('right', LAYOUTS)
+def test_products_in_every_layout(shape: tuple[int, int, int], left: str, right: str, always: list[int]) -> None:
+    x, y = views(*shape[:2])[left], views(*shape[1:])[right]
+    bias, out = torch.arange(shape[2]).float(), torch.zeros(shape[0], 2 * shape[2])[:, ::2]
+    want = x.double() @ y.double()
+    close = {'atol': 1e-4, 'rtol': 1e-4}  # float32 sums of up to 130 products of order 1
+    torch.testing.assert_close(onednn.product(x, y).double(), want, **close)
+    torch.testing.assert_close(onednn.product(x, y, bias).double(), want + bias, **close)
+    torch.testing.assert_close(onednn.product(x, y, out=out).double(), want, **close)
+    torch.testing.assert_close(onednn.add_product_(out, x, y).double(), 2 * want, **close)
+    assert len(always) == 4
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_dtypes_go_elsewhere(dtype: torch.dtype, always: list[int]) -> None:
+    x, y = torch.ones(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
+    assert torch.equal(onednn.product(x, y), torch.full((64, 64), 64, dtype=dtype))
+    assert not always
+
+
+def test_small_products_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, 'linear', None)
+    assert onednn.product(torch.ones(8, 256), torch.ones(256, 256)).eq(256).all()

@@ -45,7 +45,7 @@ class Group:
 
     def __init__(self, layers: list[FrozenLinear]) -> None:
         self.layers = layers
-        self.kept: Tensor | None = None  # 4-bit weights as floats, one below the other; `keep` makes them
+        self.kept: tuple[Tensor, Tensor | None] | None = None  # weights as floats and biases of all layers; see `keep`
         self.scale = torch.ones(())  # of weights and adapters in FP8; `fp8.WeightScales` keeps it
         self.num_in = layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in layers)
@@ -56,8 +56,8 @@ class Group:
         return all(layer.parts() is not None for layer in self.layers)
 
     def keep(self, dtype: torch.dtype) -> None:
-        """Turns its weights into floats for good."""
-        self.kept = torch.cat([layer.matrix(dtype) for layer in self.layers])
+        """Turns its weights into floats for good, one below the other."""
+        self.kept = torch.cat([layer.matrix(dtype) for layer in self.layers]), bias_of(self.layers, dtype)
 
     def forward(
         self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, spare: int = 0
@@ -141,7 +141,8 @@ class Group:
     def _matrices(self, how: Setting) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The weights as floats with their biases: all as one matrix where they are kept, else a layer at a time."""
         if self.kept is not None:
-            yield self.kept.to(how.dtype), bias_of(self.layers, how.dtype)
+            weight, bias = self.kept
+            yield weight.to(how.dtype), None if bias is None else bias.to(how.dtype)
         else:
             yield from ((layer.matrix(how.dtype), layer.bias(how.dtype)) for layer in self.layers)
 
@@ -181,9 +182,14 @@ class Group:
             empty = dy.new_empty(len(dy), 0 if how.folded else ranks)
             dxa = dy_wide[:, self.num_out :] if how.folded else empty
             for adapter, columns, rows in self._parts_with(adapters):
+                if how.apart:  # scaled afterwards, all at once
+                    product(dy[:, rows], adapter.b_Nr.to(how.dtype), out=dxa[:, columns])
+                    continue
                 scaled = torch.empty(adapter.b_Nr.shape, dtype=how.dtype, device=dy.device)
                 torch.mul(adapter.b_Nr, adapter.scaling, out=scaled)
-                product(dy[:, rows], scaled, out=dxa[:, columns])
+                torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
+            if how.apart:
+                dxa.mul_(_column_factors(adapters, dxa))
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)

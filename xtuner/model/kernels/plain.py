@@ -16,6 +16,8 @@ from xtuner.model.kernels.quantized import QuantizedWeight
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 FP8_TINY = 2.0**-100  # scale of a row of zeros
 _MASK32 = 0xFFFFFFFF
+_MASKS: dict[tuple, Tensor] = {}  # of dropout, from a forward pass to its backward pass on a CPU
+_MASKS_BYTES = 2**27
 
 
 def dequantize_into(out_NK: Tensor, weight: QuantizedWeight, scale: Tensor | None = None) -> None:
@@ -89,9 +91,8 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
 
     """
     x = _wide(x_TH)
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-    out_TH.copy_((x * rstd[:, None]).mul_(weight_H))
+    rstd = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    _multiply_into(out_TH, x * rstd[:, None], weight_H)
     return rstd
 
 
@@ -141,15 +142,15 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
     half = x_TAD.shape[-1] // 2
     cos, sin = cos_TD[:, None], -sin_TD[:, None] if inverse else sin_TD[:, None]
     first, second = _wide(x_TAD[..., :half]), _wide(x_TAD[..., half:])
-    rotated = (first * cos).sub_(second * sin), (second * cos).add_(first * sin)  # both before anything is overwritten
-    for part, out in zip(rotated, out_TAD.chunk(2, dim=-1), strict=True):
-        out.copy_(part)
+    turned = (second * cos).addcmul_(first, sin)  # both before anything is overwritten
+    out_TAD[..., :half].copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_TAD[..., half:].copy_(turned)
 
 
 def swiglu(gate_up: Tensor, out_TI: Tensor) -> None:
     """Writes `silu(gate) * up` of a (T, 2 I) matrix that holds both."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    out_TI.copy_(functional.silu(gate).mul_(up))
+    _multiply_into(out_TI, functional.silu(gate), up)
 
 
 def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
@@ -227,8 +228,20 @@ def _dropped(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _keep_like(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
-    """`dropout_keep` in the dtype of `x`: products of unlike dtypes are many times slower."""
-    return dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
+    """`dropout_keep` in the dtype of `x`: products of unlike dtypes are many times slower.
+
+    A CPU remembers the last masks: drawing one takes as long as what it is drawn for.
+    """
+    if seed.device.type != 'cpu':
+        return dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
+    key = (*x_TK.shape, p, int(seed), x_TK.dtype)
+    keep = _MASKS.pop(key, None)
+    if keep is None:
+        keep = dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
+    _MASKS[key] = keep  # the last used is the last to go
+    while len(_MASKS) > 1 and sum(mask.nbytes for mask in _MASKS.values()) > _MASKS_BYTES:
+        del _MASKS[next(iter(_MASKS))]
+    return keep
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -257,4 +270,12 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """Float32, or float64 where it already is."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _multiply_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    """Writes a product that is computed as wide as `x` is; without a copy where that is as wide as `out`."""
+    if out.dtype == x.dtype:
+        torch.mul(x, factor, out=out)
+    else:
+        out.copy_(x * factor)

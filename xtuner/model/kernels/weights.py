@@ -85,6 +85,8 @@ def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
     biases = [layer.bias(dtype) for layer in layers]
     if all(b is None for b in biases):
         return None
-    zeros = (torch.zeros(layer.shape[0], dtype=dtype, device=layer.device) for layer in layers)
-    filled = [zero if b is None else b for b, zero in zip(biases, zeros, strict=True)]
+    filled = [
+        torch.zeros(layer.shape[0], dtype=dtype, device=layer.device) if b is None else b
+        for b, layer in zip(biases, layers, strict=True)
+    ]
     return filled[0] if len(filled) == 1 else torch.cat(filled)
