@@ -131,9 +131,7 @@ def enable_fast_path(
         path = enable_fast_path(peft_model); print(path)  ->  fast path on: triton kernels
 
     """
-    outer: Any = model
-    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
-    decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else causal
+    causal, decoder = _decoder_of(model)
     decoder.__dict__.pop('forward', None)
     reason = (static_obstacle(decoder) or _hooks(decoder)) if enabled else 'switched off'
     if reason and fp8:
@@ -142,24 +140,27 @@ def enable_fast_path(
         return FastPath(False, why_not=reason)
     device = next(decoder.layers[0].parameters()).device
     on_cuda = device.type == 'cuda'
-    path = FastPath(True)
-    kernels = PLAIN
-    if on_cuda and has_triton():
-        kernels = fused_kernels()
-    elif on_cuda:
-        path.why_not = 'Triton is not installed, its kernels would be faster'
-    path.kernels = kernels.name
-    path.fp8 = fp8
+    kernels = fused_kernels() if on_cuda and has_triton() else PLAIN
+    path = FastPath(True, kernels.name, fp8=fp8)
     fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8, sharded=sharded)
     reason = fp8_obstacle(fast) if fp8 else None
     if reason:
         raise ConfigError(f'`runtime.fp8`: {reason}; leave it out')
     if device.type == 'cpu' and not sharded:
         path.why_not = _keep_on_cpu(fast)
+    elif on_cuda and kernels is PLAIN:
+        path.why_not = 'Triton is not installed, its kernels would be faster'
     if on_cuda and embedding_on_host and not _tied(causal, decoder):
         path.embedding_on_host = move_embedding_to_host(decoder.embed_tokens)
     decoder.forward = _Forward(fast, path)
     return path
+
+
+def _decoder_of(model: nn.Module) -> tuple[Any, Any]:
+    """The causal language model behind peft's wrapper, and its decoder."""
+    outer: Any = model
+    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
+    return causal, causal.get_decoder() if hasattr(causal, 'get_decoder') else causal
 
 
 def reads_host_positions(decoder: Any) -> bool:
@@ -178,9 +179,7 @@ def share_sequences(model: nn.Module, ranks: SequenceGroup) -> None:
         ConfigError: the fast path is off, or heads cannot be shared out evenly.
 
     """
-    outer: Any = model
-    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
-    decoder = causal.get_decoder()
+    decoder = _decoder_of(model)[1]
     forward = decoder.__dict__.get('forward')
     if not isinstance(forward, _Forward):
         raise ConfigError('`parallel.sequence_parallel_size` needs the fast path, which is off for this model')
@@ -212,9 +211,7 @@ def set_activation_room(model: nn.Module, room: int) -> None:
 
 
 def _fast_decoder(model: nn.Module) -> FastDecoder | None:
-    outer: Any = model
-    causal = outer.get_base_model() if hasattr(outer, 'get_base_model') else outer
-    forward = causal.get_decoder().__dict__.get('forward') if hasattr(causal, 'get_decoder') else None
+    forward = _decoder_of(model)[1].__dict__.get('forward')
     return forward.fast if isinstance(forward, _Forward) else None
 
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, Frozen, FrozenLinear
 from xtuner.model.kernels.onednn import add_product_, product
-from xtuner.model.kernels.weights import above_a, above_a_transposed, beside_b, bias_of
+from xtuner.model.kernels.weights import (
+    above_a,
+    above_a_transposed,
+    beside_b,
+    bias_of,
+    column_factors,
+    columns_of,
+    stack_a,
+    tails_of,
+)
 
 FP8 = torch.float8_e4m3fn
 _SLIM_BYTES = 24 * 2**20  # of a piece of a weight as floats, where that buffer would be most of the memory
@@ -86,7 +95,7 @@ class Group:
             out = self._separate_products(how, x)
         scaled = torch.empty(0, device=x.device)
         if projected is not None:
-            scaled = projected * _column_factors(adapters, projected)
+            scaled = projected * column_factors(adapters, projected)
             for adapter, columns, rows in self._parts_with(adapters) if how.apart else ():
                 add_product_(out[:, rows], scaled[:, columns], adapter.b_Nr.to(how.dtype).t())
         return out, scaled
@@ -98,7 +107,7 @@ class Group:
         apart = Setting(how.kernels, how.dtype, folded=False)
         projected = self._project(apart, x, x, adapters, seeds)
         assert projected is not None
-        return projected * _column_factors(adapters, projected)
+        return projected * column_factors(adapters, projected)
 
     def _project(
         self, how: Setting, x_wide: Tensor, x: Tensor, adapters: list[Adapter | None], seeds: Tensor
@@ -109,8 +118,8 @@ class Group:
             return None
         out = x_wide[:, self.num_in :] if how.folded else torch.empty(len(x), ranks, dtype=how.dtype, device=x.device)
         if not any(a and a.dropout for a in adapters):
-            return product(x, _stack_a(how, adapters).t(), out=out)
-        for number, (adapter, columns) in enumerate(_columns(adapters)):
+            return product(x, stack_a(adapters, how.dtype).t(), out=out)
+        for number, (adapter, columns) in enumerate(columns_of(adapters)):
             weight = adapter.a_rK.to(how.dtype)
             if adapter.dropout:
                 how.kernels.dropout_project(x, weight, adapter.dropout, seeds[number], out[:, columns])
@@ -129,7 +138,7 @@ class Group:
 
     def _fp8_product(self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None]) -> Tensor:
         ranks = 0 if projected is None else projected.shape[1]
-        weight = beside_b(self.layers, adapters, _tails(adapters), ranks, how.kernels, FP8, self.scale)
+        weight = beside_b(self.layers, adapters, tails_of(adapters), ranks, how.kernels, FP8, self.scale)
         rounded, scales = how.kernels.quantize_rows(x, projected)
         bias = bias_of(self.layers, how.dtype)
         return how.kernels.fp8_product(rounded, scales, weight, self.scale, bias, how.dtype)
@@ -148,7 +157,7 @@ class Group:
 
     def _pieces(self, how: Setting, adapters: list[Adapter | None]) -> list[Piece]:
         """What is multiplied at a time: all layers, or some rows of one where the weight as floats must stay small."""
-        tails = _tails(adapters)
+        tails = tails_of(adapters)
         if not how.slim:
             return [(self.layers, adapters, tails)]
         pieces: list[Piece] = []
@@ -189,7 +198,7 @@ class Group:
                 torch.mul(adapter.b_Nr, adapter.scaling, out=scaled)
                 torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
             if how.apart:
-                dxa.mul_(_column_factors(adapters, dxa))
+                dxa.mul_(column_factors(adapters, dxa))
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)
@@ -201,9 +210,9 @@ class Group:
         else:
             dx = self._input_grad_separate(how, dy)
             if dxa is not None and not dropped:
-                add_product_(dx, dxa, _stack_a(how, adapters))
+                add_product_(dx, dxa, stack_a(adapters, how.dtype))
         if dxa is not None and dropped:
-            for number, (adapter, columns) in enumerate(_columns(adapters)):
+            for number, (adapter, columns) in enumerate(columns_of(adapters)):
                 weight = adapter.a_rK.to(how.dtype)
                 if adapter.dropout:
                     args = (dx, dxa[:, columns], weight, adapter.dropout, seeds[number])
@@ -279,34 +288,6 @@ class Group:
                 column += adapter.rank
             row += layer.shape[0]
         return parts
-
-
-def _tails(adapters: list[Adapter | None]) -> list[slice | None]:
-    """Each layer's columns among the ranks, None where it has no adapter."""
-    columns = iter(_columns(adapters))
-    return [next(columns)[1] if adapter else None for adapter in adapters]
-
-
-def _columns(adapters: list[Adapter | None]) -> list[tuple[Adapter, slice]]:
-    found, column = [], 0
-    for adapter in adapters:
-        if adapter:
-            found.append((adapter, slice(column, column + adapter.rank)))
-            column += adapter.rank
-    return found
-
-
-def _stack_a(how: Setting, adapters: list[Adapter | None]) -> Tensor:
-    present = [a.a_rK for a in adapters if a]
-    return (present[0] if len(present) == 1 else torch.cat(present)).to(how.dtype)
-
-
-def _column_factors(adapters: list[Adapter | None], like: Tensor) -> Tensor | float:
-    """The scaling of each column of ranks: a number where all agree."""
-    present = [a for a in adapters if a]
-    if len({a.scaling for a in present}) == 1:
-        return present[0].scaling
-    return torch.cat([like.new_full((a.rank,), a.scaling) for a in present])
 
 
 def _product_wide(left: Tensor, right: Tensor) -> Tensor:

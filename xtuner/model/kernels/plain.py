@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.model.kernels.last_used import LastUsed
 from xtuner.model.kernels.onednn import product
 from xtuner.model.kernels.quantized import QuantizedWeight
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 FP8_TINY = 2.0**-100  # scale of a row of zeros
 _MASK32 = 0xFFFFFFFF
-_MASKS: dict[tuple, Tensor] = {}  # of dropout, from a forward pass to its backward pass on a CPU
-_MASKS_BYTES = 2**27
+_MASKS = LastUsed(2**27)  # of dropout on a CPU, from a forward pass to its backward pass
 
 
 def dequantize_into(out_NK: Tensor, weight: QuantizedWeight, scale: Tensor | None = None) -> None:
@@ -232,16 +232,11 @@ def _keep_like(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
 
     A CPU remembers the last masks: drawing one takes as long as what it is drawn for.
     """
-    if seed.device.type != 'cpu':
+
+    def draw() -> Tensor:
         return dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
-    key = (*x_TK.shape, p, int(seed), x_TK.dtype)
-    keep = _MASKS.pop(key, None)
-    if keep is None:
-        keep = dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
-    _MASKS[key] = keep  # the last used is the last to go
-    while len(_MASKS) > 1 and sum(mask.nbytes for mask in _MASKS.values()) > _MASKS_BYTES:
-        del _MASKS[next(iter(_MASKS))]
-    return keep
+
+    return draw() if seed.device.type != 'cpu' else _MASKS.get((*x_TK.shape, p, int(seed), x_TK.dtype), draw)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:

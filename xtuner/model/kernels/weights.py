@@ -90,3 +90,33 @@ def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
         for b, layer in zip(biases, layers, strict=True)
     ]
     return filled[0] if len(filled) == 1 else torch.cat(filled)
+
+
+def tails_of(adapters: Adapters) -> list[slice | None]:
+    """Each layer's columns among the ranks, None where it has no adapter."""
+    columns = iter(columns_of(adapters))
+    return [next(columns)[1] if adapter else None for adapter in adapters]
+
+
+def columns_of(adapters: Adapters) -> list[tuple[Adapter, slice]]:
+    """Each adapter with its columns among the ranks."""
+    found, column = [], 0
+    for adapter in adapters:
+        if adapter:
+            found.append((adapter, slice(column, column + adapter.rank)))
+            column += adapter.rank
+    return found
+
+
+def stack_a(adapters: Adapters, dtype: torch.dtype) -> Tensor:
+    """All A below one another, (R, K)."""
+    present = [a.a_rK for a in adapters if a]
+    return (present[0] if len(present) == 1 else torch.cat(present)).to(dtype)
+
+
+def column_factors(adapters: Adapters, like: Tensor) -> Tensor | float:
+    """The scaling of each column of ranks: a number where all agree."""
+    present = [a for a in adapters if a]
+    if len({a.scaling for a in present}) == 1:
+        return present[0].scaling
+    return torch.cat([like.new_full((a.rank,), a.scaling) for a in present])
