@@ -75,7 +75,10 @@ def test_products_in_every_layout(shape: tuple[int, int, int], left: str, right:
     torch.testing.assert_close(onednn.product(x, y, bias).double(), want + bias, **close)
     torch.testing.assert_close(onednn.product(x, y, out=out).double(), want, **close)
     torch.testing.assert_close(onednn.add_product_(out, x, y).double(), 2 * want, **close)
-    assert len(always) == 4
+    other = views(shape[0], 7)[right]
+    got = onednn.sum_of_products(x, other).double()
+    torch.testing.assert_close(got, x.double().t() @ other.double(), **close)
+    assert len(always) == 5
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

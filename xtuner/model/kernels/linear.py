@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, Frozen, FrozenLinear
-from xtuner.model.kernels.onednn import add_product_, product
+from xtuner.model.kernels.onednn import add_product_, product, sum_of_products
 from xtuner.model.kernels.weights import (
     above_a,
     above_a_transposed,
@@ -267,15 +267,15 @@ class Group:
         if dxa is None:
             return grads
         dropped = any(a and a.dropout for a in adapters)
-        da_all = None if dropped else _product_wide(dxa.t(), x)
+        da_all = None if dropped else _sum_wide(dxa, x)
         for number, (adapter, columns, rows) in enumerate(self._parts_with(adapters)):
             if da_all is not None:
                 da = da_all[columns]
             elif adapter.dropout:
                 da = how.kernels.dropout_project_weight_grad(dxa[:, columns], x, adapter.dropout, seeds[number])
             else:
-                da = _product_wide(dxa[:, columns].t(), x)
-            db = _product_wide(dy[:, rows].t(), scaled[:, columns])
+                da = _sum_wide(dxa[:, columns], x)
+            db = _sum_wide(dy[:, rows], scaled[:, columns])
             grads += [da.to(adapter.a_rK.dtype), db.to(adapter.b_Nr.dtype)]
         return grads
 
@@ -290,8 +290,8 @@ class Group:
         return parts
 
 
-def _product_wide(left: Tensor, right: Tensor) -> Tensor:
-    """A product that leaves the accumulator in float32 (float64 for float64 factors)."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return product(left, right)
+def _sum_wide(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """`left.T @ right`, which leaves the accumulator in float32 (float64 for float64 factors)."""
+    if left_TM.is_cuda and left_TM.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left_TM.t(), right_TN, out_dtype=torch.float32)
+    return sum_of_products(left_TM, right_TN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.model.kernels.dispatch import kernels_for
-from xtuner.model.kernels.onednn import product
+from xtuner.model.kernels.onednn import product, sum_of_products
 
 _LOGITS_BYTES = 2**28
 
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is not None:
                 product(logits, head, out=dhidden[part])
             if dweight is not None:
-                dweight += product(logits.t(), x)
+                dweight += sum_of_products(logits, x)
             if dbias is not None:
                 dbias += logits.sum(0, dtype=wide)
         if dhidden is not None and not everything:

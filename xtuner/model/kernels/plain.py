@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xtuner.model.kernels.last_used import LastUsed
-from xtuner.model.kernels.onednn import product
+from xtuner.model.kernels.onednn import product, sum_of_products
 from xtuner.model.kernels.quantized import QuantizedWeight
 
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
@@ -214,7 +214,7 @@ def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: 
 
 def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """The gradient by A of `dropout(x) @ A.T`, the same mask drawn again: (r, K), float32 or wider."""
-    return _wide(product(dxa_Tr.t(), _dropped(x_TK, p, seed))) / (1 - p)
+    return _wide(sum_of_products(dxa_Tr, _dropped(x_TK, p, seed))) / (1 - p)
 
 
 def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
