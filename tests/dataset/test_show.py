@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.show import histogram, show_sample
+from xtuner.dataset.show import counted, histogram, show_sample
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import encode_conversation
 
@@ -27,3 +27,7 @@ def test_histogram_counts_everything_once():
     assert max(line.count('█') for line in lines) == 40
     assert histogram(np.array([])) == ['no conversation']
     assert len(histogram(np.array([7]))) == 1 and len(histogram(np.array([1, 2, 9]), num_bins=2)) == 2
+
+
+def test_one_is_not_many():
+    assert [counted(n, 'pack') for n in (0, 1, 2000)] == ['0 packs', '1 pack', '2,000 packs']

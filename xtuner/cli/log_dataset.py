@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.dataset.length import num_targets
     from xtuner.dataset.pipeline import prepare_dataset
-    from xtuner.dataset.show import histogram, show_sample
+    from xtuner.dataset.show import counted, histogram, show_sample
     from xtuner.errors import ConfigError
 
     dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part=args.part)
@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> int:
         trained = num_targets(sample)
         print(f'--- conversation {number}: {len(sample.input_ids)} tokens, {trained} trained')
         print(show_sample(sample, tokenizer, color=color))
-    print(f'--- {len(numbers)} conversations in {len(dataset)} packs, {dataset.fill:.1%} full')
+    print(f'--- {counted(len(numbers), "conversation")} in {counted(len(dataset), "pack")}, {dataset.fill:.1%} full')
     print('\n'.join(histogram(dataset.sample_lengths[numbers])))
     return 0

@@ -25,6 +25,7 @@ from xtuner.dataset.map_fns import resolve_map_fn
 from xtuner.dataset.mapping import map_records, stopped_by
 from xtuner.dataset.pack import Packs, pack_samples
 from xtuner.dataset.prompt import Template
+from xtuner.dataset.show import counted
 from xtuner.dataset.sources import Source, open_sources
 from xtuner.dataset.split import content_hash, split_samples
 from xtuner.dataset.store import PreparedDataset, StoreWriter, is_complete
@@ -78,8 +79,7 @@ def prepare_dataset(
         raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
-    plural = 's' * (len(dataset) != 1)
-    packs = f'{shown}: {len(dataset)} pack{plural}, {dataset.fill:.1%} full'
+    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill:.1%} full'
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
     if train_folder is not None and is_complete(train_folder):
         _warn_of_leaks(dataset, PreparedDataset(train_folder))

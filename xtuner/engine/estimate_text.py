@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.show import counted
 from xtuner.engine.cards import CARDS, Card, tokens_per_second
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.model.memory import Prediction, Setup
@@ -104,12 +105,13 @@ def _run(config: TrainConfig, estimate: Estimate) -> list[str]:
     if estimate.data is not None:
         data = estimate.data
         lines.append(
-            f'data: {data.num_tokens:,} tokens in {data.num_items:,} rows, {data.target_share:.1%} of them trained'
+            f'data: {data.num_tokens:,} tokens in {counted(data.num_items, "row")}, '
+            f'{data.target_share:.1%} of them trained'
         )
     if estimate.plan is not None:
         schedule = config.schedule
         lines.append(
-            f'run: {_count(estimate.plan.num_steps, "step")} of {estimate.plan.items_per_step} rows, about '
+            f'run: {counted(estimate.plan.num_steps, "step")} of {estimate.plan.items_per_step} rows, about '
             f'{estimate.tokens_per_step:,} tokens each'
             + ('' if schedule.max_steps else f', {schedule.max_epochs:g} epochs')
         )
@@ -145,10 +147,6 @@ def _time(estimate: Estimate, card: Card | None, step_seconds: float | None) -> 
 def gib(num_bytes: float) -> str:
     """'1.23 GiB', and small sizes in MiB."""
     return f'{num_bytes / GIB:.2f} GiB' if num_bytes >= GIB / 10 else f'{num_bytes / 2**20:.0f} MiB'
-
-
-def _count(number: int, name: str) -> str:
-    return f'{number:,} {name}{"" if number == 1 else "s"}'
 
 
 def clock(seconds: float) -> str:
