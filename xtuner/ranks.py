@@ -5,12 +5,14 @@ Known before torch is imported or a group joined.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # Set for processes that `xtuner train` started itself: it prints their error, they only leave it in a file.
 CHILD = 'XTUNER_CHILD'
@@ -50,9 +52,15 @@ def tells_error(text: str) -> bool:
 def leave_group(status: int) -> None:
     """After an error was told: ends this process now if it is in a group, whose orderly end would wait for others."""
     if judge is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        end_now(status)
+
+
+def end_now(status: int) -> NoReturn:
+    """Ends this process without the interpreter's own end, but hands over what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it, closed, or None
+            stream.flush()
+    os._exit(status)
 
 
 def is_one_of_several() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,9 @@ def test_copy_cfg_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(tmp_path / 'new')]) == 1
     assert 'exists; nothing was written' in capsys.readouterr().err
     assert written.read_text(encoding='utf-8').endswith('# edited\n')
+    for folder, reason in ((written, f'{written} exists'), (written / 'below', 'cannot write .*: Not a directory')):
+        assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(folder)]) == 1
+        assert re.match(f'xtuner: error: {reason}', capsys.readouterr().err)
 
 
 def test_print_config_shows_what_was_replaced(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -59,6 +60,38 @@ def test_an_interrupt_that_a_library_passes_over_ends_the_command(tmp_path: Path
 def test_an_interrupt_while_working_is_an_exception(tmp_path: Path) -> None:
     done = run(tmp_path, 'working')
     assert (done.returncode, done.stdout, done.stderr) == (130, 'noticed\n', 'xtuner: interrupted\n')
+
+
+LEAVING = """
+from xtuner.cli.main import COMMANDS, Command, command
+COMMANDS['speaking'] = Command('speaking', '')
+sys.argv = ['xtuner', 'speaking']
+command()
+"""
+SPEAKING = """
+def add_arguments(parser): pass
+def run(args):
+    print('a result')
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ('error', 'status', 'told'),
+    [
+        ("ValueError('no')", 1, 'xtuner: error: unexpected ValueError: no (run again with --debug for the traceback)'),
+        ('KeyboardInterrupt', 130, 'xtuner: interrupted'),
+        # Not of our own output, but of a worker's pipe, say.
+        ("BrokenPipeError(32, 'Broken pipe')", 1, 'xtuner: error: unexpected BrokenPipeError: [Errno 32] Broken pipe '
+                                                  '(run again with --debug for the traceback)'),
+    ],
+)  # fmt: skip
+def test_what_was_printed_before_an_error_is_not_lost(tmp_path: Path, error: str, status: int, told: str) -> None:
+    (tmp_path / 'speaking.py').write_text(SPEAKING.format(error=error), encoding='utf-8')
+    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n{LEAVING}'
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (status, 'a result\n', f'{told}\n')
 
 
 STARTED = """

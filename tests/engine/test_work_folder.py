@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,3 +64,17 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
     for place in (tmp_path / 'file', tmp_path / 'file' / 'below'):
         with pytest.raises(CheckpointError, match=f'cannot write to {place}: .*; give another --work-dir'):
             alone_in(place).__enter__()
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='folders are not closed there in this way')
+def test_below_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    (tmp_path / 'closed').mkdir(mode=0)
+    root = os.geteuid() == 0  # for whom nothing is closed
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(CheckpointError, match=r'cannot write to .*: Permission denied; give another --work-dir'):
+            alone_in(tmp_path / 'closed' / 'a').__enter__()
+    finally:
+        if root:
+            os.seteuid(0)

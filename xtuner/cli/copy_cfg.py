@@ -25,11 +25,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         with target.open('x', encoding='utf-8') as file:
-            file.write(source)
+            try:
+                file.write(source)
+                file.flush()
+            except OSError:
+                target.unlink()  # half of it would be in the way the next time
+                raise
     except FileExistsError as error:
-        raise ConfigError(f'{target} exists; nothing was written: name another folder or remove it') from error
+        there = target if args.folder.is_dir() else args.folder
+        raise ConfigError(f'{there} exists; nothing was written: name another folder or remove it') from error
     except OSError as error:
-        target.unlink(missing_ok=True)  # half of it would be in the way the next time
         raise ConfigError(f'cannot write {target}: {error.strerror}') from error
     print(target)
     return 0

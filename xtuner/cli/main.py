@@ -20,6 +20,7 @@ from xtuner.cli.process import (
     forget_results,
     leave,
     look_for_cycles_less_often,
+    reader_has_gone,
     stops_at_once_while_importing,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
@@ -83,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('xtuner: interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing is left to say
-        forget_results()
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_has_gone():  # such as `head`: nothing is left to say
+            forget_results()
+            return 1
         _report(error, debug=debug, unexpected=getattr(error, 'errno', None) not in _REFUSALS)
         leave_group(1)
         return 1

@@ -6,11 +6,14 @@ import atexit
 import contextlib
 import gc
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+from xtuner.ranks import end_now
 
 _COLLECT_AFTER = 10_000
 """New containers between two looks for cycles. Python's own 700 cost 0.7 of the 3.0 s that importing a chat takes."""
@@ -29,10 +32,7 @@ def leave(status: int) -> None:
     if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
         sys.exit(status)
     atexit._run_exitfuncs()
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it
-            sys.stderr.flush()
-    os._exit(status)
+    end_now(status)
 
 
 def flush_results() -> None:
@@ -53,6 +53,17 @@ def forget_results() -> None:
     """Drops what was printed and that nobody reads any more, so that the interpreter does not try again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reader_has_gone() -> bool:
+    """Whether nobody reads standard output or error any more; True where this system cannot tell."""
+    if not hasattr(select, 'poll'):  # Windows
+        return True
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            poll.register(stream.fileno(), 0)  # that the other end is closed is told in any case
+    return bool(poll.poll(0))
 
 
 @contextlib.contextmanager

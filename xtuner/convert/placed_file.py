@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE  # 4 KiB, on some ARM machines 64: no page of the cache may be written both ways
 _BUFFER_BYTES = 2**22  # of a thread; long enough that the disk's own time counts and not that of a call
 _LEAST_DIRECT = 2**16  # fewer bytes go through the page cache, which gathers them
 

@@ -30,12 +30,12 @@ def alone_in(work_dir: Path) -> Iterator[None]:
     Raises:
         CheckpointError: nothing can be written there, or another run is under way there.
     """
-    made = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
         work_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(work_dir / LOCK_FILE)
     except OSError as error:
-        reason = 'it is a file' if work_dir.is_file() else error.strerror
+        reason = 'it is a file' if os.path.isfile(work_dir) else error.strerror
         raise CheckpointError(f'cannot write to {work_dir}: {reason}; give another --work-dir') from error
     try:
         yield
