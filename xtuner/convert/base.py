@@ -122,6 +122,7 @@ class QuantizedBase:
         width = shape[1]
 
         def rows(start: int, stop: int) -> Tensor:
+            """The rows of that range, turned back into floats."""
             first, last = start * width, stop * width
             return torch.ops.bitsandbytes.dequantize_4bit.default(
                 codes[first // 2 : last // 2], scales[first // BLOCK : last // BLOCK], BLOCK, 'nf4',

@@ -77,6 +77,7 @@ class Source:
         scratch = torch.empty(0, device=self.device)
 
         def in_float(rows: Tensor) -> Tensor:  # into one and the same buffer: fresh memory costs more than the products
+            """Rows as float32, until the next call."""
             return scratch.resize_(rows.shape).copy_(rows)
 
         combined = combine(self.parts, plan.name, lambda a, b: in_float(rows(a, b)), plan.shape)

@@ -89,9 +89,11 @@ def go_template(template: Template, tokenizer: Any) -> str:
         raise UsageError(f'template {template.name!r} has no form in a Modelfile: it is more than strings around texts')
 
     def literal(text: str) -> str:
+        """A template's text with the tokenizer's own beginning and end in it."""
         return text.replace('{bos}', tokenizer.bos_token or '').replace('{eos}', tokenizer.eos_token or '')
 
     def shown(text: str) -> str:
+        """The action by which a Modelfile writes a text; nothing for none."""
         return f'{{{{ {_quoted(literal(text))} }}}}' if text else ''
 
     parts = [shown(template.begin.removeprefix('{bos}'))]

@@ -153,6 +153,7 @@ def _write_model(
              for name, tensor in tensors.items() if not name.endswith('inv_freq')]  # fmt: skip
 
     def blocks(plan: TensorPlan) -> Iterator[Tensor]:
+        """See `shards.Blocks`."""
         tensor = tensors[plan.name]
         for start, stop in row_blocks(plan.shape):
             yield (tensor[start:stop] if plan.shape else tensor).to(plan.dtype)

@@ -128,6 +128,7 @@ def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
             plans.append(TensorPlan(llama_name, tuple(tensor.shape), tensor.dtype))
 
     def blocks(plan: TensorPlan) -> Iterator[Tensor]:
+        """See `shards.Blocks`; a tensor that is cut or put together is read whole."""
         name = source[plan.name]
         if reader.shape(name) == plan.shape:
             yield from (reader.rows(name, start, stop) for start, stop in row_blocks(plan.shape))

@@ -37,6 +37,7 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
     dtype, size = weight_NK.dtype, weight_NK.shape[1]
 
     def multiply(x: Tensor) -> Tensor:
+        """In the weight's dtype; the result in that of `x`."""
         return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
     if not onednn.can_lay_out(weight_NK):
@@ -44,6 +45,7 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
     ordered, plain = onednn.lay_out(weight_NK), multiply if cached else None
 
     def multiply_ordered(x: Tensor) -> Tensor:
+        """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
         if plain is not None and x.numel() == size:
             return plain(x)
         return onednn.linear(x.to(dtype), ordered, bias).to(x.dtype)

@@ -57,6 +57,7 @@ def cut_while_loading(share: Share, *, tied: bool) -> Iterator[None]:
     done: dict[int, nn.Parameter] = {}
 
     def cut(module: nn.Module, name: str, parameter: Any) -> None:
+        """Called by torch before a module takes a parameter."""
         if parameter is None or id(parameter) in done:
             return
         if isinstance(module, nn.Embedding):

@@ -193,6 +193,7 @@ class Service:
 
     def _guarded(self, handler: Callable[[HTTPRequest], Awaitable[Response]]) -> Callable[[HTTPRequest], Any]:
         async def guarded(http: HTTPRequest) -> Response:
+            """Asks who comes, then answers."""
             self._guard.check(http)
             return await handler(http)
 

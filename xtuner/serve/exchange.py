@@ -97,11 +97,13 @@ class Exchange:
         """The response in one piece; given up when the client goes."""
 
         async def collect() -> None:
+            """Takes all pieces in."""
             for number in range(len(self._answers)):
                 async for _ in self.pieces(number):
                     pass
 
         async def disconnect() -> None:
+            """Returns when the client has gone."""
             while (await http.receive())['type'] != 'http.disconnect':
                 pass
 

@@ -40,6 +40,7 @@ class DataParallel(Strategy):
         """Calls `call()` whenever a bucket of gradients is ready on this rank."""
 
         def reduce(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            """Adds a bucket up over the ranks; its mean, when that is done."""
             call()
             # The sum first, then the mean, as DDP does without a hook.
             work = distributed.all_reduce(bucket.buffer(), async_op=True)

@@ -78,6 +78,7 @@ def _attention(
         if fused_prompt.takes(x_TH.dtype, heads.size):
 
             def by_kernels(number: int, qkv: Tensor) -> Tensor:
+                """By Triton."""
                 qkv = qkv.view(length, heads.groups, -1, heads.size)
                 keys, values = cache.all[2 * number, 0], cache.all[2 * number + 1, 0]
                 fused_prompt.turn_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
@@ -91,6 +92,7 @@ def _attention(
         mask = torch.ones(length, end, dtype=torch.bool, device=x_TH.device).tril(start)
 
     def plainly(number: int, qkv: Tensor) -> Tensor:
+        """By PyTorch's own."""
         query, key, value = _turned(qkv.view(length, heads.groups, -1, heads.size), heads, whole)
         new[2 * number].copy_(key)
         new[2 * number + 1].copy_(value)

@@ -198,6 +198,7 @@ def _hash_(x: Tensor, seed: Tensor) -> Tensor:
     second, shifted = (seed * 0x9E3779B1) ^ (seed >> 15), torch.empty_like(x)
 
     def fold(bits: int) -> Tensor:
+        """Mixes the upper bits into the lower ones."""
         torch.bitwise_right_shift(x, bits, out=shifted)
         return x.bitwise_xor_(shifted.bitwise_and_(_MASK32 >> bits))  # int32 shifts its sign in
 
@@ -234,6 +235,7 @@ def _keep_like(x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """
 
     def draw() -> Tensor:
+        """A fresh mask."""
         return dropout_keep(x_TK.shape[0], x_TK.shape[1], p, seed).to(x_TK.dtype)
 
     return draw() if seed.device.type != 'cpu' else _MASKS.get((*x_TK.shape, p, int(seed), x_TK.dtype), draw)
