@@ -103,21 +103,24 @@ class ZeRO(Strategy):
         """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        partition, form = next(iter(self._inner.state.items()))
+        parameters = list(trainable_parameters(self.bare).values())
+        partition, form = next(iter(self._inner.state.items()), (None, {}))  # SGD without momentum has none
         state = {
             number: {
                 name: safe_get_full_optimizer_state(parameter, name).cpu() if _is_of(value, partition) else value
                 for name, value in form.items()
             }
-            for number, parameter in enumerate(trainable_parameters(self.bare).values())
+            for number, parameter in enumerate(parameters if form else ())
         }
-        groups = [group | {'params': list(range(len(state)))} for group in self._inner.param_groups]
+        groups = [group | {'params': list(range(len(parameters)))} for group in self._inner.param_groups]
         return {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Into the partitions."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
+        if not state['state']:
+            return
         parameters = list(trainable_parameters(self.bare).values())
         shapes = [_shape(parameter) for parameter in parameters]
         self._make_room(leaves(state['state'][0]), shapes[0])
@@ -158,6 +161,6 @@ def _own_part(parameter: Any, whole: Tensor, rank: int) -> Tensor:
     return part
 
 
-def _is_of(value: Any, partition: Tensor) -> bool:
+def _is_of(value: Any, partition: Any) -> bool:
     """Whether a value of a partition's state is element for element the partition's."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == partition.numel()
