@@ -91,3 +91,22 @@ def test_other_dtypes_go_elsewhere(dtype: torch.dtype, always: list[int]) -> Non
 def test_small_products_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, 'linear', None)
     assert onednn.product(torch.ones(8, 256), torch.ones(256, 256)).eq(256).all()
+
+
+def test_sums_over_rows_see_few_numbers_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, linear = set(), onednn.linear
+    monkeypatch.setattr(onednn, 'linear', lambda x, *others: seen.add(x.shape[1]) or linear(x, *others))
+    for rows in range(33, 65, 5):
+        sums = onednn.sum_of_products(torch.ones(rows, 64), torch.ones(rows, 512))
+        assert torch.equal(sums, torch.full((64, 512), float(rows)))
+    assert seen == {48, 64}
+
+
+def test_a_factor_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values would be right, but came after 1000 times as long."""
+    factors, linear = [], onednn.linear
+    monkeypatch.setattr(onednn, 'linear', lambda x, weight, bias: factors.append(weight) or linear(x, weight, bias))
+    for right in views(64, 512).values():
+        onednn.product(torch.ones(64, 64), right)
+        onednn.sum_of_products(torch.ones(64, 64), right)
+    assert len(factors) == 8 and all(f.is_contiguous() or f.t().is_contiguous() for f in factors)
