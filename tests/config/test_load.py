@@ -86,6 +86,8 @@ def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
         ('model', 3, '`model` must be a dict, got 3'),
         ('model.path.x', 3, '`model.path.x` cannot be set: `path` is a str'),
         ('adapter', None, '`quantization` needs an `adapter`'),
+        ('adapter.r', 0, '`adapter.r` must be a whole number of at least 1, got 0'),
+        ('adapter.r', 'eight', "`adapter.r` must be a whole number of at least 1, got 'eight'"),
         ('optimizer', {}, '`optimizer` needs a `type`'),
     ],
 )

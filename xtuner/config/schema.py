@@ -186,6 +186,9 @@ class TrainConfig:
                 '`quantization` needs an `adapter`: quantised weights cannot be trained; '
                 'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`'
             )
+        rank = (self.adapter or {}).get('r', 1)  # peft looks at it once data and model are there
+        if not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f'`adapter.r` must be a whole number of at least 1, got {rank!r}')
 
 
 # Comments for the arguments of the open sections that users change most.
