@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -29,7 +30,8 @@ def test_preprocess_prints_the_folder_that_training_takes(config, tmp_path, caps
     assert main(['preprocess', config]) == 0
     out, err = capsys.readouterr()
     [folder] = out.splitlines()
-    assert folder.startswith(str(tmp_path / 'cache' / 'datasets')) and 'prepared in' in err
+    assert folder.startswith(str(tmp_path / 'cache' / 'datasets'))
+    assert re.search(r'\d\d:\d\d:\d\d  data: prepared in', err)
     assert main(['preprocess', config]) == 0
     assert capsys.readouterr().out == out
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from dataclasses import replace
 
@@ -39,6 +40,13 @@ def prepare(tmp_path, internlm_like, capsys):
     return run
 
 
+@pytest.fixture
+def log(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger('xtuner'), 'propagate', True)  # a command run before may have set it
+    caplog.set_level(logging.INFO, 'xtuner')
+    return caplog
+
+
 def targets(dataset) -> int:
     return sum(int((dataset[i]['labels'] != -100).sum()) for i in range(len(dataset)))
 
@@ -72,12 +80,12 @@ def test_one_conversation_trains(prepare):
         dataset[1]
 
 
-def test_a_second_start_maps_nothing(prepare, monkeypatch, capsys):
+def test_a_second_start_maps_nothing(prepare, monkeypatch, log):
     first = prepare()
     monkeypatch.setattr(mapping, 'apply_map_fn', lambda *args: pytest.fail('mapped again'))
     second = prepare()
     assert second.folder == first.folder
-    assert 'taken from' in capsys.readouterr().err
+    assert 'data: taken from' in log.text
     with pytest.raises(pytest.fail.Exception):
         prepare(max_length=96)
 
@@ -113,14 +121,14 @@ BAD = [b'{"question": "q", "answer": ', b'{"question": "\xff", "answer": "a"}', 
 
 
 @pytest.mark.parametrize('line', BAD)
-def test_a_bad_record_is_an_error_with_file_and_line_or_a_counted_skip(prepare, line, capsys):
+def test_a_bad_record_is_an_error_with_file_and_line_or_a_counted_skip(prepare, line, log):
     records = [*RECORDS[:30], line, *RECORDS[30:]]
     with pytest.raises(DataError, match=r"data\.jsonl:31: .*on_bad_record='skip'"):
         prepare(records)
     dataset = prepare(records, on_bad_record='skip')
     assert dataset.summary.counts['bad'] == 1 and dataset.summary.kept == 60
     assert 'data.jsonl:31' in dataset.summary.examples['bad'][0]
-    assert '1 could not be used: ' in capsys.readouterr().err
+    assert '1 could not be used: ' in log.text
 
 
 def test_losing_too_much_is_an_error(prepare):
@@ -167,16 +175,16 @@ def test_validation_is_apart_and_repeatable_and_equal_conversations_stay_togethe
     assert prepare(part='val') is None
 
 
-def test_a_validation_file_is_prepared_like_the_training_file(prepare, capsys):
+def test_a_validation_file_is_prepared_like_the_training_file(prepare, log):
     (prepare.folder / 'val.jsonl').write_text(json.dumps(RECORDS[0]))
     options = {'val_file': str(prepare.folder / 'val.jsonl')}
     assert prepare(**options).summary.kept == 60
-    capsys.readouterr()
     assert prepare(part='val', **options).summary.kept == 1
-    assert '1 of 1 conversations of `dataset.val_file` are in the training data too' in capsys.readouterr().err
+    assert log.text.count('1 of 1 conversations of `dataset.val_file` are in the training data too') == 1
     (prepare.folder / 'val.jsonl').write_text(json.dumps({'question': 'new', 'answer': 'new'}))
+    log.clear()
     assert prepare(part='val', **options).summary.kept == 1
-    assert 'too, so' not in capsys.readouterr().err
+    assert 'too, so' not in log.text
     with pytest.raises(ConfigError, match=r'`dataset.val_file` and `dataset.val_ratio` are both set'):
         prepare(val_ratio=0.1, **options)
     with pytest.raises(DataError, match='leaves none to train'):

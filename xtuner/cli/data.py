@@ -10,7 +10,10 @@ from xtuner.cli.options import read_config
 
 def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Returns the checked config of a command line, its tokenizer and its template; the model is not loaded."""
+    from xtuner.cli.log import start_logging
+
     config = read_config(args)
+    start_logging()
 
     from xtuner.dataset.template import get_template
     from xtuner.model.loading import load_tokenizer

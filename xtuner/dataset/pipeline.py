@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
+import logging
 import time
 from array import array
 from collections import deque
@@ -33,6 +33,8 @@ from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import Encoder, Sample
 from xtuner.errors import ConfigError, DataError
 from xtuner.ranks import is_first_process
+
+logger = logging.getLogger('xtuner')
 
 _T = TypeVar('_T')
 _CHUNK_CONVERSATIONS, _CHUNK_CHARACTERS = 2048, 2**21  # encoded at a time: bounds the memory, keeps all cores busy
@@ -80,7 +82,8 @@ def prepare_dataset(
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
     packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill:.1%} full'
-    _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines())
+    level = logging.WARNING if dataset.summary.counts else logging.INFO  # losses are told to who configured no logging
+    _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines(), level=level)
     if train_folder is not None and is_complete(train_folder):
         _warn_of_leaks(dataset, PreparedDataset(train_folder))
     return dataset
@@ -241,12 +244,13 @@ def _warn_of_leaks(validation: PreparedDataset, training: PreparedDataset) -> No
     trained = {content_hash(training.sample(number)) for number in range(training.num_samples)}
     num_leaks = sum(content_hash(validation.sample(number)) in trained for number in range(validation.num_samples))
     if num_leaks:
-        _say(f'warning: {num_leaks} of {validation.num_samples} conversations of `dataset.val_file` are in the '
-             'training data too, so the validation loss will look better than it is')  # fmt: skip
+        text = (f'warning: {num_leaks} of {validation.num_samples} conversations of `dataset.val_file` are in the '
+                'training data too, so the validation loss will look better than it is')  # fmt: skip
+        _say(text, level=logging.WARNING)
 
 
-def _say(*lines: str) -> None:
-    """Prints to stderr, on the first rank only."""
+def _say(*lines: str, level: int = logging.INFO) -> None:
+    """Logs, on the first rank only."""
     if is_first_process():
         for line in lines:
-            print(f'data: {line}', file=sys.stderr, flush=True)
+            logger.log(level, 'data: %s', line)
