@@ -48,6 +48,13 @@ def test_a_conversation(scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert 'Ctrl-D ends' in noted and 'again: hi' in noted
 
 
+def test_an_answer_does_not_command_the_terminal(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = scripted.session()
+    scripted.model.script = ['a\x1b[2Jb<eoa>']
+    assert 'a␛[2Jb' in talk(session, monkeypatch, 'hi')
+    assert session.history[-1].content == 'a\x1b[2Jb'  # what is remembered and saved is what was said
+
+
 def test_a_stopped_answer_is_kept_as_far_as_it_came(
     scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -164,7 +171,7 @@ def test_in_a_pseudo_terminal(chat: Terminal, tmp_path: Path) -> None:
     chat.expect('conversation added')
     chat.expect('you > ')
     chat.type('\x03')
-    chat.expect('Ctrl-D ends')
+    chat.expect('Ctrl-D ends.*you > ')  # before that, the terminal itself would take the key
     chat.type('\x04')
     assert chat.process.wait(30) == 0
     saved = (tmp_path / 'talk.jsonl').read_text(encoding='utf-8')

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.show import counted, histogram, show_sample
+from xtuner.dataset.show import counted, histogram, printable, show_sample
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import encode_conversation
 
@@ -18,6 +18,13 @@ def test_trained_tokens_stand_apart(internlm_like):
     colored = show_sample(sample, internlm_like, color=True)
     assert colored.count('\x1b[32m') == colored.count('\x1b[90m') == 2
     assert '\x1b[32mYes<eoa>\x1b[0m' in colored
+
+
+def test_control_characters_are_shown_not_obeyed(internlm_like):
+    assert printable('a\x1b[2J\r\x07\x7f\x9bm\n\tb 你') == 'a␛[2J␍␇␡\ufffdm\n\tb 你'
+    conversation = to_conversation({'conversation': [{'input': 'Hi', 'output': 'a\x1b[2Jb'}]})
+    sample = encode_conversation(conversation, internlm_like, get_template('internlm_chat'))
+    assert '«a␛[2Jb<eoa>»' in show_sample(sample, internlm_like, color=False)
 
 
 def test_histogram_counts_everything_once():

@@ -11,6 +11,7 @@ from xtuner.chat.commands import COMMANDS, Exit, run_command
 from xtuner.chat.lines import line_editing, read_message
 from xtuner.chat.moss import Call
 from xtuner.chat.session import ChatSession
+from xtuner.dataset.show import printable
 from xtuner.errors import DataError
 
 _PROMPT = 'you > '
@@ -60,7 +61,7 @@ def chat_interactive(session: ChatSession, out: TextIO) -> None:
 
 def show_call(call: Call, result: str) -> None:
     """Says which tool was called, and what it gave."""
-    _note(f'({call} => {result})')
+    _note(printable(f'({call} => {result})'))
 
 
 def _react(session: ChatSession, text: str, out: TextIO) -> None:
@@ -83,7 +84,7 @@ def _answer(session: ChatSession, text: str, out: TextIO) -> None:
     def show(piece: str) -> None:
         """Prints a piece of the answer as it comes, and keeps it in case the answer is stopped."""
         pieces.append(piece)
-        print(piece, end='', file=out, flush=True)
+        print(printable(piece), end='', file=out, flush=True)
 
     try:
         session.ask(text, show)

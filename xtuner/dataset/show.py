@@ -8,7 +8,15 @@ import numpy as np
 
 from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
 
+# What a terminal would obey, as a sign of it: Unicode has pictures of the older ones. Line breaks and tabs stay.
+_SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in '\n\t'} | {0x7F: 0x2421}
+_SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _GREEN, _GREY, _RESET = '\x1b[32m', '\x1b[90m', '\x1b[0m'
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters as signs such as ␛: data and answers do not command a terminal."""
+    return text.translate(_SIGNS)
 
 
 def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
@@ -17,7 +25,7 @@ def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
     changes = np.flatnonzero(np.diff(trained)) + 1
     text = ''
     for span, wanted in zip(np.split(sample.input_ids, changes), np.split(trained, changes), strict=True):
-        shown = tokenizer.decode(span.tolist(), clean_up_tokenization_spaces=False)
+        shown = printable(tokenizer.decode(span.tolist(), clean_up_tokenization_spaces=False))
         if color:
             text += f'{_GREEN if wanted[0] else _GREY}{shown}{_RESET}'
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from xtuner.dataset.show import printable
 from xtuner.dataset.tokenize import IGNORE_INDEX
 
 logger = logging.getLogger('xtuner')
@@ -40,5 +41,5 @@ class DatasetInfoHook(Hook):
                 text = self._tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
                 pieces.append(f'[[{text}]]' if trained[start] else text)
                 start = end
-        text = ''.join(pieces)
+        text = printable(''.join(pieces))
         return text if len(text) <= self._max_chars else f'{text[: self._max_chars]} … ({len(text)} characters)'

@@ -11,6 +11,7 @@ import torch
 from mmengine.hooks import Hook
 
 from xtuner.dataset.conversation import Message
+from xtuner.dataset.show import printable
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.engine.lines import append_line, keep_lines
@@ -103,6 +104,6 @@ class EvaluateChatHook(Hook):
         answer = self._tokenizer.decode(
             [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
         )
-        logger.info('sample at step %d\n  > %s\n  %s', step, prompt, answer.strip())
+        logger.info('sample at step %d\n  > %s\n  %s', step, printable(prompt), printable(answer.strip()))
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
         append_line(work_dir / SAMPLES_FILE, record)
