@@ -18,7 +18,7 @@ from xtuner.convert.base import PublishedBase, QuantizedBase, shared_tensors
 from xtuner.convert.combine import Weighted, combine, merged_shape
 from xtuner.convert.delta import Rows
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.shards import TensorPlan, row_blocks, size_text, write_weights
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.adapter import Provenance, check_adapter
 from xtuner.model.sources import resolve_model
@@ -139,8 +139,8 @@ def merge(
     dtype = dtype or ('bf16' if trained_in == 'bf16' else 'fp16')
     plans, config_changes = plan_tensors(source, DTYPES[dtype])
     size = sum(plan.nbytes for plan in plans)
-    logger.info('merging %s into %s: %.1f GB in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
-                size / 1e9, dtype)  # fmt: skip
+    logger.info('merging %s into %s: %s in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
+                size_text(size), dtype)  # fmt: skip
     _explain(base, source.provenance)
     num_prompts = _num_prompts(verify, size, source)
     with whole_folder(out, _job(source, plans, base, max_shard_bytes)) as folder:

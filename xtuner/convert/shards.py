@@ -89,7 +89,7 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     total = sum(plan.nbytes for _, shard in todo for plan in shard)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise ModelError(f'{folder.parent} has {free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are to be written')
+        raise ModelError(f'{folder.parent} has {size_text(free)} free, {size_text(total)} are to be written')
     if len(todo) < len(shards):
         logger.info('going on after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
     _write_shards(todo, blocks, _Progress(total))
@@ -99,6 +99,11 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
         index = {'metadata': {'total_size': num_bytes}, 'weight_map': weight_map}
         (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
     return num_bytes
+
+
+def size_text(num_bytes: int) -> str:
+    """'14.6 GB', '8.4 MB'."""
+    return f'{num_bytes / 1e9:.1f} GB' if num_bytes >= 10**9 else f'{num_bytes / 1e6:.1f} MB'
 
 
 class _Progress:
@@ -119,8 +124,9 @@ class _Progress:
                 speed = self._done / max(now - self._started, 1e-9)
                 left = (self._total - self._done) / speed
                 logger.info(
-                    '%.1f of %.1f GB, %.0f MB/s, eta %.0f s', self._done / 1e9, self._total / 1e9, speed / 1e6, left
-                )
+                    '%s of %s, %.0f MB/s, eta %.0f s',
+                    size_text(self._done), size_text(self._total), speed / 1e6, left,
+                )  # fmt: skip
 
 
 class _Shard:
