@@ -172,3 +172,21 @@ def test_print_config_shows_what_was_replaced(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "path='here'" in out
     assert 'lr=0.001' in out
+
+
+def test_a_name_that_the_locale_cannot_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = '数据'.encode().decode('ascii', 'surrogateescape')  # as Python reads it under `LC_ALL=C`
+    monkeypatch.setattr('xtuner.cli.main._run', lambda words: name.encode())
+    assert main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("xtuner: error: '数据' in the name of a file") and 'PYTHONUTF8=1' in error
+    assert error.count('\n') == 1
+
+
+def test_output_that_the_locale_lacks_is_escaped() -> None:
+    code = "from xtuner.cli import main; main._run = lambda words: print('\\u6570') or 0; main.command()"
+    locale = {'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'LC_ALL': 'C'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | locale, check=False)
+    assert (done.stdout, done.stderr) == (b'\\u6570\n', b'')

@@ -22,6 +22,7 @@ from xtuner.cli.process import (
     look_for_cycles_less_often,
     reader_has_gone,
     stops_at_once_while_importing,
+    write_what_the_locale_lacks,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
 from xtuner.ranks import leave_group, tells_error
@@ -64,6 +65,7 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
 
 def command() -> None:
     """The process `xtuner`: one command line, then its exit status."""
+    write_what_the_locale_lacks()
     leave(main())
 
 
@@ -148,10 +150,22 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     text = ' '.join(str(error).split())
     if isinstance(error, OSError) and not unexpected:
         text = ': '.join(map(str, filter(None, (error.filename, error.strerror))))
+    if isinstance(error, UnicodeEncodeError) and (name := _unreadable_name(error)):
+        text, unexpected = name, False
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
     if tells_error(text):
         print(f'xtuner: error: {text}', file=sys.stderr)
+
+
+def _unreadable_name(error: UnicodeEncodeError) -> str | None:
+    """What to say where the error is about a path's bytes that are no text in the locale; None for any other."""
+    wrong = error.object[error.start : error.end]
+    if not all('\udc80' <= char <= '\udcff' for char in wrong):  # Python's stand-ins for such bytes
+        return None
+    shown = wrong.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    return (f'{shown!r} in the name of a file or folder is no text in this locale; use UTF-8 (PYTHONUTF8=1, or '
+            'LC_ALL=C.UTF-8), or rename it')  # fmt: skip
 
 
 if __name__ == '__main__':

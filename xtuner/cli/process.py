@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import os
 import select
 import signal
@@ -22,6 +23,16 @@ _COLLECT_AFTER = 10_000
 def look_for_cycles_less_often() -> None:
     """Spares the imports most of the garbage collector's walks over half a million objects of libraries."""
     gc.set_threshold(_COLLECT_AFTER)
+
+
+def write_what_the_locale_lacks() -> None:
+    """Lets standard output write a character that its encoding has not as an escape, as standard error does.
+
+    Else a run under `LC_ALL=C` would fail at its last line, where it prints the path of its checkpoint.
+    """
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and (stdout.errors == 'strict' or stdout.encoding.lower() != 'utf-8'):
+        stdout.reconfigure(errors='backslashreplace')
 
 
 def leave(status: int) -> None:

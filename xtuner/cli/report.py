@@ -13,6 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the page's path on stdout."""
+    from xtuner.cli.log import start_logging
+
+    start_logging()
+
     from xtuner.engine.report.page import write_report
 
     print(write_report(args.work_dir))
