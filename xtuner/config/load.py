@@ -93,7 +93,8 @@ def read_file(path: Path) -> dict[str, Any]:
     lazy = config._cfg_dict._to_lazy_dict()
     values = _without_lazy(lazy, path)
     # Names with a leading underscore are a file's own helpers; so are its functions, modules and imports.
-    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, types.FunctionType))}
+    own = (types.FunctionType, types.ModuleType)  # mmengine imports modules of a system's Python for good
+    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, own))}
     return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
 
 
