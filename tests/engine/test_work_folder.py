@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from xtuner.engine import work_folder
 from xtuner.engine.work_folder import LOCK_FILE, alone_in
 from xtuner.errors import CheckpointError
 
@@ -48,6 +49,22 @@ def test_a_second_run_is_refused_and_the_first_one_left_alone(tmp_path: Path) ->
         with alone_in(tmp_path):  # a lock ends with its process, however that ends
             assert 'process' in (tmp_path / LOCK_FILE).read_text(encoding='utf-8')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run before may end, and remove its file, between our opening and our locking it."""
+    lock, locked = work_folder._lock, []
+
+    def late(descriptor: int, path: Path) -> None:
+        lock(descriptor, path)
+        locked.append(path)
+        if len(locked) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(work_folder, '_lock', late)
+    with alone_in(tmp_path):
+        assert (tmp_path / LOCK_FILE).is_file()
+    assert len(locked) == 2
 
 
 def test_what_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
