@@ -29,6 +29,9 @@ def test_few_numbers_of_rows() -> None:
     usual = [onednn._usual_number(rows) for rows in range(513)]
     assert sorted(set(usual)) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     assert all(rows <= size and (rows < 2 or size < 2 * rows) for rows, size in enumerate(usual))
+    for rows in range(513, 5000):  # what is added is computed
+        assert rows <= onednn._usual_number(rows) <= 1.25 * rows
+    assert len({onednn._usual_number(rows) for rows in range(513, 4097)}) == 12
 
 
 def test_what_is_not_laid_out() -> None:

@@ -62,9 +62,10 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 def _usual_number(rows: int) -> int:
-    """The next power of two; of large numbers three quarters of it, where that is enough."""
+    """The next power of two; of large numbers the next quarter of it, of very large ones the next eighth."""
     power = 1 << max(rows - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 64 and rows <= 3 * power // 4 else power
+    step = power // (1 if power < 64 else 4 if power <= 512 else 8)
+    return -(-rows // step) * step if rows else 1
 
 
 def product(x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
