@@ -119,8 +119,8 @@ def tokenizer_template(tokenizer: Any) -> TokenizerTemplate:
     if tokenizer is None:
         raise ConfigError("`model.template` 'from_tokenizer' needs the tokenizer")
     if not getattr(tokenizer, 'chat_template', None):
-        raise ConfigError("`model.template` is 'from_tokenizer', and the tokenizer has no chat template; name one of "
-                          'ours, such as internlm_chat')  # fmt: skip
+        raise ConfigError("the tokenizer has no chat template to take ('from_tokenizer'); name one of ours, such as "
+                          'internlm_chat, as `model.template` or --prompt-template')  # fmt: skip
     found = _probe(tokenizer)
     if not found:
         raise ConfigError('the chat template of the tokenizer ends an answer with no token, so the model could not '

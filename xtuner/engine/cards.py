@@ -51,7 +51,7 @@ def find_card(name: str) -> Card:
     """
     key = name.lower().replace(' ', '').removeprefix('nvidia')
     if key not in CARDS:
-        raise UsageError(f'no card {name!r} is known{nearest(key, CARDS)}; known: {", ".join(CARDS)}')
+        raise UsageError(f'no card {name!r} is known; known: {", ".join(CARDS)}{nearest(key, CARDS)}')
     return CARDS[key]
 
 

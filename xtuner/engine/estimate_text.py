@@ -36,7 +36,7 @@ def describe(
     lines += ['', *_run(config, estimate), *_time(estimate, card, step_seconds)]
     if not is_predicted(config, config.parallel.strategy):
         lines.append('What the processes share among them (`parallel`) is not predicted: each needs less than this.')
-    lines += ['', 'On a CPU the memory of a run is not predicted; the rest holds.']
+    lines += ['', 'The memory is that of a GPU; for a run on a CPU it is not predicted, the rest holds.']
     return lines
 
 
@@ -46,9 +46,9 @@ def _model(config: TrainConfig, setup: Setup) -> list[str]:
     held = f'in {config.quantization.bits} bit' if config.quantization else 'in half precision'
     path = 'the fast path' if setup.on_fast_path else f'the stock path: {shape.obstacle or "as the config says"}'
     return [
-        f'{config.model.path}: {shape.num_base / 1e9:.2f} B parameters '
+        f'{config.model.path}: {_count(shape.num_base)} parameters '
         f'{"in float32" if setup.full or (setup.value_bytes == 4 and not config.quantization) else held}, '
-        f'{shape.num_trained / 1e6:.1f} M trained ({share:.2%}); on {path}',
+        f'{_count(shape.num_trained)} trained ({share:.2%}); on {path}',
         f'a micro-batch of {setup.tokens // setup.longest} x {setup.longest} tokens'
         + (f', {setup.target_share:.0%} of them trained' if setup.target_share < 1 else ''),
     ]
@@ -76,6 +76,10 @@ def _memory(memory: Prediction, setup: Setup) -> list[str]:
         terms = ', '.join(f'{name} {gib(size)}' for name, size in memory.host.items())
         lines.append(f'{"pinned on host":{_WIDTH}}{sum(memory.host.values()) / GIB:8.2f}   {terms}')
     return lines
+
+
+def _count(number: int) -> str:
+    return f'{number / 1e9:.2f} B' if number >= 10**9 else f'{number / 1e6:.1f} M'
 
 
 def _rows(terms: Mapping[str, int], texts: Mapping[str, str]) -> list[str]:

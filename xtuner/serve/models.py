@@ -47,7 +47,8 @@ class ServedModel:
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Ids up to where the answer begins, those of training; raises DataError on messages that have no form."""
         if self.template is None:
-            raise DataError(f'{self.name!r} has no prompt format for conversations: {self.why_no_template}')
+            raise DataError(f'{self.name!r} has no prompt format for conversations, /v1/completions works: '
+                            f'{self.why_no_template}')  # fmt: skip
         return encode_prompt(messages, self.tokenizer, self.template)
 
     def encode_text(self, text: str) -> list[int]:
