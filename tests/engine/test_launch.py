@@ -40,7 +40,7 @@ def test_slurm_s_variables_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     answers = {'hostnames': 'node3\nnode4\n', 'node': 'NodeName=node3 CPUTot=8\n   NodeAddr=10.1.2.3 NodeHostName=x\n'}
-    monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, text: answers[words[2]])
+    monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, **_: answers[words[2]])
     for known, address in ((False, '10.1.2.3'), (True, 'node3')):  # a node's name need not be a host's
         monkeypatch.setattr(launch, '_is_known', lambda host, known=known: known)
         with monkeypatch.context() as inner:
@@ -52,6 +52,18 @@ def test_slurm_s_variables_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
         launch._take_slurm_variables()
         names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
         assert [os.environ[name] for name in names] == ['9', '16', '1', 'node3', '23456']
+
+
+def test_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv('SLURM_NODELIST', 'node3')
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(UsageError, match=r'hostnames node3` failed \(.*No such file.*\); set MASTER_ADDR'):
+        launch._take_slurm_variables()
+    (tmp_path / 'scontrol').write_text('#!/bin/sh\necho no controller >&2\nexit 1\n', encoding='utf-8')
+    (tmp_path / 'scontrol').chmod(0o755)
+    with pytest.raises(UsageError, match=r'failed \(no controller\); set MASTER_ADDR'):
+        launch._take_slurm_variables()
 
 
 def test_an_address_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

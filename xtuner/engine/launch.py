@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from xtuner.engine.watch import Watch, watch_group
-from xtuner.errors import Interrupted, TrainingError, UsageError
+from xtuner.errors import Interrupted, TrainingError, UsageError, one_line
 from xtuner.model.kernels.sequence import SequenceGroup
 from xtuner.ranks import CHILD
 
@@ -201,8 +201,17 @@ def _is_known(host: str) -> bool:
 
 def _slurm_address(node: str) -> str:
     """Where Slurm itself finds a node whose name is no host name; the name where it does not say."""
-    told = subprocess.check_output(['scontrol', 'show', 'node', node], text=True)
+    told = _ask_slurm('node', node)
     return next((word.partition('=')[2] for word in told.split() if word.startswith('NodeAddr=')), node)
+
+
+def _ask_slurm(what: str, name: str) -> str:
+    try:
+        return subprocess.check_output(['scontrol', 'show', what, name], text=True, stderr=subprocess.PIPE)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = one_line(getattr(error, 'stderr', None) or error)
+        raise UsageError(f'`scontrol show {what} {name}` failed ({reason}); set MASTER_ADDR to the address of the '
+                         'machine that rank 0 runs on') from error  # fmt: skip
 
 
 def _take_slurm_variables() -> None:
@@ -211,7 +220,7 @@ def _take_slurm_variables() -> None:
             os.environ.setdefault(name, os.environ[slurm_name])
     nodes = os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_NODELIST', ''))
     if nodes and 'MASTER_ADDR' not in os.environ:
-        first = subprocess.check_output(['scontrol', 'show', 'hostnames', nodes], text=True).split()[0]
+        first = _ask_slurm('hostnames', nodes).split()[0]
         os.environ['MASTER_ADDR'] = first if _is_known(first) else _slurm_address(first)
     # A port that all tasks of the job agree on without talking, away from other jobs' on the same node.
     os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20000))
