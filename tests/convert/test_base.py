@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import write_internlm
 from tests.convert.adapters import make_base, make_gpt2
@@ -78,3 +79,18 @@ def test_layers_that_hold_their_weights_transposed(tmp_path: Path) -> None:
     for name in ('transformer.h.0.attn.c_attn.weight', 'transformer.h.1.mlp.c_proj.weight'):
         rows = base.open(name)(0, held[name].shape[1])
         assert torch.equal(rows, held[name].T)
+
+
+@pytest.mark.parametrize('value', [torch.inf, torch.nan])
+@pytest.mark.parametrize('settings', ['nf4', 'nf4, plain scales'])
+def test_a_weight_that_is_not_finite(tmp_path: Path, settings: str, value: float) -> None:
+    """bitsandbytes itself says what becomes of it."""
+    folder, name = write_internlm(tmp_path / 'base', vocab_size=120, hidden=64), 'model.layers.0.mlp.up_proj.weight'
+    (file,) = folder.glob('*.safetensors')
+    tensors = load_file(file)
+    tensors[name][3, 5] = value
+    save_file(tensors, file, {'format': 'pt'})
+    base = QuantizedBase(open_weights(folder), SETTINGS[settings], torch.bfloat16, torch.device('cpu'))
+    expected = module.requantize(tensors[name].bfloat16(), SETTINGS[settings])
+    rows = base.open(name)(0, len(expected))
+    assert torch.equal(rows.nan_to_num(), expected.nan_to_num())
