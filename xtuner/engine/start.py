@@ -62,8 +62,11 @@ def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None for a new run.
 
     Raises:
-        CheckpointError: there is a run already and nothing was said of it, or the checkpoint is not whole.
+        CheckpointError: there is a run already and nothing was said of it, the checkpoint is not whole, or what
+            `--start-from` names is no folder.
     """
+    if start.weights is not None and not start.weights.is_dir():
+        raise CheckpointError(f'--start-from {start.weights}: no such folder{_offer(start.weights.parent)}')
     if isinstance(start.resume, Path) or start.resume not in (None, NEWEST):
         folder = Path(start.resume or '')
         if not folder.is_dir():
@@ -88,11 +91,9 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
     """Looks at what `--start-from` names before the base is loaded.
 
     Raises:
-        CheckpointError: nothing there, not whole, or of another base.
+        CheckpointError: not whole, or of another base.
         ConfigError: the config's `adapter` is of another form than the one in the folder.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f'--start-from {folder}: no such folder')
     if (folder / MANIFEST_FILE).is_file():
         verify_checkpoint(folder)
     if config.adapter is None:
