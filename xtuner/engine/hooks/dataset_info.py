@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 from mmengine.hooks import Hook
 
-from xtuner.dataset.show import printable
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.show import show_sample
+from xtuner.dataset.tokenize import Sample
 
 logger = logging.getLogger('xtuner')
 
 
 class DatasetInfoHook(Hook):
-    """Prints the first item's text, trained parts in brackets, before training.
+    """Prints the first item's text, trained parts marked, before training.
 
     Args:
         dataset: The prepared data set.
@@ -29,17 +30,10 @@ class DatasetInfoHook(Hook):
         """Prints, on the first rank only."""
         if runner.rank != 0:
             return
-        logger.info('first item, trained text in [[ ]]:\n%s', self.preview(next(iter(self._dataset))))
+        logger.info('first item, trained text between « and »:\n%s', self.preview(next(iter(self._dataset))))
 
     def preview(self, item: dict[str, Any]) -> str:
-        """The item's text, each run of trained tokens between `[[` and `]]`, cut at `max_chars`."""
-        pieces: list[str] = []
-        ids, trained = [int(i) for i in item['input_ids']], [int(label) != IGNORE_INDEX for label in item['labels']]
-        start = 0
-        for end in range(1, len(ids) + 1):
-            if end == len(ids) or trained[end] != trained[start]:
-                text = self._tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-                pieces.append(f'[[{text}]]' if trained[start] else text)
-                start = end
-        text = printable(''.join(pieces))
+        """The item's text, trained tokens between « and » as `xtuner log-dataset` shows them, cut at `max_chars`."""
+        sample = Sample(np.asarray(item['input_ids']), np.asarray(item['labels']))
+        text = show_sample(sample, self._tokenizer, color=False).strip()
         return text if len(text) <= self._max_chars else f'{text[: self._max_chars]} … ({len(text)} characters)'
