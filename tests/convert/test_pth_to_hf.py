@@ -99,6 +99,20 @@ def test_a_whole_model(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(t, (weights[name] + 0.5).half()) for name, t in read.state_dict().items())
 
 
+@pytest.mark.parametrize('form', ['model', 'adapter'])
+def test_values_beyond_float16(form: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if form == 'model':
+        weights, text = AutoModelForCausalLM.from_pretrained(base).state_dict(), FULL
+        tensors = {f'llm.{name}': tensor for name, tensor in weights.items()}
+    else:
+        tensors, text = state(save_trained(base, tmp_path / 'made'), 'mmengine'), CLASSICAL
+    torch.save({'state_dict': {name: t * 1e8 for name, t in tensors.items()}, **records()}, tmp_path / 'a.pth')
+    words = [config(tmp_path, base, text), str(tmp_path / 'a.pth'), str(tmp_path / 'out')]
+    assert main(['convert', 'pth_to_hf', *words]) == 1
+    assert 'values that float16 cannot hold; use --fp32' in capsys.readouterr().err
+    assert main(['convert', 'pth_to_hf', *words, '--fp32']) == 0
+
+
 class Bomb:
     """A pickle that writes a file when it is loaded."""
 

@@ -19,7 +19,7 @@ from xtuner.convert.combine import Weighted, combine, merged_shape
 from xtuner.convert.delta import Rows
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, size_text, write_weights
-from xtuner.errors import CheckpointError, ModelError, UsageError
+from xtuner.errors import CheckpointError, UsageError
 from xtuner.model.adapter import Provenance, check_adapter
 from xtuner.model.sources import resolve_model
 from xtuner.model.weights import WeightReader, fingerprint, open_weights
@@ -72,7 +72,7 @@ class Source:
         rows = self.rows(plan.name)
         if plan.name not in self.targets:
             for start, stop in row_blocks(plan.shape):
-                yield _cast(rows(start, stop), plan).cpu()
+                yield plan.cast(rows(start, stop)).cpu()
             return
         scratch = torch.empty(0, device=self.device)
 
@@ -85,7 +85,7 @@ class Source:
         for start, stop in row_blocks(plan.shape):
             before = rows(start, stop)
             merged = combined.rows(in_float(before), start, stop)
-            block = merged.clone() if merged.dtype == plan.dtype else _cast(merged, plan)
+            block = merged.clone() if merged.dtype == plan.dtype else plan.cast(merged)
             changed = changed or before.shape != block.shape or not torch.equal(block, before.to(block))
             yield block.cpu()
         if not changed:
@@ -250,18 +250,6 @@ def _job(source: Source, plans: Sequence[TensorPlan], base: str, max_shard_bytes
         'adapters': [(part.adapter.fingerprint(), part.weight) for part in source.parts],
         'tensors': [(plan.name, plan.shape, str(plan.dtype)) for plan in plans],
     }  # fmt: skip
-
-
-def _cast(tensor: Tensor, plan: TensorPlan) -> Tensor:
-    """The tensor in the planned dtype; a value that it cannot hold is an error."""
-    if tensor.dtype == plan.dtype:
-        return tensor
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()  # torch converts between 16-bit types several times slower
-    cast = tensor.to(plan.dtype)
-    if plan.dtype == torch.float16 and not cast.sum(dtype=torch.float32).isfinite():  # that sum has room for any block
-        raise ModelError(f'{plan.name} has values that float16 cannot hold; use --dtype bf16')
-    return cast
 
 
 def _short(dtype: torch.dtype) -> str:

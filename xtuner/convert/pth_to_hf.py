@@ -28,6 +28,7 @@ from xtuner.registry import build
 logger = logging.getLogger('xtuner')
 
 _PREFIX = 'base_model.model.'
+_WIDER = 'use --fp32'
 
 
 def pth_to_hf(
@@ -131,7 +132,8 @@ def _write_adapter(folder: Path, run: _Run, tensors: Mapping[str, Tensor], dtype
     adapter_config: Any = build(settings, 'model.lora')
     adapter_config.inference_mode = True
     adapter_config.save_pretrained(folder)
-    values = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
+    plans = {name: TensorPlan(name, tuple(tensor.shape), dtype) for name, tensor in named.items()}
+    values = {name: plans[name].cast(tensor, wider=_WIDER).contiguous() for name, tensor in named.items()}
     save_file(values, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
     if (tokenizer := run.tokenizer()) is not None:
         tokenizer.save_pretrained(folder)
@@ -156,7 +158,7 @@ def _write_model(
         """See `shards.Blocks`."""
         tensor = tensors[plan.name]
         for start, stop in row_blocks(plan.shape):
-            yield (tensor[start:stop] if plan.shape else tensor).to(plan.dtype)
+            yield plan.cast(tensor[start:stop] if plan.shape else tensor, wider=_WIDER)
 
     write_weights(folder, plans, max_shard_bytes, blocks)
     write_model_files(folder, base, None, None, {'dtype': str(dtype).removeprefix('torch.')})

@@ -53,6 +53,25 @@ class TensorPlan:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, block: Tensor, *, wider: str = 'use --dtype bf16') -> Tensor:
+        """Some of its values in its dtype.
+
+        Args:
+            block: The values.
+            wider: What to do where its dtype is too narrow.
+
+        Raises:
+            ModelError: a value is beyond what float16 holds.
+        """
+        if block.dtype == self.dtype:
+            return block
+        if block.dtype == torch.bfloat16:
+            block = block.float()  # torch converts between 16-bit types several times slower
+        cast = block.to(self.dtype)
+        if self.dtype == torch.float16 and not cast.sum(dtype=torch.float32).isfinite():  # room for any block's sum
+            raise ModelError(f'{self.name} has values that float16 cannot hold; {wider}')
+        return cast
+
 
 Blocks = Callable[[TensorPlan], Iterable[Tensor]]
 """Gives a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU. Several threads call it."""
