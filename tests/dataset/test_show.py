@@ -4,6 +4,7 @@ import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.show import counted, histogram, printable, show_sample
+from xtuner.dataset.summary import Summary
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import encode_conversation
 
@@ -38,3 +39,9 @@ def test_histogram_counts_everything_once():
 
 def test_one_is_not_many():
     assert [counted(n, 'pack') for n in (0, 1, 2000)] == ['0 packs', '1 pack', '2,000 packs']
+
+
+def test_one_record_is_not_many():
+    assert Summary(1, 1, 1, 1200, 1).lines() == [
+        '1 record, 1 conversation, 1 kept (0 of them cut), 0 dropped; 1,200 tokens, 1 of them trained'
+    ]

@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer, template = load_data_config(args)
 
     from xtuner.dataset.check import check_dataset
+    from xtuner.dataset.show import counted
 
     summary = check_dataset(config.dataset, tokenizer=tokenizer, template=template, most_examples=args.most)
     for kind in ('bad', 'too_long', 'without_target'):
@@ -27,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
             print(f'{kind.replace("_", " ")}: {example}')
     print(summary.lines()[-1] if not summary.counts else '\n'.join(summary.lines()[: len(summary.formats) + 1]))
     wrong = summary.counts['bad'] + summary.counts['without_target']
-    print(f'{wrong} of {summary.records} records are wrong' if wrong else 'every record can be used')
+    records = counted(summary.records, 'record')
+    print(f'{wrong:,} of {records} {"is" if wrong == 1 else "are"} wrong' if wrong else 'every record can be used')
     return 1 if wrong or not summary.kept else 0

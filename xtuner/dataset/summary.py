@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from xtuner.dataset.show import counted
+
 _REASONS = {
     'bad': 'could not be used',
     'left_out': 'left out by the map function',
@@ -54,9 +56,10 @@ class Summary:
     def lines(self) -> list[str]:
         """Returns the counts as text, a line a kind."""
         lines = [f'{name}: {text}' for name, text in self.formats.items()]
-        lines.append(f'{self.records} records, {self.conversations} conversations, {self.kept} kept '
-                     f'({self.counts["cut"]} of them cut), {self.dropped} dropped; '
-                     f'{self.tokens} tokens, {self.target_tokens} of them trained')  # fmt: skip
+        records, conversations = counted(self.records, 'record'), counted(self.conversations, 'conversation')
+        tokens = f'{counted(self.tokens, "token")}, {self.target_tokens:,} of them trained'
+        lines.append(f'{records}, {conversations}, {self.kept:,} kept ({self.counts["cut"]:,} of them cut), '
+                     f'{self.dropped:,} dropped; {tokens}')  # fmt: skip
         for kind, text in _REASONS.items():
             if self.counts[kind]:
                 shown = '; '.join(self.examples.get(kind, []))

@@ -19,6 +19,7 @@ from mmengine.runner import set_random_seed
 from torch import nn
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.show import counted
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
@@ -171,13 +172,12 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
         strategy.on_reduce(group.watch.passes)
     schedule, size = config.schedule, config.parallel.sequence_parallel_size
     logger.info(
-        'plan: %d items, %d steps, warm-up %d; %d device%s (%s%s); a step is %d x %d x %d = %d items (batch x '
+        'plan: %s, %s, warm-up %d; %s (%s%s); a step is %d x %d x %d = %d items (batch x '
         'accumulated x %s), up to %s tokens',
-        plan.num_items,
-        plan.num_steps,
+        counted(plan.num_items, 'item'),
+        counted(plan.num_steps, 'step'),
         plan.num_warmup_steps,
-        group.world_size,
-        's' * (group.world_size > 1),
+        counted(group.world_size, 'device'),
         strategy.name,
         f', {size} a pack' if size > 1 else '',
         schedule.batch_size,
