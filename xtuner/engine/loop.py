@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from xtuner.dataset.collate import count_targets
 from xtuner.engine.memory_error import is_out_of_memory, memory_message
 from xtuner.engine.plan import Plan
-from xtuner.engine.signals import StopRequest
+from xtuner.engine.signals import STOP_SIGNALS, StopRequest
 from xtuner.engine.step_checks import (
     check_gradients,
     check_targets,
@@ -126,7 +125,8 @@ class TrainLoop(BaseLoop):
         self._max_nonfinite_steps = max_nonfinite_steps
         self.skips = Skips()
         self.validation_loss: float | None = None
-        self._stop, self._stop_agreed = stop or StopRequest(), False
+        self._stop = stop or StopRequest()
+        self._stop_agreed: int | None = None
         self._origins, self._memory_advice = origins, memory_advice
         self._gradients_checked = False
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
@@ -155,8 +155,7 @@ class TrainLoop(BaseLoop):
     @property
     def stop_signal(self) -> int | None:
         """The signal for which the run ends after the step under way, on all ranks alike; None: it goes on."""
-        asked = self._stop_agreed if self.strategy.world_size > 1 else self._stop.signal_number is not None
-        return (self._stop.signal_number or signal.SIGTERM) if asked else None
+        return self._stop_agreed if self.strategy.world_size > 1 else self._stop.signal_number
 
     def autocast(self) -> torch.autocast:
         """The context that the model's forward pass runs in."""
@@ -236,12 +235,12 @@ class TrainLoop(BaseLoop):
         )
 
     def _count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, int]:
-        """Targets and tokens of the step over all ranks; in the same message, whether one of them is to stop."""
+        """Targets and tokens of the step over all ranks; in the same message, for which signal one is to stop."""
         counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
-        asked = torch.tensor([self._stop.signal_number is not None], dtype=counts.dtype)
-        num_targets, num_tokens, num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
+        asked = torch.tensor([self._stop.signal_number == number for number in STOP_SIGNALS], dtype=counts.dtype)
+        num_targets, num_tokens, *num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
         times = self.strategy.world_size // self.plan.world_size  # ranks that share packs count the same ones
-        self._stop_agreed = num_asked > 0
+        self._stop_agreed = next((s for s, num in zip(STOP_SIGNALS, num_asked, strict=True) if num), None)
         return num_targets // times, num_tokens // times
 
     def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> tuple[float, list[Tensor]]:
