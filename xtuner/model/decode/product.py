@@ -14,6 +14,7 @@ from torch.nn import functional
 from xtuner.model.kernels.decoder import adapter_of, base_of
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.frozen import Adapter, FrozenLinear
+from xtuner.model.kernels.weights import bias_of, stack_a
 
 
 class Product:
@@ -29,6 +30,7 @@ class Product:
         self.layers = [FrozenLinear(base_of(projection)) for projection in projections]
         self.num_in = self.layers[0].shape[1]
         self.num_out = sum(layer.shape[0] for layer in self.layers)
+        self._float_bytes = self.num_in * self.num_out * dtype.itemsize
         self._kept: Tensor | None = None  # weights and adapters
         self._floats: Tensor | None = None  # a quantised base's weights alone
         self._may_stay = False
@@ -38,10 +40,10 @@ class Product:
         """Looks anew at weights and adapters, which have changed."""
         self._kept = self._floats = None
         self.adapters = [_adapter(projection, self.dtype) for projection in self.projections]
-        self.bias = joined_bias(self.layers, self.dtype)
+        bias = bias_of(self.layers, self.dtype)
+        self.bias = None if bias is None else bias.detach()
         self._quantised = all(layer.parts() is not None for layer in self.layers)
-        present = [adapter.a_rK for adapter in self.adapters if adapter]
-        self._down = torch.cat(present) if present else None
+        self._down = stack_a(self.adapters, self.dtype) if any(self.adapters) else None
 
     def keep(self, budget_bytes: int) -> int:
         """Turns weights and adapters into one float matrix, if it fits; returns the bytes it took.
@@ -53,12 +55,11 @@ class Product:
         if len(self.layers) == 1 and plain:
             self._kept = weight.detach()
             return 0
-        size = self.num_in * self.num_out * torch.finfo(self.dtype).bits // 8
-        if size > budget_bytes:
+        if self._float_bytes > budget_bytes:
             return 0
         both = zip(self.layers, self.adapters, strict=True)
         self._kept = torch.cat([_merged(layer, adapter, self.dtype) for layer, adapter in both])
-        return size
+        return self._float_bytes
 
     def keep_floats(self, budget_bytes: int) -> int:
         """Lets a quantised base's weights stay as floats, if they fit, when kernels first turn them into such.
@@ -66,9 +67,8 @@ class Product:
         Returns:
             The bytes they take then.
         """
-        size = self.num_in * self.num_out * torch.finfo(self.dtype).bits // 8
-        self._may_stay = self._quantised and size <= budget_bytes
-        return size if self._may_stay else 0
+        self._may_stay = self._quantised and self._float_bytes <= budget_bytes
+        return self._float_bytes if self._may_stay else 0
 
     def __call__(self, x_TK: Tensor, kernels: Kernels | None = None, onto: Tensor | None = None) -> Tensor:
         """All layers' outputs side by side, (T, N); with kernels, 4-bit weights are turned into floats by them.
@@ -140,14 +140,3 @@ def _merged(layer: FrozenLinear, adapter: Adapter | None, dtype: torch.dtype) ->
     if adapter is None:
         return weight
     return torch.addmm(weight, adapter.b_Nr, adapter.a_rK, alpha=adapter.scaling)
-
-
-def joined_bias(layers: list[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
-    """The layers' biases side by side, zeros where one has none; None where none has."""
-    biases = [layer.bias(dtype) for layer in layers]
-    if all(bias is None for bias in biases):
-        return None
-    device = layers[0].module.weight.device
-    zeros = [torch.zeros(layer.shape[0], dtype=dtype, device=device) for layer in layers]
-    joined = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
-    return (joined[0] if len(joined) == 1 else torch.cat(joined)).detach()

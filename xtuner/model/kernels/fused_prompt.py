@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtuner.model.kernels.fused_rows import warps_for
+
 
 @triton.jit
 def _add_norm(x, y, weight, out, size, eps, BLOCK: tl.constexpr):
@@ -127,7 +129,7 @@ def add_norm(x_TH: Tensor, y_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor
     rows, size = x_TH.shape
     out = torch.empty_like(x_TH)
     block = triton.next_power_of_2(size)
-    _add_norm[(rows,)](x_TH, y_TH, weight_H, out, size, eps, BLOCK=block, num_warps=min(max(block // 512, 1), 16))
+    _add_norm[(rows,)](x_TH, y_TH, weight_H, out, size, eps, BLOCK=block, num_warps=warps_for(block))
     return out
 
 

@@ -113,8 +113,9 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
     rstd = torch.empty(rows, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(size)
     _rms_norm[(rows,)](
-        x_TH, weight_H, out_TH, rstd, size, x_TH.stride(0), out_TH.stride(0), eps, BLOCK=block, num_warps=_warps(block)
-    )
+        x_TH, weight_H, out_TH, rstd, size, x_TH.stride(0), out_TH.stride(0), eps, BLOCK=block,
+        num_warps=warps_for(block),
+    )  # fmt: skip
     return rstd
 
 
@@ -128,7 +129,7 @@ def rms_norm_backward(
     residual = dx if residual_TH is None else residual_TH
     _rms_norm_backward[(rows,)](
         dh_TH, x_TH, rstd_T, weight_H, residual, dx, size, dh_TH.stride(0), x_TH.stride(0), residual.stride(0),
-        dx.stride(0), HAS_RESIDUAL=residual_TH is not None, BLOCK=block, num_warps=_warps(block),
+        dx.stride(0), HAS_RESIDUAL=residual_TH is not None, BLOCK=block, num_warps=warps_for(block),
     )  # fmt: skip
     return dx
 
@@ -159,5 +160,6 @@ def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
     )
 
 
-def _warps(block: int) -> int:
+def warps_for(block: int) -> int:
+    """Warps of a program that holds a row of so many entries."""
     return min(max(block // 512, 1), 16)
