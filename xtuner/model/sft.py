@@ -5,8 +5,6 @@ Shapes: B rows, S tokens a row, N = B * S positions, H hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,26 +100,23 @@ def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Te
     if _is_plain(head):
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
-        with whole_weights(head):  # gradients by the hidden states are computed here and now, too
-            return fused_linear_cross_entropy(hidden_NH.to(dtype), head.weight, head.bias, targets_N, rows=rows)
+        # Put together for this call alone: gradients by the hidden states are computed here and now, too.
+        weight, bias = _whole(head.weight), _whole(head.bias)
+        return fused_linear_cross_entropy(hidden_NH.to(dtype), weight, bias, targets_N, rows=rows)
     kept = target_rows(targets_N) if rows is None else rows
     logits = head(hidden_NH[kept]).float()
     return functional.cross_entropy(logits, targets_N[kept], reduction='sum')
 
 
 def _is_plain(head: Any) -> bool:
-    """Whether a head's output is `x W' + b` and its weight is here, or can be put together (see `whole_weights`)."""
+    """Whether a head's output is `x W' + b` and its weight is here, or can be put together (see `_whole`)."""
     return getattr(type(head), 'forward', None) is nn.Linear.forward and not hasattr(head.weight, 'ds_id')
 
 
-@contextmanager
-def whole_weights(module: Any) -> Iterator[None]:
-    """Puts a module's weights together for the block, where `fully_shard` was put on the module itself."""
-    if not hasattr(module, 'unshard'):
-        yield
-        return
-    module.unshard()
-    try:
-        yield
-    finally:
-        module.reshard()
+def _whole(parameter: Any) -> Any:
+    """A parameter that `fully_shard` has spread, put together.
+
+    Not by its module's `unshard`, which holds it twice for a moment: as it arrives and as it will lie. With 100,000
+    words that was the peak of a whole step.
+    """
+    return parameter.full_tensor() if hasattr(parameter, 'full_tensor') else parameter

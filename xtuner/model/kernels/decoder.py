@@ -26,7 +26,7 @@ from xtuner.model.kernels.host import HostStore, free_bytes, free_host_bytes
 from xtuner.model.kernels.layer import LayerFunction, NormFunction
 from xtuner.model.kernels.linear import Group, Setting
 from xtuner.model.kernels.quantized import is_4bit
-from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
+from xtuner.model.kernels.recompute import gathered_bytes, num_layers_again, room_for_activations
 from xtuner.model.kernels.run import Batch, LayerParts, Run
 from xtuner.model.kernels.sequence import SequenceGroup, SharedAttention
 
@@ -189,7 +189,10 @@ class FastDecoder:
         if self.room is None:
             parameters = (p for run in runs for a in flatten(run) for p in (a.a_rK, a.b_Nr))
             trained = sum(getattr(p, '_local_tensor', p).numel() for p in parameters)  # of a sharded one, what is here
-            self.room = room_for_activations(free_bytes(x.device), trained, x.device.type)
+            free = free_bytes(x.device)
+            if self.sharded:
+                free -= gathered_bytes(self.decoder.layers[0].parameters(), self.decoder.embed_tokens.weight)
+            self.room = room_for_activations(free, trained, x.device.type)
             if self.sequence is not None:  # computing again sends messages again: all must do it alike
                 self.room = self.sequence.least(self.room, x.device)
         ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]

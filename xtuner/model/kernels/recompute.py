@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from xtuner.model.kernels.run import LayerParts
 
@@ -47,6 +49,21 @@ def room_for_activations(free: int, num_trained: int, kind: str) -> int:
 
     """
     return int((free - num_trained * _BYTES_A_TRAINED_VALUE - _LOSS_BYTES) * _SHARE.get(kind, 0.5))
+
+
+def gathered_bytes(layer: Iterable[Tensor], embedding: Tensor) -> int:
+    """Bytes of frozen weights that `fully_shard` has whole at a time, at most, beside a rank's own rows.
+
+    Two layers, the one that is computed and the one that comes next, each held twice: as it arrives and as it will lie.
+    For the loss the head, once, with one layer on its way.
+
+    Args:
+        layer: A layer's parameters, in their whole shapes.
+        embedding: Of the head's size.
+
+    """
+    one = sum(p.numel() * p.element_size() for p in layer)
+    return max(4 * one, one + embedding.numel() * embedding.element_size())
 
 
 def num_layers_again(
