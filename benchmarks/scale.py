@@ -403,7 +403,7 @@ def run_parts(args: argparse.Namespace, parts: list[str]) -> None:
         args.scratch.mkdir(parents=True, exist_ok=True)
         writer = subprocess.Popen([sys.executable, __file__, '--write', *own],
                                   env=environment | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '4'})  # fmt: skip
-    for chosen, limit_s in ((['ddp', 'sequence'], 150), (['fsdp'], 150), (['start'], 200)):
+    for chosen, limit_s in ((['ddp', 'sequence'], 200), (['fsdp'], 150), (['start'], 200)):
         now = [part for part in chosen if part in parts]
         if not now:
             continue
