@@ -2,7 +2,8 @@
 
     python benchmarks/scale.py --out DIR [--parts ddp,sequence,fsdp,start]
 
-    ddp        InternLM-7B's shape, QLoRA, 4 x 2048 tokens a card: one card, two at once each for itself, `ddp` on two
+    ddp        InternLM-7B's shape, QLoRA, 4 x 2048 tokens a card: one card, two at once each for itself, `ddp` on two,
+               one card again: cards slow down as they get warm, so `ddp` is compared with the mean of both
     sequence   the same model on 1 x 65,536 tokens in 16 samples: one card, then spread over two
     fsdp       the 20B shape (60 layers, 5120 wide, 40 heads, 13824 inner): one card, `ddp` on two, `fsdp` on two
     start      `xtuner train` on a 7B checkpoint in the published format until its first step, on one card and on two;
@@ -185,6 +186,8 @@ def alone_on_rank_0(group: Any, act: Callable[[], dict[str, Any]], name: str) ->
 
 
 def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
+    from torch import distributed
+
     from xtuner.engine.launch import sequence_group
     from xtuner.engine.strategies import Single
     from xtuner.engine.strategies.ddp import DataParallel
@@ -195,12 +198,13 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
     path = enable_fast_path(model.llm)
     if group.rank == 0:
         report(what='7B built', seconds=round(time.perf_counter() - started, 1), path=str(path))
-    length, steps = (64, 4) if tiny else (2048, 8)
+    length, steps = (64, 4) if tiny else (2048, 16)
     batch = batch_of(4, length, 1, group.rank, tiny)
     long, long_steps = (256, 2) if tiny else (65536, 2)
     pack = batch_of(1, long, 16, 0, tiny)
     one: dict[str, Any] = {}
     one_long: dict[str, Any] = {}
+    alone: list[Any] = [None] * group.world_size  # each card's speed, for itself while the others work, too
 
     def single(what: dict[str, Any], steps: int) -> dict[str, Any]:
         return run_steps(prepared(Single(), model), what, steps, groups=1, alone=True)
@@ -210,14 +214,18 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
         both = attempt('7B 4x2048, both cards at once', lambda: single(batch, steps))
         if both:  # each rank tells its own
             report(what='7B 4x2048, both cards at once, each for itself', rank=group.rank, **both)
+        distributed.all_gather_object(alone, both.get('tokens_per_s'))
     if 'sequence' in parts:
         one_long = alone_on_rank_0(group, lambda: single(pack, long_steps), '7B 1x65536 single')
     two = prepared(DataParallel(group.rank, group.world_size), model)
     if 'ddp' in parts:
         result = attempt('7B ddp', lambda: run_steps(two, batch, steps, groups=group.world_size))
-        if group.rank == 0 and result:
-            speedup = over(result, one, 'tokens_per_s')
-            report(what='7B 4x2048 a card, ddp', cards=group.world_size, **result, speedup=speedup)
+        again = alone_on_rank_0(group, lambda: single(batch, steps), '7B 4x2048 single, again')
+        if group.rank == 0 and result and one and again:
+            speed = result['tokens_per_s']
+            mean = statistics.mean([one['tokens_per_s'], again['tokens_per_s']])
+            report(what='7B 4x2048 a card, ddp', cards=group.world_size, **result, speedup=round(speed / mean, 3),
+                   of_all_for_themselves=round(speed / sum(alone), 3) if all(alone) else None)  # fmt: skip
     if 'sequence' in parts:
         model.share_sequences(sequence_group(group.world_size))
         result = attempt('7B sequence parallel', lambda: run_steps(two, pack, long_steps, groups=1))
