@@ -7,7 +7,7 @@ import torch
 
 from tests.model.kernels.conftest import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.model.fast import enable_fast_path
-from xtuner.model.kernels import onednn
+from xtuner.model.kernels import layer, onednn
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
 from xtuner.model.kernels.host import HostStore
@@ -102,6 +102,26 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
     if not dropout:
         assert other_loss == pytest.approx(exact_loss, rel=1e-5)
         assert error(other, exact) < 1e-4
+
+
+def test_no_layer_returns_a_view(batch, monkeypatch):
+    """As a product of an unusual number of rows is, by oneDNN: under `fully_shard` torch would warn each user."""
+    if batch['input_ids'].is_cuda:
+        pytest.skip('oneDNN multiplies on CPUs only')
+    bases = []
+
+    def spy(*args, **kwargs):
+        out, kept = plain_forward(*args, **kwargs)
+        bases.append(out._base)
+        return out, kept
+
+    plain_forward = layer.layer_forward
+    monkeypatch.setattr(onednn, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(layer, 'layer_forward', spy)
+    model = with_adapter(quantise(tiny_llama()))
+    enable_fast_path(model)
+    step(model, batch)
+    assert bases == [None] * 2
 
 
 def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):

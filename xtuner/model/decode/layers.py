@@ -143,6 +143,8 @@ def most_tokens(decoder: Any) -> float:
 
 
 def _layer_obstacle(layer: Any) -> str | None:
+    if hasattr(layer, 'unshard'):
+        return 'its weights are spread over the ranks'
     names = _form(layer)
     if names is None:
         return f'its layers are {type(layer).__name__}'

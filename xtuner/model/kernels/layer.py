@@ -197,7 +197,8 @@ def _widen(run: Run, group: int, x: Tensor) -> Tensor:
 
 
 def _add(update: Tensor, x: Tensor) -> Tensor:
-    return update.add_(x) if update.dtype == x.dtype else x + update
+    """The sum, in `update`'s place unless that is a view, of which `fully_shard` would warn."""
+    return update.add_(x) if update.dtype == x.dtype and update._base is None else x + update
 
 
 class LayerFunction(torch.autograd.Function):
