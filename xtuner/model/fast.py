@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.errors import ConfigError
-from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle, static_obstacle
+from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
 from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
+from xtuner.model.kernels.projections import static_obstacle
 from xtuner.model.kernels.sequence import SequenceGroup
 
 __all__ = [

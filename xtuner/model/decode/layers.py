@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.model.decode.product import Product
-from xtuner.model.kernels.decoder import adapter_obstacle, base_of
+from xtuner.model.kernels.projections import adapter_obstacle, base_of
 from xtuner.model.kernels.quantized import is_4bit
 
 _LLAMA = {

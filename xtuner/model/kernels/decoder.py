@@ -1,4 +1,4 @@
-"""A whole Llama-like decoder on the fast path: what it is made of, what stands in its way, its forward pass."""
+"""A whole Llama-like decoder on the fast path: what it is made of, and its forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from xtuner.model.kernels.attention import attention_for
 from xtuner.model.kernels.dispatch import Kernels
 from xtuner.model.kernels.fp8 import WeightScales, product_obstacle
-from xtuner.model.kernels.frozen import Adapter, FrozenLinear
+from xtuner.model.kernels.frozen import FrozenLinear
 from xtuner.model.kernels.graphs import (
     AFTER_BATCHES,
     MOST_TOKENS,
@@ -25,13 +25,11 @@ from xtuner.model.kernels.graphs import (
 from xtuner.model.kernels.host import HostStore, free_bytes, free_host_bytes
 from xtuner.model.kernels.layer import LayerFunction, NormFunction
 from xtuner.model.kernels.linear import Group, Setting
-from xtuner.model.kernels.quantized import is_4bit
+from xtuner.model.kernels.projections import GROUPS, adapter_obstacle, adapter_of, base_of, projections_of
 from xtuner.model.kernels.recompute import gathered_bytes, num_layers_again, room_for_activations
 from xtuner.model.kernels.run import Batch, LayerParts, Run
 from xtuner.model.kernels.sequence import SequenceGroup, SharedAttention
 
-_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
-_GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
 _LOGGER = logging.getLogger('xtuner')
 
 
@@ -72,7 +70,7 @@ class FastDecoder:
         self._graphs: tuple[tuple, LayerGraphs] | None = None
         self._copies: Any = None
         self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
-        self.projections: list[list[Any]] = [_projections(layer) for layer in self.decoder.layers]
+        self.projections: list[list[Any]] = [projections_of(layer) for layer in self.decoder.layers]
         self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
         self.layers = [
             self._layer_parts(layer, frozen) for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
@@ -87,7 +85,7 @@ class FastDecoder:
 
     def _layer_parts(self, layer: Any, frozen: list[FrozenLinear]) -> LayerParts:
         config, attention = self.decoder.config, layer.self_attn
-        qkv, out, gate_up, down = (Group([frozen[i] for i in group]) for group in _GROUPS)
+        qkv, out, gate_up, down = (Group([frozen[i] for i in group]) for group in GROUPS)
         return LayerParts(
             qkv, out, gate_up, down, layer.input_layernorm, layer.post_attention_layernorm,
             config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling,
@@ -135,7 +133,7 @@ class FastDecoder:
         for adapter in flat:
             if adapter:
                 adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-        return Run(number, self.layers[number], batch, [[flat[i] for i in group] for group in _GROUPS]), parameters
+        return Run(number, self.layers[number], batch, [[flat[i] for i in group] for group in GROUPS]), parameters
 
     def _through_layers(self, x: Tensor, runs: list[Run], parameters: list[list[Tensor]]) -> Tensor:
         keep, batch = torch.is_grad_enabled(), runs[0].batch
@@ -277,82 +275,8 @@ class ShardedForward:
 def fp8_obstacle(fast: FastDecoder) -> str | None:
     """Why a decoder's products cannot be in FP8, in a few words; None where they can."""
     adapters = [[adapter_of(p) for p in projections] for projections in fast.projections]
-    ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in _GROUPS]
+    ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in GROUPS]
     return product_obstacle(fast.layers, ranks, next(fast.decoder.layers[0].parameters()).device)
-
-
-def static_obstacle(decoder: Any) -> str | None:
-    """Why a decoder can never take the fast path, in a few words; None where it can."""
-    layers = getattr(decoder, 'layers', None)
-    if not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
-        return f'{type(decoder).__name__} is not built like Llama'
-    wrong = {type(layer).__name__ for layer in layers} - {'LlamaDecoderLayer'}
-    if wrong:
-        return f'its layers are {wrong.pop()}, not LlamaDecoderLayer'
-    config = decoder.config
-    if config.hidden_act not in ('silu', 'swish'):
-        return f'its activation is {config.hidden_act}, not silu'
-    if config.attention_dropout:
-        return 'it drops attention weights (attention_dropout > 0)'
-    if any(p.requires_grad for n, p in decoder.named_parameters() if 'norm' in n.rsplit('.', 2)[-2]):
-        return 'its norms are trained'
-    for layer in layers:
-        for projection in _projections(layer):
-            base = base_of(projection)
-            if type(base) is not nn.Linear and not is_4bit(base):
-                return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
-            if any(p.requires_grad for p in base.parameters()):
-                return 'a projection of the base model is trained itself'
-    return None
-
-
-def adapter_obstacle(projection: Any) -> str | None:
-    """Why one projection's adapter cannot take the fast path now; None where it can."""
-    if not hasattr(projection, 'lora_A'):
-        return None if projection is base_of(projection) else f'adapters of type {type(projection).__name__}'
-    if projection.merged:
-        return 'the adapter is merged'
-    if projection.disable_adapters:
-        return None
-    active = projection.active_adapters
-    if len(active) > 1:
-        return f'{len(active)} adapters are active at once'
-    name = active[0] if active else None
-    if name not in projection.lora_A:
-        return 'the adapter has another form than plain LoRA' if _other_form(projection, name) else None
-    if name in projection.lora_variant:
-        return 'the adapter is a variant of LoRA (DoRA or the like)'
-    down, up = projection.lora_A[name], projection.lora_B[name]
-    if type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None or down.bias is not None:
-        return 'the adapter has a bias or layers of its own'
-    if not isinstance(projection.lora_dropout[name], nn.Dropout | nn.Identity):
-        return 'the adapter has a dropout of its own'
-    return None
-
-
-def adapter_of(projection: Any) -> Adapter | None:
-    """A projection's adapter as it is now, None where there is none or it is switched off."""
-    if not hasattr(projection, 'lora_A') or projection.disable_adapters or not projection.active_adapters:
-        return None
-    name = projection.active_adapters[0]
-    if name not in projection.lora_A:
-        return None
-    drop = projection.lora_dropout[name]
-    p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-    return Adapter(projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name], p)
-
-
-def base_of(projection: Any) -> nn.Module:
-    """The base model's own layer behind a peft layer."""
-    return projection.get_base_layer() if hasattr(projection, 'get_base_layer') else projection
-
-
-def _projections(layer: Any) -> list[Any]:
-    return [getattr(layer.self_attn if name[0] in 'qkvo' else layer.mlp, name) for name in _PROJECTIONS]
-
-
-def _other_form(projection: Any, name: str | None) -> bool:
-    return name in getattr(projection, 'lora_embedding_A', {})
 
 
 def _trained(module: nn.Module) -> bool:
