@@ -73,9 +73,10 @@ def test_every_token_of_every_conversation_is_there_once(prepare, packing):
     assert dataset.summary.tokens == dataset.lengths.sum()
 
 
-def test_one_conversation_trains(prepare):
+def test_one_conversation_trains(prepare, log):
     dataset = prepare(RECORDS[:1])
     assert len(dataset) == 1 and targets(dataset) > 0
+    assert f'1 pack, {dataset.lengths[0] / 128:.1%} full' in log.text  # of what a pack may have
     with pytest.raises(IndexError):
         dataset[1]
 

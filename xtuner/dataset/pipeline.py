@@ -81,7 +81,7 @@ def prepare_dataset(
         raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
-    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill:.1%} full'
+    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill(config.max_length):.1%} full'
     level = logging.WARNING if dataset.summary.counts else logging.INFO  # losses are told to who configured no logging
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines(), level=level)
     if train_folder is not None and is_complete(train_folder):

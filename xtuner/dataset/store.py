@@ -183,10 +183,9 @@ class PreparedDataset(Dataset):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    @property
-    def fill(self) -> float:
-        """The share of the longest pack's tokens that a pack has on average."""
-        return float(self.lengths.mean() / self.lengths.max()) if len(self) else 0.0
+    def fill(self, max_length: int) -> float:
+        """The share of the tokens that a pack may have, `max_length`, which one has on average."""
+        return float(self.lengths.mean() / max_length) if len(self) else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {'folder': self.folder, 'part': self.part}  # a worker maps the files itself

@@ -49,7 +49,7 @@ def about_run(
             'world_size': plan.world_size,
         },
         'dataset': {
-            name: summary_of(dataset, share=name == 'val' and data.dataset.summary == dataset.summary)
+            name: summary_of(dataset, config.dataset.max_length, share=name == 'val' and data.dataset.summary == dataset.summary)
             for name, dataset in (('train', data.dataset), ('val', data.validation))
             if isinstance(dataset, PreparedDataset)
         },
@@ -74,11 +74,12 @@ def sources_of(config: TrainConfig) -> list[str]:
     return [public_name(path) for path in paths]
 
 
-def summary_of(dataset: PreparedDataset, *, share: bool = False) -> dict[str, Any]:
+def summary_of(dataset: PreparedDataset, max_length: int, *, share: bool = False) -> dict[str, Any]:
     """A part's counts, how full its packs are, and how long its conversations.
 
     Args:
         dataset: Training or validation data.
+        max_length: Tokens that a pack may have.
         share: Whether it is a share of data whose counts are told elsewhere.
     """
     lengths = dataset.sample_lengths[dataset.sample_numbers]
@@ -88,7 +89,7 @@ def summary_of(dataset: PreparedDataset, *, share: bool = False) -> dict[str, An
         'part_conversations': len(lengths),
         'part_tokens': int(lengths.sum()),
         'packs': len(dataset),
-        'fill': dataset.fill,
+        'fill': dataset.fill(max_length),
         'lengths': {'edges': edges.tolist(), 'counts': counts.tolist()},
     }
 
