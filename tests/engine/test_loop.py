@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.collate import collate
 from xtuner.dataset.sampler import EpochSampler
 from xtuner.engine.checkpoints import write_checkpoint
-from xtuner.engine.hooks import LogHook
+from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.engine.strategies import Single
@@ -104,6 +105,18 @@ def test_a_step_without_finite_gradient_changes_nothing_and_too_many_end_the_run
     assert [m['skipped'] for m in metrics(tmp_path)] == [True] * 3
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) or name.endswith('model.norm.weight')
+
+
+def test_a_checkpoint_is_told_as_the_work_folder_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger('xtuner'), 'propagate', True)
+    runner = make_runner(Path('run'), make_items(2), make_model(), max_steps=1)
+    runner.register_hook(CheckpointHook(interval=1, max_keep=1))
+    with caplog.at_level(logging.INFO, 'xtuner'):
+        runner.train()
+    assert 'saved run/checkpoint-00000001' in caplog.text
 
 
 def test_no_target_is_an_error(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class Runner(mmengine.runner.Runner):
             default_scope=None,
             cfg={},
         )
+        self._work_dir = str(work_dir)  # mmengine makes it absolute; lines name it as the user did
 
     def set_loop(self, **arguments: Any) -> None:
         """Puts a `TrainLoop` with these arguments in place of mmengine's loops."""
