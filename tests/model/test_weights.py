@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,19 @@ def test_a_damaged_shard_is_named_with_a_tensor(tmp_path: Path, layout: str, dam
     message = {'missing': 'is missing', 'truncated': 'damaged or cut off', 'lacking': 'lacks tensor'}[damage]
     with pytest.raises(ModelError, match=rf"{shard.name}.* {message}.*'head.weight'"):
         open_weights(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_further_is_named(tmp_path: Path) -> None:
+    """As on a disk that fails; a merge told so as if the folder that it writes were at fault."""
+    reader = open_weights(write(tmp_path, 'safetensors'))
+
+    class Failing(io.BytesIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, 'Input/output error')
+
+    reader._raw[reader.file('head.weight'), threading.get_ident()] = Failing()
+    with pytest.raises(ModelError, match=r'model\.safetensors cannot be read: Input/output error'):
+        reader.rows('head.weight')
 
 
 def test_a_tensor_the_index_forgot_is_found(tmp_path: Path) -> None:

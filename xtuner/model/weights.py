@@ -126,15 +126,18 @@ class WeightReader:
     def _read_into(self, path: Path, begin: int, buffer: memoryview) -> None:
         """Fills the buffer with a file's bytes; unlike a mapping, that keeps no page of the file in this process."""
         key = (path, threading.get_ident())  # each thread has a position of its own
-        if key not in self._raw:
-            self._raw[key] = path.open('rb', buffering=0)
-        file = self._raw[key]
-        file.seek(begin)
-        while buffer:
-            length = file.readinto(buffer)
-            if not length:
-                raise ModelError(f'{path} is cut off: it ends within a tensor')
-            buffer = buffer[length:]
+        try:
+            if key not in self._raw:
+                self._raw[key] = path.open('rb', buffering=0)
+            file = self._raw[key]
+            file.seek(begin)
+            while buffer:
+                length = file.readinto(buffer)
+                if not length:
+                    raise ModelError(f'{path} is cut off: it ends within a tensor')
+                buffer = buffer[length:]
+        except OSError as error:
+            raise ModelError(f'{path} cannot be read: {error.strerror or error}') from error
 
     def _places(self, path: Path) -> dict[str, Place]:
         """Where each tensor's bytes begin and end in a file, as far as that is known."""
