@@ -11,6 +11,7 @@ Everything is written to work_dirs/demo; what an earlier demo left there is repl
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -38,8 +39,9 @@ class DemoError(Exception):
     """The demo cannot go on, or did not show what it should; the message is one line."""
 
 
-def main() -> int:
+def main(words: Sequence[str] = ()) -> int:
     """Run the five steps; 0 when every answer is as it should be, else 1 with one line on stderr."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
     os.chdir(ROOT)
     os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here needs a network, so nothing waits for one
@@ -191,4 +193,4 @@ Try next:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -68,6 +68,16 @@ def test_a_command_that_fails_ends_the_demo(capfd: pytest.CaptureFixture[str], m
     assert last.startswith('demo failed: `xtuner train internlm_tiny_nothing` ended with exit status ')
 
 
+@pytest.mark.parametrize(('words', 'status'), [(['--help'], 0), (['--fast'], 2)])
+def test_it_begins_only_when_it_is_asked_to(words: list[str], status: int, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setattr(demo, 'make_models', lambda: pytest.fail('begun'))
+    with pytest.raises(SystemExit) as ended:
+        demo.main(words)
+    assert ended.value.code == status
+    assert ('work_dirs/demo' in capsys.readouterr().out) == (status == 0)
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
     """In a folder of its own, so that a demo that somebody made stays."""
