@@ -32,6 +32,7 @@ def about_run(
 ) -> dict[str, Any]:
     """The facts of `about.json`, beside its sessions."""
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
+    length = config.dataset.max_length
     return {
         'base': config.model.path,
         'base_fingerprint': data.base_fingerprint,
@@ -49,7 +50,9 @@ def about_run(
             'world_size': plan.world_size,
         },
         'dataset': {
-            name: summary_of(dataset, config.dataset.max_length, share=name == 'val' and data.dataset.summary == dataset.summary)
+            name: summary_of(
+                dataset, config.dataset.max_length, share=name == 'val' and data.dataset.summary == dataset.summary
+            )
             for name, dataset in (('train', data.dataset), ('val', data.validation))
             if isinstance(dataset, PreparedDataset)
         },
