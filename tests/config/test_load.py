@@ -123,6 +123,17 @@ def test_a_broken_file_is_named_with_its_line(text: str, message: str, tmp_path:
     assert message in str(caught.value)
 
 
+def test_faults_of_options_are_not_laid_on_the_file(tmp_path: Path) -> None:
+    """Nor the other way round; a value that an option replaces is no fault any more."""
+    path = tmp_path / 'own.py'
+    path.write_text("model = {'path': 7}\ndataset = {'source': 'a.jsonl', 'max_lenght': 9}\n", encoding='utf-8')
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), {'model.path': 'here', 'schedule.max_epochs': 'two'})
+    of_file, of_options = str(caught.value).split('; options given: ')
+    assert of_file.startswith(f'{path}: unknown key `dataset.max_lenght`') and 'model.path' not in of_file
+    assert of_options == "`schedule.max_epochs` must be a number, got 'two'"
+
+
 def test_a_file_may_have_helpers_with_an_underscore(tmp_path: Path) -> None:
     flat = flatten(load_config(FLAGSHIP), title='flat').replace('lr=0.0002', 'lr=_lr')
     path = write(tmp_path, flat.replace('# the base model', '_lr = 3e-4\n', 1))

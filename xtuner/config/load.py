@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -29,19 +30,28 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
 
     Raises:
         ConfigError: no such config, a file that does not run, an unknown key (with the nearest known one), a wrong
-            value; all faults of a file come in one message.
+            value; all faults of the file, and of the overrides, come in one message that tells whose they are.
     """
     path = find_config(name)
     values = read_file(path)
     if is_classical(values):
         values = _from_classical(values, path)
+    own = copy.deepcopy(values)
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     faults: list[str] = []
     config = _build(TrainConfig, values, '', faults)
     if faults:
-        raise ConfigError(f'{path}: ' + '; '.join(faults))
+        raise ConfigError(_by_origin(faults, own, path))
     return typing.cast(TrainConfig, config)
+
+
+def _by_origin(faults: list[str], own: dict[str, Any], path: Path) -> str:
+    """One line: the faults that a file's own values have, under its name, then those that came with the options."""
+    of_file: list[str] = []
+    _build(TrainConfig, own, '', of_file)
+    parts = {str(path): [f for f in faults if f in of_file], 'options given': [f for f in faults if f not in of_file]}
+    return '; '.join(f'{origin}: {"; ".join(found)}' for origin, found in parts.items() if found)
 
 
 def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:

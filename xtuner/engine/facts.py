@@ -32,7 +32,6 @@ def about_run(
 ) -> dict[str, Any]:
     """The facts of `about.json`, beside its sessions."""
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
-    length = config.dataset.max_length
     return {
         'base': config.model.path,
         'base_fingerprint': data.base_fingerprint,
