@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.bad_calls import (
     BAD_CHECKPOINTS,
@@ -96,6 +97,12 @@ def test_a_bad_config(case: str, place: Place) -> None:
 def test_a_bad_value(case: str, place: Place) -> None:
     options, message = BAD_VALUES[case]
     place.refuses([*TRAIN[:-2], *SMALL, 'schedule.max_steps=1', *options], message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this GPU may have FP8 units')
+def test_fp8_is_refused_before_data_is_prepared(place: Place) -> None:
+    place.refuses([*TRAIN[:-2], *SMALL, 'schedule.max_steps=1', 'runtime.fp8=True'], 'a cpu has no FP8 units')
+    assert not list(place.folder.glob('cache/**/*'))
 
 
 @pytest.mark.parametrize('case', BAD_DATA)

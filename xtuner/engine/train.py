@@ -37,7 +37,7 @@ from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.engine.work_folder import alone_in
 from xtuner.errors import ConfigError
-from xtuner.model.fast import check_heads, wait_once_a_step
+from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
@@ -82,6 +82,8 @@ def _run(
     device = default_device()
     dtype = compute_dtype(config.model.dtype, device)
     name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
+    if config.runtime.fp8:
+        check_fp8(device)
     set_random_seed(config.runtime.seed)
     data = load_data(config, group)
     size = config.parallel.sequence_parallel_size

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xtuner.errors import ConfigError
 from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
+from xtuner.model.kernels.fp8 import device_obstacle
 from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.projections import static_obstacle
@@ -144,9 +145,7 @@ def enable_fast_path(
     kernels = fused_kernels() if on_cuda and has_triton() else PLAIN
     path = FastPath(True, kernels.name, fp8=fp8)
     fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8, sharded=sharded)
-    reason = fp8_obstacle(fast) if fp8 else None
-    if reason:
-        raise ConfigError(f'`runtime.fp8`: {reason}; leave it out')
+    _refuse_fp8(fp8_obstacle(fast) if fp8 else None)
     if device.type == 'cpu' and not sharded:
         path.why_not = _keep_on_cpu(fast)
     elif on_cuda and kernels is PLAIN:
@@ -186,6 +185,16 @@ def share_sequences(model: nn.Module, ranks: SequenceGroup) -> None:
         raise ConfigError('`parallel.sequence_parallel_size` needs the fast path, which is off for this model')
     check_heads(decoder.config, ranks.size)
     forward.fast.sequence = ranks
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises ConfigError where `runtime.fp8` can do nothing on a device, whatever the model is."""
+    _refuse_fp8(device_obstacle(device))
+
+
+def _refuse_fp8(reason: str | None) -> None:
+    if reason:
+        raise ConfigError(f'`runtime.fp8`: {reason}; leave it out')
 
 
 def check_heads(config: Any, size: int) -> None:

@@ -61,6 +61,15 @@ def largest(layer: FrozenLinear) -> Tensor:
     return parts.scales().abs().amax() * parts.table.abs().amax()
 
 
+def device_obstacle(device: torch.device) -> str | None:
+    """Why a device multiplies nothing in FP8, in a few words; None where it does."""
+    if device.type != 'cuda':
+        return f'a {device.type} has no FP8 units'
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return f'{torch.cuda.get_device_name(device)} has no FP8 units (compute capability 8.9 or newer has)'
+    return None
+
+
 def product_obstacle(layers: Sequence[LayerParts], ranks: Sequence[int], device: torch.device) -> str | None:
     """Why products cannot be in FP8 here, in a few words; None where they can.
 
@@ -70,10 +79,8 @@ def product_obstacle(layers: Sequence[LayerParts], ranks: Sequence[int], device:
         device: Where they are.
 
     """
-    if device.type != 'cuda':
-        return f'a {device.type} has no FP8 units'
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return f'{torch.cuda.get_device_name(device)} has no FP8 units (compute capability 8.9 or newer has)'
+    if device_obstacle(device):
+        return device_obstacle(device)
     wrong = [r for r in ranks if r % _MULTIPLE]
     if wrong:
         return f'the ranks of adapters on the same input sum to {wrong[0]}, which is no multiple of {_MULTIPLE}'
