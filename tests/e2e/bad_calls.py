@@ -239,6 +239,8 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
                                 '`adapter.r` is 4, and'),
     'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter there'),
     'merge of a work folder': (['convert', 'merge', 'MODEL', 'DONE', 'RUN'], 'did you mean'),
+    "merge of a run's file": (
+        ['convert', 'merge', 'MODEL', 'DONE/last', 'RUN'], 'did you mean done/checkpoint-00000002?'),
     'merge into a folder that holds something': (
         ['convert', 'merge', 'MODEL', 'DONE/checkpoint-00000002', 'DONE'], 'is not empty'),
     'chat with an adapter that is none': (['chat', 'MODEL', '--adapter', 'none'], 'no adapter there'),

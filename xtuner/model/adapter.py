@@ -148,6 +148,12 @@ def load_adapter(
         raise CheckpointError(f'adapter {folder} does not fit this base model: {error}') from error
 
 
+def _newest_of(run: Path) -> str:
+    """A hint at a run's newest checkpoint, for who gave the run's folder or its file `last`; else nothing."""
+    last = run if run.name == 'last' else run / 'last'
+    return f'; did you mean {last.parent / last.read_text(encoding="utf-8").strip()}?' if last.is_file() else ''
+
+
 def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | None:
     """Checks that a folder holds an adapter, and one of this base; returns its provenance.
 
@@ -156,10 +162,7 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
     """
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder / name).is_file():
-            newest = ''
-            if (folder / 'last').is_file():
-                newest = f'; did you mean {folder / (folder / "last").read_text(encoding="utf-8").strip()}?'
-            raise CheckpointError(f'{folder}: no adapter there ({name} is missing){newest}')
+            raise CheckpointError(f'{folder}: no adapter there ({name} is missing){_newest_of(folder)}')
     try:
         if not isinstance(json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8')), dict):
             raise ValueError('expected a JSON object')
