@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from tests.convert.adapters import make_base, make_gpt2
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import base as module
 from xtuner.convert.base import QuantizedBase
+from xtuner.model.kernels.frozen import FrozenLinear
+from xtuner.model.kernels.plain import dequantize_into
+from xtuner.model.kernels.quantized import take_apart
 from xtuner.model.loading import load_model
 from xtuner.model.weights import open_weights
 
@@ -34,7 +38,7 @@ def values_in_memory(folder: Path, dtype: torch.dtype, settings: QuantizationCon
     num_quantized = 0
     for name, layer in model.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            held[f'{name}.weight'] = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            held[f'{name}.weight'] = FrozenLinear(layer).matrix(dtype)
         elif isinstance(layer, bnb.nn.Linear8bitLt):
             whole = bnb.functional.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
             held[f'{name}.weight'] = whole.to(dtype)
@@ -94,3 +98,21 @@ def test_a_weight_that_is_not_finite(tmp_path: Path, settings: str, value: float
     expected = module.requantize(tensors[name].bfloat16(), SETTINGS[settings])
     rows = base.open(name)(0, len(expected))
     assert torch.equal(rows.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize('settings', ['nf4', 'nf4, plain scales', 'fp4'])
+@pytest.mark.parametrize('shape', [(96, 80), (3, 80), (5, 7)])
+def test_blocks_that_cross_rows(shape: tuple[int, int], settings: str) -> None:
+    """As the fast path and the decoder read them; bitsandbytes' own layers on a CPU do not."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    chosen, weight = SETTINGS[settings], torch.randn(shape)
+    layer: Any = bnb.nn.Linear4bit(
+        shape[1], shape[0], bias=False, quant_type=chosen.quant_type, compress_statistics=chosen.double_quant
+    )
+    layer.load_state_dict({'weight': weight})
+    expected = torch.empty(shape)
+    dequantize_into(expected, take_apart(layer.to('cpu')))
+    torch.testing.assert_close(module.requantize(weight.clone(), chosen), expected)
+    assert (expected - weight).abs().mean() < 0.11

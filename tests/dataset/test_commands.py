@@ -56,6 +56,9 @@ def test_log_dataset_in_colours(config, capsys):
 def test_check_custom_dataset_says_what_is_wrong_where(config, tmp_path, capsys):
     assert main(['check-custom-dataset', config]) == 0
     assert 'every record can be used' in capsys.readouterr().out
+    (tmp_path / 'none.csv').write_text('question,answer\n')
+    assert main(['check-custom-dataset', config, '--data', str(tmp_path / 'none.csv')]) == 1
+    assert capsys.readouterr().out.endswith('\nnothing to train\n')
     bad = tmp_path / 'bad.jsonl'
     bad.write_bytes(
         b'{"question": "q", "answer": "a"}\n{"question": "q"}\n{"question": \n{"question": "q", "answer": ""}'

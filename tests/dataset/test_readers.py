@@ -69,7 +69,11 @@ def test_what_a_line_may_hold_that_is_wrong(tmp_path):
 def test_a_file_in_utf_16_is_said_to_be(tmp_path):
     path = tmp_path / 'a.jsonl'
     path.write_text('{"a": "ü"}\n', encoding='utf-16')
-    assert errors(path)[0] == (':1', 'not UTF-8: byte 0xff at column 1; the file is UTF-16: save it as UTF-8')
+    said = (':1', 'not UTF-8: byte 0xff at column 1; the file is UTF-16: save it as UTF-8')
+    assert errors(path)[0] == said
+    table = tmp_path / 'a.csv'
+    table.write_text('a,b\n1,2\n', encoding='utf-16')
+    assert errors(table) == [said] and values(table) == []
 
 
 def test_a_line_that_is_too_long_is_skipped_and_what_follows_is_read(tmp_path, monkeypatch):
@@ -128,7 +132,7 @@ def test_a_row_of_csv_with_another_number_of_columns_is_bad(tmp_path):
     path = tmp_path / 'a.csv'
     path.write_bytes(b'a,b\n1,2\n1\n"x\ny",4\n5,\xff\n\n7,8\n')
     assert values(path) == [{'a': '1', 'b': '2'}, {'a': 'x\ny', 'b': '4'}, {'a': '7', 'b': '8'}]
-    assert errors(path) == [(':3', 'has 1 columns, the header has 2'), (':6', 'holds bytes that are not UTF-8')]
+    assert errors(path) == [(':3', 'has 1 column, the header has 2'), (':6', 'holds bytes that are not UTF-8')]
 
 
 def test_a_broken_parquet_file_is_one_bad_record(tmp_path):

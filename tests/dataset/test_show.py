@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
@@ -33,6 +35,9 @@ def test_histogram_counts_everything_once():
     lines = histogram(lengths)
     assert len(lines) == 10 and sum(int(line.split('tokens')[1].split()[0]) for line in lines) == 1000
     assert max(line.count('█') for line in lines) == 40
+    for line in lines:
+        low, high, count = (int(number) for number in re.findall(r'\d+', line))
+        assert count == np.sum((lengths >= low) & (lengths <= high)), line
     assert histogram(np.array([])) == ['no conversation']
     assert len(histogram(np.array([7]))) == 1 and len(histogram(np.array([1, 2, 9]), num_bins=2)) == 2
 

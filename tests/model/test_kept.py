@@ -65,3 +65,15 @@ def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: boo
     assert done.num_kept == done.num_layers == (8 if can else 0)
     # Sums of 400 float32 products in another order.
     torch.testing.assert_close(model(ids).logits, before, atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_blocks_that_cross_rows_keep_their_values() -> None:
+    """Where bitsandbytes' own layers on a CPU take other values than those that were quantised."""
+    torch.manual_seed(0)
+    size = {'vocab_size': 64, 'hidden_size': 32, 'intermediate_size': 80}
+    model: Any = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2)).to(DEVICE)
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().cpu().clone()
+    assert keep_weights(quantise(model)).num_kept == 7
+    kept = model.model.layers[0].mlp.down_proj(torch.eye(80, device=DEVICE)).t().cpu()
+    assert (kept - weight).abs().mean() < 0.1 * weight.abs().mean()

@@ -43,6 +43,7 @@ def chat(running: Running, **fields: Any) -> dict[str, Any]:
         (b'1' * 10_000, 'no JSON'),
         (b'[1]', 'must be a JSON object, not a list'),
         (b'{}', '`messages` must be a list'),
+        (b'{"messages": []}', 'at least one message, not an empty list'),
     ],
 )
 def test_a_malformed_body_is_said_to_be_one(server: Running, body: bytes, message: str) -> None:

@@ -29,5 +29,6 @@ def run(args: argparse.Namespace) -> int:
     print(summary.lines()[-1] if not summary.counts else '\n'.join(summary.lines()[: len(summary.formats) + 1]))
     wrong = summary.counts['bad'] + summary.counts['without_target']
     records = counted(summary.records, 'record')
-    print(f'{wrong:,} of {records} {"is" if wrong == 1 else "are"} wrong' if wrong else 'every record can be used')
+    good = 'every record can be used' if summary.kept else 'nothing to train'
+    print(f'{wrong:,} of {records} {"is" if wrong == 1 else "are"} wrong' if wrong else good)
     return 1 if wrong or not summary.kept else 0

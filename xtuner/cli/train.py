@@ -58,8 +58,10 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='who started this process as one of several: torchrun or srun',
     )
-    group.add_argument('--strategy', help='single, ddp, fsdp, deepspeed_zero1 or deepspeed_zero2')
-    group.add_argument('--deepspeed', metavar='NAME', help='deepspeed_zero1, deepspeed_zero2, or a DeepSpeed .json')
+    group.add_argument('--strategy', help='single, ddp, fsdp, or what --deepspeed takes')
+    group.add_argument(
+        '--deepspeed', metavar='NAME', help='deepspeed_zero1, _zero2, _zero2_offload, _zero3, or a .json'
+    )
 
 
 def run(args: argparse.Namespace) -> int:

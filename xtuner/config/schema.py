@@ -158,7 +158,7 @@ class ParallelConfig:
 
     strategy: str = option(
         'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1, deepspeed_zero2, '
-        'deepspeed_zero2_offload, or a DeepSpeed .json', 'auto')  # fmt: skip
+        'deepspeed_zero2_offload, deepspeed_zero3, or a DeepSpeed .json', 'auto')  # fmt: skip
     sequence_parallel_size: int = option('devices that share each pack, for packs too long for one', 1, minimum=1)
     timeout_s: float = option('seconds without progress after which a rank has hung', 1800, minimum=1)
 

@@ -189,7 +189,7 @@ def requantize(weight: Tensor, quantization: QuantizationConfig, num_threads: in
         return weight.copy_(bnb.functional.int8_vectorwise_dequant(codes.CB, codes.SCB))
     kind = quantization.quant_type
     width = weight.shape[1]
-    # Where blocks cross rows, bitsandbytes' kernels on a CPU depend on the shape: the weight stays in one part then.
+    # Where blocks cross rows, a part might end in the middle of one: the weight stays in one part then.
     parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % BLOCK == 0 else (weight,)
     packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=BLOCK) for part in parts]
     scales = torch.cat([state.absmax for _, state in packed])
@@ -198,6 +198,7 @@ def requantize(weight: Tensor, quantization: QuantizationConfig, num_threads: in
     counts = [part.numel() // BLOCK + bool(part.numel() % BLOCK) for part in parts]
     for part, (codes, state), own in zip(parts, packed, scales.split(counts), strict=True):
         state.absmax = own
+        state.shape = torch.Size((1, part.numel()))  # on a CPU, bitsandbytes would begin a block anew with each row
         part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(part.shape))
     return weight
 

@@ -19,6 +19,8 @@ from xtuner.errors import DataError, nearest
 
 MAX_RECORD_BYTES = 32 * 2**20
 _BLOCK = 2**20
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_WIDE = '; the file is UTF-16: save it as UTF-8'
 _LONGEST_WORD = len('-Infinity')  # a word of JSON that is cut off is wrong from its beginning
 
 
@@ -56,8 +58,7 @@ def parse(text: bytes, origin: str) -> Record:
         if b'\\ud' in text or b'\\uD' in text:
             json.dumps(value, ensure_ascii=False).encode('utf-8')
     except UnicodeDecodeError as error:
-        utf16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        wide = '; the file is UTF-16: save it as UTF-8' if utf16 else ''
+        wide = _WIDE if text.startswith(_UTF16) else ''
         return Record(origin, error=f'not UTF-8: byte 0x{text[error.start]:02x} at column {error.start + 1}{wide}')
     except UnicodeEncodeError:
         return Record(origin, error='holds half of a surrogate pair, which is no character')
@@ -183,6 +184,10 @@ def _utf8(value: Any, origin: str) -> Record:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
+    with path.open('rb') as start:
+        if (two := start.read(2)) in _UTF16:
+            yield Record(f'{path}:1', error=f'not UTF-8: byte 0x{two[0]:02x} at column 1{_WIDE}')
+            return
     delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
     with path.open('r', encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -199,7 +204,8 @@ def _read_csv(path: Path) -> Iterator[Record]:
             if header is None:
                 header = row
             elif row and len(row) != len(header):
-                yield Record(origin, error=f'has {len(row)} columns, the header has {len(header)}')
+                columns = f'{len(row)} column{"" if len(row) == 1 else "s"}'
+                yield Record(origin, error=f'has {columns}, the header has {len(header)}')
             elif row:
                 yield _utf8(dict(zip(header, row, strict=True)), origin)
 

@@ -34,18 +34,20 @@ def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
 
 
 def histogram(lengths: np.ndarray, *, num_bins: int = 10, width: int = 40) -> list[str]:
-    """Returns lines of a histogram of lengths in tokens; a bin does not hold its upper end, except the last.
+    """Returns lines of a histogram of lengths in tokens; a bin holds both of the lengths that it names.
 
-    Example: `histogram(np.array([1, 2, 9]), num_bins=2)` gives two lines, of 2 and of 1 conversation.
+    Example: `histogram(np.array([1, 2, 9]), num_bins=2)` gives two lines, `1 - 4` with 2 and `5 - 9` with 1.
     """
     if not len(lengths):
         return ['no conversation']
     counts, edges = np.histogram(lengths, bins=min(num_bins, int(np.ptp(lengths)) + 1))
     digits = len(str(int(edges[-1])))
     lines = []
-    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+    lowest = np.ceil(edges).astype(int)
+    highest = [*(lowest[1:-1] - 1), int(edges[-1])]
+    for low, high, count in zip(lowest, highest, counts, strict=False):
         bar = '█' * round(width * count / counts.max())
-        lines.append(f'{int(np.ceil(low)):{digits}} - {int(high):{digits}} tokens  {count:6}  {bar}'.rstrip())
+        lines.append(f'{low:{digits}} - {high:{digits}} tokens  {count:6}  {bar}'.rstrip())
     return lines
 
 

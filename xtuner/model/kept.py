@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.model.kernels import onednn
+from xtuner.model.kernels.frozen import FrozenLinear
 from xtuner.model.kernels.host import free_bytes
 from xtuner.model.kernels.quantized import is_4bit
 
@@ -93,8 +94,4 @@ def _dtype(layer: Any) -> torch.dtype:
 
 @torch.no_grad()
 def _floats(layer: Any) -> Tensor:
-    if not is_4bit(layer):
-        return layer.weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(_dtype(layer))
+    return FrozenLinear(layer).matrix(_dtype(layer)).detach()

@@ -174,4 +174,4 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1e12):
         return json.dumps(value)
     kinds: dict[type, str] = {str: 'a text', list: 'a list', dict: 'an object'}
-    return kinds.get(type(value), 'a large number')
+    return 'an empty list' if value == [] else kinds.get(type(value), 'a large number')
