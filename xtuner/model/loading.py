@@ -34,7 +34,7 @@ from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.configuration import InternLM3Config
 from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
 from xtuner.model.internlm3.tokenization import InternLM3Tokenizer
-from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout
+from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.shares import Share, cut_while_loading
 from xtuner.model.sources import read_json, resolve_model
 from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
@@ -112,6 +112,7 @@ def load_model(
     model, report = loaded
     _check_report(folder, report)
     keep_plain_layout(model)
+    read_blocks_across_rows(model)
     return model.eval()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from xtuner.errors import ModelError
+from xtuner.model.kernels.frozen import FrozenLinear
+from xtuner.model.kernels.quantized import is_4bit, state_of
 
 _WIDTH = 64  # of the layer that is tried; one quantisation block
 
@@ -61,3 +65,30 @@ def keep_plain_layout(model: nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def read_blocks_across_rows(model: nn.Module) -> int:
+    """Lets 4-bit layers on a CPU take the values that they were quantised to, whatever their width is.
+
+    Blocks of values that share a scale go on from row to row. bitsandbytes' CPU kernel begins a block anew with each
+    row: where the width is no multiple of a block, it takes other scales than a GPU does, and than quantised them.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        How many layers needed it; their `forward` is replaced on the instance.
+    """
+    layers: list[Any] = [m for m in model.modules() if is_4bit(m) and m.weight.device.type == 'cpu']
+    layers = [layer for layer in layers if layer.in_features % state_of(layer).blocksize]
+    for layer in layers:
+        layer.forward = types.MethodType(_forward, layer)
+    return len(layers)
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    if self.weight.device.type != 'cpu':
+        return type(self).forward(self, x)
+    weight = FrozenLinear(self).matrix(self.compute_dtype or x.dtype)
+    bias = None if self.bias is None else self.bias.to(weight.dtype)
+    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
