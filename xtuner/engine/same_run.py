@@ -121,6 +121,9 @@ def _difference(name: str, then: Any, now: Any) -> str:
     if name in ('data', 'base weights'):
         what = 'conversations or their packs' if name == 'data' else 'weights of the base model'
         return f'the {what} are not the same ({str(then)[:12]} then, {str(now)[:12]} now)'
+    if name == 'items a step' and then:  # the data goes on at steps done x items a step
+        fate = 'left out' if now > then else 'read again'
+        return f'the {name} were {then} and are now {now}: {abs(now - then)} for each step done are {fate}'
     shown = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
     return f'{shown} was {_short(then)} and is now {_short(now)}'
 
