@@ -51,6 +51,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ([], 2, ''),
         (['lisst-cfg'], 2, "unknown command 'lisst-cfg'; did you mean 'list-cfg'"),
         (['convert'], 2, '`xtuner convert` needs one of: merge'),
+        (['convert', 'to-lama'], 2, ", not 'to-lama'; did you mean 'to-llama'"),
         (['train'], 2, 'the following arguments are required: config'),
         (['train', 'internlm_7b_qlora_oasst1', '--max-steps', '0'], 2, '--max-steps: must be at least 1'),
         (['train', 'internlm_7b_qlora_oasst1', '--cfg-options', 'x'], 2, '--cfg-options takes KEY=VALUE'),

@@ -134,8 +134,10 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
         print(_overview(group))
         if words[1:2] in (['-h'], ['--help']):
             raise SystemExit(0)
-        raise UsageError(f'`xtuner {words[0]}` needs one of: {", ".join(name.split()[1] for name in group)}')
-    raise UsageError(f'unknown command {words[0]!r}{nearest(words[0], COMMANDS)} see `xtuner --help`')
+        names = [name.split()[1] for name in group]
+        wrong = f', not {words[1]!r}{nearest(words[1], names)}' if words[1:] else ''
+        raise UsageError(f'`xtuner {words[0]}` needs one of: {", ".join(names)}{wrong}')
+    raise UsageError(f'unknown command {words[0]!r}{nearest(words[0], COMMANDS) or ";"} see `xtuner --help`')
 
 
 def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
