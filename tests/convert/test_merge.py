@@ -206,6 +206,16 @@ def test_the_check_finds_a_wrong_result(
     merge(str(base), adapters['a'], tmp_path / 'unchecked', verify=0)
 
 
+@pytest.mark.skipif(not Path('/proc/self/mem').is_file(), reason='nothing here that can be opened and not read')
+def test_a_file_of_the_base_that_cannot_be_read_is_named(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Not the folder that is written, which has nothing wrong."""
+    shutil.copytree(base, tmp_path / 'base')
+    (tmp_path / 'base' / 'LICENSE').symlink_to('/proc/self/mem')
+    with pytest.raises(ModelError, match=r'base/LICENSE cannot be read: Input/output error'):
+        merge(str(tmp_path / 'base'), adapters['a'], tmp_path / 'out', verify=0)
+    assert [path.name for path in tmp_path.iterdir()] == ['base']  # the same command could not go on
+
+
 def test_the_folder_is_complete_for_other_tools(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 

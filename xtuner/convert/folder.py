@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.dataset.template import get_template
+from xtuner.errors import ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
 from xtuner.model.card import prompt_example, write_card
 from xtuner.model.sources import read_json
@@ -77,11 +78,19 @@ def generation_settings(settings: Mapping[str, Any], stop_ids: list[int] | None)
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies the tokenizer's files and the terms of use that are not in the folder yet; returns their names."""
+    """Copies the tokenizer's files and the terms of use that are not in the folder yet; returns their names.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
     files = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     names = sorted(path.name for path in files if not (folder / path.name).exists())
     for name in names:
-        shutil.copyfile(source / name, folder / name)
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:  # told here: `whole_folder` takes whatever comes for the disk that is written to
+            raise ModelError(f'{source / name} cannot be read: {error.strerror or error}') from error
+        (folder / name).write_bytes(content)
     return names
 
 
