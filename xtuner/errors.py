@@ -59,3 +59,8 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
 def one_line(error: object) -> str:
     """An exception of another library, or its text, on one line of an error message."""
     return ' '.join(str(error).split())[:500] or type(error).__name__
+
+
+def first_line(error: object) -> str:
+    """What an exception of another library says first; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

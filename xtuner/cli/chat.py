@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner.cli.options import add_sampling_arguments, positive_int
+from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('llm', help='a model: a folder or a hub id')
-    parser.add_argument('--adapter', type=Path, help='a checkpoint folder of `xtuner train`, or any peft adapter')
+    parser.add_argument('llm', type=filled, help='a model: a folder or a hub id')
+    parser.add_argument('--adapter', type=given_path, help='a checkpoint folder of `xtuner train`, or any peft adapter')
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with the model')
     parser.add_argument('--system', default='', help='system message')
     parser.add_argument(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from xtuner.cli.options import given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
-    parser.add_argument('folder', type=Path, help='where to write NAME_copy.py; made where it is missing')
+    parser.add_argument('folder', type=given_path, help='where to write NAME_copy.py; made where it is missing')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xtuner.errors import UsageError
@@ -16,9 +18,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and what replaces parts of it."""
     config = parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
     config.required = False  # `read_config` asks for it, once it has looked where else on the line it may stand
-    parser.add_argument('--model', help="base model in place of the config's: a folder, a hub id or modelscope:ID")
     parser.add_argument(
-        '--data', help="data in place of the config's: a hub id, a file or a folder; its format is detected"
+        '--model', type=filled, help="base model in place of the config's: a folder, a hub id or modelscope:ID"
+    )
+    parser.add_argument(
+        '--data',
+        type=filled,
+        help="data in place of the config's: a hub id, a file or a folder; its format is detected",
     )
     parser.add_argument(
         '--cfg-options',
@@ -68,6 +74,26 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--top-p', type=share, default=0.8, help='draw from the likeliest tokens of this mass (0.8)')
     parser.add_argument('--seed', type=int, help='makes the draws repeatable')
+
+
+def filled(text: str) -> str:
+    """Argparse type: any text but an empty one, which is what a shell variable that is not set leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError('is empty; perhaps a shell variable is not set')
+    return text
+
+
+def given_path(text: str) -> Path:
+    """Argparse type: a path; an empty one would be the folder one stands in."""
+    return Path(filled(text))
+
+
+def finite(text: str) -> float:
+    """Argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f'must be a finite number, got {text}')
+    return value
 
 
 def positive_int(text: str) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from xtuner.cli.options import given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('work_dir', type=Path, help='the folder with metrics.jsonl')
+    parser.add_argument('work_dir', type=given_path, help='the folder with metrics.jsonl')
 
 
 def run(args: argparse.Namespace) -> int:

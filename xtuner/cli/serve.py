@@ -11,14 +11,14 @@ import ipaddress
 import os
 from pathlib import Path
 
-from xtuner.cli.options import add_sampling_arguments, positive_int
+from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('llm', help='a model: a folder or a hub id')
-    parser.add_argument('--adapter', action='append', default=[], metavar='[NAME=]FOLDER',
+    parser.add_argument('llm', type=filled, help='a model: a folder or a hub id')
+    parser.add_argument('--adapter', type=filled, action='append', default=[], metavar='[NAME=]FOLDER',
                         help='a checkpoint folder of `xtuner train`, or any peft adapter; repeatable')  # fmt: skip
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
     parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
     parser.add_argument('--host', default='127.0.0.1', help='address to listen at (127.0.0.1: this machine alone)')
     parser.add_argument('--port', type=port_number, default=8000, help='port to listen at; 0 takes a free one (8000)')
-    parser.add_argument('--api-key-file', type=Path, help='file whose first line clients must show as their API key')
+    parser.add_argument(
+        '--api-key-file', type=given_path, help='file whose first line clients must show as their API key'
+    )
     parser.add_argument('--max-streams', type=positive_int, default=16, help='answers drawn at a time (16)')
     parser.add_argument('--max-waiting', type=positive_int, default=64, help='answers that may wait; then 429 (64)')
     parser.add_argument('--max-length', type=positive_int, default=4096,

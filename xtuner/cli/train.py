@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner.cli.options import add_config_arguments, positive_int, read_config
+from xtuner.cli.options import add_config_arguments, filled, given_path, positive_int, read_config
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,10 +20,11 @@ _NEWEST = 'newest'  # `xtuner.engine.start.NEWEST`, which imports torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument('--work-dir', type=Path, help='where checkpoints and logs go (work_dirs/NAME)')
+    parser.add_argument('--work-dir', type=given_path, help='where checkpoints and logs go (work_dirs/NAME)')
     parser.add_argument('--max-steps', type=positive_int, help="optimizer steps, in place of the config's epochs")
     parser.add_argument(
         '--resume',
+        type=filled,
         nargs='?',
         const=_NEWEST,
         metavar='CHECKPOINT',
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--start-from',
-        type=Path,
+        type=given_path,
         metavar='CHECKPOINT',
         help='begin a new run with the weights of a checkpoint or adapter, and nothing else of it',
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, first_line
 
 
 class _Record:
@@ -76,13 +76,13 @@ def _load(file: Path) -> Any:
                     raise
                 return torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), str(error).splitlines()[0])
+        reason = next((line for line in str(error).splitlines() if 'GLOBAL' in line), first_line(error))
         raise CheckpointError(
             f'{file} was refused, and nothing of it was run: beside weights it holds something that only its own code '
             f'can read ({reason.strip()})'
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f'{file} is damaged or cut off: {str(error).splitlines()[0]}') from error
+        raise CheckpointError(f'{file} is damaged or cut off: {first_line(error)}') from error
 
 
 def _records() -> list[Any]:

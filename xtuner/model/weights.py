@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, first_line
 from xtuner.model.places import Place, bin_places, safetensors_places
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
@@ -201,10 +201,10 @@ def open_file(path: Path) -> Any:
                 raise
             content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f'{path} was refused: it holds something else than tensors ({reason})') from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f'{path} is damaged or cut off: {str(error).splitlines()[0]}') from error
+        raise ModelError(f'{path} is damaged or cut off: {first_line(error)}') from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f'{path} was refused: it is no plain table of tensors')
     return content

@@ -7,13 +7,14 @@ through `to-llama` on the way.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from xtuner.cli.options import filled, given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('model', help='the model: a folder, such as one that `merge` wrote, or a hub id')
-    parser.add_argument('out', type=Path, help='the file; must not exist')
+    parser.add_argument('model', type=filled, help='the model: a folder, such as one that `merge` wrote, or a hub id')
+    parser.add_argument('out', type=given_path, help='the file; must not exist')
     add_converter_arguments(parser)
     parser.add_argument('--vocab-only', action='store_true', help='write the vocabulary alone')
 
@@ -22,7 +23,7 @@ def add_converter_arguments(parser: argparse.ArgumentParser) -> None:
     """How weights are written, and by what."""
     parser.add_argument('--outtype', choices=('auto', 'f32', 'f16', 'bf16', 'q8_0'), default='auto',
                         help='how weights are written; auto keeps 16 bit as they are')  # fmt: skip
-    parser.add_argument('--converter', type=Path, metavar='FILE', help='convert_hf_to_gguf.py of llama.cpp')
+    parser.add_argument('--converter', type=given_path, metavar='FILE', help='convert_hf_to_gguf.py of llama.cpp')
 
 
 def run(args: argparse.Namespace) -> int:

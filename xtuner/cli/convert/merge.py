@@ -10,15 +10,17 @@ import argparse
 import re
 from pathlib import Path
 
-from xtuner.cli.options import non_negative_int
+from xtuner.cli.options import filled, finite, given_path, non_negative_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('llm', help='the base model: a folder or a hub id')
-    parser.add_argument('adapter', type=Path, help='a checkpoint folder of `xtuner train`, or any peft LoRA adapter')
-    parser.add_argument('out', type=Path, help='where the merged model goes; missing or empty')
-    parser.add_argument('--weight', type=float, default=1.0, help="how much of the adapter's change is taken (1)")
+    parser.add_argument('llm', type=filled, help='the base model: a folder or a hub id')
+    parser.add_argument(
+        'adapter', type=given_path, help='a checkpoint folder of `xtuner train`, or any peft LoRA adapter'
+    )
+    parser.add_argument('out', type=given_path, help='where the merged model goes; missing or empty')
+    parser.add_argument('--weight', type=finite, default=1.0, help="how much of the adapter's change is taken (1)")
     parser.add_argument('--add', type=weighted, action='append', default=[], metavar='ADAPTER[:WEIGHT]',
                         help='a further adapter of the same base; may be given several times')  # fmt: skip
     parser.add_argument('--dtype', choices=('fp16', 'bf16', 'fp32'), help='fp16, or bf16 where training used it')
@@ -57,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
 def weighted(text: str) -> tuple[Path, float]:
     """argparse type: an adapter's folder, perhaps with its weight, as in `runs/b:0.5`."""
-    path, _, weight = text.rpartition(':')
+    path, _, weight = filled(text).rpartition(':')
     if not path or Path(text).is_dir():
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        return Path(path), finite(weight)
     except ValueError:
         return Path(text), 1.0
 

@@ -6,15 +6,15 @@ The file is written by llama.cpp's own converter, as for `convert gguf`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from xtuner.cli.convert.gguf import add_converter_arguments
+from xtuner.cli.options import filled, given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('model', help='the model: a folder, such as one that `merge` wrote, or a hub id')
-    parser.add_argument('out', type=Path, help='where GGUF file and Modelfile go; missing or empty')
+    parser.add_argument('model', type=filled, help='the model: a folder, such as one that `merge` wrote, or a hub id')
+    parser.add_argument('out', type=given_path, help='where GGUF file and Modelfile go; missing or empty')
     parser.add_argument('--template', metavar='NAME', help='prompt template; default: the one the model was tuned with')
     add_converter_arguments(parser)
 

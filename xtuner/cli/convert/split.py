@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from xtuner.cli.convert.merge import size
+from xtuner.cli.options import filled, given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('model', help='the model: a folder or a hub id')
-    parser.add_argument('out', type=Path, help='where the cut model goes; missing or empty')
+    parser.add_argument('model', type=filled, help='the model: a folder or a hub id')
+    parser.add_argument('out', type=given_path, help='where the cut model goes; missing or empty')
     parser.add_argument('--max-shard-size', type=size, default=1, metavar='SIZE', help='such as 500MB')
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from xtuner.cli.convert.merge import size
+from xtuner.cli.options import filled, given_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('model', help='the model: a folder, a hub id or modelscope:OWNER/NAME')
-    parser.add_argument('out', type=Path, help='where the Llama checkpoint goes; missing or empty')
+    parser.add_argument('model', type=filled, help='the model: a folder, a hub id or modelscope:OWNER/NAME')
+    parser.add_argument('out', type=given_path, help='where the Llama checkpoint goes; missing or empty')
     parser.add_argument('--revision', help='branch, tag or commit of a hub model')
     parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
 
