@@ -30,8 +30,8 @@ TEMPLATES = Registry('template', locations=['xtuner.dataset.template'])
 def registered(registry: Registry, name: Any) -> Any:
     """What is registered under a name; None where nothing is.
 
-    mmengine's own `Registry.get` imports the module that a name with a dot spells, and looks in other registries. A name
-    may come from a file that somebody else wrote, an adapter's `xtuner.json` for one, so nothing is imported here.
+    mmengine's own `Registry.get` imports the module that a name with a dot spells. A name may come from a file that
+    somebody else wrote, an adapter's `xtuner.json` for one, so nothing is imported here.
 
     Args:
         registry: One of the registries above; whoever fills it has been imported.
