@@ -57,8 +57,14 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
 
 
 def one_line(error: object) -> str:
-    """An exception of another library, or its text, on one line of an error message."""
-    return ' '.join(str(error).split())[:500] or type(error).__name__
+    """An exception of another library, or its text, on one line of an error message.
+
+    The text of a KeyError is the key alone, and that of an assertion is often empty: the exception's name comes first.
+    """
+    text = ' '.join(str(error).split())[:500]
+    if not text or isinstance(error, (LookupError, AssertionError, ArithmeticError, AttributeError, MemoryError)):
+        return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    return text
 
 
 def first_line(error: object) -> str:

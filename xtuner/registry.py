@@ -18,12 +18,26 @@ from types import ModuleType
 from typing import Any
 
 from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
 
 from xtuner.errors import ConfigError, nearest
 
 BUILDER = Registry('builder')
 MAP_FUNC = Registry('map function', locations=['xtuner.dataset.map_fns'])
 TEMPLATES = Registry('template', locations=['xtuner.dataset.template'])
+
+
+def registered(registry: Registry, name: Any) -> Any:
+    """What is registered under a name; None where nothing is.
+
+    mmengine's own `Registry.get` imports the module that a name with a dot spells. A name may come from a file that
+    somebody else wrote, an adapter's `xtuner.json` for one, so nothing is imported here.
+
+    Args:
+        registry: One of the registries above; whoever fills it has been imported.
+        name: Any value; what is no text has no entry.
+    """
+    return registry.module_dict.get(name) if isinstance(name, str) else None
 
 
 def resolve(target: Any) -> Callable[..., Any]:
@@ -37,14 +51,23 @@ def resolve(target: Any) -> Callable[..., Any]:
     if not isinstance(target, str):
         raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {target!r}')
     if ':' not in target:
-        found = BUILDER.get(target)
-        if found is None:
+        found = registered(BUILDER, target)
+        if found is None and '.' in target:  # a config is the user's own and may name code: 'torch.optim.AdamW'
+            found = _by_dotted_name(target)
+        if not callable(found):
             raise ConfigError(
                 f'no registered type {target!r}{nearest(target, BUILDER.module_dict)}; '
                 'a type that is not registered is written "module:name"'
             )
         return found
     return imported(target, 'type')
+
+
+def _by_dotted_name(target: str) -> Any:
+    try:
+        return get_object_from_string(target)
+    except Exception as error:  # the user's module may raise anything
+        raise ConfigError(f'type {target!r} cannot be imported: {type(error).__name__}: {error}') from error
 
 
 def imported(target: str, what: str) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ import ast
 import copy
 import dataclasses
 import importlib.util
-import math
 import sys
 import traceback
 import types
@@ -19,10 +18,12 @@ from xtuner.config.classical import is_classical, translate
 from xtuner.config.find import find_config
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, UsageError, nearest
+from xtuner.fields import Field, shown
 from xtuner.ranks import is_first_process
 
 # Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
 OPEN_SECTIONS = ('optimizer', 'adapter')
+_Section = typing.TypeVar('_Section')
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -44,6 +45,15 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     if faults:
         raise ConfigError(_by_origin(faults, own, path))
     return typing.cast(TrainConfig, config)
+
+
+def section_of(cls: type[_Section], values: Any, where: str) -> _Section:
+    """One section of a config from plain values, such as a file of a checkpoint keeps; raises ConfigError."""
+    faults: list[str] = []
+    section = _build(cls, values, where, faults)
+    if faults:
+        raise ConfigError('; '.join(faults))
+    return typing.cast(_Section, section)
 
 
 def _by_origin(faults: list[str], own: dict[str, Any], path: Path) -> str:
@@ -159,7 +169,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
     """Makes one dataclass of a mapping, collecting what is wrong with it in `faults`."""
     if not isinstance(values, Mapping):
-        faults.append(f'`{where}` must be a dict, got {values!r}')
+        faults.append(f'`{where}` must be a dict, got {shown(values)}')
         return None
     known = {f.name: f for f in dataclasses.fields(cls)}
     faults.extend(_unknown(name, where, known) for name in values if name not in known)
@@ -194,45 +204,9 @@ def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faul
         return None
     if section is not None:
         return value if isinstance(value, section) else _build(section, value, path, faults)
-    allowed, minimum, maximum = (field.metadata[name] for name in ('allowed', 'minimum', 'maximum'))
-    if not _fits(kinds, value):
-        faults.append(f'`{path}` must be {_names(kinds)}, got {value!r}')
-    elif allowed and not all(v in allowed for v in (value if isinstance(value, list) else [value])):
-        faults.append(f'`{path}` must be one of {", ".join(map(repr, allowed))}, got {value!r}')
-    elif minimum is not None and value < minimum:
-        faults.append(f'`{path}` must be at least {minimum}, got {value!r}')
-    elif maximum is not None and value > maximum:
-        faults.append(f'`{path}` must be at most {maximum}, got {value!r}')
-    elif isinstance(value, float) and not math.isfinite(value):
-        faults.append(f'`{path}` must be a finite number, got {value!r}')
+    wrong = Field(hint, **{name: field.metadata[name] for name in ('minimum', 'maximum', 'allowed')}).fault(path, value)
+    if wrong:
+        faults.append(wrong)
     elif path in OPEN_SECTIONS and 'type' not in value:
         faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
     return value
-
-
-def _fits(kinds: Sequence[Any], value: Any) -> bool:
-    for kind in kinds:
-        base = typing.get_origin(kind) or kind
-        if base is Any:
-            return True
-        if base is list and isinstance(value, list):
-            inner = typing.get_args(kind)
-            return not inner or all(_fits(inner, v) for v in value)
-        if base is float and isinstance(value, int) and not isinstance(value, bool):
-            return True
-        if isinstance(value, base) and not (base is int and isinstance(value, bool)):
-            return True
-    return False
-
-
-def _names(kinds: Sequence[Any]) -> str:
-    words = {
-        'str': 'text',
-        'dict': 'a dict',
-        'int': 'a whole number',
-        'float': 'a number',
-        'bool': 'True or False',
-        'NoneType': 'None',
-        'list': 'a list',
-    }
-    return ' or '.join(words.get((typing.get_origin(k) or k).__name__, str(k)) for k in kinds)

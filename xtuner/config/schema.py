@@ -7,13 +7,16 @@ takes its suggestions from here. This module imports nothing heavy, so that a wr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from xtuner.config.arguments import argument_faults
 from xtuner.errors import ConfigError
 
 _REQUIRED = object()
+_ALWAYS_ALLOWED_WORKERS = 32  # also on a machine of few cores, where a config for another is only looked at
 
 
 def option(
@@ -64,7 +67,7 @@ class DatasetConfig:
 
     source: Any = option('file, folder, hub id, modelscope:OWNER/NAME, dict(path=..., weight=...), or a list of these')
     map_fn: Any = option('map function: a registered name, a function, or module:function; None detects it', None)
-    max_length: int = option('tokens a pack', 2048, minimum=2)
+    max_length: int = option('tokens a pack', 2048, minimum=2, maximum=2**24)
     on_long: str = option(
         'a conversation longer than max_length: truncate cuts its end, truncate_left its beginning',
         'truncate', allowed=('error', 'drop', 'truncate', 'truncate_left'))  # fmt: skip
@@ -89,10 +92,10 @@ class DatasetConfig:
 class ScheduleConfig:
     """How long, how much at a time, and how the learning rate moves."""
 
-    max_epochs: float = option('passes over the data', 3, minimum=0)
-    max_steps: int | None = option('optimizer steps; None: as max_epochs says', None, minimum=1)
-    batch_size: int = option('packs (or samples) a device and micro-batch', 1, minimum=1)
-    accumulative_counts: int = option('micro-batches an optimizer step', 16, minimum=1)
+    max_epochs: float = option('passes over the data', 3, minimum=0, maximum=10**6)
+    max_steps: int | None = option('optimizer steps; None: as max_epochs says', None, minimum=1, maximum=10**9)
+    batch_size: int = option('packs (or samples) a device and micro-batch', 1, minimum=1, maximum=2**16)
+    accumulative_counts: int = option('micro-batches an optimizer step', 16, minimum=1, maximum=2**16)
     warmup_ratio: float = option(
         'share of the steps in which the learning rate rises from 0',
         0.03, minimum=0, maximum=1)  # fmt: skip
@@ -131,7 +134,7 @@ class SamplesConfig:
     prompts: list[str] = option('the prompts; none: no samples', [])
     system: str = option('system message of each', '')
     interval: int = option('optimizer steps between two rounds', 100, minimum=1)
-    max_new_tokens: int = option('tokens an answer may have', 100, minimum=1)
+    max_new_tokens: int = option('tokens an answer may have', 100, minimum=1, maximum=2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,12 @@ class RuntimeConfig:
     check_memory: bool = option('refuse a run that is predicted not to fit the free memory of the GPU', True)
     fp8: bool = option('multiply frozen weights in FP8: faster on GPUs that have it, coarser; see docs/speed.md', False)
 
+    def __post_init__(self) -> None:
+        cores = os.cpu_count() or 1
+        if self.num_workers > (most := max(_ALWAYS_ALLOWED_WORKERS, cores)):
+            raise ConfigError(f'`runtime.num_workers` must be at most {most} on this machine of {cores} cores, got '
+                              f'{self.num_workers}')  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -159,8 +168,10 @@ class ParallelConfig:
     strategy: str = option(
         'auto (single for one process, ddp for several), single, ddp, fsdp, deepspeed_zero1, deepspeed_zero2, '
         'deepspeed_zero2_offload, deepspeed_zero3, or a DeepSpeed .json', 'auto')  # fmt: skip
-    sequence_parallel_size: int = option('devices that share each pack, for packs too long for one', 1, minimum=1)
-    timeout_s: float = option('seconds without progress after which a rank has hung', 1800, minimum=1)
+    sequence_parallel_size: int = option(
+        'devices that share each pack, for packs too long for one', 1, minimum=1, maximum=2**16)  # fmt: skip
+    timeout_s: float = option(
+        'seconds without progress after which a rank has hung', 1800, minimum=1, maximum=10**8)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +197,10 @@ class TrainConfig:
                 '`quantization` needs an `adapter`: quantised weights cannot be trained; '
                 'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`'
             )
-        rank = (self.adapter or {}).get('r', 1)  # peft looks at it once data and model are there
-        if not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f'`adapter.r` must be a whole number of at least 1, got {rank!r}')
+        # torch and peft look at them once data and model are there
+        faults = [*argument_faults(self.optimizer, 'optimizer'), *argument_faults(self.adapter, 'adapter')]
+        if faults:
+            raise ConfigError('; '.join(faults))
 
 
 # Comments for the arguments of the open sections that users change most.

@@ -7,7 +7,8 @@ from typing import Any
 from xtuner.dataset.internlm_template import FirstReleaseTemplate
 from xtuner.dataset.prompt import TRAIN_ON, Piece, Template, Turn, token_id
 from xtuner.errors import ConfigError, nearest
-from xtuner.registry import TEMPLATES
+from xtuner.fields import shown
+from xtuner.registry import TEMPLATES, registered
 
 __all__ = ['TEMPLATES', 'TRAIN_ON', 'Piece', 'Template', 'Turn', 'get_template', 'token_id']
 
@@ -282,10 +283,10 @@ def get_template(name: str | Template, tokenizer: Any = None) -> Template:
 
         return tokenizer_template(tokenizer)
     else:
-        template = TEMPLATES.get(name) if isinstance(name, str) else None
+        template = registered(TEMPLATES, name)
         if template is None:
             known = [*TEMPLATES.module_dict, 'from_tokenizer']
-            raise ConfigError(f'{name!r} is no prompt template{nearest(str(name), known)}; '
+            raise ConfigError(f'{shown(name)} is no prompt template{nearest(str(name)[:64], known)}; '
                               f'known: {", ".join(sorted(known))}')  # fmt: skip
     if tokenizer is not None:
         template.check(tokenizer)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from xtuner.errors import ModelError
-from xtuner.model.weights import open_weights
+from xtuner.errors import ModelError, one_line
+from xtuner.model.weights import WeightReader, open_weights
 
 # Families whose published tensors have the names of their modules. What transformers renames while it loads cannot
 # be checked before; its own report is checked after loading.
 _NAMED_ALIKE = ('internlm', 'internlm2', 'internlm3', 'llama')
+
+_LAYER = re.compile(r'[^\d]*\.\d+(?=\.)')  # up to the first number of a name: 'model.layers.0'
+_PACKED = 16  # numbers of a model in one of a file, at most: 4-bit weights in 32-bit words, twice for what is shared
+_COMPUTED = 2**28  # numbers that are in no file, such as masks
 
 
 def check_weights(folder: Path, config: Any) -> None:
@@ -27,10 +34,11 @@ def check_weights(folder: Path, config: Any) -> None:
         ModelError: a tensor is missing, surplus or of another shape, or a file is torn: the tensor and file are named.
     """
     reader = open_weights(folder)
+    if type(config) not in AutoModelForCausalLM._model_mapping:  # comes with code of its own, which was allowed to run
+        return
+    model = check_size(reader, config)
     if config.model_type not in _NAMED_ALIKE or hasattr(config, 'quantization_config'):
         return
-    with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = set(reader.names())
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
@@ -46,6 +54,50 @@ def check_weights(folder: Path, config: Any) -> None:
         if name in held and reader.shape(name) != shape:
             raise ModelError(f'{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}, but config.json '
                              f'makes it {shape}')  # fmt: skip
+
+
+def check_size(reader: WeightReader, config: Any) -> Any:
+    """Compares how many layers and numbers a config asks for with what the weights hold, before memory is taken.
+
+    Returns:
+        The config's model on torch's meta device.
+
+    Raises:
+        ModelError: the config asks for far more than is there, or no model can be built from it.
+    """
+    path = reader.folder / 'config.json'
+    layers = getattr(config.get_text_config(), 'num_hidden_layers', None)
+    held = len({match[0] for name in reader.names() if (match := _LAYER.match(name))})
+    if isinstance(layers, int) and held and layers > held:
+        raise ModelError(f'{path}: `num_hidden_layers` is {layers}, but the weights hold {held} layers')
+    model = build_on_meta(config, path)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(math.prod(reader.shape(name)) for name in reader.names())
+    if described > _PACKED * stored + _COMPUTED:
+        raise ModelError(f'{path} describes a model of {described:,} numbers, but the weights hold {stored:,}; is it '
+                         'of the same model?')  # fmt: skip
+    return model
+
+
+def build_on_meta(config: Any, path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config's model without memory.
+
+    Args:
+        config: A transformers config.
+        path: Its file, for the message.
+        trust_remote_code: Whether a model that transformers does not know may run its own code.
+
+    Raises:
+        ModelError: no model can be built from it.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise ModelError(f'{path}: a model of type {config.model_type!r} is no causal language model')
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers' code, given a stranger's values
+        raise ModelError(f'{path}: no model can be built from it: {one_line(error)}') from error
 
 
 def check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:

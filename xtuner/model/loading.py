@@ -21,10 +21,13 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError, one_line
+from xtuner.fields import shown
 from xtuner.model.check import check_weights
+from xtuner.model.config_file import make_config
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM, InternLMModel
 from xtuner.model.internlm.tokenization import InternLMTokenizer
@@ -93,6 +96,7 @@ def load_model(
     device = torch.device(device or 'cpu')
     config = load_config(folder, trust_remote_code=trust_remote_code)
     native = config.model_type in TOKENIZERS
+    _check_alone(folder)
     arguments: dict[str, Any] = {
         'config': config,
         'dtype': dtype,
@@ -126,22 +130,30 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: there is none, it cannot be read, or it is of a model that is not known here.
     """
-    if not (folder / 'config.json').is_file():
+    if not (folder / 'config.json').exists():
         raise ModelError(f'{folder} is no model folder: config.json is missing')
-    content = read_json(folder / 'config.json')
-    kind = str(content.get('model_type'))
-    try:
-        known = kind in TOKENIZERS or bool(AutoConfig.for_model(kind))
-    except ValueError:
-        known = False
+    path = folder / 'config.json'
+    content = read_json(path)
+    kind = content.get('model_type')
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
     if not known and not trust_remote_code:
         what = 'needs code that comes with it; pass --trust-remote-code to run that code' if content.get('auto_map') \
             else 'is known neither to xtuner nor to this version of transformers'  # fmt: skip
-        raise ModelError(f'{folder}: a model of type {kind!r} is not supported natively and {what}')
+        raise ModelError(f'{folder}: a model of type {shown(kind)} is not supported natively and {what}')
+    if known:
+        return make_config(content, path, trust_remote_code=trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code and not known)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except Exception as error:
-        raise ModelError(f'{folder / "config.json"}: {one_line(error)}') from error
+        raise ModelError(f'{path}: {one_line(error)}') from error
+
+
+def _check_alone(folder: Path) -> None:
+    """transformers puts an adapter that lies in a model's folder on the model, unasked and unchecked."""
+    if (folder / 'adapter_config.json').exists():
+        raise ModelError(
+            f'{folder} holds a model and an adapter (adapter_config.json); put them into folders of their own'
+        )
 
 
 def _attention(name: str) -> str:

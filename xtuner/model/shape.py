@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
 from xtuner.model.adapter import attach_adapter
+from xtuner.model.check import build_on_meta
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN
 from xtuner.model.kernels.projections import adapter_obstacle, base_of, static_obstacle
@@ -90,11 +92,10 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
     Raises:
         ConfigError: the adapter does not fit the model.
     """
-    from transformers import AutoModelForCausalLM
-
+    path = Path(config.name_or_path) / 'config.json'
+    model: Any = build_on_meta(config, path, trust_remote_code=trust_remote_code)
     with torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         base = _count_base(model)
         if adapter is None:
             model.requires_grad_(True)

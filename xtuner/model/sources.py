@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from xtuner.errors import ModelError
+from xtuner.files import read_object
 
 logger = logging.getLogger('xtuner')
 
@@ -47,14 +47,8 @@ def resolve_model(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of settings; raises ModelError, with the path, where it cannot be read or holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise ModelError(f'{path} cannot be read: {error}') from error
-    if not isinstance(content, dict):
-        raise ModelError(f'{path} holds no settings: expected a JSON object')
-    return content
+    """A model's file of settings; raises ModelError, with the path, where it cannot be read or holds no JSON object."""
+    return read_object(path, ModelError)
 
 
 def _from_hugging_face(name: str, revision: str | None, unwanted: list[str]) -> Path:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.errors import ModelError, one_line
+from xtuner.fields import Field, check_fields
+from xtuner.files import MAX_BYTES, check_regular, read_object
+from xtuner.model.config_file import check_tokenizer_class
 from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
@@ -15,6 +19,35 @@ from xtuner.model.sources import read_json, resolve_model
 
 TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer, 'internlm3': InternLM3Tokenizer}
 _FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
+_JSON_FILES = {
+    'tokenizer_config.json': MAX_BYTES, 'tokenizer.json': 512 * 2**20, 'vocab.json': MAX_BYTES,
+    'special_tokens_map.json': MAX_BYTES, 'added_tokens.json': MAX_BYTES, 'chat_template.json': MAX_BYTES,
+    'processor_config.json': MAX_BYTES, 'preprocessor_config.json': MAX_BYTES,
+}  # fmt: skip
+# Arguments of tokenizer classes that are paths of files, which transformers finds itself.
+_OTHER_FILES = ('tokenizer_file', 'vocab_file', 'merges_file', 'spm_file', 'added_tokens_file', 'gguf_file')
+_TOKEN = Field(str | dict[str, Any] | None)
+_FIELDS = {
+    'tokenizer_config.json': {
+        **dict.fromkeys(('bos_token', 'eos_token', 'pad_token', 'unk_token', 'sep_token', 'cls_token', 'mask_token'),
+                        _TOKEN),
+        'auto_map': Field(dict[str, Any] | list[Any] | None),
+        'added_tokens_decoder': Field(dict[str, dict[str, Any]] | None),
+        'additional_special_tokens': Field(list[str | dict[str, Any]] | None),
+        'extra_special_tokens': Field(dict[str, Any] | list[Any] | None),
+        'chat_template': Field(str | list[Any] | dict[str, Any] | None),
+        'model_max_length': Field(float | None, minimum=1),
+        'add_bos_token': Field(bool | None), 'add_eos_token': Field(bool | None),
+        'add_prefix_space': Field(bool | None), 'clean_up_tokenization_spaces': Field(bool | None),
+        'padding_side': Field(str, allowed=('left', 'right')), 'truncation_side': Field(str, allowed=('left', 'right')),
+        'model_input_names': Field(list[str] | None), 'backend': Field(str | None),
+    },
+    'tokenizer.json': {
+        'model': Field(dict[str, Any]), 'added_tokens': Field(list[dict[str, Any]] | None),
+        **dict.fromkeys(('normalizer', 'pre_tokenizer', 'post_processor', 'decoder', 'truncation', 'padding'),
+                        Field(dict[str, Any] | None)),
+    },
+}  # fmt: skip
 
 
 def load_tokenizer(
@@ -31,9 +64,9 @@ def load_tokenizer(
         ModelError: there is none, or it needs remote code.
     """
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    if not any((folder / name).is_file() for name in _FILES) and not trust_remote_code:
+    if not any((folder / name).exists() for name in _FILES) and not trust_remote_code:
         raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_FILES)} is there')
-    settings = read_json(folder / 'tokenizer_config.json') if (folder / 'tokenizer_config.json').is_file() else {}
+    settings = _read_settings(folder)
     own = _own_tokenizer(folder, settings)
     foreign = own is None and (settings.get('auto_map') or {}).get('AutoTokenizer')
     if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
@@ -46,11 +79,54 @@ def load_tokenizer(
         from xtuner.model.loading import register  # a config may be of a model that transformers learns of there
 
         register()
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = _config(folder, trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f'{folder}: the tokenizer cannot be loaded: {one_line(error)}') from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, once all files of the tokenizer were looked at; empty where there is none.
+
+    transformers takes every key for an argument of the tokenizer's class. Which files it reads, and which class, is not
+    for the file to say.
+
+    Raises:
+        ModelError: a file is none, too large or nested too deeply, or a field has a wrong type or names files.
+    """
+    for name, most in _JSON_FILES.items():
+        if (path := folder / name).exists() or path.is_symlink():
+            content = read_object(path, ModelError, max_bytes=most)
+            check_fields(content, _FIELDS.get(name, {}), path, ModelError)
+    for name in ('tokenizer.model', 'vocab.txt', 'merges.txt', 'chat_template.jinja'):
+        if (path := folder / name).exists() or path.is_symlink():
+            check_regular(path, ModelError)
+    path = folder / 'tokenizer_config.json'
+    settings = read_json(path) if path.is_file() else {}
+    check_tokenizer_class(settings.get('tokenizer_class'), path)
+    for name in ('init_inputs', 'fast_tokenizer_files', *_OTHER_FILES):
+        if settings.get(name):
+            raise ModelError(f'{path}: `{name}` is refused: it names files outside the format; remove it')
+    return settings
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's config, which transformers would read without its checks; None where it may run its own code."""
+    from xtuner.model.loading import load_config
+
+    if not (folder / 'config.json').exists():
+        return PreTrainedConfig()
+    try:
+        return load_config(folder)
+    except ModelError:
+        if trust_remote_code:
+            return None
+        content = read_json(folder / 'config.json')
+        if isinstance(content.get('model_type'), str) and content['model_type'] not in CONFIG_MAPPING:
+            return PreTrainedConfig()  # the tokenizer of a model that is not known may be
+        raise
 
 
 def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMTokenizer] | None:

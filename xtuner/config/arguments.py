@@ -1,0 +1,65 @@
+"""What can be said of the arguments of `optimizer` and `adapter` before the class that takes them is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xtuner.fields import Field, shown
+
+_LARGEST = 1e30  # torch keeps optimizer settings in float32, which ends at 3.4e38
+_PATTERNS = ('target_modules', 'exclude_modules')  # of peft: text is a regular expression, but for 'all-linear'
+_FIELDS = {
+    'optimizer.lr': Field(float, minimum=0, maximum=1000),
+    'adapter.r': Field(int, minimum=1, maximum=2**16),
+    'adapter.lora_alpha': Field(float, minimum=-_LARGEST, maximum=_LARGEST),
+    'adapter.lora_dropout': Field(float, minimum=0, maximum=1),
+}
+
+
+def argument_faults(section: Mapping[str, Any] | None, where: str) -> Iterator[str]:
+    """Yields what is wrong with a section's arguments.
+
+    Args:
+        section: A mapping with a `type` and its arguments, or None.
+        where: 'optimizer' or 'adapter'.
+    """
+    for name, value in (section or {}).items():
+        path = f'{where}.{name}'
+        if path in _FIELDS:
+            fault = _FIELDS[path].fault(path, value)
+        elif name == 'type' or not isinstance(name, str):
+            continue
+        else:
+            fault = _number_fault(path, value) or (name in _PATTERNS and _pattern_fault(path, value)) or None
+        if fault:
+            yield fault
+
+
+def _number_fault(path: str, value: Any) -> str | None:
+    """`nan` of a command line comes as text, and what takes it would compare text with numbers."""
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, str) and _is_number(item):
+            return f'`{path}` must be a number, got {shown(item)}'
+        if isinstance(item, (int, float)) and not abs(item) <= _LARGEST:
+            return f'`{path}` must be a finite number of at most {_LARGEST:g}, got {shown(item)}'
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _pattern_fault(path: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f'`{path}` is no regular expression ({error}), got {shown(value)}'
+    return None
