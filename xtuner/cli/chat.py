@@ -116,12 +116,14 @@ def _run_page(args: argparse.Namespace) -> int:
     start_logging()
     if args.port:
         check_port(args.port)
-    _check_early(args)
     try:
-        from xtuner.chat.web.app import run_app
+        import streamlit.starlette  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or '').split('.')[0] not in ('streamlit', 'starlette'):
             raise
         raise UsageError(f"--web needs Streamlit ({error}): pip install 'xtuner[web]'") from error
+    _check_early(args)
+    from xtuner.chat.web.app import run_app
+
     run_app(load_shared_model(args), args.port)
     return 0
