@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.sampler import EpochSampler
-from xtuner.engine.plan import Plan, StepSampler
+from xtuner.engine.plan import FEW_STEPS, Plan, StepSampler, few_steps_note
 
 
 def plan(num_items: int, *, world_size: int = 1, **schedule: object) -> Plan:
@@ -80,3 +83,55 @@ def test_learning_rate_shapes() -> None:
     assert [linear.lr_factor(s) for s in (0, 5, 9)] == pytest.approx([1.0, 0.75, 0.55])
     constant = plan(10, max_epochs=1, accumulative_counts=1, warmup_ratio=0.2, decay='constant')
     assert [constant.lr_factor(s) for s in (0, 1, 9)] == pytest.approx([0.5, 1.0, 1.0])
+
+
+def test_the_last_step_counts_what_it_took() -> None:
+    p = plan(1, max_epochs=3)  # 3 items, of the 16 that a whole step takes
+    assert (p.num_steps, p.items_of_last_step, p.largest_step) == (1, 3, 3)
+    assert p.epochs_after(1) == 3
+    p = plan(18, max_epochs=3)
+    assert (p.num_steps, p.items_of_last_step, p.largest_step) == (4, 6, 16)
+    assert [round(p.epochs_after(step), 2) for step in range(5)] == [0, 0.89, 1.78, 2.67, 3]
+
+
+@pytest.mark.parametrize(
+    ('num_items', 'num_samples', 'note'),
+    [
+        (18, 200, 'only 4 optimizer steps; schedule.accumulative_counts=2 gives 27'),
+        (2, 20, 'only 1 optimizer step; dataset.packing=none schedule.accumulative_counts=3 gives 20'),
+        (
+            1,
+            1,
+            'only 1 optimizer step; schedule.accumulative_counts=1 gives 3, and a larger schedule.max_epochs more',
+        ),
+        (107, 900, ''),  # 21 steps
+    ],
+)
+def test_few_steps_are_reported_with_a_setting_that_makes_more(num_items: int, num_samples: int, note: str) -> None:
+    assert few_steps_note(plan(num_items), num_samples) == note
+
+
+def test_steps_that_were_asked_for_are_not_too_few() -> None:
+    assert few_steps_note(plan(18, max_steps=2)) == ''
+    assert few_steps_note(plan(1, accumulative_counts=1)) == 'only 3 optimizer steps; raise schedule.max_epochs'
+
+
+@settings(deadline=None)
+@given(st.integers(1, 80), st.integers(1, 9), st.integers(1, 20), st.sampled_from([0.5, 1, 2.3, 3]), st.integers(1, 4))
+def test_the_advice_is_the_coarsest_setting_that_makes_enough(
+    num_items: int, batch: int, accumulate: int, epochs: float, world_size: int
+) -> None:
+    def steps(batch: int, accumulate: int) -> int:
+        return plan(num_items, world_size=world_size, max_epochs=epochs, batch_size=batch,
+                    accumulative_counts=accumulate).num_steps  # fmt: skip
+
+    note = few_steps_note(plan(num_items, world_size=world_size, max_epochs=epochs, batch_size=batch,
+                               accumulative_counts=accumulate))  # fmt: skip
+    coarsest_first = [(batch, count) for count in range(accumulate, 0, -1)] + [(b, 1) for b in range(batch, 0, -1)]
+    assert bool(note) == (steps(batch, accumulate) < FEW_STEPS)
+    if note and 'gives' in note:
+        found = {key: int(value) for key, value in re.findall(r'schedule\.(\w+)=(\d+)', note)}
+        size, count = found.get('batch_size', batch), found['accumulative_counts']
+        assert f'gives {steps(size, count)}' in note
+        enough = [pair for pair in coarsest_first if steps(*pair) >= FEW_STEPS]
+        assert (size, count) == (enough[0] if enough else (1, 1))

@@ -13,7 +13,8 @@ import torch
 from xtuner.errors import CheckpointError, DataError, ModelError, UsageError
 from xtuner.model.adapter import Provenance
 from xtuner.model.weights import fingerprint, open_weights
-from xtuner.serve.models import load_served, name_adapters
+from xtuner.serve.address import name_adapters
+from xtuner.serve.models import load_served
 
 
 def test_names_are_given_or_the_folders() -> None:

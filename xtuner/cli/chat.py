@@ -9,6 +9,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from xtuner.chat.web.port import check_port
+from xtuner.cli.early import check_adapters, check_model, say_loading
 from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.cli.log import start_logging
 
     start_logging()
+    _check_early(args)
     from xtuner.chat.plugins.base import open_plugins
     from xtuner.chat.terminal import chat_interactive, chat_piped, show_call
     from xtuner.model.generate import Sampling
@@ -68,6 +71,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         chat_piped(session, sys.stdin, sys.stdout)
     return 0
+
+
+def _check_early(args: argparse.Namespace) -> None:
+    check_model(args.llm, trust_remote_code=args.trust_remote_code)
+    check_adapters(*filter(None, [args.adapter]))
+    say_loading()
 
 
 def _open(args: argparse.Namespace) -> ChatModel:
@@ -105,13 +114,16 @@ def _run_page(args: argparse.Namespace) -> int:
     from xtuner.cli.log import start_logging
 
     start_logging()
+    if args.port:
+        check_port(args.port)
     try:
-        from xtuner.chat.web.app import check_port, run_app
+        import streamlit.starlette  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or '').split('.')[0] not in ('streamlit', 'starlette'):
             raise
         raise UsageError(f"--web needs Streamlit ({error}): pip install 'xtuner[web]'") from error
-    if args.port:
-        check_port(args.port)
+    _check_early(args)
+    from xtuner.chat.web.app import run_app
+
     run_app(load_shared_model(args), args.port)
     return 0

@@ -19,10 +19,14 @@ def run(args: argparse.Namespace) -> int:
 
     config, tokenizer, template = load_data_config(args)
 
-    from xtuner.dataset.check import check_dataset
+    from xtuner.dataset.check import TrainingPart, check_dataset
     from xtuner.dataset.show import counted
+    from xtuner.engine.plan import Plan, few_steps_note
 
-    summary = check_dataset(config.dataset, tokenizer=tokenizer, template=template, most_examples=args.most)
+    training = TrainingPart(config.dataset)
+    summary = check_dataset(
+        config.dataset, tokenizer=tokenizer, template=template, most_examples=args.most, training=training
+    )
     for kind in ('bad', 'too_long', 'without_target'):
         for example in summary.examples.get(kind, []):
             print(f'{kind.replace("_", " ")}: {example}')
@@ -31,4 +35,9 @@ def run(args: argparse.Namespace) -> int:
     records = counted(summary.records, 'record')
     good = 'every record can be used' if summary.kept else 'nothing to train'
     print(f'{wrong:,} of {records} {"is" if wrong == 1 else "are"} wrong' if wrong else good)
+    if summary.kept:
+        num_packs, num_conversations = training.sizes()
+        note = few_steps_note(Plan(num_packs, config.schedule), num_conversations)
+        if note:
+            print(f'training: {note}')
     return 1 if wrong or not summary.kept else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from xtuner.cli.early import check_config
 from xtuner.cli.options import read_config
 
 
@@ -14,6 +15,7 @@ def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     config = read_config(args)
     start_logging()
+    check_config(config)
 
     from xtuner.dataset.template import get_template
     from xtuner.model.loading import load_tokenizer

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from xtuner.cli.early import check_config
 from xtuner.cli.options import add_config_arguments, positive_float, positive_int, read_config
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = read_config(args)
     start_logging()
+    check_config(config, data=not args.no_data)
 
     from xtuner.engine.cards import find_card, local_card
     from xtuner.engine.estimate import estimate

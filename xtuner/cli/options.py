@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,21 @@ from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Alias:
+    """An option that is another name of a config's key.
+
+    Attributes:
+        key: The key.
+        type: Reads the value.
+        text: What the value is.
+    """
+
+    key: str
+    type: Callable[[str], Any]
+    text: str
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +42,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         type=filled,
         help="data in place of the config's: a hub id, a file or a folder; its format is detected",
     )
+    for name, alias in ALIASES.items():
+        parser.add_argument(name, type=alias.type, metavar='N', help=f'{alias.text}: {alias.key}')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -46,7 +64,7 @@ def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = 
         overrides: The command's own dotted keys and their values; `--cfg-options` go before them.
 
     Raises:
-        UsageError: there is no CONFIG.
+        UsageError: there is no CONFIG, or two options set one key.
         ConfigError: it does not exist, or something in it is wrong.
     """
     from xtuner.config.load import load_config, parse_options
@@ -63,7 +81,24 @@ def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = 
         named['model.path'] = args.model
     if args.data:
         named |= {'dataset.source': args.data, 'dataset.map_fn': None}
-    return load_config(args.config, named | parse_options(words) | dict(overrides or {}))
+    return load_config(args.config, named | _values_of(args, parse_options(words), overrides or {}))
+
+
+def _values_of(args: argparse.Namespace, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the options of their own name, of `--cfg-options` and of the command, none of them twice."""
+    values = {**options, **overrides}
+    for name, alias in ALIASES.items():
+        value = getattr(args, name.removeprefix('--').replace('-', '_'))
+        if value is None:
+            continue
+        if alias.key in options:
+            raise UsageError(f'{name} and --cfg-options {alias.key}=... set the same value; give one of them')
+        values[alias.key] = value
+        if name == '--epochs':  # a number of steps, in the config, would go before them
+            if values.get('schedule.max_steps') is not None:
+                raise UsageError('--epochs and a number of steps both say how long to train; give one of them')
+            values['schedule.max_steps'] = None
+    return values
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,3 +169,13 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text}')
     return value
+
+
+ALIASES = {
+    '--lr': Alias('optimizer.lr', positive_float, 'peak learning rate'),
+    '--epochs': Alias('schedule.max_epochs', positive_float, 'passes over the data'),
+    '--batch-size': Alias('schedule.batch_size', positive_int, 'packs a device computes at a time'),
+    '--max-length': Alias('dataset.max_length', positive_int, 'tokens of a pack'),
+    '--lora-rank': Alias('adapter.r', positive_int, 'rank of the adapter'),
+}
+"""Options of their own for the keys that are changed most."""

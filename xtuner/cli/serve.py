@@ -11,6 +11,7 @@ import ipaddress
 import os
 from pathlib import Path
 
+from xtuner.cli.early import check_adapters, check_model, say_loading
 from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
@@ -47,17 +48,28 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
     key = read_key(args.api_key_file)
     try:
-        from xtuner.serve.app import Limits
-        from xtuner.serve.run import Address, Source, run_service
+        from xtuner.serve.address import Address, base_name_of, name_adapters, warn_of_strangers
+        from xtuner.serve.server import listen
     except ModuleNotFoundError as error:
         if error.name not in ('starlette', 'uvicorn'):
             raise
         raise UsageError(f"serving needs {error.name}: pip install 'xtuner[serve]'") from None
+    folders = name_adapters(args.adapter, base_name_of(args.llm))
+    taken = listen(args.host, args.port)
+    address = Address(args.host, args.port, is_loopback(args.host), key)
+    warn_of_strangers(address)
+    check_model(args.llm, trust_remote_code=args.trust_remote_code)
+    check_adapters(*folders.values())
+    say_loading()
+
     from xtuner.model.generate import Sampling
+    from xtuner.serve.app import Limits
+    from xtuner.serve.run import Source, run_service
 
     run_service(
         Source(args.llm, args.adapter, args.prompt_template, args.bits, args.packed, args.trust_remote_code),
-        Address(args.host, args.port, is_loopback(args.host), key),
+        address,
+        taken,
         Limits(args.max_length, 1024 * args.max_body_kib, streams=args.max_streams, waiting=args.max_waiting),
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
         grace_s=args.grace,

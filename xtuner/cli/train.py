@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xtuner.cli.early import check_config, say_loading
 from xtuner.cli.options import add_config_arguments, filled, given_path, positive_int, read_config
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
+    from xtuner.engine.start import Start
 
 _NEWEST = 'newest'  # `xtuner.engine.start.NEWEST`, which imports torch
 
@@ -81,20 +83,33 @@ def run(args: argparse.Namespace) -> int:
     if args.strategy or args.deepspeed:
         overrides['parallel.strategy'] = args.strategy or args.deepspeed
     config = read_config(args, overrides)
+    start_logging()
+    work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
+    start = _checked_start(args, config, work_dir)
+    say_loading()
     if args.launcher == 'none' and _needs_launcher(args, config.parallel.strategy):
         return _launch(args, config)
-    work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
-    start_logging()
 
-    from xtuner.engine.start import Start
     from xtuner.engine.train import train
     from xtuner.ranks import is_first_process
 
-    start = Start(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
     last = train(config, work_dir=work_dir, start=start, launcher=args.launcher)
     if is_first_process():
         print(last)
     return 0
+
+
+def _checked_start(args: argparse.Namespace, config: TrainConfig, work_dir: Path) -> Start:
+    """Where the run begins, and whether the paths of the command allow it, before anything heavy is imported."""
+    from xtuner.engine.start import Start, check_start, check_work_dir
+    from xtuner.ranks import is_first_process
+
+    start = Start(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
+    check_start(work_dir, start)
+    if is_first_process() and _node_rank(args) == 0:  # the others would find the lock of the first
+        check_work_dir(work_dir)
+    check_config(config)
+    return start
 
 
 def _take_config_from_resume(args: argparse.Namespace) -> None:
@@ -123,7 +138,7 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
     nodes = Nodes(
         num_processes=_count(args.nproc_per_node, 'NPROC_PER_NODE'),
         num_nodes=num_nodes,
-        node_rank=args.node_rank if args.node_rank is not None else int(os.environ.get('NODE_RANK', 0)),
+        node_rank=_node_rank(args),
         address=args.master_addr or os.environ.get('MASTER_ADDR', '127.0.0.1'),
         port=int(port) if port is not None else None,
     )
@@ -132,6 +147,10 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
     for option in _LAUNCH_OPTIONS:
         words = _without_option(words, option)
     return run_on_devices(words, nodes)
+
+
+def _node_rank(args: argparse.Namespace) -> int:
+    return args.node_rank if args.node_rank is not None else int(os.environ.get('NODE_RANK', 0))
 
 
 def _count(given: int | None, variable: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from xtuner.config.classical import is_classical, translate
 from xtuner.config.find import find_config
 from xtuner.config.schema import TrainConfig
+from xtuner.config.short_types import with_full_types
 from xtuner.errors import ConfigError, UsageError, nearest
 from xtuner.fields import Field, shown
 from xtuner.ranks import is_first_process
@@ -44,7 +45,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     config = _build(TrainConfig, values, '', faults)
     if faults:
         raise ConfigError(_by_origin(faults, own, path))
-    return typing.cast(TrainConfig, config)
+    return with_full_types(typing.cast(TrainConfig, config))
 
 
 def section_of(cls: type[_Section], values: Any, where: str) -> _Section:

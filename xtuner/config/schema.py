@@ -205,7 +205,7 @@ class TrainConfig:
 
 # Comments for the arguments of the open sections that users change most.
 ARGUMENT_TEXTS = {
-    'type': 'any class or function; the other keys are its arguments',
+    'type': 'AdamW, LoraConfig or the like, or any class or function; the other keys are its arguments',
     'lr': 'peak learning rate',
     'betas': 'decay of the two moments',
     'weight_decay': 'decoupled weight decay',

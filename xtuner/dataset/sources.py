@@ -58,6 +58,33 @@ def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
     raise ConfigError(f'`{field}` must be a file, a folder, a hub id, a dict or a list of these, got {spec!r}')
 
 
+def check_local(spec: Any) -> None:
+    """Looks for the files and folders that a config names, without opening them; what the hub holds is not asked for.
+
+    Raises:
+        DataError: one of them does not exist.
+    """
+    if isinstance(spec, (list, tuple)):
+        for item in spec:
+            check_local(item)
+    elif isinstance(spec, Mapping) and 'type' not in spec:
+        check_local(spec.get('path'))
+    elif isinstance(spec, (str, Path)) and not str(spec).startswith('modelscope:'):
+        _is_local(str(spec))
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is here; else it is a hub id, or raises DataError where it can be none."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return True
+    # A hub id has at most one slash and no suffix of a data file.
+    if local.is_absolute() or path.startswith(('.', '~')) or local.suffix.lower() in READERS or path.count('/') > 1:
+        beside = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
+        raise DataError(f'{path}: there is no such file or folder{nearest(str(local), beside, most=1)}')
+    return False
+
+
 def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
     if 'type' in spec:  # the classical form: dict(type=load_dataset, path=...)
         from xtuner.registry import BUILDER
@@ -81,13 +108,7 @@ def _open(path: str, options: Mapping[str, Any]) -> Source:
         return _modelscope(path.removeprefix('modelscope:'), options)
     if local.is_dir():
         return _saved(local) if _is_saved(local) else _files(path, _data_files(local))
-    if local.exists():
-        return _files(path, [local])
-    # A hub id has at most one slash and no suffix of a data file.
-    if local.is_absolute() or path.startswith(('.', '~')) or local.suffix.lower() in READERS or path.count('/') > 1:
-        beside = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
-        raise DataError(f'{path}: there is no such file or folder{nearest(str(local), beside, most=1)}')
-    return _hub(path, options)
+    return _files(path, [local]) if _is_local(path) else _hub(path, options)
 
 
 def _data_files(folder: Path) -> list[Path]:

@@ -26,13 +26,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from xtuner.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch  # imported where tensors are met: which checkpoints there are is asked before
 
 LAST_FILE, BEST_FILE = 'last', 'best'
 MANIFEST_FILE = 'manifest.json'
@@ -210,6 +211,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or cannot be understood.
     """
+    from safetensors.torch import load_file
+
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))
         tensors = load_file(folder / TENSORS_FILE)
@@ -219,6 +222,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
     tensors: dict[str, torch.Tensor] = {}
     (folder / STATE_FILE).write_text(json.dumps(_split(state, '', tensors), indent=1) + '\n', encoding='utf-8')
     save_file(tensors, folder / TENSORS_FILE)
@@ -226,6 +231,8 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for a nested state; a tensor goes to `tensors` and leaves its name behind."""
+    import torch
+
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {'tensor': path}

@@ -28,12 +28,14 @@ class DataSize:
         num_tokens: In all of them.
         longest: Tokens of the longest.
         target_share: Share of the tokens that is trained.
+        num_samples: Conversations in the items; 0: not known.
     """
 
     num_items: int
     num_tokens: int
     longest: int
     target_share: float
+    num_samples: int = 0
 
 
 def is_predicted(config: TrainConfig, strategy: str) -> bool:
@@ -62,6 +64,7 @@ def data_size(dataset: Any) -> DataSize:
         num_tokens=int(dataset.lengths.sum()),
         longest=int(dataset.lengths.max()),
         target_share=summary.target_tokens / max(1, summary.tokens),
+        num_samples=len(dataset.sample_numbers),
     )
 
 
@@ -235,18 +238,21 @@ class Estimate:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens of a step, rows as full as they are on average; None where there is no plan."""
+        """Tokens of a whole step, or of the only one, rows as full as on average; None where there is no plan."""
         if self.plan is None:
             return None
-        mean = self.data.num_tokens / self.data.num_items if self.data else self.setup.longest
-        return round(mean * self.plan.items_per_step)
+        return round(self._tokens_per_row * self.plan.largest_step)
 
     @property
     def num_tokens(self) -> int | None:
         """Tokens of the whole run, as `tokens_per_step`."""
-        if self.plan is None or self.tokens_per_step is None:
+        if self.plan is None:
             return None
-        return round(self.tokens_per_step * self.plan.num_micro_batches / self.plan.schedule.accumulative_counts)
+        return round(self._tokens_per_row * self.plan.num_micro_batches * self.plan.items_per_micro_batch)
+
+    @property
+    def _tokens_per_row(self) -> float:
+        return self.data.num_tokens / self.data.num_items if self.data else self.setup.longest
 
 
 def estimate(

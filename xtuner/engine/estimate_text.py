@@ -8,6 +8,7 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.show import counted
 from xtuner.engine.cards import CARDS, Card, tokens_per_second
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
+from xtuner.engine.plan import few_steps_note
 from xtuner.model.memory import Prediction, Setup
 
 GIB = 2**30
@@ -113,12 +114,14 @@ def _run(config: TrainConfig, estimate: Estimate) -> list[str]:
             f'{data.target_share:.1%} of them trained'
         )
     if estimate.plan is not None:
-        schedule = config.schedule
-        lines.append(
-            f'run: {counted(estimate.plan.num_steps, "step")} of {estimate.plan.items_per_step} rows, about '
-            f'{estimate.tokens_per_step:,} tokens each'
-            + ('' if schedule.max_steps else f', {schedule.max_epochs:g} epochs')
-        )
+        schedule, plan = config.schedule, estimate.plan
+        rest = f', the last of {plan.items_of_last_step}' if plan.items_of_last_step < plan.largest_step else ''
+        tokens = f'{estimate.tokens_per_step:,} tokens{"" if plan.num_steps == 1 else " each"}'
+        epochs = '' if schedule.max_steps else f', {schedule.max_epochs:g} epochs'
+        rows = counted(plan.largest_step, 'row')
+        lines.append(f'run: {counted(plan.num_steps, "step")} of {rows}{rest}, about {tokens}{epochs}')
+        if note := few_steps_note(plan, estimate.data.num_samples if estimate.data else None):
+            lines.append(f'     {note}')
     else:
         lines.append('run: the number of steps is not known without the data or schedule.max_steps')
     size = gib(estimate.checkpoint_bytes)

@@ -43,7 +43,7 @@ def about_run(
         'parameters': {'all': num_parameters(model), 'trained': num_parameters(model, trained=True)},
         'plan': {
             'num_items': plan.num_items,
-            'items_per_step': plan.items_per_step,
+            'items_per_step': plan.largest_step,
             'num_steps': plan.num_steps,
             'num_warmup_steps': plan.num_warmup_steps,
             'world_size': plan.world_size,
@@ -106,7 +106,7 @@ def training_facts(config: TrainConfig, data: Data, plan: Plan, dtype: torch.dty
         'max_length': config.dataset.max_length,
         'steps': plan.num_steps,
         'epochs': None if schedule.max_steps else schedule.max_epochs,
-        'tokens_per_step': plan.items_per_step * config.dataset.max_length,
+        'tokens_per_step': plan.largest_step * config.dataset.max_length,
         'learning_rate': config.optimizer.get('lr'),
         'decay': schedule.decay,
         'warmup_steps': plan.num_warmup_steps,

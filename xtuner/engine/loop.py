@@ -145,7 +145,7 @@ class TrainLoop(BaseLoop):
     @property
     def epoch(self) -> int:
         """Whole passes over the data done."""
-        return self.step * self.plan.items_per_step // self.plan.num_items
+        return int(self.plan.epochs_after(self.step))
 
     @property
     def max_epochs(self) -> int:

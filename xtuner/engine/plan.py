@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.utils.data import Sampler
 
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.show import counted
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,21 @@ class Plan:
         """Steps in which the learning rate rises."""
         return math.ceil(self.schedule.warmup_ratio * self.num_steps)
 
+    @property
+    def items_of_last_step(self) -> int:
+        """Items of the last optimizer step, which takes what is left; of the only one, where there is no other."""
+        return self.micro_batches_of(self.num_steps - 1) * self.items_per_micro_batch
+
+    @property
+    def largest_step(self) -> int:
+        """Items of the largest step of the run: a whole one, or the only one where that is not whole."""
+        return min(self.items_per_step, self.num_micro_batches * self.items_per_micro_batch)
+
+    def epochs_after(self, steps: int) -> float:
+        """Passes over the data after so many steps; the last step counts what it took, not a whole step's items."""
+        done = min(steps * self.schedule.accumulative_counts, self.num_micro_batches)
+        return done * self.items_per_micro_batch / self.num_items
+
     def micro_batches_of(self, step: int) -> int:
         """Micro-batches of one step on each rank: `accumulative_counts`, or what is left for the last."""
         each = self.schedule.accumulative_counts
@@ -76,6 +92,49 @@ class Plan:
         done = (step - warmup) / max(1, self.num_steps - warmup)
         shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule.decay == 'cosine' else 1 - done
         return floor + (1 - floor) * shape
+
+
+FEW_STEPS = 20
+"""Below this a run of whole epochs has hardly begun to learn: the warm-up and the decay of the rate take most of it."""
+
+
+def few_steps_note(plan: Plan, num_samples: int | None = None) -> str:
+    """What to set where whole epochs make fewer than `FEW_STEPS` steps; '' where there are enough.
+
+    Args:
+        plan: The run's arithmetic.
+        num_samples: Conversations in the packs; None: not known.
+
+    Returns:
+        A text such as "only 4 optimizer steps; schedule.accumulative_counts=2 gives 27".
+    """
+    if plan.schedule.max_steps is not None or plan.num_steps >= FEW_STEPS:
+        return ''
+    choices = [('', _finer(plan))]
+    if num_samples is not None and num_samples > plan.num_items:
+        choices.append(('dataset.packing=none ', _finer(replace(plan, num_items=num_samples))))
+    packing, finer = next((choice for choice in choices if choice[1].num_steps >= FEW_STEPS), choices[-1])
+    if finer.num_steps <= plan.num_steps:
+        return f'only {counted(plan.num_steps, "optimizer step")}; raise schedule.max_epochs'
+    schedule = finer.schedule
+    size = f'schedule.batch_size={schedule.batch_size} ' if schedule.batch_size != plan.schedule.batch_size else ''
+    more = ', and a larger schedule.max_epochs more' if finer.num_steps < FEW_STEPS else ''
+    return (
+        f'only {counted(plan.num_steps, "optimizer step")}; {packing}{size}'
+        f'schedule.accumulative_counts={schedule.accumulative_counts} gives {finer.num_steps}{more}'
+    )
+
+
+def _finer(plan: Plan) -> Plan:
+    """The plan with the largest steps that make at least `FEW_STEPS`, or else with the smallest steps."""
+    schedule = plan.schedule
+    count = min(schedule.accumulative_counts, max(1, math.ceil(plan.num_micro_batches / (FEW_STEPS - 1)) - 1))
+    finer = replace(plan, schedule=replace(schedule, accumulative_counts=count))
+    if finer.num_steps >= FEW_STEPS:
+        return finer
+    items = schedule.max_epochs * plan.num_items / plan.world_size
+    size = min(schedule.batch_size, max(1, math.ceil(items / (FEW_STEPS - 1)) - 1))
+    return replace(plan, schedule=replace(schedule, accumulative_counts=1, batch_size=size))
 
 
 class StepSampler(Sampler[list[int]]):

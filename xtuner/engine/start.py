@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import broadcast
-
 from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.checkpoints import (
@@ -24,8 +21,8 @@ from xtuner.engine.checkpoints import (
     verify_checkpoint,
 )
 from xtuner.engine.same_run import check_same_run
+from xtuner.engine.work_folder import alone_in
 from xtuner.errors import CheckpointError, ConfigError, UsageError
-from xtuner.model.adapter import check_adapter
 from xtuner.registry import build
 
 logger = logging.getLogger('xtuner')
@@ -58,12 +55,12 @@ class Start:
 NEW_RUN = Start()
 
 
-def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; None for a new run.
+def check_start(work_dir: Path, start: Start) -> None:
+    """Refuses what the names of folders tell already, before torch is imported.
 
     Raises:
-        CheckpointError: there is a run already and nothing was said of it, the checkpoint is not whole, or what
-            `--start-from` names is no folder.
+        CheckpointError: there is a run already and nothing was said of it, or what `--resume` or `--start-from` names
+            is no folder, or no checkpoint.
     """
     if start.weights is not None and not start.weights.is_dir():
         raise CheckpointError(f'--start-from {start.weights}: no such folder{_offer(start.weights.parent)}')
@@ -73,18 +70,35 @@ def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
             raise CheckpointError(f'--resume {folder}: no such folder{_offer(work_dir)}')
         if list_checkpoints(folder):
             raise CheckpointError(f'--resume {folder}: that is a work folder, not a checkpoint{_offer(folder)}')
-        verify_checkpoint(folder)
-        _check_step_name(folder)
-        return folder
-    if rank == 0 and work_dir.is_dir():
+    if start.resume is None and list_checkpoints(work_dir):
+        raise CheckpointError(
+            f'{work_dir} already holds checkpoints; add --resume to go on with that run, or give another --work-dir'
+        )
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """Raises CheckpointError where nothing can be written to the folder, or a run is under way; leaves no trace."""
+    with alone_in(work_dir):
+        pass
+
+
+def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None for a new run.
+
+    Raises:
+        CheckpointError: as `check_start`, or the checkpoint is not whole.
+    """
+    if rank == 0 and start.resume in (None, NEWEST) and work_dir.is_dir():
         _try_to_recover(work_dir)
+    check_start(work_dir, start)
     if start.resume is None:
-        if list_checkpoints(work_dir):
-            raise CheckpointError(
-                f'{work_dir} already holds checkpoints; add --resume to go on with that run, or give another --work-dir'
-            )
         return None
-    return _newest_on_all_ranks(work_dir, rank)
+    if start.resume == NEWEST:
+        return _newest_on_all_ranks(work_dir, rank)
+    folder = Path(start.resume)
+    verify_checkpoint(folder)
+    _check_step_name(folder)
+    return folder
 
 
 def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: str) -> None:
@@ -98,8 +112,11 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
         verify_checkpoint(folder)
     if config.adapter is None:
         return
-    check_adapter(folder, base_fingerprint)
     from peft import PeftConfig
+
+    from xtuner.model.adapter import check_adapter
+
+    check_adapter(folder, base_fingerprint)
 
     saved, wanted = PeftConfig.from_pretrained(str(folder)).to_dict(), build(config.adapter, 'adapter').to_dict()
     # 'all-linear' has become a list of names where it was used.
@@ -151,6 +168,9 @@ def open_work_dir(work_dir: Path, config: TrainConfig, checkpoint: Path | None) 
 
 def _newest_on_all_ranks(work_dir: Path, rank: int) -> Path | None:
     """The first rank looks, and tells the step: 0 for none, -1 where it found no whole one."""
+    import torch
+    from mmengine.dist import broadcast
+
     step, failure, found = torch.zeros(1, dtype=torch.int64), None, None
     if rank == 0:
         try:

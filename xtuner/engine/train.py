@@ -20,13 +20,14 @@ from torch import nn
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.show import counted
+from xtuner.dataset.store import PreparedDataset
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import Group, process_group, sequence_group
 from xtuner.engine.material import Data, load_data, load_for_training, write_model
-from xtuner.engine.plan import Plan
+from xtuner.engine.plan import Plan, few_steps_note
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
 from xtuner.engine.same_run import describe_run, write_run
@@ -89,6 +90,8 @@ def _run(
     size = config.parallel.sequence_parallel_size
     check_heads(load_config(data.model_folder, trust_remote_code=config.model.trust_remote_code), size)
     plan = make_plan(data.dataset, config, group.world_size // size)
+    if group.rank == 0:
+        _warn_of_few_steps(plan, data)
     run = describe_run(
         config,
         base_fingerprint=data.base_fingerprint,
@@ -132,6 +135,12 @@ def _run(
             runner.visualizer.close()
 
 
+def _warn_of_few_steps(plan: Plan, data: Data) -> None:
+    dataset = data.dataset
+    if note := few_steps_note(plan, len(dataset.sample_numbers) if isinstance(dataset, PreparedDataset) else None):
+        logger.warning('plan: %s', note)
+
+
 def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: SupervisedFinetune, data: Data) -> None:
     """Whether all the checkpoints that will be there at a time have room; one more than are kept, while it is saved."""
     num_saves = math.ceil(plan.num_steps / config.checkpoint.interval)
@@ -141,7 +150,7 @@ def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: Supervi
     if missing > 0:
         trained = torch.empty(num_parameters(model, trained=True), device='meta')  # all in float32
         size = checkpoint_bytes([trained])
-        check_space(work_dir, missing * size, f'{missing} checkpoints')
+        check_space(work_dir, missing * size, '1 checkpoint would' if missing == 1 else f'{missing} checkpoints')
 
 
 def _check_open_sections(config: TrainConfig) -> None:
@@ -175,7 +184,7 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
     schedule, size = config.schedule, config.parallel.sequence_parallel_size
     logger.info(
         'plan: %s, %s, warm-up %d; %s (%s%s); a step is %d x %d x %d = %d items (batch x '
-        'accumulated x %s), up to %s tokens',
+        'accumulated x %s)%s, up to %s tokens',
         counted(plan.num_items, 'item'),
         counted(plan.num_steps, 'step'),
         plan.num_warmup_steps,
@@ -187,7 +196,8 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
         plan.world_size,
         plan.items_per_step,
         'groups of devices' if size > 1 else 'devices',
-        f'{plan.items_per_step * config.dataset.max_length:,}',
+        f', the last of {plan.items_of_last_step}' if plan.items_of_last_step < plan.items_per_step else '',
+        f'{plan.largest_step * config.dataset.max_length:,}',
     )
     return strategy
 

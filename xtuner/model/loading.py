@@ -37,6 +37,7 @@ from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.configuration import InternLM3Config
 from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
 from xtuner.model.internlm3.tokenization import InternLM3Tokenizer
+from xtuner.model.progress import progress_as_lines
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.shares import Share, cut_while_loading
 from xtuner.model.sources import read_json, resolve_model
@@ -109,7 +110,8 @@ def load_model(
         arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
-        with nullcontext() if share is None else cut_while_loading(share, tied=config.tie_word_embeddings):
+        cut = nullcontext() if share is None else cut_while_loading(share, tied=config.tie_word_embeddings)
+        with progress_as_lines(), cut:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
         raise ModelError(f'{folder}: the model cannot be loaded: {one_line(error)}') from error

@@ -17,6 +17,7 @@ from xtuner.model.adapter import Provenance, check_adapter, load_adapter, read_p
 from xtuner.model.loading import load_config, load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device
 from xtuner.model.weights import fingerprint, open_weights
+from xtuner.serve.address import base_name_of, name_adapters
 
 logger = logging.getLogger('xtuner')
 
@@ -88,23 +89,6 @@ class Loaded:
         tuner.enable_adapter_layers()
 
 
-def name_adapters(words: Sequence[str], base: str) -> dict[str, Path]:
-    """Reads `[NAME=]FOLDER`; the name left out is the folder's own.
-
-    Raises:
-        UsageError: a name is used twice, or is the base's.
-    """
-    found: dict[str, Path] = {}
-    for word in words:
-        name, equals, folder = word.partition('=')
-        path = Path(folder if equals else word)
-        name = name if equals else path.resolve().name
-        if not name or name in found or name == base:
-            raise UsageError(f'--adapter {word}: the name {name!r} is taken; give another: --adapter NAME={path}')
-        found[name] = path
-    return found
-
-
 def load_served(
     llm: str,
     *,
@@ -127,7 +111,7 @@ def load_served(
         CheckpointError: an adapter is of another base, or none.
         UsageError: two names are the same, or adapters were trained on the base in different bits.
     """
-    base_name = llm.rstrip('/').rsplit('/', 1)[-1]
+    base_name = base_name_of(llm)
     folders = name_adapters(adapters, base_name)
     folder = resolve_model(llm, trust_remote_code=trust_remote_code)
     known = fingerprint(open_weights(folder)) if folders else None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
 from xtuner.model.kept import keep_weights
+from xtuner.serve.address import Address
 from xtuner.serve.app import Limits, Service
 from xtuner.serve.guard import Guard
 from xtuner.serve.models import Loaded, load_served
-from xtuner.serve.server import listen, serve
+from xtuner.serve.server import serve
 
 logger = logging.getLogger('xtuner')
 
@@ -38,40 +40,24 @@ class Source:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where the service listens, and to whom.
-
-    Attributes:
-        host: Address to listen at.
-        port: Port; 0 takes a free one.
-        loopback: Whether that address is reached from this machine alone.
-        api_key: What clients must show; '' for nothing.
-    """
-
-    host: str
-    port: int
-    loopback: bool
-    api_key: str = ''
-
-
-def run_service(source: Source, address: Address, limits: Limits, *, sampling: Sampling, grace_s: float) -> None:
-    """Takes the address, loads the model, serves until a signal comes.
+def run_service(
+    source: Source, address: Address, taken: socket.socket, limits: Limits, *, sampling: Sampling, grace_s: float
+) -> None:
+    """Loads the model, serves until a signal comes.
 
     Args:
         source: What is served.
         address: Where.
+        taken: What `listen` returned for it.
         limits: What a client may take; of `max_length` at most the model's own limit is given.
         sampling: What holds where a request says nothing.
         grace_s: Seconds that answers have to end.
 
     Raises:
-        UsageError: the address cannot be had, or two models have one name.
+        UsageError: the address was taken meanwhile, or two models have one name.
         ModelError: the model cannot be loaded or served.
         CheckpointError: an adapter is of another base, or none.
     """
-    taken = listen(address.host, address.port)
-    _warn_of_strangers(address)
     loaded = load_served(
         source.llm, adapters=source.adapters, template=source.template, bits=source.bits,
         trust_remote_code=source.trust_remote_code,
@@ -85,16 +71,6 @@ def run_service(source: Source, address: Address, limits: Limits, *, sampling: S
                     kept.num_layers, kept.num_bytes / 2**30)  # fmt: skip
     _say_what_is_served(loaded, decoder)
     serve(service.app(), taken, grace_s=grace_s)
-
-
-def _warn_of_strangers(address: Address) -> None:
-    if address.loopback:
-        return
-    guard = 'whoever reaches it and knows the API key'
-    if not address.api_key:
-        guard = 'WITHOUT AN API KEY, so whoever reaches it'
-    logger.warning('listening at %s, not on this machine alone, %s can use it; the traffic is not encrypted',
-                   address.host, guard)  # fmt: skip
 
 
 def _say_what_is_served(loaded: Loaded, decoder: BatchDecoder) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import sys
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,21 +88,6 @@ def _is_own(headers: Headers) -> bool:
 
 
 MIDDLEWARE = [Middleware(Guard)]
-
-
-def check_port(port: int) -> None:
-    """Checks that a port can be had, before the model is loaded.
-
-    Raises:
-        UsageError: something else listens there.
-    """
-    with closing(socket.socket()) as probe:
-        if sys.platform != 'win32':  # there, the option would let two listen on one port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('127.0.0.1', port))
-        except OSError as error:
-            raise UsageError(f'--port {port}: {error.strerror}; leave it out to take the next free one') from error
 
 
 def run_app(shared: SharedModel, port: int | None) -> None:

@@ -10,6 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
+from xtuner.cli.early import check_adapters, check_model, say_loading
 from xtuner.cli.options import filled, finite, given_path, non_negative_int
 
 
@@ -38,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.cli.log import start_logging
 
     start_logging()
+    from xtuner.convert.output import check_output
+
+    check_output(args.out)
+    check_model(args.llm)
+    check_adapters(args.adapter, *(path for path, _ in args.add))
+    say_loading()
     from xtuner.convert.merge import merge
 
     out = merge(

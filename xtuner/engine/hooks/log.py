@@ -58,13 +58,13 @@ class LogHook(Hook):
             'num_skipped': result.num_skipped,
         }
         append_line(Path(runner.work_dir) / METRICS_FILE, numbers)
-        scalars = {k: v for k, v in numbers.items() if k != 'step'}
+        scalars = {f'train/{k}': v for k, v in numbers.items() if k != 'step'}
         runner.visualizer.add_scalars(scalars, step=step)
         first = self._seconds is None
         before = result.seconds if self._seconds is None else self._seconds
         self._seconds = _SMOOTHING * before + (1 - _SMOOTHING) * result.seconds
         if first or step % self._interval == 0 or step == last or result.skipped:
-            epoch = step * runner.train_loop.plan.items_per_step / runner.train_loop.plan.num_items
+            epoch = runner.train_loop.plan.epochs_after(step)
             place = f'step {step:{len(str(last))}}/{last} · epoch {epoch:.2f}'
             peak = f' · peak {memory:.1f} GiB' if memory else ''
             skipped = ' · SKIPPED: gradient not finite' if result.skipped else ''

@@ -46,7 +46,7 @@ class ValidateHook(Hook):
             if runner.rank == 0:
                 logger.info('step %d · validation loss %.4f', step, loss)
                 append_line(Path(runner.work_dir) / METRICS_FILE, {'step': step, 'val_loss': loss})
-                runner.visualizer.add_scalars({'val_loss': loss}, step=step)
+                runner.visualizer.add_scalars({'eval/loss': loss}, step=step)
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, loop: Any) -> float:

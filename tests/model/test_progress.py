@@ -1,0 +1,49 @@
+"""Progress as log lines."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.model.loading import load_model
+from xtuner.model.progress import LoggedProgress
+
+
+def test_a_line_every_few_seconds_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, 'xtuner')
+    now = [0.0]
+    progress = LoggedProgress(range(10), desc='Loading weights', clock=lambda: now[0])
+    for _ in progress:
+        now[0] += 3
+    progress.set_postfix(anything=1)
+    progress.close()
+    assert caplog.messages == [
+        'Loading weights: 20 % · eta 0:24',
+        'Loading weights: 40 % · eta 0:18',
+        'Loading weights: 60 % · eta 0:12',
+        'Loading weights: 80 % · eta 0:06',
+    ]
+
+
+def test_loading_draws_no_bar(
+    tiny_internlm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, 'xtuner')
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    monkeypatch.setattr('xtuner.model.progress._EVERY_S', 0)
+    load_model(tiny_internlm, dtype=torch.float32)
+    assert capsys.readouterr().err == ''
+    assert any(line.startswith('Loading weights: ') for line in caplog.messages)
+
+
+def test_bitsandbytes_does_not_advise_a_package_that_is_never_used(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger('bitsandbytes.backends.cpu.ops')
+    log.warning('Failed to load CPU gemm_4bit_forward: %s. Please make sure you already `pip install kernels`', 'x')
+    log.warning('something else')
+    assert caplog.messages == ['something else']
