@@ -29,7 +29,7 @@ _FREE = (
     'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory', 'parallel.',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
-    'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
+    'source', 'map_fn', 'ignore', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
 # What a checkpoint brings with it, so that the config's value would be ignored.
 _FIXED = ('adapter', 'optimizer.type', 'base weights')
 
