@@ -36,7 +36,7 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary, templat
             if record.error:
                 raise DataError(f'{record.origin}: {record.error}')
             if function is None:
-                function = detect_map_fn(fields.of(record), record.origin)
+                function = detect_map_fn(visible_fields(record, config.ignore), record.origin)
                 summary.formats[source.name] = f'detected as {function_name(function).removesuffix("_map_fn")}'
             ids.check(record)
             conversations = fields.map(function, record)
@@ -61,10 +61,6 @@ class _Fields:
 
     def __init__(self, ignore: frozenset[str], template: Template, summary: Summary) -> None:
         self._ignore, self._template, self._summary = ignore, template, summary
-
-    def of(self, record: Record) -> Any:
-        """The record's value as a detector sees it: without padding and without what is ignored."""
-        return _cleaned(record, self._ignore, set(), padding=True)
 
     def map(self, function: MapFn, record: Record) -> list[Conversation]:
         """`apply_map_fn`, with the fields that nothing reads reported."""
@@ -110,6 +106,11 @@ def _cleaned(
     except RecursionError:
         raise DataError(f'{record.origin}: is nested too deeply to be read') from None
     return value | {key: None for key in kept if key in record.value and key not in value and key not in ignore}
+
+
+def visible_fields(record: Record, ignore: Collection[str]) -> Any:
+    """The record's value as a detector sees it: without padding and without what is ignored."""
+    return _cleaned(record, frozenset(ignore), set(), padding=True)
 
 
 def _observed(record: Record) -> Observed:

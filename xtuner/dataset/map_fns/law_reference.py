@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.dataset.map_fns.registration import map_fn, never
+from xtuner.dataset.map_fns.registration import map_fn, no_longer
 from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE
 from xtuner.dataset.map_fns.turns import one_turn
 
 
-@map_fn('question', 'reference', 'answer', detect=never)
+@map_fn('question', 'reference', 'answer', detect=no_longer)
 def law_reference_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """The articles are given with the question, the answer is trained."""
     articles = example['reference']
