@@ -34,6 +34,10 @@ RECORDS = {
     'tiny_codes': {'prompt': 'p', 'response': 'r'},
     'default': {'input': 'i', 'output': 'o'},
     'gsm8k': {'question': 'q', 'answer': 'a'},
+    'prompt_completion': {'prompt': 'p', 'completion': 'c'},
+    'prompt_response': {'prompt': 'p', 'response': 'r'},
+    'instruction_response': {'instruction': 'i', 'context': 'c', 'response': 'r'},
+    'context_question_answer': {'context': 'c', 'question': 'q', 'answer': 'a'},
     'pretrain': {'text': 'a document'},
     'openai': {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}],
                'tools': [{'n': 1}]},
@@ -59,7 +63,7 @@ def test_every_usual_name_is_there_under_both_names_and_by_import():
 
 
 def test_one_file_a_format():
-    modules = {info.name for info in pkgutil.iter_modules(map_fns.__path__)} - {'registration', 'systems'}
+    modules = {info.name for info in pkgutil.iter_modules(map_fns.__path__)} - {'registration', 'systems', 'turns'}
     assert {function.__module__.rsplit('.', 1)[1] for function in formats().values()} == modules
 
 
@@ -90,13 +94,33 @@ def test_any_value_in_any_column_is_a_data_error_or_a_conversation(name, value):
             assert all(m.content is not None for conversation in found for m in conversation.messages)
 
 
-DETECTED_AS_ANOTHER = {'crime_kg_assitant': 'default', 'medical': 'alpaca', 'wizardlm': 'sharegpt',
-                       'msagent_react': 'sharegpt', 'oasst_tree_all': 'oasst_tree'}  # fmt: skip
+DETECTED_AS_ANOTHER = {
+    'crime_kg_assitant': 'default', 'medical': 'alpaca', 'wizardlm': 'sharegpt', 'msagent_react': 'sharegpt',
+    'oasst_tree_all': 'oasst_tree', 'code_alpaca': 'prompt_completion', 'tiny_codes': 'prompt_response',
+    'sql': 'context_question_answer', 'law_reference': 'gsm8k',
+}  # fmt: skip
+NEVER_DETECTED = {'arxiv', 'colors'}
+
+
+@pytest.mark.parametrize('name', sorted(set(formats()) - NEVER_DETECTED))
+def test_formats_are_detected(name):
+    assert detect_map_fn(RECORDS[name], 'file:1') is formats()[DETECTED_AS_ANOTHER.get(name, name)]
 
 
 @pytest.mark.parametrize('name', sorted(formats()))
-def test_formats_are_detected(name):
-    assert detect_map_fn(RECORDS[name], 'file:1') is formats()[DETECTED_AS_ANOTHER.get(name, name)]
+def test_detection_adds_no_text(name):
+    """A system text of ours, or words around the data's, come only with a map function that is named."""
+    record = RECORDS[name]
+    try:
+        function = detect_map_fn(record, 'file:1')
+    except ConfigError as error:
+        assert name in NEVER_DETECTED
+        assert f'the nearest is `{name}`' in str(error)
+        return
+    given = json.dumps(record, ensure_ascii=False)
+    for conversation in apply_map_fn(function, Record('file:1', record)):
+        for message in conversation.messages:
+            assert all(word in given for word in message.content.split())
 
 
 def test_an_unknown_format_names_the_nearest():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
+from xtuner.dataset.map_fns import formats
+from xtuner.dataset.map_fns.registration import never
+from xtuner.engine.checkpoints import MANIFEST_FILE
 
 Train = Callable[..., int]
 
@@ -131,3 +135,37 @@ def test_seeds_of_any_size(train: Train, tmp_path: Path) -> None:
     for seed in (2**24, 2**32 - 1):
         assert train(f'{seed}', f'runtime.seed={seed}', steps=1) == 0
     assert metrics(tmp_path / f'{2**24}') != metrics(tmp_path / f'{2**32 - 1}')
+
+
+@pytest.mark.parametrize('options', [['dataset.max_length=128'], ['dataset.max_length=128', 'dataset.streaming=True']])
+def test_a_run_of_an_earlier_release_keeps_the_format_that_it_detected(
+    options: list[str], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints have no `formats`; about.json has, but for streams."""
+    pairs = [{'prompt': f'Say {i}.', 'completion': f'{i}, of course.'} for i in range(12)]
+    data = tmp_path / 'pairs.jsonl'
+    data.write_text('\n'.join(map(json.dumps, pairs)))
+    known = formats()
+    monkeypatch.setattr(known['prompt_completion'], 'detect', never)
+    monkeypatch.setattr(known['code_alpaca'], 'detect', lambda record: 'completion' in record)
+    assert train('whole', *options, data=data) == 0
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000004')
+    for file in (tmp_path / 'run').glob('checkpoint-*/run.json'):
+        content = json.loads(file.read_text(encoding='utf-8'))
+        del content['formats']
+        file.write_text(json.dumps(content), encoding='utf-8')
+        _count_again(file)
+    monkeypatch.undo()
+    assert train('run', *options, data=data) == 0
+    assert result(tmp_path / 'run') == result(tmp_path / 'whole')
+    run = json.loads((newest(tmp_path / 'run') / 'run.json').read_text(encoding='utf-8'))
+    assert len(options) > 1 or list(run['formats'].values()) == ['detected as code_alpaca']
+
+
+def _count_again(file: Path) -> None:
+    """Brings the manifest of a checkpoint in line with one of its files."""
+    manifest = file.parent / MANIFEST_FILE
+    content = json.loads(manifest.read_text(encoding='utf-8'))
+    content[file.name] = {'bytes': file.stat().st_size, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(content), encoding='utf-8')

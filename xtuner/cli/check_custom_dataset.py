@@ -14,30 +14,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the faults and the counts on stdout; 1 where there is a fault or nothing to train."""
+    """Prints faults and counts on stdout.
+
+    Raises:
+        DataError: Where a record is wrong, or training would lose more than the config allows.
+    """
     from xtuner.cli.data import load_data_config
 
     config, tokenizer, template = load_data_config(args)
 
     from xtuner.dataset.check import TrainingPart, check_dataset
-    from xtuner.dataset.show import counted
+    from xtuner.dataset.pipeline import check_losses
+    from xtuner.dataset.show import counted, printable
     from xtuner.engine.plan import Plan, few_steps_note
+    from xtuner.errors import DataError
 
-    training = TrainingPart(config.dataset)
-    summary = check_dataset(
-        config.dataset, tokenizer=tokenizer, template=template, most_examples=args.most, training=training
-    )
+    data = config.dataset
+    training = TrainingPart(data)
+    summary = check_dataset(data, tokenizer=tokenizer, template=template, most_examples=args.most, training=training)
     for kind in ('bad', 'too_long', 'without_target'):
         for example in summary.examples.get(kind, []):
-            print(f'{kind.replace("_", " ")}: {example}')
-    print(summary.lines()[-1] if not summary.counts else '\n'.join(summary.lines()[: len(summary.formats) + 1]))
-    wrong = summary.counts['bad'] + summary.counts['without_target']
-    records = counted(summary.records, 'record')
-    good = 'every record can be used' if summary.kept else 'nothing to train'
-    print(f'{wrong:,} of {records} {"is" if wrong == 1 else "are"} wrong' if wrong else good)
+            print(f'{kind.replace("_", " ")}: {printable(example)}')
+    print('\n'.join(summary.report()))
     if summary.kept:
         num_packs, num_conversations = training.sizes()
         note = few_steps_note(Plan(num_packs, config.schedule), num_conversations)
         if note:
             print(f'training: {note}')
-    return 1 if wrong or not summary.kept else 0
+    kinds = ('bad', 'without_target', *(('too_long',) if data.on_long == 'error' else ()))
+    if wrong := sum(summary.counts[kind] for kind in kinds):
+        verb = 'is' if wrong == 1 else 'are'
+        raise DataError(
+            f'{wrong:,} of {counted(summary.records, "record")} {verb} wrong, listed above by file and line'
+        )
+    check_losses(summary, data)
+    dropped = counted(summary.dropped, 'conversation')
+    print(f'{dropped} would be dropped' if summary.dropped else 'every record can be used')
+    return 0

@@ -85,6 +85,9 @@ class DatasetConfig:
     val_ratio: float = option('share of the conversations kept for validation', 0.0, minimum=0)
     val_file: Any = option('validation data: whatever source may be; None: none beside val_ratio', None)
     unique_id: str | None = option('field that must differ between records that have it; None: not checked', 'id')
+    ignore: list[str] = option(
+        'fields of records and messages to leave out, such as system or reasoning_content; unused ones are an error '
+        'where they would change what is learnt', [])  # fmt: skip
     cache_dir: str | None = option('where prepared data is kept; None: XTUNER_CACHE, else ~/.cache/xtuner', None)
 
 

@@ -52,7 +52,8 @@ def process_hf_dataset(
         tokenizer: A tokenizer, or `dict(type=AutoTokenizer.from_pretrained, ...)`.
         max_length: Tokens a pack.
         dataset_map_fn: A map function, its name, or None to detect the format.
-        template_map_fn: `dict(type=template_map_fn_factory, template=...)`, a template, or None for bare documents.
+        template_map_fn: `dict(type=template_map_fn_factory, template=...)`, a template, or None to train the
+            texts as they are.
         max_dataset_length: Records to use, the first ones; None for all.
         split: The split to take where the data set has several.
         remove_unused_columns: No effect: only what the map function returns is used.
@@ -130,7 +131,7 @@ class MOSSSFTDataset(Dataset):
 
 def _prepare(config: DatasetConfig, tokenizer: Any, template: Any) -> PreparedDataset:
     tokenizer, template = _built(tokenizer), _built(template)
-    template = get_template('default' if template is None else template, tokenizer)
+    template = get_template('plain' if template is None else template, tokenizer)
     prepared = prepare_dataset(config, tokenizer=tokenizer, template=template)
     assert prepared is not None
     return prepared

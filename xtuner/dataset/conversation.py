@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from xtuner.dataset.fields import is_empty, kind_of, shortened, training_flag
 from xtuner.errors import DataError
 
 # Names under which data sets write the roles.
@@ -55,8 +56,8 @@ def to_conversation(record: Any, origin: str = '') -> Conversation:
 
     Args:
         record: `{'conversation': [{'system'?, 'input', 'output', 'loss'?}, ...]}` or `{'messages': [{'role', 'content',
-            'loss'?}, ...], 'tools'?}`, or a `Conversation` itself. `'plain': True` beside `conversation` means that the
-            outputs are bare documents (pretraining).
+            'loss'?}, ...], 'tools'?}`, or a `Conversation` itself. `'system'` beside either is put first;
+            `'plain': True` beside `conversation` means that the outputs are bare documents (pretraining).
         origin: Where the record came from, for messages.
 
     Raises:
@@ -74,6 +75,8 @@ def to_conversation(record: Any, origin: str = '') -> Conversation:
     else:
         raise DataError(f'{origin}: the map function returned the keys {sorted(map(str, record))}; it must return '
                         '`conversation` or `messages`')  # fmt: skip
+    if not is_empty(system := record.get('system')):
+        messages = _with_system(messages, text_field(system, 'system', origin))
     return _checked(Conversation(messages, origin, _tools(record.get('tools'), origin)))
 
 
@@ -82,7 +85,7 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
     if value is None and empty:
         return ''
     if not isinstance(value, str):
-        raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {_short(value)}')
+        raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {shortened(value)}')
     if not empty and not value.strip():
         raise DataError(f'{origin}: `{name}` is empty')
     try:
@@ -92,30 +95,45 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
     return value
 
 
+def _with_system(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    """Puts a system text first, unless the conversation begins with that very text."""
+    return messages if messages[0] == Message('system', text) else (Message('system', text), *messages)
+
+
 def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
     """Reads the input/output form. An empty `output` is only allowed in the last turn: a prompt without answer."""
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {_short(turns)}')
+        raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {shortened(turns)}')
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         name = f'conversation[{index}]'
         if not isinstance(turn, Mapping) or 'output' not in turn:
-            raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {_short(turn)}')
+            raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {shortened(turn)}')
         output = text_field(turn['output'], f'{name}.output', origin, empty=False)
-        loss = _loss(turn.get('loss', turn.get('output_with_loss')), f'{name}.loss', origin)
+        loss, flags = training_flag(turn, name, origin)
+        extra = _extra(turn, (*_TURN, *flags))
         if plain:
-            messages.append(Message('text', output, loss))
+            messages.append(Message('text', output, loss, extra))
             continue
         if turn.get('system') is not None:
             messages.append(Message('system', text_field(turn['system'], f'{name}.system', origin)))
         messages.append(Message('user', text_field(turn.get('input'), f'{name}.input', origin)))
-        messages.append(Message('assistant', output, loss))
+        messages.append(Message('assistant', output, loss, extra))
     return tuple(messages)
+
+
+_TURN = ('system', 'input', 'output')
+
+
+def _extra(fields: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+    """The fields with content that are not read here. `need_eos_token` of classical turns says what is done anyway."""
+    found = {str(key): value for key, value in fields.items() if key not in read and not is_empty(value)}
+    return {key: value for key, value in found.items() if not (key == 'need_eos_token' and value is True)}
 
 
 def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
     if not isinstance(raw, (list, tuple)) or not raw:
-        raise DataError(f'{origin}: `messages` must be a list with at least one message, got {_short(raw)}')
+        raise DataError(f'{origin}: `messages` must be a list with at least one message, got {shortened(raw)}')
     messages = []
     for index, item in enumerate(raw):
         name = f'messages[{index}]'
@@ -123,12 +141,12 @@ def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
             messages.append(item)
             continue
         if not isinstance(item, Mapping) or 'role' not in item:
-            raise DataError(f'{origin}: `{name}` must be a dict with `role` and `content`, got {_short(item)}')
+            raise DataError(f'{origin}: `{name}` must be a dict with `role` and `content`, got {shortened(item)}')
         role = ROLES.get(item['role']) if isinstance(item['role'], str) else None
         if role is None:
-            raise DataError(f'{origin}: `{name}.role` is {_short(item["role"])}; known: {", ".join(ROLES)}')
-        extra = {key: value for key, value in item.items() if key not in ('role', 'content', 'loss') and value}
-        loss = _loss(item.get('loss', item.get('train')), f'{name}.loss', origin)
+            raise DataError(f'{origin}: `{name}.role` is {shortened(item["role"])}; known: {", ".join(ROLES)}')
+        loss, flags = training_flag(item, name, origin)
+        extra = _extra(item, ('role', 'content', *flags))
         optional = role in ('system', 'user') or bool(extra.get('tool_calls'))
         content = _parts(item.get('content'), f'{name}.content', origin)
         messages.append(Message(role, text_field(content, f'{name}.content', origin, empty=optional), loss, extra))
@@ -141,8 +159,11 @@ def _parts(content: Any, name: str, origin: str) -> Any:
         return content
     texts = []
     for part in content:
-        if not isinstance(part, Mapping) or part.get('type') != 'text' or not isinstance(part.get('text'), str):
-            raise DataError(f'{origin}: `{name}` holds a part that is not text: {_short(part)}; only text is trained')
+        is_text = isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
+        if not is_text or any(kind_of(str(key)) and not is_empty(value) for key, value in part.items()):
+            raise DataError(
+                f'{origin}: `{name}` holds a part that is not text: {shortened(part)}; only text is trained'
+            )
         texts.append(part['text'])
     return ''.join(texts)
 
@@ -152,20 +173,12 @@ def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise DataError(f'{origin}: `tools` is text that is not JSON: {_short(tools)}') from None
+            raise DataError(f'{origin}: `tools` is text that is not JSON: {shortened(tools)}') from None
     if not tools:
         return ()
     if not isinstance(tools, (list, tuple)):
         raise DataError(f'{origin}: `tools` must be a list, got {type(tools).__name__}')
     return tuple(tools)
-
-
-def _loss(value: Any, name: str, origin: str) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    if value in (0, 1):
-        return bool(value)
-    raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {_short(value)}')
 
 
 # What may come before each role; None stands for the beginning.
@@ -191,8 +204,3 @@ def _checked(conversation: Conversation) -> Conversation:
             raise DataError(f'{conversation.origin}: roles out of order: message {index + 1}, {message.role!r}, {what}')
         previous = message
     return conversation
-
-
-def _short(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + '…'

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import Conversation, to_conversation
+from xtuner.dataset.fields import Observed, check_columns, check_extras, unused, without
 from xtuner.dataset.map_fns import detect_map_fn, nearest_format, resolve_map_fn
 from xtuner.dataset.map_fns.registration import MapFn
+from xtuner.dataset.prompt import Template
 from xtuner.dataset.readers import Record
 from xtuner.dataset.sources import Source
 from xtuner.dataset.summary import Summary
-from xtuner.errors import DataError
+from xtuner.errors import DataError, one_line
 
 
-def map_records(source: Source, config: DatasetConfig, summary: Summary) -> Iterator[Conversation]:
-    """Yields the conversations of a source; counts records, and what is bad or left out, in `summary`.
+def map_records(source: Source, config: DatasetConfig, summary: Summary, template: Template) -> Iterator[Conversation]:
+    """Yields the conversations of a source; counts records, and what is bad, unused or left out, in `summary`.
 
     Raises:
         DataError: For the first bad record, under `on_bad_record='error'`.
@@ -25,18 +28,18 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary) -> Iter
     """
     chosen = source.map_fn or config.map_fn
     function = resolve_map_fn(chosen) if chosen is not None else None
-    ids = _Ids(config.unique_id)
+    ids, fields = _Ids(config.unique_id), _Fields(frozenset(config.ignore), template, summary)
+    summary.notes += [note for note in source.notes if note not in summary.notes]
     for record in source.records():
         summary.records += 1
         try:
             if record.error:
                 raise DataError(f'{record.origin}: {record.error}')
             if function is None:
-                function = detect_map_fn(record.value, record.origin)
-                name = getattr(function, '__name__', str(function))
-                summary.formats[source.name] = f'detected as {name.removesuffix("_map_fn")}'
+                function = detect_map_fn(visible_fields(record, config.ignore), record.origin)
+                summary.formats[source.name] = f'detected as {function_name(function).removesuffix("_map_fn")}'
             ids.check(record)
-            conversations = apply_map_fn(function, record)
+            conversations = fields.map(function, record)
         except DataError as error:
             if config.on_bad_record == 'error':
                 raise stopped_by(error) from None
@@ -53,22 +56,102 @@ def stopped_by(error: DataError) -> DataError:
     return DataError(f"{error} (`dataset.on_bad_record='skip'` leaves such records out)")
 
 
-def apply_map_fn(function: MapFn, record: Record) -> list[Conversation]:
+class _Fields:
+    """Maps records under the rule for fields that nothing reads; see `xtuner.dataset.fields`."""
+
+    def __init__(self, ignore: frozenset[str], template: Template, summary: Summary) -> None:
+        self._ignore, self._template, self._summary = ignore, template, summary
+
+    def map(self, function: MapFn, record: Record) -> list[Conversation]:
+        """`apply_map_fn`, with the fields that nothing reads reported."""
+        own, name = is_own(function), function_name(function)
+        ignored, notes = set[str](), list[str]()
+        value = _cleaned(record, self._ignore, ignored, padding=not own, kept=getattr(function, 'columns', ()))
+        observed = _observed(replace(record, value=value))
+        found = apply_map_fn(function, record, observed)
+        if found:
+            check_columns(observed, name, record.origin, own=own, note=notes.append)
+        found = [self._checked(conversation, notes.append) for conversation in found]
+        self._summary.add_ignored(ignored)
+        self._summary.add_unused(dict.fromkeys(notes))
+        return found
+
+    def _checked(self, conversation: Conversation, note: Callable[[str], None]) -> Conversation:
+        """Returns the conversation with those further fields of its messages that the template reads."""
+        template, origin = self._template, conversation.origin
+        if conversation.tools and not template.reads('tools'):
+            raise unused(f'{origin}: template `{template.name}` has no place for `tools`',
+                         'use `from_tokenizer` where the chat template has one, or write them into the system message',
+                         'tools')  # fmt: skip
+        if not any(message.extra for message in conversation.messages):
+            return conversation
+        messages = [
+            replace(message, extra=check_extras(message.extra, f'messages[{index}]', template, origin, note=note))
+            for index, message in enumerate(conversation.messages)
+        ]
+        return replace(conversation, messages=tuple(messages))
+
+
+def _cleaned(
+    record: Record, ignore: frozenset[str], removed: set[str], *, padding: bool, kept: Collection[str] = ()
+) -> Any:
+    """The record's value without ignored fields and, where `padding`, without None.
+
+    None stays in the columns `kept`, which the map function needs: an empty one is another fault than a missing one.
+    """
+    if not isinstance(record.value, Mapping) or not (ignore or padding):
+        return record.value
+    try:
+        value = without(record.value, ignore, removed, padding=padding)
+    except RecursionError:
+        raise DataError(f'{record.origin}: is nested too deeply to be read') from None
+    return value | {key: None for key in kept if key in record.value and key not in value and key not in ignore}
+
+
+def visible_fields(record: Record, ignore: Collection[str]) -> Any:
+    """The record's value as a detector sees it: without padding and without what is ignored."""
+    return _cleaned(record, frozenset(ignore), set(), padding=True)
+
+
+def _observed(record: Record) -> Observed:
+    if not isinstance(record.value, Mapping):
+        raise DataError(f'{record.origin}: a record must be a dict, got {type(record.value).__name__}')
+    return Observed(record.value)
+
+
+def apply_map_fn(function: MapFn, record: Record, observed: Observed | None = None) -> list[Conversation]:
     """Returns the conversations that a map function makes of a record, checked; none where it leaves the record out.
+
+    Args:
+        function: The map function.
+        record: The record.
+        observed: What the function gets of it; None: all.
 
     Raises:
         DataError: Where the map function fails or returns something else; names the columns of the record.
     """
-    if not isinstance(record.value, Mapping):
-        raise DataError(f'{record.origin}: a record must be a dict, got {type(record.value).__name__}')
+    observed = _observed(record) if observed is None else observed
     try:
-        found = function(dict(record.value))
+        found = function(observed)
+        results = found if isinstance(found, list) else [found]
+        return [to_conversation(result, record.origin) for result in results if not _is_left_out(result)]
     except DataError as error:
-        raise DataError(f'{record.origin}: {error}') from None
+        where = f'{record.origin}: '
+        raise DataError(f'{where}{str(error).removeprefix(where)}') from None
+    except RecursionError:
+        raise DataError(f'{record.origin}: is nested too deeply to be read') from None
     except Exception as error:  # the user's own function may raise anything
         raise DataError(_explain(function, record, error)) from None
-    results = found if isinstance(found, list) else [found]
-    return [to_conversation(result, record.origin) for result in results if not _is_left_out(result)]
+
+
+def is_own(function: MapFn) -> bool:
+    """Whether a map function is the user's."""
+    return not str(getattr(function, '__module__', '')).startswith('xtuner.dataset.map_fns.')
+
+
+def function_name(function: MapFn) -> str:
+    """The name of a map function in messages."""
+    return getattr(function, '__name__', None) or type(function).__name__
 
 
 def _is_left_out(result: Any) -> bool:
@@ -76,15 +159,19 @@ def _is_left_out(result: Any) -> bool:
 
 
 def _explain(function: MapFn, record: Record, error: Exception) -> str:
-    name = getattr(function, '__name__', str(function))
+    name = function_name(function)
     columns = ', '.join(sorted(map(str, record.value))) or 'none'
     needed = getattr(function, 'columns', None)
     missing = [column for column in needed or () if column not in record.value]
     if missing:
         return (f'{record.origin}: `{name}` needs the column{"s" if len(missing) > 1 else ""} {", ".join(missing)}; '
                 f'found {columns}; {nearest_format(record.value)}')  # fmt: skip
+    if isinstance(error, KeyError) and error.args and error.args[0] not in record.value:
+        return (f'{record.origin}: `{name}` reads {error.args[0]!r}, which this record does not have; it has '
+                f'{columns}; read what may be missing with `.get({error.args[0]!r})`')  # fmt: skip
     return (
-        f'{record.origin}: `{name}` failed with {type(error).__name__}: {error}; the record has the columns {columns}'
+        f'{record.origin}: `{name}` failed with {type(error).__name__}: {one_line(error)}; the record has the columns '
+        f'{columns}'
     )
 
 

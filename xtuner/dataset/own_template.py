@@ -30,6 +30,12 @@ class TokenizerTemplate(Template):
         """A program may look at the texts."""
         return False
 
+    def reads(self, field: str) -> bool:
+        """Whether the name of the field occurs in the chat template, or in one of several."""
+        found = self.tokenizer.chat_template
+        texts = found.values() if isinstance(found, Mapping) else [found]
+        return any(re.search(rf'(?<!\w){re.escape(field)}(?!\w)', text or '') for text in texts)
+
     def render(self, conversation: Conversation, *, train_on: str = 'assistant', prompt: bool = False) -> list[Piece]:
         """Renders a conversation into pieces; see `Template.render`.
 

@@ -109,7 +109,7 @@ def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template
         [(source.fingerprint(), source.weight) for source in sources],
         [fingerprint_function(resolve_map_fn(fn)) if fn is not None else 'detected' for fn in maps],
         config.max_length, config.on_long, config.on_bad_record, config.max_dropped, config.train_on, config.packing,
-        config.val_ratio, config.unique_id,
+        config.val_ratio, config.unique_id, sorted(config.ignore),
     )  # fmt: skip
     return cache_root(config.cache_dir) / 'datasets' / digest(parts)
 
@@ -118,7 +118,7 @@ def encode_source(
     source: Source, config: DatasetConfig, *, encoder: Encoder, summary: Summary
 ) -> Iterator[list[tuple[Conversation, Sample]]]:
     """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
-    chunks = _chunks(map_records(source, config, summary))
+    chunks = _chunks(map_records(source, config, summary, encoder.template))
     with ThreadPoolExecutor(max_workers=1) as pool:  # the next chunk is read and mapped while this one is encoded
         waiting: deque[Future[list[tuple[Conversation, Sample]]]] = deque()
         for chunk in chunks:

@@ -77,6 +77,10 @@ class Template:
         """Whether conversations of the same roles are rendered alike but for their texts."""
         return True
 
+    def reads(self, field: str) -> bool:
+        """Whether the template looks at `tools`, or at a field of a message beside its role and content."""
+        return False
+
     def __call__(self, conversation: Conversation) -> list[Piece]:
         """Renders with the default training choice; makes a template registrable like a function."""
         return self.render(conversation)

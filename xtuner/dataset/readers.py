@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xtuner.errors import DataError, nearest
+from xtuner.dataset.files import as_text, kind_of_file, opened, unchanging
+from xtuner.errors import DataError, one_line
 
 MAX_RECORD_BYTES = 32 * 2**20
 _BLOCK = 2**20
+_BOM = codecs.BOM_UTF8
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _WIDE = '; the file is UTF-16: save it as UTF-8'
 _LONGEST_WORD = len('-Infinity')  # a word of JSON that is cut off is wrong from its beginning
@@ -34,21 +36,16 @@ class Record:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """Yields the records of a JSON, JSONL, CSV, TSV or parquet file.
+    """Yields the records of a JSON, JSONL, CSV, TSV or parquet file, or of one of the first four compressed.
 
     Raises:
-        DataError: Where the file does not exist, cannot be opened, or is of no known kind.
+        DataError: Where the file does not exist, cannot be opened, is of no known kind, or changes meanwhile.
     """
-    suffix = path.suffix.lower()
-    reader = READERS.get(suffix)
-    if reader is None:
-        raise DataError(
-            f'{path}: unknown kind of file {suffix!r}{nearest(suffix, READERS)}; known: {", ".join(READERS)}'
-        )
+    reader = READERS[kind_of_file(path)]
     try:
         yield from reader(path)
     except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror or error}') from None
+        raise DataError(f'{path}: cannot be read: {error.strerror or one_line(error)}') from None
 
 
 def parse(text: bytes, origin: str) -> Record:
@@ -70,7 +67,10 @@ def parse(text: bytes, origin: str) -> Record:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open('rb') as file:
+    if _is_list(path):
+        yield from _read_list(path)
+        return
+    with opened(path) as file:
         for number, line in enumerate(_lines(file), start=1):
             origin = f'{path}:{number}'
             if line is None:
@@ -79,12 +79,27 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 yield parse(line, origin)
 
 
+def _is_list(path: Path) -> bool:
+    """Whether a file is one JSON list, and not one record a line of which the first is a list."""
+    character, first, second = _beginning(path)
+    return character == b'[' and not (second != b'' and first is not None and not parse(first, '').error)
+
+
+def _beginning(path: Path) -> tuple[bytes, bytes | None, bytes | None]:
+    """The first character of a file, and its first two lines with content: None for one longer than a record may be."""
+    with opened(path) as file:
+        character = file.read(_BLOCK).removeprefix(_BOM).lstrip()[:1]
+    with opened(path) as file:
+        lines = (line for line in _lines(file) if line is None or line.strip())
+        return character, next(lines, b''), next(lines, b'')
+
+
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
     """Yields lines, without a byte order mark; None for a line longer than a record may be."""
     first = True
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if first:
-            line, first = line.removeprefix(b'\xef\xbb\xbf'), False
+            line, first = line.removeprefix(_BOM), False
         if len(line) > MAX_RECORD_BYTES:
             while line and not line.endswith(b'\n'):
                 line = file.readline(_BLOCK)
@@ -95,30 +110,28 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 def _read_json(path: Path) -> Iterator[Record]:
     """Reads a JSON list of records; a file of one record a line is read as JSONL, whatever its name."""
-    with path.open('rb') as file:
-        start = file.read(_BLOCK).removeprefix(b'\xef\xbb\xbf').lstrip()
-    if start.startswith(b'['):
+    character, first, second = _beginning(path)
+    if character == b'[':
         yield from _read_list(path)
-    elif not start:
-        return
-    elif _is_one_record_a_line(start):
+    elif first == b'' or _is_one_record_a_line(first, second):
         yield from _read_jsonl(path)
     else:
         yield Record(f'{path}:1', error='neither a list of records nor one record a line; write it as '
                      '`[{...}, {...}]` or as JSONL')  # fmt: skip
 
 
-def _is_one_record_a_line(start: bytes) -> bool:
-    first, _, rest = start.partition(b'\n')
-    return first.rstrip().endswith(b'}') and not (
-        first.strip() == b'{' or (rest and not rest.lstrip().startswith(b'{'))
-    )
+def _is_one_record_a_line(first: bytes | None, second: bytes | None) -> bool:
+    """Told from the first two lines with content; None for a line that is longer than a record may be."""
+    if first is None or not first.rstrip().endswith(b'}') or first.strip() == b'{':
+        return first is None and second is not None and second.lstrip().startswith(b'{')
+    return not second or second.lstrip().startswith(b'{')
 
 
 def _read_list(path: Path) -> Iterator[Record]:
     """Reads the elements of a JSON list one by one. What follows a broken element cannot be told apart from it."""
     decoder = json.JSONDecoder()
-    with path.open('r', encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
+    with opened(path) as binary:
+        file = as_text(binary)
         text, line = '', 1
         for char in iter(lambda: file.read(1), '['):  # up to the beginning of the list
             line += char == '\n'
@@ -133,6 +146,8 @@ def _read_list(path: Path) -> Iterator[Record]:
                     return
                 continue
             if text[0] == ']':
+                if not _is_blank(text[1:], file):
+                    yield Record(f'{path}:{line}', error='something follows the end of the list')
                 return
             origin = f'{path}:{line}'
             value, used, text = _element(decoder, text, file)
@@ -145,6 +160,15 @@ def _read_list(path: Path) -> Iterator[Record]:
             yield _utf8(value, origin)
             line += text.count('\n', 0, used)
             text = text[used:]
+
+
+def _is_blank(text: str, file: io.TextIOWrapper) -> bool:
+    """Whether nothing but white space follows."""
+    while not text.strip():
+        text = file.read(_BLOCK)
+        if not text:
+            return True
+    return False
 
 
 def _element(decoder: json.JSONDecoder, text: str, file: io.TextIOWrapper) -> tuple[Any, int, str]:
@@ -184,20 +208,28 @@ def _utf8(value: Any, origin: str) -> Record:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with path.open('rb') as start:
-        if (two := start.read(2)) in _UTF16:
-            yield Record(f'{path}:1', error=f'not UTF-8: byte 0x{two[0]:02x} at column 1{_WIDE}')
-            return
-    delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
-    with path.open('r', encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with opened(path) as binary:
+        start = binary.read(2)
+    if start in _UTF16:
+        yield Record(f'{path}:1', error=f'not UTF-8: byte 0x{start[0]:02x} at column 1{_WIDE}')
+        return
+    delimiter = '\t' if kind_of_file(path) == '.tsv' else ','
+    with opened(path) as binary:
+        reader = csv.reader(as_text(binary), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            origin = f'{path}:{reader.line_num + 1}'
+            first = reader.line_num + 1
+            origin = f'{path}:{first}'
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield Record(origin, error=f'not CSV: {error}')
+                if 'unexpected end of data' in str(error):
+                    raise DataError(
+                        f'{origin}: a quote that is opened here is never closed, so the rest of the file is '
+                        'inside it: close it, or double it where it is meant as a character'
+                    ) from None
+                lines = f' (lines {first} to {reader.line_num})' if reader.line_num > first else ''
+                yield Record(origin, error=f'not CSV: {error}{lines}')
                 continue
             if row is None:
                 return
@@ -216,7 +248,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with unchanging(path), pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=512):
                 for value in batch.to_pylist():
                     yield Record(f'{path}[{row}]', value)

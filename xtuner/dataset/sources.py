@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xtuner.dataset.readers import READERS, Record, read_file
+from xtuner.dataset.files import check_regular, is_data_file, kind_of_file
+from xtuner.dataset.folder import data_files
+from xtuner.dataset.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest
 
 _FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
@@ -24,6 +26,7 @@ class Source:
         fingerprint: Changes when the records change.
         map_fn: This source's own map function; None takes the config's.
         weight: How often it counts: 0.5 takes half of its conversations, 2 takes each twice.
+        notes: What to say of it, such as files of a folder that are left out.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Source:
     fingerprint: Callable[[], str]
     map_fn: Any = None
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
@@ -75,11 +79,11 @@ def check_local(spec: Any) -> None:
 
 def _is_local(path: str) -> bool:
     """Whether a path is here; else it is a hub id, or raises DataError where it can be none."""
-    local = Path(path).expanduser()
-    if local.exists():
+    local = _local(path)
+    if local.exists() or local.is_symlink():
         return True
     # A hub id has at most one slash and no suffix of a data file.
-    if local.is_absolute() or path.startswith(('.', '~')) or local.suffix.lower() in READERS or path.count('/') > 1:
+    if local.is_absolute() or path.startswith(('.', '~')) or is_data_file(local) or path.count('/') > 1:
         beside = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
         raise DataError(f'{path}: there is no such file or folder{nearest(str(local), beside, most=1)}')
     return False
@@ -99,30 +103,39 @@ def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float('inf'):
         raise ConfigError(f'`{field}`: `weight` must be a number above 0, got {weight!r}')
     source = _open(str(spec['path']), spec)
-    return Source(source.name, source.records, source.fingerprint, spec.get('map_fn'), float(weight))
+    return replace(source, map_fn=spec.get('map_fn'), weight=float(weight))
 
 
 def _open(path: str, options: Mapping[str, Any]) -> Source:
-    local = Path(path).expanduser()
     if path.startswith('modelscope:'):
         return _modelscope(path.removeprefix('modelscope:'), options)
+    local = _local(path)
     if local.is_dir():
-        return _saved(local) if _is_saved(local) else _files(path, _data_files(local))
-    return _files(path, [local]) if _is_local(path) else _hub(path, options)
+        return _saved(local) if _is_saved(local) else _files(path, *data_files(local))
+    if not _is_local(path):
+        return _hub(path, options)
+    check_regular(local)
+    kind_of_file(local)
+    return _files(path, [local], [])
 
 
-def _data_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in READERS and file.is_file())
-    if not files:
-        raise DataError(f'{folder}: the folder holds no data file; known: {", ".join(READERS)}')
-    return files
+def _local(path: str) -> Path:
+    """The path with `~` as the user's folder, but for a file that is called so itself."""
+    local = Path(path)
+    if path.startswith('~') and not local.exists():
+        try:
+            return local.expanduser()
+        except RuntimeError:
+            raise DataError(f'{path}: there is no such file, and no user of that name') from None
+    return local
 
 
-def _files(name: str, files: list[Path]) -> Source:
+def _files(name: str, files: list[Path], notes: list[str]) -> Source:
     return Source(
         name,
         lambda: (record for file in files for record in read_file(file)),
         lambda: hashlib.blake2b(b''.join(map(hash_file, files)), digest_size=16).hexdigest(),
+        notes=tuple(notes),
     )
 
 
@@ -131,13 +144,16 @@ _hashes: dict[tuple[str, int, int], bytes] = {}
 
 def hash_file(file: Path) -> bytes:
     """Returns a hash of a file's name and content; a file that did not change is read only once a process."""
-    stat = file.stat()
+    stat = check_regular(file)
     key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
         digest = hashlib.blake2b(file.name.encode(), digest_size=16)
-        with file.open('rb') as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+        try:
+            with file.open('rb') as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f'{file}: cannot be read: {error.strerror or error}') from None
         _hashes[key] = digest.digest()
     return _hashes[key]
 

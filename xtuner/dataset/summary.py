@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.dataset.show import counted
+from xtuner.dataset.show import counted, printable
 
 _REASONS = {
     'bad': 'could not be used',
@@ -15,6 +16,11 @@ _REASONS = {
     'cut': 'cut to max_length',
     'without_target': 'dropped as without a token to train',
 }
+_MOST_FIELDS, _OTHERS = (
+    50,
+    '(further fields)',
+)  # unused names that are counted apart: data may invent a new one each time
+_MOST_NAME = 80  # characters of a field's name that are shown
 
 
 @dataclass
@@ -28,6 +34,9 @@ class Summary:
         tokens: Tokens of the kept conversations.
         target_tokens: Those of them that are trained.
         counts: How often each kind of loss occurred: bad, left_out, too_long, cut, without_target.
+        unused: Fields that nothing reads and that change nothing, with the number of records that have them.
+        ignored: Fields that `dataset.ignore` names, with the number of records that have them.
+        notes: What else a source says of itself, such as files that were left out of a folder.
     """
 
     records: int = 0
@@ -38,6 +47,9 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     most_examples: int = 5
 
@@ -48,24 +60,42 @@ class Summary:
         if len(kept) < self.most_examples:
             kept.append(example)
 
+    def add_unused(self, names: Iterable[str]) -> None:
+        """Counts a record's fields that nothing reads."""
+        for name in names:
+            known = name in self.unused or len(self.unused) < _MOST_FIELDS
+            _count(self.unused, name if known else _OTHERS)
+
+    def add_ignored(self, names: Iterable[str]) -> None:
+        """Counts a record's fields that were left out as `dataset.ignore` says."""
+        for name in names:
+            _count(self.ignored, name)
+
     @property
     def dropped(self) -> int:
         """What is lost: all kinds but `cut`, and what the map function meant to leave out."""
         return sum(count for kind, count in self.counts.items() if kind not in ('cut', 'left_out'))
 
     def lines(self) -> list[str]:
-        """Returns the counts as text, a line a kind."""
-        lines = [f'{name}: {text}' for name, text in self.formats.items()]
-        records, conversations = counted(self.records, 'record'), counted(self.conversations, 'conversation')
-        tokens = f'{counted(self.tokens, "token")}, {self.target_tokens:,} of them trained'
-        lines.append(f'{records}, {conversations}, {self.kept:,} kept ({self.counts["cut"]:,} of them cut), '
-                     f'{self.dropped:,} dropped; {tokens}')  # fmt: skip
+        """Returns the counts as text, a line a kind, with an example or more of each loss."""
+        lines = self.report()
         for kind, text in _REASONS.items():
             if self.counts[kind]:
                 shown = '; '.join(self.examples.get(kind, []))
                 more = ', …' if self.counts[kind] > len(self.examples.get(kind, [])) else ''
-                lines.append(f'{self.counts[kind]} {text}: {shown}{more}')
+                lines.append(printable(f'{self.counts[kind]} {text}: {shown}{more}'))
         return lines
+
+    def report(self) -> list[str]:
+        """Returns what was read as what, what is not used, and the counts: the same lines for every command."""
+        lines = [f'{name}: {text}' for name, text in self.formats.items()] + self.notes
+        for what, fields in (('not used', self.unused), ('left out by dataset.ignore', self.ignored)):
+            lines += [f'`{_shown(name)}` is {what} ({counted(count, "record")})' for name, count in fields.items()]
+        records, conversations = counted(self.records, 'record'), counted(self.conversations, 'conversation')
+        tokens = f'{counted(self.tokens, "token")}, {self.target_tokens:,} of them trained'
+        lines.append(f'{records}, {conversations}, {self.kept:,} kept ({self.counts["cut"]:,} of them cut), '
+                     f'{self.dropped:,} dropped; {tokens}')  # fmt: skip
+        return list(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts as JSON can hold them."""
@@ -75,3 +105,12 @@ class Summary:
     def from_dict(cls, values: dict[str, Any]) -> Summary:
         """Returns the summary that `to_dict` wrote."""
         return cls(**{**values, 'counts': Counter(values['counts'])})
+
+
+def _count(counts: dict[str, int], name: str) -> None:
+    counts[name] = counts.get(name, 0) + 1
+
+
+def _shown(name: str) -> str:
+    """A field's name, which comes from the data, as a word of one line."""
+    return printable(name.replace('\n', ' ').replace('\t', ' '))[:_MOST_NAME]

@@ -119,6 +119,8 @@ _ALL = [
         },
         markers=('<|System|>', '<|User|>', '<|Bot|>'),
     ),
+    # No template: the texts as they are, between begin and end, for documents and for texts that are formatted already.
+    Template('plain', turns={'system': Turn(), 'user': Turn(), 'assistant': Turn(end='{eos}')}),
     Template(
         'zephyr',
         begin='',

@@ -29,7 +29,7 @@ _FREE = (
     'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory', 'parallel.',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
-    'source', 'map_fn', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
+    'source', 'map_fn', 'ignore', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
 # What a checkpoint brings with it, so that the config's value would be ignored.
 _FIXED = ('adapter', 'optimizer.type', 'base weights')
 
@@ -43,6 +43,7 @@ def describe_run(
     device: str,
     num_groups: int,
     world_size: int,
+    formats: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of `run.json`: under `run` what must stay as it is, under `versions` what had better.
 
@@ -54,6 +55,7 @@ def describe_run(
         device: Kind of device: 'cuda' with the GPU's name, or 'cpu'.
         num_groups: Groups of processes that read different items.
         world_size: Number of processes.
+        formats: The format that was detected in each source; a run that goes on keeps it.
     """
     schedule = config.schedule
     run = _flat(vars(config), '')
@@ -61,13 +63,36 @@ def describe_run(
             'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups,
             'number of processes': world_size}  # fmt: skip
     versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
-    return json.loads(json.dumps({'run': run, 'versions': versions | _versions()}, default=_text))
+    content = {'run': run, 'versions': versions | _versions(), 'formats': dict(formats)}
+    return json.loads(json.dumps(content, default=_text))
 
 
 def write_run(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes `run.json` into a checkpoint's folder."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / RUN_FILE).write_text(text + '\n', encoding='utf-8')
+
+
+def recorded_formats(checkpoint: Path) -> dict[str, str] | None:
+    """The format that was detected in each source as a checkpoint's run began; None where that is not recorded.
+
+    Checkpoints of the first releases leave it to `about.json` in the work folder.
+    """
+    run, about = (_json(file) for file in (checkpoint / RUN_FILE, checkpoint.resolve().parent / 'about.json'))
+    if isinstance(run.get('formats'), dict):
+        return run['formats']
+    parts = about.get('dataset')
+    summaries = [part for part in parts.values() if isinstance(part, dict)] if isinstance(parts, dict) else []
+    found = [part['formats'] for part in summaries if isinstance(part.get('formats'), dict)]
+    return {str(name): str(text) for one in found for name, text in one.items()} if found else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):  # `check_same_run` says what is wrong with a checkpoint
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool) -> list[str]:
@@ -110,7 +135,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """By name, a text for each entry that differs and counts."""
     names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     if 'data' not in names:  # the same conversations, wherever they came from
-        names = [name for name in names if name not in _OF_THE_DATA]
+        names = [name for name in names if not name.startswith(_OF_THE_DATA)]
     counted = [name for name in names if not name.startswith(_FREE)]
     if now.get('dataset.streaming') and 'runtime.num_workers' in names:  # they take turns in the stream
         counted.append('runtime.num_workers')

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmengine.runner import set_random_seed
 from torch import nn
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
 from xtuner.dataset.store import PreparedDataset
 from xtuner.engine.batches import MicroBatches, make_plan
@@ -30,7 +32,7 @@ from xtuner.engine.material import Data, load_data, load_for_training, write_mod
 from xtuner.engine.plan import Plan, few_steps_note
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
-from xtuner.engine.same_run import describe_run, write_run
+from xtuner.engine.same_run import describe_run, recorded_formats, write_run
 from xtuner.engine.signals import StopRequest
 from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
@@ -86,6 +88,9 @@ def _run(
     if config.runtime.fp8:
         check_fp8(device)
     set_random_seed(config.runtime.seed)
+    recorded = recorded_formats(checkpoint) if checkpoint is not None else {}
+    if checkpoint is not None:
+        config = replace(config, dataset=with_recorded_formats(config.dataset, recorded))
     data = load_data(config, group)
     size = config.parallel.sequence_parallel_size
     check_heads(load_config(data.model_folder, trust_remote_code=config.model.trust_remote_code), size)
@@ -100,6 +105,7 @@ def _run(
         device=device.type if device.type == 'cpu' else torch.cuda.get_device_name(device),
         num_groups=plan.world_size,
         world_size=group.world_size,
+        formats={**(recorded or {}), **data.dataset.summary.formats},
     )
     if checkpoint is not None:
         check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)

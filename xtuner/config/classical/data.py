@@ -159,7 +159,7 @@ def _template(section: Section) -> str:
     """The name behind `dict(type=template_map_fn_factory, template=PROMPT_TEMPLATE.internlm_chat)`."""
     if 'template_map_fn' not in section:
         section.take('template_map_fn')
-        return 'default'
+        return 'plain'
     factory = section.section('template_map_fn')
     factory.type('template_map_fn_factory')
     template = factory.need('template')

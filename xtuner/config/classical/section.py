@@ -98,10 +98,13 @@ class Section:
 
 
 def type_name(value: Any) -> str:
-    """The last word of a type: 'AdamW' of 'torch.optim:AdamW', 'AutoTokenizer.from_pretrained' of a class's method."""
+    """The last word of a type: 'AdamW' of 'torch.optim:AdamW', 'AutoTokenizer.from_pretrained' of a class's method.
+
+    Files that old runs have written say 'torch.optim.AdamW'.
+    """
     if callable(value):
         value = f'{value.__module__}:{value.__qualname__}'
-    module, _, name = str(value or '').rpartition(':')
+    module, _, name = str(value or '').replace(':', '.').rpartition('.')
     owner = module.rpartition('.')[2]
     return f'{owner}.{name}' if owner[:1].isupper() else name
 

@@ -207,7 +207,9 @@ def _checkpoint(section: Section, to_steps: ToSteps) -> dict[str, Any]:
     section.take('save_last')  # always
     section.pass_over('a checkpoint is what a run can go on from', 'save_optimizer', 'save_param_scheduler')
     section.close()
-    values = {} if keep is None else {'max_keep': keep}
+    values = {'max_keep': -1 if keep is None else keep}
+    if values['max_keep'] == -1:
+        section.findings.note(f'`{section.path("max_keep_ckpts")}` is not set: all checkpoints are kept')
     if by_epoch:
         section.findings.note('`default_hooks.checkpoint` counts epochs; here a checkpoint is written each 100 steps '
                               '(`checkpoint.interval`) and at the end')  # fmt: skip
@@ -224,8 +226,9 @@ def _samples(section: Section, path: str, to_steps: ToSteps) -> dict[str, Any]:
     section.refuse('images are not answered here', 'evaluation_images', 'image_processor')
     section.pass_over('samples are the likeliest answers and end where the template ends', 'generation_kwargs',
                       'stop_word', 'stop_words')  # fmt: skip
+    prompts = section.take('evaluation_inputs') or []
     values = {
-        'prompts': list(section.take('evaluation_inputs') or []),
+        'prompts': [prompts] if isinstance(prompts, str) else list(prompts),
         'system': imported(section.take('system')) or '',
     }
     if 'max_new_tokens' in section:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.turns import join, one_turn
 
 # Published versions of Alpaca mark instructions that have no sensible answer with this.
 _NO_OUTPUT = '<nooutput>'
@@ -15,11 +16,4 @@ def alpaca_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
     """Joins `instruction` and `input`, where there is one, with a line break."""
     if example['output'] == _NO_OUTPUT:
         return None
-    return {
-        'conversation': [{'input': join(example['instruction'], example.get('input')), 'output': example['output']}]
-    }
-
-
-def join(instruction: Any, context: Any) -> Any:
-    """Returns the instruction, and below it the text it is about, where there is one."""
-    return f'{instruction}\n{context}' if isinstance(instruction, str) and context else instruction
+    return one_turn(example, join(example['instruction'], example.get('input')), example['output'])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.dataset.map_fns.alpaca import join
 from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.turns import join, one_turn
 
 
 @map_fn('instruction_zh', 'output_zh')
 def alpaca_zh_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """Joins instruction and input, where there is one, with a line break."""
-    question = join(example['instruction_zh'], example.get('input_zh'))
-    return {'conversation': [{'input': question, 'output': example['output_zh']}]}
+    return one_turn(example, join(example['instruction_zh'], example.get('input_zh')), example['output_zh'])

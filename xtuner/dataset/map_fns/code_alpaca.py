@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.registration import map_fn, no_longer
 from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE
+from xtuner.dataset.map_fns.turns import one_turn
 
 
-@map_fn('prompt', 'completion')
+@map_fn('prompt', 'completion', detect=no_longer)
 def code_alpaca_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """The prompt is asked of a programmer, the completion is trained."""
-    return {
-        'conversation': [
-            {'system': SYSTEM_TEMPLATE['coder'], 'input': example['prompt'], 'output': example['completion']}
-        ]
-    }
+    return one_turn(example, example['prompt'], example['completion'], system=SYSTEM_TEMPLATE['coder'])

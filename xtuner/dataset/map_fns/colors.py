@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.registration import map_fn, no_longer
 from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE
+from xtuner.dataset.map_fns.turns import one_turn
 
 
-@map_fn('description', 'color')
+@map_fn('description', 'color', detect=no_longer)
 def colors_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """The description is given, the colour's code is trained."""
-    return {
-        'conversation': [
-            {'system': SYSTEM_TEMPLATE['colorist'], 'input': example['description'], 'output': example['color']}
-        ]
-    }
+    return one_turn(example, example['description'], example['color'], system=SYSTEM_TEMPLATE['colorist'])

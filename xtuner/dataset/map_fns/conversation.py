@@ -10,4 +10,4 @@ from xtuner.dataset.map_fns.registration import map_fn
 @map_fn('conversation')
 def conversation_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """Passes the turns on as they are; `system` may stand in any of them, `loss` beside an `output`."""
-    return {'conversation': example['conversation'], 'tools': example.get('tools')}
+    return {'conversation': example['conversation'], 'system': example.get('system'), 'tools': example.get('tools')}

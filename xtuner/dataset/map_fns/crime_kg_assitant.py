@@ -6,11 +6,10 @@ from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn, never
 from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE
+from xtuner.dataset.map_fns.turns import one_turn
 
 
 @map_fn('input', 'output', detect=never)
 def crime_kg_assitant_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """The question is asked of a lawyer, the answer is trained."""
-    return {
-        'conversation': [{'system': SYSTEM_TEMPLATE['lawyer'], 'input': example['input'], 'output': example['output']}]
-    }
+    return one_turn(example, example['input'], example['output'], system=SYSTEM_TEMPLATE['lawyer'])

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.turns import learnt
 from xtuner.errors import DataError
 
 _PARTS = (('Human', 'user'), ('Inner Thoughts', 'thoughts'), ('Commands', 'commands'), ('Tool Responses', 'tool'),
@@ -37,6 +38,8 @@ def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
                 content = _content(turn[part], f'chat.{name}.{part}')
                 nothing = _NOTHING if role in ('thoughts', 'commands', 'tool') else ''
                 messages.append({'role': role, 'content': content or nothing})
+        if others := learnt(turn, {part for part, _ in _PARTS}):
+            messages[-1] |= others
     return {'messages': messages}
 
 

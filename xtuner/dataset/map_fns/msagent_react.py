@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn, never
+from xtuner.dataset.map_fns.turns import learnt
 from xtuner.errors import DataError
 
 _CALL = re.compile(r'<\|startofthink\|>(.*?)<\|endofthink\|>', re.DOTALL)
@@ -37,6 +38,7 @@ def msagent_react_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
     messages: list[dict[str, Any]] = []
     for turn in turns:
         role, text = turn.get('from'), turn['value'].strip()
+        first = len(messages)
         if role == 'system':
             messages.append({'role': 'system', 'content': _SYSTEM.format(tools=text)})
         elif role == 'user':
@@ -45,6 +47,8 @@ def msagent_react_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
             messages += _answer(text)
         else:
             raise DataError(f'`from` must be system, user or assistant, got {role!r}')
+        for message in messages[first:]:
+            message |= learnt(turn, ('from', 'value'))
     return {'messages': messages} if messages else None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn, never
+from xtuner.dataset.map_fns.turns import learnt
 from xtuner.errors import DataError
 
 _ROLES = {'prompter': 'user', 'assistant': 'assistant'}
@@ -74,4 +75,4 @@ def _replies(node: Any) -> list[Mapping[str, Any]]:
 def _message(node: Any) -> dict[str, Any]:
     if not isinstance(node, Mapping) or node.get('role') not in _ROLES or not isinstance(node.get('text'), str):
         raise DataError('a message of the tree must have a `text`, and the `role` prompter or assistant')
-    return {'role': _ROLES[node['role']], 'content': node['text']}
+    return {**learnt(node, ('role', 'text')), 'role': _ROLES[node['role']], 'content': node['text']}

@@ -1,4 +1,4 @@
-"""OpenAI: `messages` with `role` and `content`, and `tools` where there are some."""
+"""OpenAI: `messages` with `role` and `content`, and `system` and `tools` where there are some."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from xtuner.dataset.map_fns.registration import map_fn
 
 @map_fn('messages')
 def openai_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Passes messages and tools on as they are."""
-    return {'messages': example['messages'], 'tools': example.get('tools')}
+    """Passes messages, system text and tools on as they are."""
+    return {'messages': example['messages'], 'system': example.get('system'), 'tools': example.get('tools')}

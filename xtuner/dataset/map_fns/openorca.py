@@ -10,8 +10,5 @@ from xtuner.dataset.map_fns.registration import map_fn
 @map_fn('system_prompt', 'question', 'response')
 def openorca_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """The question is asked under the record's own system message."""
-    return {
-        'conversation': [
-            {'system': example['system_prompt'], 'input': example['question'], 'output': example['response']}
-        ]
-    }
+    turn = {'system': example['system_prompt'], 'input': example['question'], 'output': example['response']}
+    return {'conversation': [turn], 'tools': example.get('tools')}

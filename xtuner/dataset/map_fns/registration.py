@@ -38,6 +38,23 @@ def never(record: Mapping[str, Any]) -> bool:
     return False
 
 
+def no_longer(record: Mapping[str, Any]) -> bool:
+    """The `detect` of a format that the first releases detected, though it adds text of its own to the record's."""
+    return False
+
+
+def first_detected_map_fn(record: Any) -> str:
+    """The name of the map function that the first releases detected; '' for none. Runs begun with them go on so."""
+    found = formats() if isinstance(record, Mapping) else {}
+    known = {name: function for name, function in found.items() if not function.__module__.endswith('.plain')}
+    return next((name for name, function in known.items() if _detected_first(function, record)), '')
+
+
+def _detected_first(function: MapFn, record: Mapping[str, Any]) -> bool:
+    detect, columns = getattr(function, 'detect', never), getattr(function, 'columns', ())
+    return detect(record) or (detect is no_longer and all(column in record for column in columns))
+
+
 def formats() -> dict[str, MapFn]:
     """Returns all registered map functions by short name, the more specific before the less specific for detection."""
     short = {name: function for name, function in _registry().items() if not name.endswith(_SUFFIX)}

@@ -1,0 +1,243 @@
+"""Fields of a record that nothing reads: an error where one would change what is learnt, else a note with a count.
+
+One rule for every reader, map function and template. A field is used when the map function reads it (columns of the
+record), when `to_conversation` reads it (`loss` and its synonyms), or when the chat template reads it (the other fields
+of a message, `tools`). What is left is looked up in `kind_of`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from xtuner.errors import DataError
+
+# Names as other tools write them, in lower case and without `_`, `-` and spaces: `toolCalls` and `tool_calls` are one.
+_NAMES = {
+    'system text': 'system systemprompt systemmessage systemtext systeminstruction systeminstructions sysprompt sysmsg '
+    'systemcontent metainstruction metaprompt developer developermessage developerprompt',
+    'earlier turns': 'history chathistory conversationhistory dialoghistory dialoguehistory messagehistory '
+    'pastmessages previousmessages previousturns messages conversation conversations dialog dialogue turns',
+    'tools': 'tool tools toolschema toolsjson availabletools functions functionschema functioncall functioncalls '
+    'toolcall toolcalls toolresponse toolresponses toolresult toolresults plugins',
+    'reasoning': 'reasoning reasoningcontent reasoningtext reasoningdetails reasoningtrace reasoningsteps thinking '
+    'thinkingcontent thinkingblocks thought thoughts think cot chainofthought rationale',
+    'training flag': 'mask lossmask losses labelmask trainmask traindetail trainingdetail trainonturn trainon '
+    'needeostoken',
+}  # fmt: skip
+_TRAINED = (
+    'loss weight train training trained istrain istrained trainable istrainable dotrain shouldtrain needloss hasloss '
+    'withloss isloss computeloss calculateloss outputwithloss outputloss trainonoutput trainoutput lossweight '
+    'lossscale trainweight trainingweight sampleweight'
+)
+_UNTRAINED = 'masked ismasked ignoreloss skiploss noloss notrain donttrain ignoretrain skiptrain'
+_SENSE = dict.fromkeys(_TRAINED.split(), True) | dict.fromkeys(_UNTRAINED.split(), False)
+_MEDIA = re.compile(r'(image|audio|video|picture|pixelvalue)s?(url|path|file|name|byte|input|list|id)?s?')
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+_KINDS |= dict.fromkeys(_SENSE, 'training flag')
+_WORDS = {'true': True, 'false': False, '1': True, '0': False, '1.0': True, '0.0': False}
+
+
+@lru_cache(maxsize=4096)
+def kind_of(name: str) -> str:
+    """What a field of this name says that changes what is learnt, such as 'reasoning'; '' for any other name."""
+    name = _squeezed(name)
+    return _KINDS.get(name, '') or ('image, audio or video' if _MEDIA.fullmatch(name) else '')
+
+
+@lru_cache(maxsize=4096)
+def _squeezed(name: str) -> str:
+    return re.sub(r'[^a-z0-9]', '', name.lower())
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is no data: None, '', or a list or dict of nothing else, which is how columnar files pad."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_empty, value))
+    return value is None or value == '' if not isinstance(value, Mapping) else all(map(is_empty, value.values()))
+
+
+def training_flag(fields: Mapping[str, Any], name: str, origin: str) -> tuple[bool | None, list[str]]:
+    """Returns whether a message says that it is trained (None: it does not say), and the fields that say so.
+
+    Args:
+        fields: The message, with `loss`, `weight`, `train` or a synonym as a bool, 0 or 1, or such a word.
+        name: The message's place, such as `messages[1]`.
+        origin: Where the record came from.
+
+    Raises:
+        DataError: For another value, such as a weight of 0.5, and where two fields contradict each other.
+    """
+    found = {}
+    for key, value in fields.items():
+        sense = _SENSE.get(_squeezed(key)) if isinstance(key, str) else None
+        if sense is not None and not is_empty(value):
+            found[key] = _flag(value, f'{name}.{key}', origin) is sense
+    if len(set(found.values())) > 1:
+        raise DataError(f'{origin}: `{name}` is trained by one and not by another of its fields {", ".join(found)}')
+    return next(iter(found.values()), None), list(found)
+
+
+def _flag(value: Any, name: str, origin: str) -> bool:
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _WORDS:
+        return _WORDS[value.strip().lower()]
+    raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {shortened(value)}; a message is trained '
+                    'whole or not at all')  # fmt: skip
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """Returns the representation of a value, cut to `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + '…'
+
+
+class Observed(dict):
+    """A record that remembers which of its columns were read; walking over it reads all of them."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        super().__init__(record)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self.read.update(dict.keys(self))
+        return super().__iter__()
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Reads a column where it is there."""
+        self.read.add(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Reads a column and takes it out."""
+        self.read.add(key)
+        return super().pop(key, *default)
+
+    def items(self) -> Any:
+        """Reads all columns."""
+        return dict(self).items()
+
+    def values(self) -> Any:
+        """Reads all columns."""
+        return dict(self).values()
+
+    def copy(self) -> dict[str, Any]:
+        """Reads all columns."""
+        return dict(self)
+
+
+def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bool) -> Any:
+    """Returns a value without the fields called `names`, at any depth outside tools and their calls.
+
+    Args:
+        value: A record, or a part of one.
+        names: Fields to leave out.
+        removed: Takes the names of fields with content that were left out.
+        padding: Whether fields that are None go too: a columnar file has them for every field of any record.
+    """
+    if isinstance(value, Mapping):
+        kept = {}
+        for key, item in value.items():
+            if key in names:
+                if not is_empty(item):
+                    removed.add(key)
+            elif item is not None or not padding:
+                inner = frozenset() if names and kind_of(str(key)) == 'tools' else names
+                kept[key] = without(item, inner, removed, padding=padding) if _holds_fields(item) else item
+        return kept
+    return [without(item, names, removed, padding=padding) if _holds_fields(item) else item for item in value]
+
+
+def _holds_fields(value: Any) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def check_columns(record: Observed, function: str, origin: str, *, own: bool, note: Callable[[str], None]) -> None:
+    """Reports the columns of a record that its map function did not read.
+
+    Args:
+        record: What the map function was given.
+        function: The name of the map function.
+        origin: Where the record came from.
+        own: Whether the map function is the user's, who may leave out what he likes: notes only.
+        note: Called with the name of each unused column.
+
+    Raises:
+        DataError: For a column that would change what is learnt.
+    """
+    for key, value in zip(dict.keys(record), dict.values(record), strict=True):
+        if key in record.read or is_empty(value):
+            continue
+        kind = '' if own else _kind(str(key), value)
+        if kind and not _says_nothing(str(key), value):
+            raise unused(f'{origin}: `{key}` ({kind}) is not read by `{function}`',
+                         'name a map function that uses it with `dataset.map_fn`', str(key))  # fmt: skip
+        note(str(key))
+
+
+def _kind(key: str, value: Any) -> str:
+    """`kind_of`, but for numbers under another name than that of a flag: those count or label something."""
+    kind = kind_of(key)
+    return '' if isinstance(value, (bool, int, float)) and kind != 'training flag' else kind
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a flag of a whole record says that it is trained, which it is anyway."""
+    try:
+        return training_flag({key: value}, '', '')[0] is True
+    except DataError:
+        return False
+
+
+def check_extras(
+    extras: Mapping[str, Any], name: str, template: Any, origin: str, *, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns those further fields of a message that its template reads; the others are reported.
+
+    Reasoning is passed on under the name that the template reads, whichever synonym the data writes.
+
+    Args:
+        extras: The fields of the message beside `role`, `content` and what says whether it is trained.
+        name: The message's place, such as `messages[1]`.
+        template: The prompt template; its `reads` says which fields it looks at.
+        origin: Where the record came from.
+        note: Called with the name of each unused field.
+
+    Raises:
+        DataError: For a field that would change what is learnt.
+    """
+    kept = {}
+    for key, value in extras.items():
+        kind = _kind(key, value)
+        read = key if template.reads(key) else _synonym(kind, template)
+        if read and read not in kept:
+            kept[read] = value
+        elif kind:
+            raise unused(f'{origin}: `{name}.{key}` ({kind}) has no place in the template `{template.name}`',
+                         'use `from_tokenizer` where the chat template has a place for it', key)  # fmt: skip
+        else:
+            note(f'{name.partition("[")[0]}[].{key}')
+    return kept
+
+
+_REASONING = ('reasoning_content', 'reasoning', 'thinking', 'thought')
+
+
+def _synonym(kind: str, template: Any) -> str:
+    return next(filter(template.reads, _REASONING), '') if kind == 'reasoning' else ''
+
+
+def unused(what: str, way: str, key: str) -> DataError:
+    """Returns the error of a field that would change what is learnt and is not used."""
+    return DataError(f'{what}, though it would change what is learnt; {way}, or leave it out with '
+                     f'dataset.ignore=[{key!r}]')  # fmt: skip

@@ -1,0 +1,117 @@
+"""Opening a data file: what kind it is, compressed or not, and whether it stays as it is while it is read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from xtuner.errors import DataError, nearest, one_line
+
+TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
+KINDS = (*TEXT_KINDS, '.parquet')
+
+
+_COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
+
+
+def kind_of_file(path: Path) -> str:
+    """Returns the kind of a data file, such as '.jsonl' of `a.jsonl` and of `a.jsonl.gz`.
+
+    Raises:
+        DataError: For a file of no known kind.
+    """
+    if is_data_file(path):
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        return suffixes[-2] if suffixes[-1] in _COMPRESSED else suffixes[-1]
+    if path.suffix.lower() == '.txt':
+        raise DataError(f'{path}: plain text is not read, since nothing says where a document ends; write a JSON line '
+                        '{"text": "..."} a document, which `pretrain` reads')  # fmt: skip
+    known = [*KINDS, *(kind + packed for kind in TEXT_KINDS for packed in _COMPRESSED)]
+    suffix = ''.join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+    raise DataError(f'{path}: unknown kind of file {suffix!r}{nearest(suffix, known)}; known: {known_kinds()}')
+
+
+def known_kinds() -> str:
+    """The kinds of data files, for messages."""
+    return f'{", ".join(KINDS)}, and all but the last with {", ".join(_COMPRESSED)} behind'
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file is data by its name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        return len(suffixes) > 1 and suffixes[-2] in TEXT_KINDS
+    return bool(suffixes) and suffixes[-1] in KINDS
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Returns the stat of a file, which must be one that ends and can be read twice.
+
+    Raises:
+        DataError: Where it is a pipe, a device, a folder or a link to nothing, or cannot be looked at.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise DataError(f'{path}: is a link to {os.readlink(path)}, which cannot be followed: '
+                            f'{error.strerror}') from None  # fmt: skip
+        raise DataError(f'{path}: cannot be read: {error.strerror or error}') from None
+    if not stat.S_ISREG(found.st_mode):
+        kinds = ((stat.S_ISFIFO, 'a pipe'), (stat.S_ISDIR, 'a folder'), (stat.S_ISSOCK, 'a socket'))
+        kind = next((name for test, name in kinds if test(found.st_mode)), 'a device')
+        raise DataError(f'{path}: is {kind}, not a file; data is read more than once, so write it into a file first')
+    return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens a data file, decompressed where its name says that it is compressed.
+
+    Raises:
+        DataError: Where it cannot be read, is damaged, or changes while it is read.
+    """
+    with unchanging(path):
+        try:
+            with _open(path) as file:
+                yield file
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f'{path}: the compressed file is damaged or ends too early: {one_line(error)}') from None
+
+
+def _open(path: Path) -> BinaryIO:
+    suffix = path.suffix.lower()
+    if suffix == '.gz':
+        return cast(BinaryIO, gzip.open(path))
+    if suffix in ('.bz2', '.xz'):
+        return cast(BinaryIO, (bz2 if suffix == '.bz2' else lzma).open(path))
+    if suffix == '.zst':
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
+    return path.open('rb')
+
+
+@contextmanager
+def unchanging(path: Path) -> Iterator[None]:
+    """Checks a file before it is read, and that it is the same afterwards; DataError where it is not."""
+    before = check_regular(path)
+    yield
+    after = check_regular(path)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DataError(f'{path}: changed while it was read (from {before.st_size:,} to {after.st_size:,} bytes); '
+                        'start again once it is complete')  # fmt: skip
+
+
+def as_text(file: BinaryIO) -> io.TextIOWrapper:
+    """Returns UTF-8 text of a binary file, line breaks as they are; bytes that are not UTF-8 as surrogates."""
+    return io.TextIOWrapper(file, encoding='utf-8-sig', errors='surrogateescape', newline='')
