@@ -16,6 +16,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
 from xtuner.engine.loop import Skips, TrainLoop
+from xtuner.engine.memory_error import is_out_of_memory
 from xtuner.engine.strategies import Strategy
 from xtuner.engine.trainer_state import read_state
 from xtuner.engine.watch import Watch
@@ -118,7 +119,9 @@ class Runner(mmengine.runner.Runner):
             self._take(state)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group.update(setting)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f'{folder}: cannot resume, its trainer state does not fit this run: {one_line(error)}; --start-from '
                 'takes its weights'
@@ -127,7 +130,8 @@ class Runner(mmengine.runner.Runner):
     def _take(self, state: dict[str, Any]) -> None:
         loop = self.train_loop
         self.strategy.load_optimizer_state(state['optimizer'])
-        loop.scaler.load_state_dict(state['scaler'])
+        if state['scaler'] != {}:  # of a run that scaled no loss
+            loop.scaler.load_state_dict(state['scaler'])
         loop.skips = Skips(**state['skips'])
         loop.step = state['step']
         rooms = state['activation_rooms']
