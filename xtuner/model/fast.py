@@ -18,7 +18,7 @@ from xtuner.errors import ConfigError
 from xtuner.model.kernels.decoder import FastDecoder, ShardedForward, fp8_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
 from xtuner.model.kernels.fp8 import device_obstacle
-from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
+from xtuner.model.kernels.host import free_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.projections import static_obstacle
 from xtuner.model.kernels.sequence import SequenceGroup
@@ -229,7 +229,8 @@ def _fast_decoder(model: nn.Module) -> FastDecoder | None:
 def _keep_on_cpu(fast: FastDecoder) -> str:
     """Keeps weights as floats in a share of the free memory; says so."""
     dtype = fast.decoder.embed_tokens.weight.dtype
-    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, int(free_host_bytes() * _KEPT_SHARE))
+    room = int(free_bytes(torch.device('cpu')) * _KEPT_SHARE)
+    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, room)
     return f'{kept} of its 4-bit weights kept as floats' if kept else ''
 
 
