@@ -61,16 +61,16 @@ def write_base_model(folder: str | Path, *, seed: int = 0) -> Path:
         `folder`.
     """
     import torch
-    from safetensors.torch import save_file
 
     from xtuner.model.internlm.configuration import InternLMConfig
     from xtuner.model.internlm.modeling import InternLMForCausalLM
+    from xtuner.model.tensor_files import write_tensors
 
     folder = train_tokenizer([CONVERSATIONS], folder, VOCAB_SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternLMForCausalLM(InternLMConfig(**CONFIG)).float()
-    save_file(model.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
+    write_tensors(model.state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
     for name, content in (('config.json', CONFIG), ('generation_config.json', GENERATION_CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     return folder

@@ -68,6 +68,12 @@ def is_one_of_several() -> bool:
     return int(os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', 1))) > 1
 
 
+def num_on_this_machine() -> int:
+    """Processes of this run on this machine, as far as torchrun or Slurm tells; 1 where neither does."""
+    told = os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('SLURM_NTASKS_PER_NODE', '')
+    return max(1, int(told)) if told.isdigit() else 1
+
+
 def _is_first_of_node() -> bool:
     """Before a group exists, the processes of a node agree through a file; without one only rank 0 speaks."""
     if _ERROR_FILE not in os.environ:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import torch
 
 from xtuner.engine import checkpoints
 from xtuner.engine.checkpoints import (
-    VALIDATION_LOSS,
+    clear_leftovers,
     list_checkpoints,
     newest_checkpoint,
-    read_state,
+    recover,
     step_of,
     verify_checkpoint,
     write_checkpoint,
 )
+from xtuner.engine.trainer_state import VALIDATION_LOSS, read_state
 from xtuner.errors import CheckpointError
 
 STATE: dict[str, Any] = {
@@ -101,10 +104,10 @@ def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(checkpoints, '_flush', noted_flush)
     monkeypatch.setattr(Path, 'rename', noted_rename)
     folder = write(tmp_path)
-    named = order.index(f'rename .partial-{folder.name}')
+    named = order.index(f'rename .saving-{folder.name}')
     files = {f'flush {p.name}' for p in folder.iterdir() if p.name != 'manifest.json'}
     assert files <= set(order[:named])
-    assert order[named - 1] == f'flush .partial-{folder.name}'  # after the manifest took its name
+    assert order[named - 1] == f'flush .saving-{folder.name}'  # after the manifest took its name
     assert order[named + 1] == f'flush {tmp_path.name}'
 
 
@@ -169,3 +172,139 @@ def test_the_manifest_lists_every_file_but_itself(tmp_path: Path) -> None:
     folder = write(tmp_path)
     listed = set(json.loads((folder / 'manifest.json').read_text(encoding='utf-8')))
     assert listed == {p.name for p in folder.iterdir()} - {'manifest.json'}
+
+
+@pytest.mark.parametrize('name', ['.partial-merged', '.saving-mine', '.partial-checkpoint-00000009', '.trash-2024'])
+def test_unfinished_folders_of_others_stay(tmp_path: Path, name: str) -> None:
+    """A converter may write into the work folder while the run goes on."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'model.safetensors.part').write_text('an hour of work', encoding='utf-8')
+    recover(tmp_path)
+    write(tmp_path, 1)
+    clear_leftovers(tmp_path)
+    assert (tmp_path / name / 'model.safetensors.part').read_text(encoding='utf-8') == 'an hour of work'
+
+
+def test_a_merge_into_the_work_folder_outlives_a_save(tmp_path: Path) -> None:
+    from xtuner.convert.output import whole_folder
+
+    with whole_folder(tmp_path / 'merged', {'job': 1}) as folder:
+        (folder / 'config.json').write_text('{}', encoding='utf-8')
+        write(tmp_path, 1)
+    assert (tmp_path / 'merged' / 'config.json').is_file()
+
+
+def test_a_torn_save_and_a_begun_removal_of_ours_go(tmp_path: Path) -> None:
+    for name in ('.saving-checkpoint-00000003', '.removing-checkpoint-00000001', '.trash-checkpoint-00000001'):
+        (tmp_path / name).mkdir()
+    recover(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('prefix', ['.saving-', '.partial-'])
+def test_a_whole_save_that_lacks_its_name_gets_it(tmp_path: Path, prefix: str) -> None:
+    """Also one of an earlier version, which called them otherwise."""
+    folder = write(tmp_path)
+    folder.rename(tmp_path / f'{prefix}{folder.name}')
+    recover(tmp_path)
+    verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize('prefix', ['.saving-', '.removing-', '.partial-'])
+@pytest.mark.parametrize('form', ['file', 'link'])
+def test_files_and_links_under_such_names_stay(tmp_path: Path, prefix: str, form: str) -> None:
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    entry = tmp_path / f'{prefix}checkpoint-00000001'
+    entry.write_text('', encoding='utf-8') if form == 'file' else entry.symlink_to(elsewhere)
+    recover(tmp_path)
+    write(tmp_path, 2)
+    assert os.path.lexists(entry) and elsewhere.is_dir()
+
+
+@pytest.mark.parametrize('name', ['checkpoint-00000099', 'checkpoint-' + '9' * 30, 'checkpoint-²', 'checkpoint-x'])
+@pytest.mark.parametrize('form', ['folder', 'link', 'file'])
+def test_foreign_checkpoints_are_neither_counted_nor_removed(tmp_path: Path, name: str, form: str) -> None:
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    (elsewhere / 'mine.txt').write_text('mine', encoding='utf-8')
+    entry = tmp_path / 'run' / name
+    entry.parent.mkdir()
+    if form == 'folder':
+        elsewhere.rename(entry)
+    elif form == 'link':
+        entry.symlink_to(elsewhere)
+    else:
+        entry.write_text('mine', encoding='utf-8')
+    for step in (1, 2, 99, 100):
+        write(tmp_path / 'run', step, max_keep=1)
+    assert [step_of(p) for p in list_checkpoints(tmp_path / 'run')] == [100]
+    kept = [p for p in (tmp_path / 'run').iterdir() if p.name.startswith(name)]
+    assert len(kept) == 1
+    assert (kept[0].read_text() if form == 'file' else (kept[0] / 'mine.txt').read_text()) == 'mine'
+
+
+def test_a_checkpoint_of_ours_behind_a_link_is_resumed_and_not_pruned(tmp_path: Path) -> None:
+    run, disk = tmp_path / 'run', tmp_path / 'larger_disk'
+    moved = write(run, 1).rename(disk)
+    link = run / 'checkpoint-00000001'
+    link.symlink_to(moved)
+    assert newest_checkpoint(run, warn=print) == link
+    assert step_of(tmp_path / 'run' / 'checkpoint-00000001') == 1
+    write(run, 2, max_keep=1)
+    write(run, 3, max_keep=1)
+    assert link.is_symlink() and [step_of(p) for p in list_checkpoints(run)] == [1, 3]
+    verify_checkpoint(moved)
+    write(run, 1, max_keep=-1)  # as a run does that was resumed from before
+    assert not link.is_symlink() and (run / 'checkpoint-00000001.old-1').resolve() == moved
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = write(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o640}
+
+
+def test_windows_flushes_files_that_it_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    real = os.open
+    monkeypatch.setattr(checkpoints, '_POSIX', False)
+    monkeypatch.setattr(os, 'open', lambda path, flags, *more: opened.append(flags) or real(path, flags, *more))
+    write(tmp_path)
+    assert opened.count(os.O_RDWR) >= 4 and os.O_RDONLY not in opened
+
+
+@pytest.mark.parametrize('content', ['[' * 100_000, '{"a": ' * 50_000, '[]', 'null', '{"a": 1}'])
+def test_a_manifest_of_any_form_is_told_in_a_line(tmp_path: Path, content: str) -> None:
+    folder = write(tmp_path)
+    (folder / 'manifest.json').write_text(content, encoding='utf-8')
+    with pytest.raises(CheckpointError) as caught:
+        verify_checkpoint(folder)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_state_of_a_later_format_is_told(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    path = folder / 'trainer.json'
+    assert '"format"' in path.read_text(encoding='utf-8')
+    content = json.loads(path.read_text(encoding='utf-8'))
+    content['dict'] = [[key, 2 if key == 'format' else value] for key, value in content['dict']]
+    path.write_text(json.dumps(content), encoding='utf-8')
+    with pytest.raises(CheckpointError, match='format 2, and this version of xtuner reads format 1'):
+        read_state(folder)
+    content['dict'] = [pair for pair in content['dict'] if pair[0] != 'format']  # as before there was a number
+    path.write_text(json.dumps(content), encoding='utf-8')
+    assert read_state(folder)['lr'] == STATE['lr']
+
+
+@pytest.mark.parametrize(
+    'content', ['{"dict": 5}', '{"dict": [["a", {"tensor": "none"}]]}', '{"tensor": []}', '[]', '1']
+)
+def test_a_state_of_another_form_is_told(tmp_path: Path, content: str) -> None:
+    folder = write(tmp_path)
+    (folder / 'trainer.json').write_text(content, encoding='utf-8')
+    with pytest.raises(CheckpointError, match='the trainer state cannot be read'):
+        read_state(folder)

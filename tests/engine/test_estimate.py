@@ -161,7 +161,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_turn(
     folder_7b: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(preflight, 'data_size', lambda dataset: None)
-    data = Data(folder_7b, '', None, None, None, None)  # type: ignore[arg-type]
+    data = Data(folder_7b, '', None, None, None, None, {})  # type: ignore[arg-type]
     device = torch.device('cuda', 0)
     config = load_config(FLAGSHIP)
     _Gpu(monkeypatch, 5.0)

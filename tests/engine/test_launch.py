@@ -129,3 +129,45 @@ def test_the_scripts_start_what_they_say(tmp_path: Path) -> None:
     assert '-p part --job-name job --gres gpu:8 --ntasks 16 --ntasks-per-node 8' in started
     assert '--kill-on-bad-exit=1' in started
     assert started.strip().endswith('train.py cfg --launcher slurm --seed 1')
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'local_rank', 'visible', 'index'),
+    [
+        ('slurm', 3, 8, 3),
+        ('slurm', 3, 1, 0),  # --gpus-per-task=1: each task sees its own alone
+        ('slurm', 3, 2, 1),
+        ('pytorch', 3, 1, 0),  # a wrapper set CUDA_VISIBLE_DEVICES for each process
+        ('pytorch', 3, 4, 3),
+    ],
+)
+def test_a_process_takes_a_card_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, launcher: str, local_rank: int, visible: int, index: int
+) -> None:
+    monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: visible)
+    assert launch._device_index(local_rank, launcher) == index
+
+
+def test_more_processes_of_torchrun_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 4)
+    with pytest.raises(UsageError, match='LOCAL_RANK is 5, and this process sees 4 GPUs'):
+        launch._device_index(5, 'pytorch')
+
+
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm'])
+def test_the_group_is_joined_with_that_card(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    chosen: list[int] = []
+    variables = {'RANK': '3', 'WORLD_SIZE': '4', 'LOCAL_RANK': '3', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch.torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(launch.torch.cuda, 'set_device', chosen.append)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.distributed, 'init_process_group', stop)
+    with pytest.raises(KeyboardInterrupt), launch.process_group(launcher):
+        pass
+    assert chosen == [0]

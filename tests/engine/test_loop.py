@@ -22,7 +22,7 @@ from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
 from xtuner.engine.strategies import Single
-from xtuner.errors import TrainingError
+from xtuner.errors import CheckpointError, TrainingError
 from xtuner.model.sft import SupervisedFinetune
 
 VOCABULARY = 53
@@ -179,3 +179,33 @@ def test_training_learns(tmp_path: Path) -> None:
     make_runner(tmp_path, make_items(4), make_model(), max_steps=40, accumulative_counts=4, lr=0.02).train()
     losses = [m['loss'] for m in metrics(tmp_path)]
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_a_loss_that_is_not_finite_beside_finite_gradients_changes_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model()
+    model.register_forward_hook(lambda module, arguments, loss: loss + math.inf)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    runner = make_runner(tmp_path, make_items(4), model, max_steps=2, accumulative_counts=2, dtype=dtype)
+    runner.train()
+    assert [(m['skipped'], math.isfinite(m['grad_norm'])) for m in metrics(tmp_path)] == [(True, True)] * 2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize('key', ['step', 'parameters', 'optimizer', 'scaler', 'skips', 'activation_rooms'])
+def test_a_state_that_lacks_something_is_told(tmp_path: Path, key: str) -> None:
+    runner = make_runner(tmp_path, make_items(2), make_model(), max_steps=2)
+    state = {k: v for k, v in runner.trainer_state(1).items() if k != key}
+    folder = write_checkpoint(tmp_path, 1, write_model=lambda _: None, state=state, max_keep=1)
+    with pytest.raises(CheckpointError, match=f'cannot resume, its trainer state has no {key!r}'):
+        runner.restore(folder)
+
+
+@pytest.mark.parametrize(('key', 'value'), [('optimizer', {}), ('skips', {'none': 1}), ('skips', 5), ('scaler', [])])
+def test_a_state_of_another_form_is_told(tmp_path: Path, key: str, value: Any) -> None:
+    runner = make_runner(tmp_path, make_items(2), make_model(), max_steps=2, dtype=torch.float16)
+    state = runner.trainer_state(1) | {key: value}
+    folder = write_checkpoint(tmp_path, 1, write_model=lambda _: None, state=state, max_keep=1)
+    with pytest.raises(CheckpointError, match='trainer state does not fit this run'):
+        runner.restore(folder)

@@ -18,8 +18,8 @@ import torch
 
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
-from xtuner.engine.checkpoints import read_state
 from xtuner.engine.lines import append_line
+from xtuner.engine.trainer_state import read_state
 from xtuner.errors import TrainingError
 
 STEPS = 5

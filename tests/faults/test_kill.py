@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.faults.lives import CONTEXT, Life, result, steps_done, wait_for, words_for
-from xtuner.engine.checkpoints import newest_checkpoint, read_state, recover, verify_checkpoint, write_checkpoint
+from xtuner.engine.checkpoints import newest_checkpoint, recover, verify_checkpoint, write_checkpoint
+from xtuner.engine.trainer_state import read_state
 
 OPTIONS = ['dataset.val_ratio=0.1']  # so that `best` is written as well
 
@@ -42,7 +43,7 @@ def test_killed_at_random_moments(
         life = Life(words, log, ranks=ranks)
         moment = random_moment(chance, work_dir, life)
         life.kill()
-        while_saving += bool([*work_dir.glob('.partial-*'), *work_dir.glob('.trash-*')])
+        while_saving += bool([*work_dir.glob('.saving-*'), *work_dir.glob('.removing-*')])
         assert steps_done(work_dir) >= done, f'a checkpoint was lost: killed {moment}'
         done = steps_done(work_dir)
         if done == steps:
@@ -66,7 +67,7 @@ def random_moment(chance: random.Random, work_dir: Path, life: Life) -> str:
         wait_for(lambda: steps_done(work_dir) > before, life)
         wait = chance.uniform(0, 0.4)
     else:
-        wait_for(lambda: list(work_dir.glob('.partial-*')), life)
+        wait_for(lambda: list(work_dir.glob('.saving-*')), life)
         wait = chance.uniform(0, 0.05)
     time.sleep(wait)
     return f'{kind} after {wait:.3f} s'

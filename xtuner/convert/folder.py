@@ -12,6 +12,7 @@ from xtuner.dataset.template import get_template
 from xtuner.errors import ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
 from xtuner.model.card import prompt_example, write_card
+from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.sources import read_json
 from xtuner.model.tokenizer import load_tokenizer
 
@@ -45,8 +46,7 @@ def write_model_files(
         if provenance.template != 'from_tokenizer':
             tokenizer.chat_template = template.chat_template()
         stops = template.stop_ids(tokenizer)
-    file = base / 'generation_config.json'
-    write_json(folder / 'generation_config.json', generation_settings(read_json(file) if file.is_file() else {}, stops))
+    write_generation_settings(folder, generation_settings(base, stops))
     tokenizer.save_pretrained(folder)
     copy_companions(base, folder)
     if adapter is not None and (adapter / PROVENANCE_FILE).is_file():
@@ -59,22 +59,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Writes `config.json` without what belongs to the published folder alone."""
     config = {key: value for key, value in config.items() if key not in ('auto_map', 'torch_dtype')}
     write_json(folder / 'config.json', config)  # auto_map names code files, which are neither copied nor needed
-
-
-def generation_settings(settings: Mapping[str, Any], stop_ids: list[int] | None) -> dict[str, Any]:
-    """Generation settings that transformers accepts.
-
-    Args:
-        settings: The base's.
-        stop_ids: Where an answer ends; None keeps the base's.
-    """
-    kept = dict(settings)
-    if not kept.get('do_sample'):
-        for key in _SAMPLING_ONLY:
-            kept.pop(key, None)
-    if stop_ids:
-        kept['eos_token_id'] = stop_ids
-    return kept
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:

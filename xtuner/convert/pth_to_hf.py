@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xtuner import __version__
@@ -23,6 +22,7 @@ from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
 from xtuner.dataset.template import get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError
 from xtuner.model.loading import load_tokenizer, resolve_model
+from xtuner.model.tensor_files import write_tensors
 from xtuner.registry import build
 
 logger = logging.getLogger('xtuner')
@@ -134,7 +134,7 @@ def _write_adapter(folder: Path, run: _Run, tensors: Mapping[str, Tensor], dtype
     adapter_config.save_pretrained(folder)
     plans = {name: TensorPlan(name, tuple(tensor.shape), dtype) for name, tensor in named.items()}
     values = {name: plans[name].cast(tensor, wider=_WIDER).contiguous() for name, tensor in named.items()}
-    save_file(values, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    write_tensors(values, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
     if (tokenizer := run.tokenizer()) is not None:
         tokenizer.save_pretrained(folder)
     logger.info('%d tensors of an adapter of rank %d for %s', len(named), common, run.base)

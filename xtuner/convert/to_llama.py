@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from xtuner import __version__
-from xtuner.convert.folder import copy_companions, generation_settings, write_json
+from xtuner.convert.folder import copy_companions
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
+from xtuner.model.generation_settings import GENERATION_FILE, generation_settings, write_generation_settings
 from xtuner.model.internlm2.modeling import split_wqkv
-from xtuner.model.loading import load_config, load_tokenizer, read_json, resolve_model
+from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -141,6 +142,5 @@ def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
     check_weights(folder, converted)
     load_tokenizer(base).save_pretrained(folder)
     copy_companions(base, folder)
-    file = base / 'generation_config.json'
-    if file.is_file():
-        write_json(folder / 'generation_config.json', generation_settings(read_json(file), None))
+    if (base / GENERATION_FILE).is_file():
+        write_generation_settings(folder, generation_settings(base, None))

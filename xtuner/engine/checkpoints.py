@@ -21,40 +21,58 @@ here is pickled.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
-from xtuner.errors import CheckpointError
+from xtuner.engine.trainer_state import STATE_FILE, validation_loss, write_state
+from xtuner.errors import CheckpointError, one_line
 
-if TYPE_CHECKING:
-    import torch  # imported where tensors are met: which checkpoints there are is asked before
+logger = logging.getLogger('xtuner')
 
 LAST_FILE, BEST_FILE = 'last', 'best'
 MANIFEST_FILE = 'manifest.json'
-STATE_FILE = 'trainer.json'
-TENSORS_FILE = 'trainer.safetensors'
-VALIDATION_LOSS = 'val_loss'
-"""The key of a state under which its checkpoint's validation loss stands; None, or absent, where there is none."""
 _PREFIX = 'checkpoint-'
-_PARTIAL = '.partial-'  # being written
-_TRASH = '.trash-'  # being removed
+_POSIX = os.name == 'posix'
+_NAME = re.compile(r'checkpoint-[0-9]{1,15}')
+# Of the trainer alone: other commands that write into a work folder have names of their own.
+_PARTIAL = '.saving-'
+_TRASH = '.removing-'
+# Of earlier versions; converters have the first one too, so that only what is whole is taken.
+_PARTIAL_BEFORE, _TRASH_ALSO = '.partial-', (_TRASH, '.trash-')
 
 
 def list_checkpoints(work_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; whether they are whole is `verify_checkpoint`'s question."""
-    found = (p for p in work_dir.glob(f'{_PREFIX}*') if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit())
-    return sorted(found, key=step_of)
+    """Finished checkpoints, oldest first; whether they are whole is `verify_checkpoint`'s question.
+
+    A folder, or a link to one, with a manifest of ours or a trainer's state; whatever else has such a name is not ours.
+    """
+    found = (p for p in work_dir.glob(f'{_PREFIX}*') if _NAME.fullmatch(p.name))
+    return sorted((p for p in found if _has_manifest(p) or (p / STATE_FILE).is_file()), key=step_of)
+
+
+def checkpoint_folder(work_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written."""
+    return work_dir / f'{_PREFIX}{step:08d}'
+
+
+def has_checkpoint(work_dir: Path, step: int) -> bool:
+    """Whether the finished checkpoint of a step is there."""
+    return _has_manifest(checkpoint_folder(work_dir, step))
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint's name says were done."""
-    return int(folder.name.removeprefix(_PREFIX))
+    """The optimizer steps that a checkpoint's name, or that of what a link leads to, says were done."""
+    name = folder.name if _NAME.fullmatch(folder.name) else folder.resolve().name
+    return int(name.removeprefix(_PREFIX))
 
 
 def write_checkpoint(
@@ -80,13 +98,13 @@ def write_checkpoint(
     Raises:
         CheckpointError: the file system refuses; what was there before is untouched.
     """
-    final = work_dir / f'{_PREFIX}{step:08d}'
+    final = checkpoint_folder(work_dir, step)
     partial = work_dir / f'{_PARTIAL}{final.name}'
     try:
         clear_leftovers(work_dir)
         partial.mkdir(parents=True)
         write_model(partial)
-        _write_state(partial, state)
+        write_state(partial, state)
         _write_manifest(partial)
     except (OSError, SafetensorError) as error:  # a full disk is either's, as it happens
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,27 +131,48 @@ def point_to_checkpoints(work_dir: Path, step: int) -> None:
 
 def recover(work_dir: Path) -> None:
     """Ends what a killed save had begun: a checkpoint that is whole but for its name takes its place."""
-    for partial in work_dir.glob(f'{_PARTIAL}{_PREFIX}*'):
-        try:
-            verify_checkpoint(partial)
-        except CheckpointError:
-            continue
-        _put_in_place(partial, work_dir / partial.name.removeprefix(_PARTIAL))
+    for prefix in (_PARTIAL, _PARTIAL_BEFORE):
+        for partial in _own(work_dir, prefix):
+            try:
+                verify_checkpoint(partial)
+            except CheckpointError:
+                continue
+            _put_in_place(partial, work_dir / partial.name.removeprefix(prefix))
     clear_leftovers(work_dir)
 
 
 def clear_leftovers(work_dir: Path) -> None:
-    """Removes what an interrupted save or removal left."""
-    for prefix in (_PARTIAL, _TRASH):
-        for stale in work_dir.glob(f'{prefix}*'):
+    """Removes what an interrupted save or removal of a trainer left; who holds the work folder's lock is the only one.
+
+    Links, files and folders of other names are not touched.
+    """
+    for prefix in (_PARTIAL, *_TRASH_ALSO):
+        for stale in _own(work_dir, prefix):
             shutil.rmtree(stale)
 
 
+def _own(work_dir: Path, prefix: str) -> list[Path]:
+    """Folders that a trainer gave a checkpoint's name behind a prefix."""
+    found = work_dir.glob(f'{prefix}{_PREFIX}*')
+    return [p for p in found if _NAME.fullmatch(p.name.removeprefix(prefix)) and p.is_dir() and not p.is_symlink()]
+
+
 def _put_in_place(partial: Path, final: Path) -> None:
-    if final.exists():  # an altered one that was passed over, or one that a resumed run writes again
+    if _may_go(final):  # an altered one that was passed over, or one that a resumed run writes again
         final.rename(final.with_name(f'{_TRASH}{final.name}'))
+    elif final.is_symlink() or final.exists():
+        aside = next(
+            p for i in itertools.count(1) if not os.path.lexists(p := final.with_name(f'{final.name}.old-{i}'))
+        )
+        final.rename(aside)
+        logger.warning('%s is a link, or was not written by xtuner: it is called %s now', final, aside.name)
     partial.rename(final)
     _flush(final.parent)
+
+
+def _may_go(folder: Path) -> bool:
+    """Whether this is a checkpoint's own folder, which may be removed; a link may lead anywhere."""
+    return _has_manifest(folder) and not folder.is_symlink()
 
 
 def _prune(work_dir: Path, step: int, max_keep: int, keep_best: bool) -> None:
@@ -141,7 +180,7 @@ def _prune(work_dir: Path, step: int, max_keep: int, keep_best: bool) -> None:
     best = _best(folders) if keep_best else None
     if max_keep > 0:
         for old in folders[:-max_keep]:
-            if old != best:
+            if old != best and _may_go(old):
                 old.rename(old.with_name(f'{_TRASH}{old.name}'))
     clear_leftovers(work_dir)
 
@@ -156,27 +195,13 @@ def _best(folders: list[Path]) -> Path | None:
     return min(known)[2] if known else None
 
 
-def validation_loss(folder: Path) -> float | None:
-    """The validation loss that a checkpoint was written with; None where it had none, or cannot be read."""
-    try:
-        loss = dict(json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))['dict']).get(VALIDATION_LOSS)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return loss if isinstance(loss, float) and loss == loss else None
-
-
 def verify_checkpoint(folder: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
         CheckpointError: a file is missing, torn or altered; names it.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding='utf-8'))
-        entries = {str(name): (int(e['bytes']), str(e['sha256'])) for name, e in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f'{folder}: not a whole checkpoint ({MANIFEST_FILE}: {error})') from error
-    for name, (size, digest) in entries.items():
+    for name, (size, digest) in _read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f'{folder}: {name} is missing')
@@ -184,6 +209,23 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f'{path}: {path.stat().st_size} bytes, {size} were written')
         if _digest(path) != digest:
             raise CheckpointError(f'{path}: its content has changed since it was written')
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding='utf-8'))
+        return {str(name): (int(e['bytes']), str(e['sha256'])) for name, e in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f'{folder}: not a whole checkpoint ({MANIFEST_FILE}: {one_line(error)})') from error
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether a folder holds a manifest in our form."""
+    try:
+        return bool(_read_manifest(folder))
+    except CheckpointError:
+        return False
 
 
 def newest_checkpoint(work_dir: Path, *, warn: Callable[[str], None]) -> Path | None:
@@ -203,58 +245,6 @@ def newest_checkpoint(work_dir: Path, *, warn: Callable[[str], None]) -> Path | 
     if folders:
         raise CheckpointError(f'{work_dir}: no whole checkpoint to resume from; give another --work-dir to start anew')
     return None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The trainer's state as `write_checkpoint` was given it, tensors on the CPU.
-
-    Raises:
-        CheckpointError: a file is missing or cannot be understood.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))
-        tensors = load_file(folder / TENSORS_FILE)
-        return _join(state, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f'{folder}: the trainer state cannot be read: {error}') from error
-
-
-def _write_state(folder: Path, state: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    (folder / STATE_FILE).write_text(json.dumps(_split(state, '', tensors), indent=1) + '\n', encoding='utf-8')
-    save_file(tensors, folder / TENSORS_FILE)
-
-
-def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for a nested state; a tensor goes to `tensors` and leaves its name behind."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {'tensor': path}
-    if isinstance(value, dict):  # a list of pairs keeps keys that are no text
-        return {'dict': [[key, _split(item, f'{path}/{key}', tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        kind = 'tuple' if isinstance(value, tuple) else 'list'
-        return {kind: [_split(item, f'{path}/{i}', tensors) for i, item in enumerate(value)]}
-    return value
-
-
-def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `_split`."""
-    if not isinstance(value, dict):
-        return value
-    [(kind, content)] = value.items()
-    if kind == 'tensor':
-        return tensors[content]
-    if kind == 'dict':
-        return {key: _join(item, tensors) for key, item in content}
-    items = [_join(item, tensors) for item in content]
-    return tuple(items) if kind == 'tuple' else items
 
 
 def _write_manifest(folder: Path) -> None:
@@ -283,9 +273,9 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _flush(path: Path) -> None:
     """Makes the disk keep a file's content, or the names in a folder, before what follows."""
-    if path.is_dir() and os.name != 'posix':  # elsewhere folders cannot be opened, and need not be
+    if path.is_dir() and not _POSIX:  # elsewhere folders cannot be opened, and need not be
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(descriptor)
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xtuner import __version__
+from xtuner.host_memory import total_bytes
 
 PACKAGES = (
     'torch', 'transformers', 'peft', 'bitsandbytes', 'mmengine', 'datasets', 'safetensors', 'tokenizers',
@@ -70,11 +71,8 @@ def available_cores() -> int:
 
 
 def host_memory_gib() -> float | None:
-    """Memory of the machine in GiB; None where the system does not say."""
-    try:
-        return round(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
+    """Memory of the machine, or of the container, in GiB; None where the system does not say."""
+    return round(total_bytes() / 2**30, 1) or None
 
 
 def git_state(folder: Path | None = None) -> dict[str, Any] | None:

@@ -98,7 +98,7 @@ def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[Group]:
         raise UsageError(f'MASTER_ADDR {os.environ["MASTER_ADDR"]} is no name that this machine knows; set it to the '
                          'address of the machine that rank 0 runs on')  # fmt: skip
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(_device_index(int(os.environ['LOCAL_RANK']), launcher))
     # The watch names who hangs; the collectives' own time-out, which cannot, stands behind it.
     patience = timedelta(seconds=2 * timeout_s + 5)
     distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=patience)
@@ -189,6 +189,26 @@ def _stopped(number: int, folder: Path) -> Interrupted:
     for path in sorted(folder.glob('**/error.json')):
         return Interrupted(number, json.loads(path.read_text(encoding='utf-8'))['message']['message'])
     return Interrupted(number, 'stopped before anything was trained')
+
+
+def _device_index(local_rank: int, launcher: str) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    A process may see fewer GPUs than there are processes on its machine: Slurm can give each task its own, and a
+    wrapper can set CUDA_VISIBLE_DEVICES for each.
+
+    Raises:
+        UsageError: torchrun started more processes than there are GPUs.
+    """
+    count = torch.cuda.device_count()
+    if launcher == 'slurm' or count == 1:
+        return local_rank % count
+    if local_rank >= count:
+        raise UsageError(
+            f'LOCAL_RANK is {local_rank}, and this process sees {count} GPUs; start at most {count} processes on a '
+            'machine'
+        )
+    return local_rank
 
 
 def _is_known(host: str) -> bool:

@@ -27,10 +27,12 @@ from xtuner.model.adapter import (
 from xtuner.model.card import prompt_example, write_card
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
+from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share, num_parameters
+from xtuner.model.tensor_files import apply_umask
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights import fingerprint, open_weights
 
@@ -47,6 +49,7 @@ class Data:
     template: Template
     dataset: Any
     validation: Any
+    generation: dict[str, Any]
 
     @property
     def pad_id(self) -> int:
@@ -62,12 +65,13 @@ def load_data(config: TrainConfig, group: Group) -> Data:
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)
     tokenizer.chat_template = template.chat_template()
+    generation = generation_settings(folder, template.stop_ids(tokenizer))  # now: a checkpoint must not fail on it
     size = config.parallel.sequence_parallel_size
     dataset = _open_dataset(config, tokenizer, template, group.rank // size, group.world_size // size)
     validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
     if group.watch is not None:  # nodes without a common cache prepare it each for themselves
         group.watch.gather('data')
-    return Data(folder, base_fingerprint, tokenizer, template, dataset, validation)
+    return Data(folder, base_fingerprint, tokenizer, template, dataset, validation, generation)
 
 
 def load_for_training(
@@ -176,9 +180,9 @@ def write_model(
         training: What the model card tables.
     """
     llm: Any = model.llm
-    llm.generation_config.eos_token_id = data.template.stop_ids(data.tokenizer)
     llm.save_pretrained(folder, safe_serialization=True, state_dict=weights)
-    llm.generation_config.save_pretrained(folder)
+    apply_umask(folder)
+    write_generation_settings(folder, data.generation)
     data.tokenizer.save_pretrained(folder)
     if config.adapter is not None:
         shrink_tokenizer(folder)

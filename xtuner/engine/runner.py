@@ -15,16 +15,18 @@ from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
-from xtuner.engine.checkpoints import read_state
 from xtuner.engine.loop import Skips, TrainLoop
+from xtuner.engine.memory_error import is_out_of_memory
 from xtuner.engine.strategies import Strategy
+from xtuner.engine.trainer_state import read_state
 from xtuner.engine.watch import Watch
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, one_line
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room
 
 logger = logging.getLogger('xtuner')
 
+_STATE_KEYS = ('step', 'parameters', 'optimizer', 'scaler', 'skips', 'activation_rooms')
 _TRACKERS = {'tensorboard': TensorboardVisBackend, 'wandb': WandbVisBackend}
 
 
@@ -101,7 +103,11 @@ class Runner(mmengine.runner.Runner):
         Raises:
             CheckpointError: the checkpoint is of a run that trained other parameters.
         """
-        state, loop, optimizer = read_state(folder), self.train_loop, self.optim_wrapper.optimizer
+        state, optimizer = read_state(folder), self.optim_wrapper.optimizer
+        if missing := [key for key in _STATE_KEYS if key not in state]:
+            raise CheckpointError(
+                f'{folder}: cannot resume, its trainer state has no {missing[0]!r}; --start-from takes its weights'
+            )
         parameters = list(trainable_parameters(self.bare_model))
         if state['parameters'] != parameters:
             raise CheckpointError(
@@ -109,10 +115,23 @@ class Runner(mmengine.runner.Runner):
                 f'{len(parameters)} now); use the config it was written with'
             )
         settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+        try:
+            self._take(state)
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise CheckpointError(
+                f'{folder}: cannot resume, its trainer state does not fit this run: {one_line(error)}; --start-from '
+                'takes its weights'
+            ) from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        loop = self.train_loop
         self.strategy.load_optimizer_state(state['optimizer'])
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        loop.scaler.load_state_dict(state['scaler'])
+        if state['scaler'] != {}:  # of a run that scaled no loss
+            loop.scaler.load_state_dict(state['scaler'])
         loop.skips = Skips(**state['skips'])
         loop.step = state['step']
         rooms = state['activation_rooms']

@@ -199,7 +199,7 @@ def _try_to_recover(work_dir: Path) -> None:
 
 def _check_step_name(folder: Path) -> None:
     try:
-        step_of(folder.resolve())
+        step_of(folder)
     except ValueError:
         raise CheckpointError(
             f'--resume {folder}: a checkpoint is called checkpoint-STEP; give it its name back, or --start-from it'

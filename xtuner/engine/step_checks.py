@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +13,10 @@ from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.errors import DataError, TrainingError
 from xtuner.model.adapter import trainable_parameters
 
+logger = logging.getLogger('xtuner')
+
 _MOST_NAMED = 3
+_EXPERT = re.compile(r'(.*\bexperts)\.\d+\.')
 
 
 def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -64,11 +69,21 @@ def check_gradients(model: nn.Module, step: int) -> None:
     """Looks, after a backward pass, for adapters (or single parameters) that learn nothing.
 
     A new LoRA's first factor has a gradient of zero, since the second factor is zero: an adapter counts as a whole.
+    An expert whose neighbours learn is only told: no token of the step was routed to it.
 
     Raises:
         TrainingError: there is one; names it.
     """
-    idle = adapters_without_gradient(model)
+    learns = _learning(model)
+    taught = {_experts_of(name) for name, learnt in learns.items() if learnt}
+    idle = [name for name, learnt in learns.items() if not learnt]
+    unreached = [name for name in idle if _experts_of(name) and _experts_of(name) in taught]
+    if unreached:
+        logger.info(
+            'step %d: no token reached %d adapters of experts (%s ...); they learn once one does',
+            step + 1, len(unreached), unreached[0],
+        )  # fmt: skip
+        idle = [name for name in idle if name not in set(unreached)]
     if idle:
         more = f' and {len(idle) - _MOST_NAMED} more' if len(idle) > _MOST_NAMED else ''
         raise TrainingError(
@@ -77,8 +92,14 @@ def check_gradients(model: nn.Module, step: int) -> None:
         )
 
 
-def adapters_without_gradient(model: nn.Module) -> list[str]:
-    """Names of modules with an adapter none of whose parameters has a gradient other than zero."""
+def _experts_of(name: str) -> str:
+    """The group of experts that a module belongs to, such as 'layers.3.mlp.experts'; '' where it is no expert."""
+    found = _EXPERT.match(name)
+    return found[1] if found else ''
+
+
+def _learning(model: nn.Module) -> dict[str, bool]:
+    """By module with an adapter, or single parameter: whether one of its parameters has a gradient other than zero."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -87,7 +108,7 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
         owner = _owner(name, adapted)
         has_gradient = parameter.grad is not None and bool(_whole(parameter.grad).any())
         learns[owner] = learns.get(owner, False) or has_gradient
-    return [owner for owner, learnt in learns.items() if not learnt]
+    return learns
 
 
 def _whole(gradient: Any) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmengine.runner import set_random_seed
@@ -24,7 +24,7 @@ from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
 from xtuner.dataset.store import PreparedDataset
 from xtuner.engine.batches import MicroBatches, make_plan
-from xtuner.engine.checkpoints import list_checkpoints
+from xtuner.engine.checkpoints import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.launch import Group, process_group, sequence_group
@@ -68,10 +68,12 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
         alone_in(work_dir) if group.rank == 0 else nullcontext(),
     ):
         checkpoint = find_checkpoint(work_dir, start, rank=group.rank)
-        _run(config, work_dir, checkpoint, start, launcher, group)
-    last = [checkpoint, *list_checkpoints(work_dir)][-1]
+        num_steps = _run(config, work_dir, checkpoint, start, launcher, group)
+    # A run that had nothing left to do wrote none, and may have begun from elsewhere.
+    written = checkpoint_folder(work_dir, num_steps)
+    last = checkpoint if checkpoint and not has_checkpoint(work_dir, num_steps) else written
     logger.info('done: %s', last)
-    return cast(Path, last)
+    return last
 
 
 def _run(
@@ -81,7 +83,8 @@ def _run(
     start: Start,
     launcher: str,
     group: Group,
-) -> None:
+) -> int:
+    """Trains, and returns the number of optimizer steps of the whole run."""
     device = default_device()
     dtype = compute_dtype(config.model.dtype, device)
     name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
@@ -139,6 +142,7 @@ def _run(
                 runner.train()
         finally:
             runner.visualizer.close()
+    return plan.num_steps
 
 
 def _warn_of_few_steps(plan: Plan, data: Data) -> None:

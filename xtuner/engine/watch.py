@@ -22,6 +22,7 @@ from torch import distributed
 
 from xtuner import ranks
 from xtuner.errors import TrainingError
+from xtuner.processes import has_ended, is_visible, this_process
 
 logger = logging.getLogger('xtuner')
 
@@ -49,11 +50,11 @@ class Watch:
         self._count = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name='watch', daemon=True)
-        self._neighbours: dict[int, int] = {}
+        self._neighbours: dict[int, str] | None = None
 
     def start(self) -> None:
         """Makes this rank known and begins to watch; errors of this process go through the common judgement."""
-        self._store.set(f'xtuner/process/{self._rank}', json.dumps([socket.gethostname(), os.getpid()]))
+        self._store.set(f'xtuner/process/{self._rank}', json.dumps([socket.gethostname(), this_process()]))
         ranks.judge = self.claim
         self._thread.start()
 
@@ -134,26 +135,20 @@ class Watch:
 
     def _dead_neighbour(self) -> int | None:
         """A rank of this node whose process is gone although it has not ended."""
-        if os.name != 'posix':  # elsewhere asking would kill
-            return None
-        if not self._neighbours:
+        if self._neighbours is None:
             self._neighbours = self._find_neighbours()
-        for rank, pid in self._neighbours.items():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                if not self._store.check([f'xtuner/ended/{rank}']):
-                    return rank
-            except PermissionError:
-                continue
+        for rank, process in (self._neighbours or {}).items():
+            if has_ended(process) and not self._store.check([f'xtuner/ended/{rank}']):
+                return rank
         return None
 
-    def _find_neighbours(self) -> dict[int, int]:
+    def _find_neighbours(self) -> dict[int, str] | None:
+        """The other processes that can be seen from here; None: not all have made themselves known yet."""
         known = [f'xtuner/process/{rank}' for rank in range(self._world_size)]
         if not self._store.check(known):
-            return {}
-        found = {rank: json.loads(self._store.get(key)) for rank, key in enumerate(known)}
-        return {r: pid for r, (host, pid) in found.items() if host == socket.gethostname() and r != self._rank}
+            return None
+        processes = {rank: json.loads(self._store.get(key))[1] for rank, key in enumerate(known)}
+        return {rank: process for rank, process in processes.items() if rank != self._rank and is_visible(process)}
 
     def _who_hangs(self) -> str:
         """The ranks that are behind the others, where they are, and on which machine."""

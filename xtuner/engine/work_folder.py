@@ -51,7 +51,7 @@ def alone_in(work_dir: Path) -> Iterator[None]:
 def _locked(path: Path) -> int:
     """Opens and locks the file, which is this run's until the descriptor is closed; a fork of us does not hold it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, path)
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its run ended just now, and removed it

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.errors import ConfigError
-from xtuner.model.kernels.decoder import FastDecoder, fp8_obstacle
+from xtuner.model.kernels.decoder import FastDecoder, ShardedForward, fp8_obstacle
 from xtuner.model.kernels.dispatch import PLAIN, fused_kernels, has_triton
 from xtuner.model.kernels.fp8 import device_obstacle
-from xtuner.model.kernels.host import free_host_bytes, move_embedding_to_host, wait_once_a_step
+from xtuner.model.kernels.host import free_bytes, move_embedding_to_host, wait_once_a_step
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.projections import static_obstacle
 from xtuner.model.kernels.sequence import SequenceGroup
@@ -134,7 +134,8 @@ def enable_fast_path(
 
     """
     causal, decoder = _decoder_of(model)
-    decoder.__dict__.pop('forward', None)
+    if isinstance(decoder.__dict__.get('forward'), _Forward):
+        del decoder.forward
     reason = (static_obstacle(decoder) or _hooks(decoder)) if enabled else 'switched off'
     if reason and fp8:
         raise ConfigError(f'`runtime.fp8` needs the fast path, which is off: {reason}')
@@ -228,7 +229,8 @@ def _fast_decoder(model: nn.Module) -> FastDecoder | None:
 def _keep_on_cpu(fast: FastDecoder) -> str:
     """Keeps weights as floats in a share of the free memory; says so."""
     dtype = fast.decoder.embed_tokens.weight.dtype
-    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, int(free_host_bytes() * _KEPT_SHARE))
+    room = int(free_bytes(torch.device('cpu')) * _KEPT_SHARE)
+    kept = fast.keep_weights(dtype if dtype.is_floating_point else torch.float32, room)
     return f'{kept} of its 4-bit weights kept as floats' if kept else ''
 
 
@@ -238,8 +240,13 @@ def _tied(causal: Any, decoder: Any) -> bool:
 
 
 def _hooks(decoder: Any) -> str | None:
-    """Hooks inside the layers would never be called: the first module that has one, if any."""
+    """Hooks and a `forward` that somebody put on a module would never be called: the first such module, if any."""
+    if 'forward' in decoder.__dict__:
+        return 'somebody has replaced the forward of its decoder'
     for name, module in decoder.layers.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f'a hook is registered on layers.{name}'
+        ours = isinstance(module, nn.Linear) or isinstance(module.__dict__.get('forward'), ShardedForward | None)
+        if not ours or hasattr(module, '_hf_hook'):  # our own ones on a linear layer compute the same as its weight
+            return f'somebody has replaced the forward of layers.{name}'
     return None

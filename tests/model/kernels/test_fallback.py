@@ -82,6 +82,47 @@ def test_trained_base_weights_and_hooks_are_obstacles(model):
     assert 'trained itself' in enable_fast_path(model).why_not
 
 
+@pytest.mark.parametrize('name', ['', 'layers.1', 'layers.0.mlp'])
+def test_a_forward_that_somebody_put_on_a_module_stays_and_is_an_obstacle(model, name):
+    module = model.get_base_model().model.get_submodule(name)
+    own = module.forward
+    module.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    replaced = module.forward
+    for _ in range(2):
+        assert 'somebody has replaced the forward' in enable_fast_path(model).why_not
+        assert module.__dict__['forward'] is replaced
+    del module.forward
+    assert enable_fast_path(model).taken and enable_fast_path(model, sharded=True).taken
+    assert not enable_fast_path(model, enabled=False).taken
+
+
+def test_a_hook_of_accelerate_on_a_linear_layer_is_an_obstacle(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(model.get_base_model().model.layers[0].mlp.up_proj.base_layer, ModelHook())
+    assert 'somebody has replaced the forward of layers.0.mlp.up_proj' in enable_fast_path(model).why_not
+
+
+def test_recorded_graphs_look_at_every_tensor_that_they_read(model, batch):
+    from xtuner.model.fast import _fast_decoder
+    from xtuner.model.kernels.graphs import signature
+
+    enable_fast_path(model)
+    runs = []
+    _fast_decoder(model)._through_layers = lambda x, these, parameters: runs.append(these) or x
+    decoder = model.get_base_model().model
+    decoder(input_ids=batch['input_ids'], position_ids=batch['position_ids'])
+    before = signature(runs[0])
+    layer = decoder.layers[1]
+    for parameter in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
+                      layer.self_attn.q_proj.base_layer.bias, layer.mlp.up_proj.base_layer.weight):  # fmt: skip
+        old = parameter.data
+        parameter.data = old.clone()
+        assert signature(runs[0]) != before
+        parameter.data = old
+    assert signature(runs[0]) == before
+
+
 def test_evaluation_and_generation_are_untouched(model, batch):
     model.eval()
     prompt = batch['input_ids'][1:, :5]

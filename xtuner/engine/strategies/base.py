@@ -74,8 +74,9 @@ class Strategy:
 
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
         """Changes the parameters, unless the step is skipped, and forgets the gradients."""
-        if not skipped or scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+        if not skipped:
             scaler.step(self.optimizer)
+        if scaler.is_enabled():  # lowers its scale where a gradient was not finite
             scaler.update()
         self._forget()
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 _SEEN: Counter[tuple] = Counter()  # how many batches had a form: cuDNN plans each new one, which takes a while
 _CUDNN_AFTER = 2
+_AMPERE = (8, 0)  # compute capability below which torch has neither cuDNN's attention nor FlashAttention
 # Samples that batches of a shape have room for: grows to the most that came, so that batches keep one form.
 _ROOM: defaultdict[tuple[int, int], int] = defaultdict(lambda: 16)
 
@@ -124,7 +125,7 @@ def attention_for(
         _SEEN[form] += 1
         cudnn = _SEEN[form] >= _CUDNN_AFTER and _has_cudnn_attention()
     offsets = None
-    if device.type == 'cuda' and starts is not None and half:
+    if starts is not None and half and _has_flash_attention(device, head_size):
         room = _ROOM[rows, length] = max(_ROOM[rows, length], 1 << (len(starts) - 2).bit_length())
         padded = starts + [rows * length] * (room + 1 - len(starts))
         offsets = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
@@ -132,4 +133,11 @@ def attention_for(
 
 
 def _has_cudnn_attention() -> bool:
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= _AMPERE
+
+
+def _has_flash_attention(device: torch.device, head_size: int) -> bool:
+    """Whether torch's FlashAttention computes heads of this size here; elsewhere samples are computed one by one."""
+    if device.type != 'cuda' or head_size > 256 or head_size % 8:
+        return False
+    return torch.cuda.get_device_capability(device) >= _AMPERE

@@ -79,7 +79,8 @@ class FastDecoder:
         self.sharded = sharded
         self.sequence: SequenceGroup | None = None  # the ranks that share each pack
         for number, layer in enumerate(self.decoder.layers):
-            layer.__dict__.pop('forward', None)
+            if isinstance(layer.__dict__.get('forward'), ShardedForward):  # of a fast path before this one
+                del layer.forward
             if sharded:
                 layer.forward = ShardedForward(self, layer, number)
 

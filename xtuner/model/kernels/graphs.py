@@ -203,8 +203,10 @@ def suits(runs: list[Run], tokens: int) -> bool:
 
 
 def signature(runs: list[Run]) -> tuple:
-    """What must not change while recorded graphs are used: addresses of adapters and weights, scalings, dropout."""
+    """What must not change while recorded graphs are used: addresses of all that they read, scalings, dropout."""
     adapters = [a for run in runs for a in flatten(run)]
     own = tuple(v for a in adapters for v in (a.a_rK.data_ptr(), a.b_Nr.data_ptr(), a.scaling, a.dropout))
-    frozen = (layer for run in runs for group in run.parts.groups for layer in group.layers)
-    return own + tuple(layer.module.weight.data_ptr() for layer in frozen)
+    layers = (layer.module for run in runs for group in run.parts.groups for layer in group.layers)
+    norms = (norm for run in runs for norm in (run.parts.norm_in, run.parts.norm_mid))
+    frozen = (p for module in (*layers, *norms) for p in (module.weight, getattr(module, 'bias', None)))
+    return own + tuple(0 if p is None else p.data_ptr() for p in frozen)

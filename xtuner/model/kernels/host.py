@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import types
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from xtuner import ranks
+from xtuner.host_memory import available_bytes
 
 _PREFETCH_EVERY = 64
 
@@ -60,17 +62,14 @@ def _is_mapped(weight: Tensor) -> bool:
 
 
 def free_host_bytes() -> int:
-    """Free memory of this machine in bytes, 0 where it cannot be known."""
-    try:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError, OSError):
-        return 0
+    """Memory in bytes that this process may still take from its machine or container, 0 where it cannot be known."""
+    return available_bytes()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory in bytes that this process could still take where tensors of a device lie."""
+    """Memory in bytes that this process could still take where tensors of a device lie; ranks share a host evenly."""
     if device.type != 'cuda':
-        return free_host_bytes()
+        return free_host_bytes() // ranks.num_on_this_machine()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
