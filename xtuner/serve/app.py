@@ -23,10 +23,13 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from xtuner.errors import DataError
+from xtuner.errors import XTunerError
 from xtuner.model.generate import Sampling
 from xtuner.model.text import AnswerText
-from xtuner.serve.batcher import Answer, Batcher, Decoder
+from xtuner.serve.answer import Answer
+from xtuner.serve.batcher import Batcher
+from xtuner.serve.decoder import Decoder
+from xtuner.serve.encoding import Encoding
 from xtuner.serve.exchange import Exchange, Post, Stream
 from xtuner.serve.guard import Guard, Refusal, read_body
 from xtuner.serve.models import Loaded, ServedModel
@@ -73,7 +76,7 @@ class Service:
         self._seeds = Random(sampling.seed)
         self._started = int(time.time())
         self.post = Post()
-        self._encoding = asyncio.Lock()  # tokenizers are not made for several threads
+        self._encoding = Encoding()
         self.batcher = Batcher(
             decoder,
             adapters=[model.adapter for model in loaded.served],
@@ -119,8 +122,7 @@ class Service:
     async def _respond(self, http: HTTPRequest, request: Request, *, chat: bool) -> Response:
         model = self._model(request.model)
         self.post.check_room(len(request.prompts))
-        async with self._encoding:
-            prompts = await asyncio.to_thread(self._encode, model, request, chat)
+        prompts = await self._encoding.run(lambda: self._encode(model, request, chat))
         answers = [self._answer(model, ids, request) for ids in prompts]
         kind = 'chatcmpl' if chat else 'cmpl'
         head = Head(
@@ -152,7 +154,7 @@ class Service:
                 return [model.encode_chat(request.prompts[0])]
             return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
                     for one in request.prompts]  # fmt: skip
-        except DataError as error:
+        except XTunerError as error:  # a wrong message, or a rendering of the chat template over its bounds
             raise wrong('messages' if chat else 'prompt', str(error)) from None
 
     def _ids(self, model: ServedModel, ids: list[int]) -> list[int]:
@@ -170,13 +172,13 @@ class Service:
         return json_response(self._card(self._model(http.path_params['name']).name))
 
     async def _health(self, _: HTTPRequest) -> Response:
-        failing = self.batcher.failures > 0
+        trouble = self.batcher.trouble or self._encoding.trouble
         content = {
-            'status': 'failing' if failing else 'ok',
+            'status': 'failing' if trouble else 'ok',
             'running': self.batcher.num_running,
             'waiting': self.batcher.num_waiting,
         }
-        return json_response(content, 503 if failing else 200)
+        return json_response(content | {'error': trouble} if trouble else content, 503 if trouble else 200)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {'id': name, 'object': 'model', 'created': self._started, 'owned_by': 'xtuner'}
