@@ -304,15 +304,15 @@ def test_a_rendering_over_its_bounds_fails_its_request_alone(loaded: Any, monkey
     class OverBounds(XTunerError):
         pass
 
-    encode, going_on = ServedModel.encode_chat, threading.Event()
+    render, going_on = ServedModel.render_chat, threading.Event()
 
-    def slow(self: ServedModel, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def slow(self: ServedModel, messages: Sequence[dict[str, Any]]) -> list[Any]:
         if messages[-1]['content'] == 'loop':
             assert going_on.wait(10)
             raise OverBounds('the chat template took more than 2 s')
-        return encode(self, messages)
+        return render(self, messages)
 
-    monkeypatch.setattr(ServedModel, 'encode_chat', slow)
+    monkeypatch.setattr(ServedModel, 'render_chat', slow)
     monkeypatch.setattr(encoding_module, 'STUCK_S', 0.2)
     with serving(loaded) as running:
         stream = chat(running, stream=True, max_tokens=300)

@@ -29,7 +29,7 @@ def test_a_base_without_a_format_completes_and_says_why_it_does_not_chat(base: P
     assert model.name == base.name and model.encode_text('Hi')[0] == model.tokenizer.bos_token_id
     assert model.stop_ids == {model.tokenizer.eos_token_id}
     with pytest.raises(DataError, match=r'no prompt format.*/v1/completions works.*--prompt-template'):
-        model.encode_chat([{'role': 'user', 'content': 'Hi'}])
+        model.render_chat([{'role': 'user', 'content': 'Hi'}])
 
 
 def with_origin(adapter: Path, folder: Path, base: Path, **fields: Any) -> Path:

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from xtuner.dataset.conversation import Conversation, Message, to_conversation
+from xtuner.dataset.conversation import Conversation, Message, to_prompt
 from xtuner.dataset.prompt import Piece, Template
 from xtuner.dataset.text_encoder import MIDDLE, START, Run, TextEncoder
-from xtuner.errors import DataError
 
 IGNORE_INDEX = -100
 _MOST_PLANS = 1024  # kinds of conversations whose rendering is kept
@@ -69,12 +68,13 @@ def encode_prompt(messages: Sequence[Message | dict[str, Any]], tokenizer: Any, 
     Raises:
         DataError: On a wrong message, or where the last one is an answer already.
     """
-    conversation = to_conversation({'messages': list(messages)}, 'the prompt')
-    if conversation.messages[-1].role == 'assistant':
-        raise DataError('the prompt ends with an answer; it must end with a user or tool message')
+    return encode_pieces(template.render(to_prompt(messages), prompt=True), tokenizer, template)
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Any, template: Template) -> list[int]:
+    """Encodes what `template` rendered."""
     encoder = Encoder(tokenizer, template)
-    runs = encoder.runs(template.render(conversation, prompt=True))
-    return [id_ for ids in encoder.texts.encode(runs) for id_ in ids]
+    return [id_ for ids in encoder.texts.encode(encoder.runs(pieces)) for id_ in ids]
 
 
 class Encoder:

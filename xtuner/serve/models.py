@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.schema import QuantizationConfig
-from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.template import Template, get_template
-from xtuner.dataset.tokenize import encode_conversation, encode_prompt
+from xtuner.dataset.conversation import to_conversation, to_prompt
+from xtuner.dataset.template import Piece, Template, get_template
+from xtuner.dataset.tokenize import encode_conversation, encode_pieces
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
 from xtuner.model.adapter import Provenance, check_adapter, load_adapter, read_provenance
 from xtuner.model.loading import load_config, load_model, load_tokenizer, resolve_model
@@ -44,12 +44,16 @@ class ServedModel:
         """Ids that end an answer."""
         return frozenset(self._template_or_plain().stop_ids(self.tokenizer))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids up to where the answer begins, those of training; raises DataError on messages that have no form."""
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+        """Renders messages up to where the answer begins, as in training; DataError where they have no form."""
         if self.template is None:
             raise DataError(f'{self.name!r} has no prompt format for conversations, /v1/completions works: '
                             f'{self.why_no_template}')  # fmt: skip
-        return encode_prompt(messages, self.tokenizer, self.template)
+        return self.template.render(to_prompt(messages), prompt=True)
+
+    def encode_chat(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of what `render_chat` returned."""
+        return encode_pieces(pieces, self.tokenizer, self._template_or_plain())
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text to be continued, those of a document in training without its end."""
