@@ -11,7 +11,7 @@ import ipaddress
 import os
 from pathlib import Path
 
-from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
+from xtuner.cli.options import add_base_arguments, add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--adapter', type=filled, action='append', default=[], metavar='[NAME=]FOLDER',
                         help='a checkpoint folder of `xtuner train`, or any peft adapter; repeatable')  # fmt: skip
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
-    parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
+    add_base_arguments(parser)
     parser.add_argument('--packed', action='store_true',
                         help='leave weights as they were loaded, 4-bit ones packed: less memory, slower')  # fmt: skip
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
@@ -53,10 +53,12 @@ def run(args: argparse.Namespace) -> int:
         if error.name not in ('starlette', 'uvicorn'):
             raise
         raise UsageError(f"serving needs {error.name}: pip install 'xtuner[serve]'") from None
+    from xtuner.chat.base import BaseChoice
     from xtuner.model.generate import Sampling
 
+    base = BaseChoice(args.bits, args.dtype, args.device)
     run_service(
-        Source(args.llm, args.adapter, args.prompt_template, args.bits, args.packed, args.trust_remote_code),
+        Source(args.llm, args.adapter, args.prompt_template, base, args.packed, args.trust_remote_code),
         Address(args.host, args.port, is_loopback(args.host), key),
         Limits(args.max_length, 1024 * args.max_body_kib, streams=args.max_streams, waiting=args.max_waiting),
         sampling=Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed),
