@@ -179,7 +179,8 @@ def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
     """Tokens a second of some answers that begin together, from the thread that draws them."""
     from xtuner.model.generate import Sampling
     from xtuner.model.text import AnswerText
-    from xtuner.serve.batcher import Answer, Batcher, Events
+    from xtuner.serve.answer import Answer, Events
+    from xtuner.serve.batcher import Batcher
 
     finished = threading.Semaphore(0)
 
@@ -202,7 +203,7 @@ def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
         finished.acquire()
     seconds = time.perf_counter() - began
     batcher.stop()
-    assert batcher.failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
+    assert batcher.num_failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
     return num * num_tokens / seconds
 
 

@@ -42,6 +42,28 @@ def test_a_character_of_several_tokens_comes_whole(scripted: Any) -> None:
     assert ''.join(pieces) == 'é 🙂 界' and not any('\ufffd' in piece for piece in pieces)
 
 
+def test_a_character_that_is_cut_is_left_out(scripted: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is shown, and in the history that the model reads next."""
+    real = scripted.model.generate
+
+    def cut(*args: Any, streamer: Any, **more: Any) -> list[int]:
+        put, room = streamer.put, [1 + len(tokenizer('hi 🙂', add_special_tokens=False).input_ids) - 1]
+
+        def some(value: Any) -> None:
+            room[0] -= 1
+            if room[0] >= 0:
+                put(value)
+
+        streamer.put = some
+        return real(*args, streamer=streamer, **more)
+
+    monkeypatch.setattr('xtuner.chat.session.generate', cut)
+    scripted.model.script = ['hi 🙂']
+    session, pieces = scripted.session(), list[str]()
+    assert session.ask('hello', pieces.append) == 'hi ' == ''.join(pieces)
+    assert roles(session)[-1] == ('assistant', 'hi ')
+
+
 def test_the_oldest_turns_go_whole_and_are_counted(scripted: Any) -> None:
     session = scripted.session(max_length=100)
     scripted.model.script = [f'{i} I am well!<eoa>' for i in range(6)]

@@ -21,11 +21,12 @@ from xtuner.cli.serve import is_loopback, read_key
 
 
 class Process:
-    """The command, and what it said."""
+    """The command, and what it said; `before` is a program that runs first."""
 
-    def __init__(self, *words: str, **environment: str) -> None:
+    def __init__(self, *words: str, before: str = '', **environment: str) -> None:
+        program = f'{before}\nfrom xtuner.cli.main import command\ncommand()'
         self.process = subprocess.Popen(
-            [sys.executable, '-m', 'xtuner.cli.main', 'serve', *words],
+            [sys.executable, '-c', program, 'serve', *words],
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | environment,
         )  # fmt: skip
         self.lines: list[str] = []
@@ -81,6 +82,45 @@ def test_a_stream_under_way_is_ended_before_the_process(service: Process, tiny_i
     said = ''.join(service.lines)
     assert 'chat 200' in said
     assert 'sesame' not in said and 'Traceback' not in said
+
+
+@pytest.mark.parametrize(('stuck', 'status'), [
+    ('from xtuner.serve.models import ServedModel\n'
+     'def loop(self, messages):\n    while True: pass\n'
+     'ServedModel.render_chat = loop', 0),
+    ('from xtuner.model.batching import BatchDecoder\nimport threading\n'
+     'BatchDecoder.step = lambda *_, **__: threading.Event().wait()', 1),
+], ids=['a rendering', 'a step of the model'])  # fmt: skip
+def test_a_signal_ends_the_process_whatever_is_stuck(tiny_internlm: Path, stuck: str, status: int) -> None:
+    from openai import APIError, OpenAI
+
+    process = Process(str(tiny_internlm), '--port', '0', '--prompt-template', 'internlm_chat', '--grace', '1',
+                      before=stuck)  # fmt: skip
+    try:
+        url = process.wait_for(r'serving at (http://127\.0\.0\.1:\d+/v1)').group(1)
+        client = OpenAI(base_url=url, api_key='none', max_retries=0)
+        failed: list[APIError] = []
+
+        def ask() -> None:
+            try:
+                client.chat.completions.create(model=tiny_internlm.name, messages=[{'role': 'user', 'content': 'Hi'}])
+            except APIError as error:
+                failed.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(1)
+        assert asking.is_alive(), 'nothing is stuck'
+        began = time.monotonic()
+        assert process.end(signal.SIGTERM) == status
+        assert time.monotonic() - began < 4  # grace, a second, and the machine
+        asking.join(5)
+        assert failed
+        said = ''.join(process.lines)
+        assert 'Traceback' not in said
+        assert ('a thread is stuck' in said) == bool(status)
+    finally:
+        process.process.kill()
 
 
 def test_a_wrong_call_is_one_line(tiny_internlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -57,6 +57,17 @@ def test_chat_stops_at_the_end_of_the_answer(model: Any, tokenizer: Any) -> None
     assert history == [('hello', 'Hello, how are you?'), ('and?', 'I am well')]
 
 
+def test_a_character_that_is_cut_is_left_out(model: Any, tokenizer: Any) -> None:
+    say(model, tokenizer, 'Hi 🙂')
+    num = len(tokenizer('Hi 🙂', add_special_tokens=False).input_ids)
+    for left_out in (1, 2):
+        model.lm_head.num_calls = 0
+        assert model.chat(tokenizer, 'hello', max_new_tokens=num - left_out)[0] == 'Hi '
+        model.lm_head.num_calls = 0
+        *_, (last, _) = model.stream_chat(tokenizer, 'hello', max_new_tokens=num - left_out)
+        assert last == 'Hi '
+
+
 def test_stream_shows_more_and_more_of_the_same_answer(model: Any, tokenizer: Any) -> None:
     say(model, tokenizer, 'how are you 世 é well .<eoa>')
     seen = list(model.stream_chat(tokenizer, 'Hello', history=[('a', 'b')]))

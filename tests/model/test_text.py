@@ -30,9 +30,18 @@ def read(text: AnswerText, ids: list[int]) -> list[str]:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(3, 799), max_size=30))
 def test_the_pieces_are_the_whole(tokenizer: Any, ids: list[int]) -> None:
-    """Any ids, bytes that make no character among them."""
-    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    """Any ids, bytes that make no character among them; those at the end may be the first of one, and are left out."""
+    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip('\ufffd')
     assert ''.join(read(AnswerText(tokenizer), ids)) == whole
+
+
+@pytest.mark.parametrize('stop', [(), ('never said',), ('Hi there',)])
+def test_a_character_that_is_cut_is_left_out(tokenizer: Any, stop: tuple[str, ...]) -> None:
+    ids = tokenizer('Hi 🙂', add_special_tokens=False)['input_ids']
+    assert len(ids) >= 5, 'the emoji is no sequence of bytes'
+    for left_out in (1, 2, 3):
+        assert ''.join(read(AnswerText(tokenizer, stop), ids[:-left_out])) == 'Hi '
+    assert ''.join(read(AnswerText(tokenizer, stop), ids)) == 'Hi 🙂'
 
 
 def test_a_special_token_does_not_spoil_what_is_shown(tokenizer: Any) -> None:

@@ -103,12 +103,12 @@ def serving(
     service = Service(loaded, decoder, limits=Limits(max_length, **limits), sampling=sampling, guard=guard)
     taken = listen('127.0.0.1', 0)
     server: uvicorn.Server = make_server(service.app(), grace_s=5, header_s=header_s)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[taken])), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=taken)), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), 'the server ended'
         time.sleep(0.01)
-    port = taken.getsockname()[1]
+    port = taken[0].getsockname()[1]
     try:
         yield Running(f'http://127.0.0.1:{port}', port, service, loaded.served[0].name)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from xtuner.chat.base import BaseChoice
+from xtuner.chat.load import open_chat_model
 from xtuner.errors import CheckpointError, DataError, ModelError, UsageError
 from xtuner.model.adapter import Provenance
 from xtuner.model.weights import fingerprint, open_weights
@@ -30,7 +33,7 @@ def test_a_base_without_a_format_completes_and_says_why_it_does_not_chat(base: P
     assert model.name == base.name and model.encode_text('Hi')[0] == model.tokenizer.bos_token_id
     assert model.stop_ids == {model.tokenizer.eos_token_id}
     with pytest.raises(DataError, match=r'no prompt format.*/v1/completions works.*--prompt-template'):
-        model.encode_chat([{'role': 'user', 'content': 'Hi'}])
+        model.render_chat([{'role': 'user', 'content': 'Hi'}])
 
 
 def with_origin(adapter: Path, folder: Path, base: Path, **fields: Any) -> Path:
@@ -79,10 +82,49 @@ def test_using_an_adapter_is_having_it_alone(base: Path, adapters: dict[str, Pat
     from xtuner.model.loading import load_model
 
     ids = torch.tensor([[1, 5, 9, 13]])
+    served = {model.name: model.adapter for model in loaded.served}
     for name in ('second', None, 'first', None, 'second'):
         alone: Any = load_model(base, dtype=torch.float32)
         alone = load_adapter(alone, adapters[name]).eval() if name else alone
-        loaded.use(name)
+        loaded.use(name and served[name])
         with torch.inference_mode():
             assert torch.equal(loaded.model(ids).logits, alone(ids).logits), name
     assert json.loads((adapters['second'] / 'adapter_config.json').read_text())['use_dora']
+
+
+def test_names_of_any_kind_are_adapters_of_their_own(base: Path, adapters: dict[str, Path]) -> None:
+    """peft keeps adapters in a ModuleDict, where a name may have no dot, and may not be an attribute of it."""
+    names = ['v1.0', 'v1_0', 'train', 'update', 'values', 'half', 'lora_A', 'a', 'default', 'x/y', 'Ä 1']
+    kinds = ['first', 'second']
+    words = [f'{name}={adapters[kinds[number % 2]]}' for number, name in enumerate(names)]
+    loaded = load_served(str(base), adapters=words, template='internlm_chat')
+    assert [model.name for model in loaded.served] == [base.name, *names]
+    logits = {}
+    for model in loaded.served:
+        loaded.use(model.adapter)
+        with torch.inference_mode():
+            logits[model.name] = loaded.model(torch.tensor([[1, 5, 9, 13]])).logits
+    for number, name in enumerate(names):
+        assert torch.equal(logits[name], logits[names[number % 2]]), name
+    assert len({float(one.sum()) for one in logits.values()}) == 3
+
+
+@pytest.mark.parametrize(('choice', 'said'), [
+    (BaseChoice(), 'base in 4 bit, computed in fp32, on cpu, as the adapter was trained; --bits changes that'),
+    (BaseChoice(16), 'base in fp32, not quantised, on cpu'),
+    (BaseChoice(16, 'bf16', 'cpu'), 'base in bf16, not quantised, on cpu'),
+    (BaseChoice(4, 'bf16'), 'base in 4 bit, computed in bf16, on cpu'),
+])  # fmt: skip
+def test_the_base_is_held_as_asked_and_said(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, choice: BaseChoice, said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    logging.getLogger('xtuner').propagate = True
+    folder = with_origin(adapters['first'], tmp_path / 'first', base,
+                         quantization={'bits': 4, 'quant_type': 'nf4', 'double_quant': True})  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        loaded = load_served(str(base), adapters=[str(folder)], choice=choice)
+        open_chat_model(str(base), adapter=folder, bits=choice.bits, dtype=choice.dtype, device=choice.device)
+    assert [m for m in caplog.messages if m.startswith('base ')] == [said] * 2
+    assert getattr(loaded.model.get_base_model(), 'is_loaded_in_4bit', False) == ('4 bit' in said)
+    assert loaded.model.dtype == (torch.bfloat16 if 'bf16' in said else torch.float32)

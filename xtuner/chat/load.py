@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from xtuner.chat.base import BaseChoice, load_base
 from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
-from xtuner.config.schema import QuantizationConfig
 from xtuner.dataset.template import Template, get_template
-from xtuner.errors import UsageError
 from xtuner.model.adapter import check_adapter, load_adapter, read_provenance
 from xtuner.model.generate import Sampling, warm
-from xtuner.model.loading import load_model, load_tokenizer, resolve_model
-from xtuner.model.precision import compute_dtype, default_device
+from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -103,26 +99,10 @@ def open_chat_model(
         source = adapter if (adapter / 'tokenizer_config.json').is_file() else folder
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     name = template or (provenance.template if provenance else 'from_tokenizer')
-    place = _device(device)
-    quantization = QuantizationConfig(bits=bits) if bits in (4, 8) else None
-    if bits is None and adapter is not None and provenance and provenance.quantization:
-        quantization = QuantizationConfig(**provenance.quantization)  # the base as the adapter saw it
-        logger.info('base in %d bit, as the adapter was trained; --bits changes that', quantization.bits)
-    model: Any = load_model(
-        folder,
-        dtype=compute_dtype(dtype, place),
-        quantization=quantization,
-        device=place,
-        trust_remote_code=trust_remote_code,
-    )
+    trained = provenance.quantization if provenance and adapter is not None else None
+    model = load_base(folder, BaseChoice(bits, dtype, device), trained, trust_remote_code=trust_remote_code)
     max_length = getattr(model.config, 'max_position_embeddings', 2048)
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.eval()
     return ChatModel(model, tokenizer, get_template(name, tokenizer), max_length)
-
-
-def _device(name: str) -> torch.device:
-    if name == 'cuda' and not torch.cuda.is_available():
-        raise UsageError('--device cuda, but PyTorch sees no GPU here; leave it out, or see `xtuner doctor`')
-    return torch.device('cpu') if name == 'cpu' else default_device()

@@ -15,7 +15,7 @@ from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.errors import DataError
 from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import TextStream
+from xtuner.model.text import TextStream, whole_characters
 
 
 class ChatSession:
@@ -123,7 +123,7 @@ class ChatSession:
         dtype, device = self._model.dtype, self._model.device
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             generate(self._model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=stream)
-        return self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False)
+        return whole_characters(self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         return [Message('system', self.system), *messages] if self.system else messages

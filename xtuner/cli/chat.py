@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner.chat.web.port import check_port
 from xtuner.cli.early import check_adapters, check_model, say_loading
-from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
+from xtuner.cli.options import add_base_arguments, add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,14 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--adapter', type=given_path, help='a checkpoint folder of `xtuner train`, or any peft adapter')
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with the model')
     parser.add_argument('--system', default='', help='system message')
-    parser.add_argument(
-        '--bits', type=int, choices=(4, 8, 16), help='hold the base in so many bits a weight; 16: not quantised'
-    )
-    parser.add_argument(
-        '--dtype', default='auto', choices=('auto', 'bf16', 'fp16', 'fp32'),
-        help='of what is not quantised (half precision on a GPU, fp32 on a CPU)',
-    )  # fmt: skip
-    parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(a GPU where there is one)')
+    add_base_arguments(parser)
     parser.add_argument(
         '--with-plugins', nargs='+', metavar='NAME', default=[],
         help='tools that a model trained on MOSS plugins may call: calculate, solve, search',

@@ -101,6 +101,19 @@ def _values_of(args: argparse.Namespace, options: Mapping[str, Any], overrides: 
     return values
 
 
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the base model of `chat` and `serve` is held."""
+    parser.add_argument(
+        '--bits', type=int, choices=(4, 8, 16), help='quantise the base to 4 or 8 bits; 16: not (as the adapter was '
+        'trained, else 16)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--dtype', default='auto', choices=('auto', 'bf16', 'fp16', 'fp32'),
+        help='of what is not quantised (half precision on a GPU, fp32 on a CPU)',
+    )  # fmt: skip
+    parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(a GPU where there is one)')
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How an answer is drawn. The defaults are those of InternLM's model card."""
     parser.add_argument('--max-new-tokens', type=positive_int, default=1024, help='tokens an answer may have (1024)')

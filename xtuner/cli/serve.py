@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from xtuner.cli.early import check_adapters, check_model, say_loading
-from xtuner.cli.options import add_sampling_arguments, filled, given_path, positive_int
+from xtuner.cli.options import add_base_arguments, add_sampling_arguments, filled, given_path, positive_int
 from xtuner.errors import UsageError
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--adapter', type=filled, action='append', default=[], metavar='[NAME=]FOLDER',
                         help='a checkpoint folder of `xtuner train`, or any peft adapter; repeatable')  # fmt: skip
     parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with each model')
-    parser.add_argument('--bits', type=int, choices=(4, 8), help='hold the base in so many bits a weight')
+    add_base_arguments(parser)
     parser.add_argument('--packed', action='store_true',
                         help='leave weights as they were loaded, 4-bit ones packed: less memory, slower')  # fmt: skip
     parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     check_model(args.llm, trust_remote_code=args.trust_remote_code)
     check_adapters(*folders.values())
     say_loading()
-
+    from xtuner.chat.base import BaseChoice
     from xtuner.model.generate import Sampling
     from xtuner.serve.app import Limits
     from xtuner.serve.run import Source, run_service
 
+    base = BaseChoice(args.bits, args.dtype, args.device)
     run_service(
-        Source(args.llm, args.adapter, args.prompt_template, args.bits, args.packed, args.trust_remote_code),
+        Source(args.llm, args.adapter, args.prompt_template, base, args.packed, args.trust_remote_code),
         address,
         taken,
         Limits(args.max_length, 1024 * args.max_body_kib, streams=args.max_streams, waiting=args.max_waiting),

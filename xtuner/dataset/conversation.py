@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,33 @@ def to_conversation(record: Any, origin: str = '') -> Conversation:
     if not is_empty(system := record.get('system')):
         messages = _with_system(messages, text_field(system, 'system', origin))
     return _checked(Conversation(messages, origin, _tools(record.get('tools'), origin)))
+
+
+def to_prompt(messages: Sequence[Message | Mapping[str, Any]]) -> Conversation:
+    """Turns messages into a conversation that the model is to answer.
+
+    Unlike in training data an earlier answer may be empty, a user may send several messages in a row, and the
+    assistant may begin: whether that can be rendered is for the template to say.
+
+    Raises:
+        DataError: On a missing or wrong field, an unknown role, or roles out of order, or where the last message is an
+            answer already.
+    """
+    origin = 'the prompt'
+    conversation = Conversation(_from_messages([_maybe_empty(message) for message in messages], origin), origin)
+    if conversation.messages[-1].role == 'assistant':
+        raise DataError('the prompt ends with an answer; it must end with a user or tool message')
+    return _checked(conversation, _BEFORE_IN_PROMPT)
+
+
+def _maybe_empty(message: Message | Mapping[str, Any]) -> Message | Mapping[str, Any]:
+    """A message as it is, but an empty answer as `Message`, whose content is not checked any more."""
+    if not isinstance(message, Mapping) or ROLES.get(str(message.get('role'))) != 'assistant':
+        return message
+    content = _parts(message.get('content'), 'content', 'the prompt')
+    if not isinstance(content, str) or content.strip():
+        return message
+    return Message('assistant', content, extra={k: v for k, v in message.items() if k not in ('role', 'content') and v})
 
 
 def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str:
@@ -193,13 +220,17 @@ _BEFORE: dict[str, set[str | None]] = {
 }
 
 
-def _checked(conversation: Conversation) -> Conversation:
+# Likewise where an answer is asked for.
+_BEFORE_IN_PROMPT = _BEFORE | {'user': _BEFORE['user'] | {'user'}, 'assistant': _BEFORE['assistant'] | {None}}
+
+
+def _checked(conversation: Conversation, allowed: Mapping[str, set[str | None]] = _BEFORE) -> Conversation:
     previous: Message | None = None
     for index, message in enumerate(conversation.messages):
         before = previous.role if previous else None
         # Two answers in a row are one turn only where the first one called a tool.
         twice = before == message.role == 'assistant' and not (previous and previous.extra.get('tool_calls'))
-        if message.role not in _BEFORE or before not in _BEFORE[message.role] or twice:
+        if message.role not in allowed or before not in allowed[message.role] or twice:
             what = f'follows {before!r}' if before else 'comes first'
             raise DataError(f'{conversation.origin}: roles out of order: message {index + 1}, {message.role!r}, {what}')
         previous = message

@@ -7,23 +7,33 @@ the answer. Control tokens that a message spells are hidden from the template an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from xtuner.dataset.conversation import Conversation, Message
 from xtuner.dataset.fingerprint import digest
+from xtuner.dataset.hidden_tokens import HiddenTokens
 from xtuner.dataset.prompt import Piece, Template, Turn
+from xtuner.dataset.rendering import Chat, ChatTemplate, printable, render_chats
+from xtuner.dataset.template_probe import check_chat_template, common_length, probe, source_name
 from xtuner.errors import ConfigError, DataError
-
-_PRIVATE_USE = range(0xE000, 0xF8FF)
 
 
 @dataclass(frozen=True)
 class TokenizerTemplate(Template):
-    """A template whose strings are the tokenizer's Jinja."""
+    """A template whose strings are the tokenizer's Jinja.
+
+    Attributes:
+        tokenizer: Whose it is.
+        openings: Tokens with which the generation prompt begins the answer itself, such as `<think>`: an answer in the
+            data spells them, and they are the prompt's token there.
+    """
 
     tokenizer: Any = None
+    openings: tuple[str, ...] = ()
 
     @property
     def fillable(self) -> bool:
@@ -40,38 +50,28 @@ class TokenizerTemplate(Template):
         """Renders a conversation into pieces; see `Template.render`.
 
         Raises:
-            DataError: Where the chat template refuses the conversation, or shows an answer that is trained in another
-                way once more messages follow it.
+            DataError: Where the chat template refuses the conversation, reaches a bound of `rendering`, or shows an
+                answer that is trained in another way than behind its prompt.
         """
-        messages = conversation.messages
-        if messages[0].role == 'text':
-            return super().render(conversation, train_on=train_on, prompt=prompt)
-        hidden = _Hidden(messages, self._controls())
-        shown = _Renderer(self, conversation, [hidden.show(message) for message in messages])
-        text = shown.text(len(messages), prompt=prompt)
-        everything = train_on == 'all' and not prompt
-        last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=-1)
-        pieces: list[Piece] = []
-        done = 0
-        for index, message in enumerate(messages):
-            if prompt or message.role != 'assistant':
+        pieces = next(self.render_many([conversation], train_on=train_on, prompt=prompt))
+        if isinstance(pieces, DataError):
+            raise pieces
+        return pieces
+
+    def render_many(
+        self, conversations: Sequence[Conversation], *, train_on: str = 'assistant', prompt: bool = False
+    ) -> Iterator[list[Piece] | DataError]:
+        """Renders conversations, many in one exchange with the process that renders; see `Template.render_many`."""
+        for own, group in groupby(conversations, self._source):
+            if own is None:
+                yield from (
+                    super(TokenizerTemplate, self).render(one, train_on=train_on, prompt=prompt) for one in group
+                )
                 continue
-            wanted = train_on != 'last_turn' or index == last
-            trained = wanted if message.loss is None else message.loss
-            span = self._span(shown, index, text)
-            if span is None and not (trained or everything):
-                continue
-            if span is None:
-                raise DataError(f'{shown.origin}: the chat template shows answer {index + 1} in another '
-                                "way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
-            start, end, behind = span
-            pieces += self._split(text[done:start], hidden, everything)
-            answer = self._split(text[start:end], hidden, trained)
-            pieces += [piece._replace(starts=number == 0) for number, piece in enumerate(answer)]
-            pieces += self._split(text[end:behind], hidden, everything)
-            done = behind
-        pieces += self._split(text[done:], hidden, everything)
-        return pieces if prompt else _without_end(pieces)
+            shown = [_shown(conversation, self, prompt) for conversation in group]
+            rendered = render_chats(own, [one.chat for one in shown if isinstance(one, _Shown)])
+            yield from (self._pieces_of(one, next(rendered), train_on) if isinstance(one, _Shown) else one
+                        for one in shown)  # fmt: skip
 
     def chat_template(self) -> str:
         """Returns the tokenizer's own chat template."""
@@ -79,7 +79,7 @@ class TokenizerTemplate(Template):
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
         """Returns the ids of all tokens that the tokenizer calls special, and of those that the template writes."""
-        written = {*self.markers, *self.stop}
+        written = {*self.markers, *self.stop, *self.openings, *self.answer_tokens}
         added = tokenizer.added_tokens_decoder.items()
         return {token.content: id_ for id_, token in added if token.special or token.content in written}
 
@@ -87,28 +87,76 @@ class TokenizerTemplate(Template):
         """Nothing to check: the template is the tokenizer's."""
 
     def fingerprint(self) -> str:
-        """Returns a hash of the chat template."""
-        return digest([self.chat_template()])
+        """Returns a hash of the chat templates and of what answers may spell."""
+        own = self.tokenizer.chat_template
+        others = sorted(own.items()) if isinstance(own, dict) else []
+        return digest([self.chat_template(), *others, *filter(None, [self.answer_tokens])])
 
-    def _controls(self) -> list[str]:
-        return [name for name in self.marker_ids(self.tokenizer) if name]
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """The control tokens, the longest first."""
+        return tuple(sorted(filter(None, self.marker_ids(self.tokenizer)), key=len, reverse=True))
 
-    def _span(self, shown: _Renderer, index: int, text: str) -> tuple[int, int, int] | None:
-        """Returns where answer `index` begins, where it ends, where the separator ends; None where `text` differs."""
-        before, upto = shown.text(index, prompt=True), shown.text(index + 1)
-        if not (text.startswith(upto) and upto.startswith(before)):
-            return None
-        ends = [match.end() for match in self._pattern().finditer(upto, len(before))]
-        return len(before), ends[-1] if ends else len(upto), len(upto)
-
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        names = sorted(self._controls(), key=len, reverse=True)
-        return re.compile('|'.join(map(re.escape, names)) or r'(?!)')
+        return re.compile('|'.join(map(re.escape, self.controls)) or r'(?!)')
 
-    def _split(self, text: str, hidden: _Hidden, trained: bool) -> list[Piece]:
+    def _source(self, conversation: Conversation) -> ChatTemplate | None:
+        """The chat template for a conversation: a tokenizer may have another for tools; None for a bare document."""
+        return None if conversation.messages[0].role == 'text' else self._sources[bool(conversation.tools)]
+
+    @cached_property
+    def _sources(self) -> list[ChatTemplate]:
+        texts = [self.tokenizer.get_chat_template(), self.tokenizer.get_chat_template(tools=[{}])]
+        return [ChatTemplate(text, source_name(self.tokenizer), self.tokenizer.special_tokens_map) for text in texts]
+
+    def _pieces_of(self, shown: _Shown, texts: list[str] | DataError, train_on: str) -> list[Piece] | DataError:
+        if isinstance(texts, DataError):
+            return texts
+        hidden, text, messages = shown.hidden, texts[0], shown.conversation.messages
+        everything = train_on == 'all' and not shown.prompt
+        answers = [] if shown.prompt else shown.answers
+        pieces: list[Piece] = []
+        done = 0
+        for number, index in enumerate(answers):
+            trained = messages[index].loss
+            if trained is None:
+                trained = train_on != 'last_turn' or index == answers[-1]
+            before, upto = texts[1 + 2 * number : 3 + 2 * number]
+            if index + 1 == len(messages) and not upto.startswith(before):
+                text = upto = self._behind_opening(shown, before, upto) or upto
+            if not (text.startswith(upto) and upto.startswith(before)):
+                if trained or everything:
+                    return _shown_otherwise(shown, index, before, upto)
+                continue
+            end = max((m.end() for m in self._pattern.finditer(upto, len(before))), default=len(upto))
+            pieces += self._split(text[done : len(before)], hidden, everything)
+            answer = self._split(text[len(before) : end], hidden, trained)
+            pieces += [piece._replace(starts=place == 0) for place, piece in enumerate(answer)]
+            pieces += self._split(text[end : len(upto)], hidden, everything)
+            done = len(upto)
+        pieces += self._split(text[done:], hidden, everything)
+        return pieces if shown.prompt else _without_end(pieces)
+
+    def _behind_opening(self, shown: _Shown, before: str, upto: str) -> str | None:
+        """The conversation with its last answer behind the generation prompt, where the template leaves thoughts out.
+
+        The prompt opens `<think>`, the answer begins with it, and the template shows what stands behind the thoughts
+        alone. What the model shall write is all of the answer, closed as the template closes it.
+        """
+        same = common_length(before, upto)
+        opening, end = before[same:], upto.rfind(self.stop[0]) if self.stop else -1
+        content = shown.chat.messages[-1]['content']
+        begins = content.startswith(opening.strip()) and content.endswith(upto[same:end].strip())
+        if not opening.strip() or end < same or not begins:
+            return None
+        body = content[len(opening.strip()) :]
+        return before + (body.lstrip('\n') if opening.endswith('\n') else body) + upto[end:]
+
+    def _split(self, text: str, hidden: HiddenTokens, trained: bool) -> list[Piece]:
         pieces = []
         done = 0
-        for match in self._pattern().finditer(text):
+        for match in self._pattern.finditer(text):
             pieces += [Piece(hidden.back(text[done : match.start()]), trained=trained),
                        Piece(match.group(), control=True, trained=trained)]  # fmt: skip
             done = match.end()
@@ -120,94 +168,81 @@ def tokenizer_template(tokenizer: Any) -> TokenizerTemplate:
     """Returns the template that stands in the tokenizer.
 
     Raises:
-        ConfigError: Where it has none, or one whose answers do not end with a token.
+        ConfigError: Where it has none, or one that cannot be rendered or whose answers do not end with a token.
     """
     if tokenizer is None:
         raise ConfigError("`model.template` 'from_tokenizer' needs the tokenizer")
     if not getattr(tokenizer, 'chat_template', None):
         raise ConfigError("the tokenizer has no chat template to take ('from_tokenizer'); name one of ours, such as "
                           'internlm_chat, as `model.template` or --prompt-template')  # fmt: skip
-    found = _probe(tokenizer)
-    if not found:
+    check_chat_template(tokenizer.chat_template, f'{source_name(tokenizer)}: `chat_template`')
+    try:
+        found = probe(tokenizer)
+    except DataError as error:
+        raise ConfigError(f'{error}, or with --prompt-template') from None
+    if not found.end:
         raise ConfigError('the chat template of the tokenizer ends an answer with no token, so the model could not '
                           'learn to stop; name one of our templates with `model.template`')  # fmt: skip
-    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, markers=tuple(found[:-1]), stop=(found[-1],),
-                             tokenizer=tokenizer)  # fmt: skip
+    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, markers=found.markers, stop=(found.end,),
+                             tokenizer=tokenizer, openings=found.openings)  # fmt: skip
 
 
-def _probe(tokenizer: Any) -> list[str]:
-    """Returns the control tokens that the template writes, the one that ends an answer last; none where nothing does.
+def prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Returns messages as the tokenizer's chat template writes them, with the generation prompt.
 
-    A tokenizer need not call them special. Tokens that only occur inside answers, such as those around thoughts, are
-    not among them: what a message spells of those is meant as such.
+    Raises:
+        DataError: The template refuses them, or reaches a bound of `rendering`.
+        ConfigError: The tokenizer has no template that can be rendered.
     """
-    plain = TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, tokenizer=tokenizer)
-    conversation = Conversation((Message('user', 'a'), Message('assistant', 'b')), 'the chat template')
-    shown = _Renderer(plain, conversation, [{'role': m.role, 'content': m.content} for m in conversation.messages])
-    prompt, whole = shown.text(1, prompt=True), shown.text(2)
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    ends = sorted((whole.rfind(name) + len(name), name) for name in added if whole.rfind(name) >= len(prompt))
-    return [*(name for name in added if name in prompt and name != ends[-1][1]), ends[-1][1]] if ends else []
+    check_chat_template(tokenizer.chat_template, f'{source_name(tokenizer)}: `chat_template`')
+    source = ChatTemplate(tokenizer.get_chat_template(), source_name(tokenizer), tokenizer.special_tokens_map)
+    [texts] = render_chats(source, [Chat(messages, None, [(len(messages), True)], 'the messages')])
+    if isinstance(texts, DataError):
+        raise texts
+    return texts[0]
 
 
-class _Renderer:
-    """Renders the beginnings of one conversation, each once."""
+class _Shown(NamedTuple):
+    """A conversation on its way through the template."""
 
-    def __init__(self, template: TokenizerTemplate, conversation: Conversation, messages: Sequence[dict]) -> None:
-        self.origin = conversation.origin
-        self._tokenizer = template.tokenizer
-        self._messages = messages
-        self._tools = list(conversation.tools) or None
-        self._texts: dict[tuple[int, bool], str] = {}
+    conversation: Conversation
+    hidden: HiddenTokens
+    chat: Chat
+    prompt: bool
 
-    def text(self, count: int, *, prompt: bool = False) -> str:
-        """Returns the first `count` messages as text, perhaps with the generation prompt behind them."""
-        key = (count, prompt)
-        if key not in self._texts:
-            try:
-                self._texts[key] = self._tokenizer.apply_chat_template(
-                    self._messages[:count], tools=self._tools, tokenize=False, add_generation_prompt=prompt
-                )
-            except Exception as error:  # Jinja raises many kinds, and templates raise their own
-                raise DataError(f'{self.origin}: the chat template refuses the conversation: '
-                                f'{str(error)[:200]}') from None  # fmt: skip
-        return self._texts[key]
+    @property
+    def answers(self) -> list[int]:
+        return _answers(self.conversation.messages)
 
 
-class _Hidden:
-    """Stands characters that occur nowhere in a conversation for the control tokens that its messages spell."""
-
-    def __init__(self, messages: Sequence[Message], controls: Sequence[str]) -> None:
-        texts = ''.join(_texts([message.content for message in messages] + [dict(m.extra) for m in messages]))
-        spelt = [name for name in sorted(controls, key=len, reverse=True) if name in texts]
-        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in texts)
-        self._stands = {name: next(free) for name in spelt}
-
-    def show(self, message: Message) -> dict[str, Any]:
-        """Returns the message as the template sees it."""
-        return self._hide({**message.extra, 'role': message.role, 'content': message.content})
-
-    def back(self, text: str) -> str:
-        """Puts what was hidden back."""
-        for name, char in self._stands.items():
-            text = text.replace(char, name)
-        return text
-
-    def _hide(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for name, char in self._stands.items():
-                value = value.replace(name, char)
-            return value
-        if isinstance(value, Mapping):
-            return {key: self._hide(item) for key, item in value.items()}
-        return [self._hide(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _shown(conversation: Conversation, template: TokenizerTemplate, prompt: bool) -> _Shown | DataError:
+    messages, tools = conversation.messages, list(conversation.tools)
+    views = [(len(messages), prompt)]
+    for index in () if prompt else _answers(messages):
+        views += [(index, True), (index + 1, False)]
+    try:
+        hidden = HiddenTokens(messages, tools, template.controls, {*template.openings, *template.answer_tokens})
+        shown = [hidden.show(message) for message in messages]
+        chat = Chat(shown, hidden.hide(tools) or None, views, conversation.origin)
+    except RecursionError:
+        return DataError(f'{conversation.origin}: the conversation is nested too deeply')
+    except DataError as error:
+        return DataError(f'{conversation.origin}: {error}')
+    return _Shown(conversation, hidden, chat, prompt)
 
 
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [text for item in items for text in _texts(item)]
+def _shown_otherwise(shown: _Shown, index: int, before: str, upto: str) -> DataError:
+    origin, messages = shown.conversation.origin, shown.conversation.messages
+    if index + 1 < len(messages):
+        return DataError(f'{origin}: the chat template shows answer {index + 1} in another '
+                         "way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
+    opening = printable(repr(before[common_length(before, upto) :]))
+    return DataError(f'{origin}: the generation prompt of the chat template ends with {opening}, and the answer in '
+                     f'message {index + 1} is not shown behind it; begin that answer with it')  # fmt: skip
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message.role == 'assistant']
 
 
 def _without_end(pieces: list[Piece]) -> list[Piece]:

@@ -156,19 +156,17 @@ def _fitted(
 def _encoded(
     chunk: list[Conversation], encoder: Encoder, config: DatasetConfig, summary: Summary
 ) -> list[tuple[Conversation, Sample]]:
-    """Encodes a chunk at once; one by one only where one of it cannot be encoded."""
-    try:
-        return list(zip(chunk, encoder.encode(chunk), strict=True))
-    except DataError:
-        result = []
-        for conversation in chunk:
-            try:
-                result.append((conversation, encoder.encode([conversation])[0]))
-            except DataError as error:
-                if config.on_bad_record == 'error':
-                    raise stopped_by(error) from None
-                summary.lose('bad', str(error))
-        return result
+    """Encodes a chunk at once; counts those of it that cannot be encoded, or stops at the first."""
+    result = []
+    stop = config.on_bad_record == 'error'
+    for conversation, sample in zip(chunk, encoder.encode_each(chunk, stop=stop), strict=not stop):
+        if not isinstance(sample, DataError):
+            result.append((conversation, sample))
+        elif stop:
+            raise stopped_by(sample) from None
+        else:
+            summary.lose('bad', str(sample))
+    return result
 
 
 def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:

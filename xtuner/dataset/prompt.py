@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ class Template:
         begin: Stands once before everything.
         default_system: The system text where a conversation has no system message; an empty message means none.
         system_in_user: Whether the system text goes into the following user message, in front of its text.
+        answer_tokens: Special tokens that the model writes: where an answer spells them, they are inserted as ids.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Template:
     begin: str = '{bos}'
     default_system: str = ''
     system_in_user: bool = False
+    answer_tokens: tuple[str, ...] = ()
     _parsed: dict[tuple[str, bool], tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -136,6 +138,16 @@ class Template:
         if prompt:
             pieces += self._pieces(self.turns['assistant'].before)
         return pieces
+
+    def render_many(
+        self, conversations: Sequence[Conversation], *, train_on: str = 'assistant', prompt: bool = False
+    ) -> Iterator[list[Piece] | DataError]:
+        """Renders conversations, in order; what `render` raises for one is yielded in its place."""
+        for conversation in conversations:
+            try:
+                yield self.render(conversation, train_on=train_on, prompt=prompt)
+            except DataError as error:
+                yield error
 
     def chat_template(self) -> str:
         """Returns the same format as a Jinja template, to be saved with the tokenizer."""

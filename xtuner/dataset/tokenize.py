@@ -11,17 +11,16 @@ text nevertheless contains came from the content; that text is encoded again so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from xtuner.dataset.conversation import Conversation, Message, to_conversation
+from xtuner.dataset.conversation import Conversation, Message, to_prompt
 from xtuner.dataset.prompt import Piece, Template
 from xtuner.dataset.text_encoder import MIDDLE, START, Run, TextEncoder
-from xtuner.errors import DataError
 
 IGNORE_INDEX = -100
 _MOST_PLANS = 1024  # kinds of conversations whose rendering is kept
@@ -69,12 +68,13 @@ def encode_prompt(messages: Sequence[Message | dict[str, Any]], tokenizer: Any, 
     Raises:
         DataError: On a wrong message, or where the last one is an answer already.
     """
-    conversation = to_conversation({'messages': list(messages)}, 'the prompt')
-    if conversation.messages[-1].role == 'assistant':
-        raise DataError('the prompt ends with an answer; it must end with a user or tool message')
+    return encode_pieces(template.render(to_prompt(messages), prompt=True), tokenizer, template)
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Any, template: Template) -> list[int]:
+    """Encodes what `template` rendered."""
     encoder = Encoder(tokenizer, template)
-    runs = encoder.runs(template.render(conversation, prompt=True))
-    return [id_ for ids in encoder.texts.encode(runs) for id_ in ids]
+    return [id_ for ids in encoder.texts.encode(encoder.runs(pieces)) for id_ in ids]
 
 
 class Encoder:
@@ -96,12 +96,42 @@ class Encoder:
         return self.texts.controls.get(self._strings['{bos}'])
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Sample]:
-        """Encodes conversations, in order; raises DataError for the first that the template has no form for."""
-        runs: list[Run] = []
-        ends = [0]
-        for conversation in conversations:
-            runs += self._conversation_runs(conversation)
-            ends.append(len(runs))
+        """Encodes conversations, in order; raises DataError for the first that cannot be encoded."""
+        samples = []
+        for sample in self.encode_each(conversations, stop=True):
+            if isinstance(sample, DataError):
+                raise sample
+            samples.append(sample)
+        return samples
+
+    def encode_each(self, conversations: Sequence[Conversation], *, stop: bool = False) -> list[Sample | DataError]:
+        """Encodes conversations, in order; one that cannot be encoded leaves its error in its place.
+
+        Args:
+            conversations: What to encode.
+            stop: Whether the first error is the last of the results, and nothing is rendered behind it.
+        """
+        results: list[list[Run] | DataError] = []
+        for runs in self._runs_of_each(conversations):
+            results.append(runs)
+            if stop and isinstance(runs, DataError):
+                break
+        good = [runs for runs in results if not isinstance(runs, DataError)]
+        try:
+            samples: Iterator[Sample | DataError] = iter(self._samples(good))
+        except DataError:  # of one of them; which one, each alone tells
+            samples = map(self._sample, good)
+        return [runs if isinstance(runs, DataError) else next(samples) for runs in results]
+
+    def _sample(self, runs: list[Run]) -> Sample | DataError:
+        try:
+            return self._samples([runs])[0]
+        except DataError as error:
+            return error
+
+    def _samples(self, conversations: Sequence[list[Run]]) -> list[Sample]:
+        runs = list(chain.from_iterable(conversations))
+        ends = [0, *accumulate(map(len, conversations))]
         lists = self.texts.encode(runs)
         sizes = np.fromiter(map(len, lists), np.int64, len(lists))
         ids = np.fromiter(chain.from_iterable(lists), np.int64, int(sizes.sum()))
@@ -130,16 +160,27 @@ class Encoder:
             runs.append(Run(text, before, trained))
         return runs
 
-    def _conversation_runs(self, conversation: Conversation) -> list[Run]:
+    def _runs_of_each(self, conversations: Sequence[Conversation]) -> Iterator[list[Run] | DataError]:
+        """Renders conversations; a template that is a program looks at the texts, and is run for each."""
+        if not self.template.fillable:
+            for pieces in self.template.render_many(conversations, train_on=self.train_on):
+                yield pieces if isinstance(pieces, DataError) else self.runs(pieces)
+            return
+        for conversation in conversations:
+            try:
+                yield self._filled_runs(conversation)
+            except DataError as error:
+                yield error
+
+    def _filled_runs(self, conversation: Conversation) -> list[Run]:
         """Renders a conversation, or fills its texts into the runs of an earlier one of the same kind.
 
         Conversations of the same roles, in the same order, differ in their texts alone: rendering them is most of the
-        work there is in Python. A template that is a program looks at the texts, and is run for each.
+        work there is in Python. A kind is all that a rendering looks at but for the texts: where two conversations of
+        one kind could be rendered unlike, one would depend on the other.
         """
-        if not self.template.fillable:
-            return self.runs(self.template.render(conversation, train_on=self.train_on))
         messages = conversation.messages
-        kind = (bool(conversation.tools), *((m.role, m.loss, not m.content, not m.extra) for m in messages))
+        kind = (bool(conversation.tools), *((m.role, m.loss, not m.content, *_said(m.extra)) for m in messages))
         plan = self._plans.get(kind)
         if plan is None:
             plan = self._plan(conversation)
@@ -158,6 +199,11 @@ class Encoder:
         pieces = self.template.render(replace(conversation, messages=tuple(numbered)), train_on=self.train_on)
         runs = self.runs(pieces)
         return [(run, tuple(run.text.split('\0')) if '\0' in run.text else ()) for run in runs]
+
+
+def _said(extra: Mapping[str, Any]) -> list[str]:
+    """The names of what a message says beside its text."""
+    return [name for name, value in extra.items() if value] if extra else []
 
 
 def _filled(parts: Sequence[str], texts: Sequence[str]) -> str:

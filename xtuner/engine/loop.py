@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from xtuner.dataset.collate import count_targets
-from xtuner.engine.memory_error import is_out_of_memory, memory_message
+from xtuner.engine.memory_error import memory_message
 from xtuner.engine.plan import Plan
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
 from xtuner.engine.step_checks import (
@@ -28,6 +28,7 @@ from xtuner.engine.step_checks import (
     next_batch,
 )
 from xtuner.errors import TrainingError
+from xtuner.model.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
 

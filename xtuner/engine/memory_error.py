@@ -11,12 +11,6 @@ from torch import Tensor
 from xtuner.engine.estimate_text import gib
 
 _SHOWN = 3
-_CPU_WORDS = ("can't allocate memory", 'not enough memory')  # of torch's allocator on a CPU
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that device or host memory has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in _CPU_WORDS)
 
 
 def memory_message(runner: Any, micro_batches: Sequence[Mapping[str, Tensor]], advice: Sequence[str]) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from xtuner.dataset.own_template import prompt_text
+from xtuner.errors import ConfigError, DataError
 from xtuner.model.adapter import Provenance
 
 CARD_FILE = 'README.md'
@@ -37,7 +39,7 @@ def public_name(name: str) -> str:
 
 
 def prompt_example(tokenizer: Any) -> str:
-    """A short conversation as the tokenizer writes it, up to where the answer begins; empty without a template."""
+    """A short conversation as the tokenizer writes it, up to where the answer begins; empty where it does not."""
     if not getattr(tokenizer, 'chat_template', None):
         return ''
     messages = [
@@ -45,7 +47,10 @@ def prompt_example(tokenizer: Any) -> str:
         {'role': 'assistant', 'content': 'Hello! How can I help?'},
         {'role': 'user', 'content': 'What is LoRA?'},
     ]
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        return prompt_text(tokenizer, messages)
+    except (ConfigError, DataError):  # a template may refuse it, or be none: the card goes without an example
+        return ''
 
 
 def write_card(folder: Path, provenance: Provenance, *, kind: str, example: str = '') -> None:

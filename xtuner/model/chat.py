@@ -13,7 +13,7 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template, get_template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import UNFINISHED
+from xtuner.model.text import UNFINISHED, whole_characters
 
 Turns = Sequence[tuple[str, str]]
 
@@ -59,7 +59,7 @@ class ChatMixin:
         prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
         stop_ids = found.stop_ids(tokenizer)
         ids = generate(self, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
-        response = tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True)
+        response = whole_characters(tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True))
         return response, [*history, (query, response)]
 
     def stream_chat(
@@ -135,7 +135,7 @@ class _Responses(BaseStreamer):
 
     def end(self) -> None:
         """Hands on the whole answer."""
-        self._out.put(self._text())
+        self._out.put(whole_characters(self._text()))
 
     def _text(self) -> str:
         return self._tokenizer.decode(_until(self._ids or [], self._stop_ids), skip_special_tokens=True)

@@ -10,6 +10,11 @@ from torch import Tensor
 UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
 
 
+def whole_characters(text: str) -> str:
+    """A decoded answer without the character at its end whose last bytes never came, as where it was cut."""
+    return text.rstrip(UNFINISHED)
+
+
 class AnswerText:
     """Turns ids into text, each id once.
 
@@ -40,7 +45,7 @@ class AnswerText:
         return self._show(text)
 
     def end(self) -> str:
-        """Returns what was held back: bytes that never made a character, the beginning of a stop word."""
+        """Returns what was held back: the beginning of a stop word. An unfinished character is left out."""
         if self.stopped:
             return ''
         text = self._show(self._decode(self._ids)) + ('' if self.stopped else self._held)
@@ -51,6 +56,7 @@ class AnswerText:
         before = self._decode(self._ids[: self._num_shown])
         # A special token may change how the text in front of it is written; what is shown stays as it is.
         new = text[len(before) :] if text.startswith(before) else self._decode(self._ids[self._num_shown :])
+        new = whole_characters(new)
         self._ids = self._ids[self._num_shown :]
         self._num_shown = len(self._ids)
         self._held += new
@@ -94,7 +100,7 @@ class TextStream:
                 self._show(self._text.push(id_))
 
     def end(self) -> None:
-        """Shows what was held back because it might have been half a character."""
+        """Shows what was held back."""
         self._show(self._text.end())
 
     def _show(self, text: str) -> None:

@@ -18,17 +18,21 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from xtuner.errors import DataError
+from xtuner.errors import XTunerError
 from xtuner.model.generate import Sampling
 from xtuner.model.text import AnswerText
-from xtuner.serve.batcher import Answer, Batcher, Decoder
+from xtuner.serve.answer import Answer
+from xtuner.serve.batcher import Batcher
+from xtuner.serve.decoder import Decoder
+from xtuner.serve.encoding import Encoding
 from xtuner.serve.exchange import Exchange, Post, Stream
-from xtuner.serve.guard import Guard, Refusal, read_body
+from xtuner.serve.guard import CheckFraming, Guard, Refusal, read_body
 from xtuner.serve.models import Loaded, ServedModel
 from xtuner.serve.problems import Problem, wrong
 from xtuner.serve.protocol import Request, chat_request, completion_request, parse_body
@@ -73,7 +77,7 @@ class Service:
         self._seeds = Random(sampling.seed)
         self._started = int(time.time())
         self.post = Post()
-        self._encoding = asyncio.Lock()  # tokenizers are not made for several threads
+        self._encoding = Encoding()
         self.batcher = Batcher(
             decoder,
             adapters=[model.adapter for model in loaded.served],
@@ -85,17 +89,23 @@ class Service:
 
     def app(self) -> Starlette:
         """The ASGI application; the decoding thread lives as long as it is served."""
-        routes = [
-            Route('/v1/chat/completions', self._guarded(self._chat), methods=['POST']),
-            Route('/v1/completions', self._guarded(self._complete), methods=['POST']),
-            Route('/v1/models', self._guarded(self._list_models), methods=['GET']),
-            Route('/v1/models/{name:path}', self._guarded(self._show_model), methods=['GET']),
-            Route('/health', self._health, methods=['GET']),
+        ways: list[tuple[str, Callable[[HTTPRequest], Any], list[str]]] = [
+            ('/v1/chat/completions', self._guarded(self._chat), ['POST']),
+            ('/v1/completions', self._guarded(self._complete), ['POST']),
+            ('/v1/models', self._guarded(self._list_models), ['GET']),
+            ('/health', self._health, ['GET', 'OPTIONS']),  # OPTIONS: HAProxy's check unless told otherwise
         ]
+        # With a slash at the end too: Starlette would redirect, to an address that is wrong behind a proxy with TLS.
+        routes = [Route(path + end, handler, methods=methods) for path, handler, methods in ways for end in ('', '/')]
+        routes.append(Route('/v1/models/{name:path}', self._guarded(self._show_model), methods=['GET']))
         handlers: dict[Any, Any] = {
             Problem: _problem, HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _bug
         }  # fmt: skip
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        app = Starlette(
+            routes=routes, middleware=[Middleware(CheckFraming)], exception_handlers=handlers, lifespan=self._lifespan
+        )
+        app.router.redirect_slashes = False
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -119,8 +129,7 @@ class Service:
     async def _respond(self, http: HTTPRequest, request: Request, *, chat: bool) -> Response:
         model = self._model(request.model)
         self.post.check_room(len(request.prompts))
-        async with self._encoding:
-            prompts = await asyncio.to_thread(self._encode, model, request, chat)
+        prompts = await self._encoding.run(lambda: self._encode(model, request, chat))
         answers = [self._answer(model, ids, request) for ids in prompts]
         kind = 'chatcmpl' if chat else 'cmpl'
         head = Head(
@@ -149,10 +158,13 @@ class Service:
     def _encode(self, model: ServedModel, request: Request, chat: bool) -> list[list[int]]:
         try:
             if chat:
-                return [model.encode_chat(request.prompts[0])]
-            return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
-                    for one in request.prompts]  # fmt: skip
-        except DataError as error:
+                pieces = model.render_chat(request.prompts[0])  # may take long: others render meanwhile
+                with self._encoding.tokenizing:
+                    return [model.encode_chat(pieces)]
+            with self._encoding.tokenizing:
+                return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
+                        for one in request.prompts]  # fmt: skip
+        except XTunerError as error:  # a wrong message, or a rendering of the chat template over its bounds
             raise wrong('messages' if chat else 'prompt', str(error)) from None
 
     def _ids(self, model: ServedModel, ids: list[int]) -> list[int]:
@@ -170,13 +182,13 @@ class Service:
         return json_response(self._card(self._model(http.path_params['name']).name))
 
     async def _health(self, _: HTTPRequest) -> Response:
-        failing = self.batcher.failures > 0
+        trouble = self.batcher.trouble or self._encoding.trouble
         content = {
-            'status': 'failing' if failing else 'ok',
+            'status': 'failing' if trouble else 'ok',
             'running': self.batcher.num_running,
             'waiting': self.batcher.num_waiting,
         }
-        return json_response(content, 503 if failing else 200)
+        return json_response(content | {'error': trouble} if trouble else content, 503 if trouble else 200)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {'id': name, 'object': 'model', 'created': self._started, 'owned_by': 'xtuner'}

@@ -3,110 +3,38 @@
 In each round those that are finished or whose reader has gone free their rows, one pass reads prompts that wait (some
 short ones together, or a piece of a long one, so that the answers under way never stop for long), and one step for
 each adapter in use draws the next token of all its answers.
+
+A pass that raises ends the answers that took part in it. After each failure a token is decoded as a probe: where that
+fails too, or where rows could not be moved, all answers in the table end. Where the decoder still fails with an empty
+table (a sticky device error), so do all that wait, and the service is unhealthy until a probe succeeds again.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from random import Random
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from xtuner.model.generate import Sampling
-from xtuner.model.text import AnswerText
+from xtuner.serve.answer import Answer, Events
+from xtuner.serve.decoder import Decoder
 from xtuner.serve.draw import draw_tokens
+from xtuner.serve.failures import BROKEN, NotFinite, failure_message
 from xtuner.serve.table import Table
 
 logger = logging.getLogger('xtuner')
 
 READ_AT_ONCE = 512  # tokens of prompts in a pass
+STUCK_S = 120.0  # seconds after which a round counts as stuck
+PROBE_S = 10.0  # seconds between two probes of a decoder that failed, while nobody asks
 
 
 class QueueFull(Exception):
     """As many answers wait as may."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a round added to an answer.
-
-    Attributes:
-        text: New text, perhaps ''.
-        num_tokens: Tokens drawn so far, the stop token included.
-        finish: 'stop' or 'length' at the end, 'error' where the model failed; None before.
-    """
-
-    text: str
-    num_tokens: int
-    finish: str | None = None
-
-
-@dataclass(eq=False)
-class Answer:
-    """An answer asked for.
-
-    Attributes:
-        adapter: Which adapter draws it; None for the base.
-        prompt_ids: Token ids that end where the answer begins.
-        sampling: How it is drawn and how long it may be.
-        stop_ids: Ids that end it.
-        text: Its text.
-        seed: Of the numbers it is drawn with, where `sampling` has none.
-    """
-
-    adapter: str | None
-    prompt_ids: Sequence[int]
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    text: AnswerText
-    seed: int = 0
-    cancelled: bool = field(default=False, init=False)
-    num_read: int = field(default=0, init=False)  # tokens in the store
-    num_tokens: int = field(default=0, init=False)
-    last_id: int = field(default=0, init=False)
-    random: Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.random = Random(self.seed if self.sampling.seed is None else self.sampling.seed)
-
-    def take(self, id_: int) -> Piece:
-        """Adds a token."""
-        self.num_tokens += 1
-        self.last_id = id_
-        if id_ in self.stop_ids:
-            return Piece(self.text.end(), self.num_tokens, 'stop')
-        text = self.text.push(id_)
-        if self.text.stopped:
-            return Piece(text, self.num_tokens, 'stop')
-        if self.num_tokens < self.sampling.max_new_tokens:
-            return Piece(text, self.num_tokens)
-        text += self.text.end()
-        return Piece(text, self.num_tokens, 'stop' if self.text.stopped else 'length')
-
-
-Events = list[tuple[Answer, Piece]]
-
-
-class Decoder(Protocol):
-    """What the thread needs of `xtuner.model.batching.BatchDecoder`."""
-
-    num_rows: int
-
-    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> Tensor:
-        """Reads prompts."""
-
-    def step(
-        self, ids: Sequence[int], lengths: Sequence[int], *, row: int, alone: bool = False, key: Hashable = None
-    ) -> Tensor:
-        """Reads one more token of each."""
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies a row."""
 
 
 class Batcher:
@@ -118,6 +46,10 @@ class Batcher:
         use: Called before a pass with the adapter that it is for.
         deliver: Called from the thread, once a round, with what it drew.
         most_waiting: Answers that may wait for a row.
+
+    Attributes:
+        num_failures: Passes that raised and answers without finite logits, since the start.
+        broken: Whether the decoder failed on the last probe.
     """
 
     def __init__(
@@ -130,14 +62,16 @@ class Batcher:
         most_waiting: int,
     ) -> None:
         self.most_waiting = most_waiting
-        self.failures = 0  # rounds in a row that raised
+        self.num_failures = 0
+        self.broken = False
         self._decoder, self._use, self._deliver = decoder, use, deliver
         self._adapters = tuple(adapters)
         self._table: Table[Answer] = Table(adapters, self._move)
         self._waiting: deque[Answer] = deque()
         self._reading: Answer | None = None  # whose long prompt is being read piece by piece
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards `_waiting` and `_stopping`; never held during a pass or a copy
         self._stopping = False
+        self._round_began: float | None = None
         self._thread = threading.Thread(target=self._run, name='decoding', daemon=True)
 
     @property
@@ -149,6 +83,22 @@ class Batcher:
     def num_waiting(self) -> int:
         """Answers that wait for one."""
         return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def trouble(self) -> str:
+        """Why no answer is drawn now; '' where all is well."""
+        began = self._round_began
+        if not self.is_alive:
+            return 'the decoding thread has ended'
+        if self.broken:
+            return 'the model fails'
+        seconds = 0.0 if began is None else time.monotonic() - began
+        return f'decoding is stuck for {seconds:.0f} s' if seconds > STUCK_S else ''
 
     def start(self) -> None:
         """Starts the thread."""
@@ -174,9 +124,10 @@ class Batcher:
 
     def check_room(self, num_answers: int) -> None:
         """Raises QueueFull where so many answers would not fit now: asked before any work is put into them."""
-        free = self._decoder.num_rows - len(self._table)
-        if len(self._waiting) + num_answers > self.most_waiting + max(free, 0):
-            raise QueueFull(f'{len(self._waiting)} answers wait already and at most {self.most_waiting} may; '
+        free = max(self._decoder.num_rows - len(self._table), 0)
+        waiting = len(self._waiting)
+        if waiting + num_answers > self.most_waiting + free:
+            raise QueueFull(f'{max(waiting - free, 0)} answers wait already and at most {self.most_waiting} may; '
                             'try again later')  # fmt: skip
 
     def cancel(self, answer: Answer) -> None:
@@ -188,37 +139,58 @@ class Batcher:
             self._changed.notify()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._waiting or len(self._table))
-                if self._stopping:
-                    return
-                joining = self._leave_and_join()
+        while self._wait():
             events: Events = []
+            self._round_began = time.monotonic()
             try:
-                self._read(joining, events)
-                self._step(events)
-                self.failures = 0
-            except Exception as error:  # of any library below: the answers under way are lost, the service is not
-                self._fail(error, events)
+                self._round(events)
+            except BaseException as error:  # a panic of a library in Rust is no Exception
+                self._fail_all(error, events)
+            self._round_began = None
             self._deliver(events)
 
-    def _leave_and_join(self) -> list[Answer]:
-        """Frees rows that nobody wants any more and gives them to answers that wait; returns these."""
-        for _, answer in self._table.items():
-            if answer.cancelled:
-                self._leave(answer)
+    def _wait(self) -> bool:
+        """Waits for work, or until a broken decoder is to be probed; returns False at the end."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or self._waiting or len(self._table), PROBE_S if self.broken else None
+            )
+            return not self._stopping
+
+    def _round(self, events: Events) -> None:
+        if self.broken:
+            self._probe()
+        self._free_rows()
+        self._read(self._join(), events)
+        self._step(events)
+        self._free_rows()
+
+    def _free_rows(self) -> None:
+        """Frees the rows of answers that are finished or that nobody wants any more."""
+        for adapter, answer in self._table.items():
+            if answer.cancelled or answer.finished:
+                if self._reading is answer:
+                    self._reading = None
+                self._table.remove(adapter, answer)
+
+    def _join(self) -> list[Answer]:
+        """Gives free rows to answers that wait; returns these."""
         joining: list[Answer] = []
-        while self._waiting and len(self._table) < self._decoder.num_rows and self._reading is None:
-            answer = self._waiting[0]
+        while len(self._table) < self._decoder.num_rows and self._reading is None:
+            with self._changed:
+                answer = self._waiting[0] if self._waiting else None
+            if answer is None:
+                break
             longest = max(len(a.prompt_ids) for a in [*joining, answer])
             if joining and (answer.adapter != joining[0].adapter or longest * (len(joining) + 1) > READ_AT_ONCE):
                 break
-            joining.append(self._waiting.popleft())
             self._table.add(answer.adapter, answer)
+            joining.append(answer)
+            with self._changed:
+                if answer in self._waiting:  # else it was cancelled meanwhile
+                    self._waiting.remove(answer)
             if longest > READ_AT_ONCE:
                 self._reading = answer
-                break
         return joining
 
     def _read(self, joining: Sequence[Answer], events: Events) -> None:
@@ -228,57 +200,94 @@ class Batcher:
             return
         start = answers[0].num_read
         ids = [answer.prompt_ids[start : start + READ_AT_ONCE] for answer in answers]
-        self._use(answers[0].adapter)
-        logits = self._decoder.prefill(ids, row=self._table.row(answers[0].adapter, answers[0]), start=start)
-        done = []
-        for row, answer in enumerate(answers):
-            answer.num_read += len(ids[row])
-            if answer.num_read == len(answer.prompt_ids):
-                done.append(row)
-        if len(done) < len(answers):  # more of a long prompt is to come
-            return
-        self._reading = None
-        self._draw(answers, logits, events)
+        try:
+            self._use(answers[0].adapter)
+            logits = self._decoder.prefill(ids, row=self._table.row(answers[0].adapter, answers[0]), start=start)
+            for row, answer in enumerate(answers):
+                answer.num_read += len(ids[row])
+            if self._reading and self._reading.num_read < len(self._reading.prompt_ids):
+                return
+            self._reading = None
+            self._draw(answers, logits, events)
+        except BaseException as error:
+            self._fail(answers, error, events)
 
     def _step(self, events: Events) -> None:
         """The next token of every answer whose prompt is read."""
-        for adapter in self._adapters:  # each looked up when it is its turn: rows move when an answer ends
+        alone = sum(bool(self._table.group(adapter)[1]) for adapter in self._adapters) == 1
+        for adapter in self._adapters:
             row, answers = self._table.group(adapter)
-            drawing = [number for number, answer in enumerate(answers) if answer.num_tokens]
+            drawing = [number for number, answer in enumerate(answers) if answer.is_drawn]
             if not drawing:
                 continue
-            self._use(adapter)
             # One whose prompt is still being read stands in between: what is written for it here, the next piece of
             # its prompt writes over.
-            alone = len(answers) == len(self._table)
             ids, lengths = [a.last_id for a in answers], [a.num_read for a in answers]
-            logits = self._decoder.step(ids, lengths, row=row, alone=alone, key=adapter)
-            for number in drawing:
-                answers[number].num_read += 1
-            self._draw([answers[number] for number in drawing], logits[drawing], events)
+            try:
+                self._use(adapter)
+                logits = self._decoder.step(ids, lengths, row=row, alone=alone, key=adapter)
+                for number in drawing:
+                    answers[number].num_read += 1
+                self._draw([answers[number] for number in drawing], logits[drawing], events)
+            except BaseException as error:
+                self._fail([answers[number] for number in drawing], error, events)
 
     def _draw(self, answers: Sequence[Answer], logits: Tensor, events: Events) -> None:
         tokens = draw_tokens(logits, [a.sampling for a in answers], [a.random for a in answers])
         for answer, token in zip(answers, tokens, strict=True):
-            piece = answer.take(token)
-            if piece.finish:
-                self._leave(answer)
+            try:
+                if token is None:
+                    raise NotFinite
+                piece = answer.take(token)
+            except BaseException as error:
+                self._fail([answer], error, events)
+                continue
             if piece.text or piece.finish:
                 events.append((answer, piece))
-
-    def _leave(self, answer: Answer) -> None:
-        self._table.remove(answer.adapter, answer)
-        if self._reading is answer:
-            self._reading = None
 
     def _move(self, source: int, target: int, answer: Answer) -> None:
         self._decoder.move(source, target, answer.num_read)
 
-    def _fail(self, error: Exception, events: Events) -> None:
-        """Ends every answer that holds a row; says so without a word of what was asked."""
-        self.failures += 1
-        logger.error('decoding failed (%s); %d answers are lost', type(error).__name__, len(self._table))
+    # Failures. What is logged holds no word of what was asked.
+
+    def _fail(self, answers: Sequence[Answer], error: BaseException, events: Events) -> None:
+        """Ends some answers of the table; raises where the decoder fails on a probe too."""
+        self._end([answer for answer in answers if not answer.finished], error, events)
+        self._probe(self._table.row(answers[0].adapter, answers[0]))
+
+    def _fail_all(self, error: BaseException, events: Events) -> None:
+        """Ends all answers of the table and, where the decoder fails on a probe, those that wait."""
+        held = [answer for _, answer in self._table.items()]
+        self._table.clear()  # without moves: they may be what fails
+        self._reading = None
+        was_broken = self.broken
+        try:
+            self._probe()
+        except BaseException as second:
+            self.broken = True
+            with self._changed:
+                held += self._waiting
+                self._waiting.clear()
+            if not was_broken:
+                logger.error('the decoder fails on every token (%s): unhealthy until it works again or the service is '
+                             'restarted', type(second).__name__)  # fmt: skip
+        if held or not was_broken:
+            self._end([answer for answer in held if not answer.finished], error, events)
+
+    def _end(self, answers: Sequence[Answer], error: BaseException, events: Events) -> None:
+        self.num_failures += 1
+        logger.error('decoding failed (%s); answers lost: %d', type(error).__name__, len(answers))
         logger.debug('what failed', exc_info=error)
-        for _, answer in self._table.items():
-            self._leave(answer)
-            events.append((answer, Piece('', answer.num_tokens, 'error')))
+        message = BROKEN if self.broken else failure_message(error)
+        events += [(answer, answer.fail(message)) for answer in answers]
+
+    def _probe(self, row: int = 0) -> None:
+        """Decodes two tokens in a row that nobody needs; raises whatever the decoder raises."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what an allocation that failed left behind in pieces
+        self._use(self._adapters[0])
+        self._decoder.prefill([[0]], row=row)
+        logits = self._decoder.step([0], [1], row=row)
+        if not bool(logits.max().isfinite()):  # waits for the device, whose errors come late
+            raise NotFinite
+        self.broken = False

@@ -19,8 +19,8 @@ _FEW = 256  # words looked at first
 
 
 @torch.inference_mode()
-def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int]:
-    """The next token of each answer.
+def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int | None]:
+    """The next token of each answer; None where its logits hold NaN or infinity.
 
     At temperature 0 the likeliest. Otherwise words are ordered by probability and cut where the share `top_p` is
     reached, the word that reaches it included; a number drawn evenly from [0, their sum) falls on one of them.
@@ -30,7 +30,7 @@ def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Seque
         samplings: One an answer.
         randoms: Likewise; one number is taken from each whose temperature is not 0.
     """
-    tokens = logits_BV.argmax(-1)
+    largest, tokens = logits_BV.max(-1)
     rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if rows:
         device = logits_BV.device
@@ -47,7 +47,8 @@ def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Seque
         place = torch.searchsorted(mass, number * total, right=True)
         place = place.clamp(max=kept.sum(-1, keepdim=True) - 1)  # rounding must not leave the words that are kept
         tokens[rows] = order.gather(-1, place)[:, 0]
-    return tokens.tolist()
+    found = torch.where(largest.isfinite(), tokens, -1).tolist()  # NaN is the largest of all
+    return [None if token < 0 else token for token in found]
 
 
 def _likeliest(shares_BV: Tensor, top_p_B1: Tensor) -> tuple[Tensor, Tensor]:

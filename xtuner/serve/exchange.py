@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
-from xtuner.serve.batcher import Answer, Batcher, Events, Piece, QueueFull
+from xtuner.serve.answer import Answer, Events, Piece
+from xtuner.serve.batcher import Batcher, QueueFull
 from xtuner.serve.problems import Problem
 from xtuner.serve.responses import DONE, Head, Pieces, event, json_response
 
@@ -34,7 +36,9 @@ class Post:
         self._loop = asyncio.get_running_loop()
 
     def check_room(self, num_answers: int) -> None:
-        """Raises Problem where so many answers would not fit into the queue."""
+        """Raises Problem where so many answers would not fit into the queue, or none will ever be drawn."""
+        if not self.batcher.is_alive:
+            raise Problem(503, 'the decoding thread has ended; the service must be restarted', code='model_error')
         try:
             self.batcher.check_room(num_answers)
         except QueueFull as error:
@@ -53,7 +57,8 @@ class Post:
     def deliver_from_thread(self, events: Events) -> None:
         """Called by the batcher."""
         if events and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, events)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Events) -> None:
         for answer, piece in events:
@@ -88,7 +93,7 @@ class Exchange:
                 piece = queue.get_nowait()
                 text += piece.text
             if piece.finish == 'error':
-                raise Problem(500, 'the model failed on this answer; try again', code='model_error')
+                raise Problem(503 if self._post.batcher.broken else 500, piece.error, code='model_error')
             choice.text += text
             choice.num_tokens, choice.finish = piece.num_tokens, piece.finish
             yield text, piece.finish

@@ -11,8 +11,10 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xtuner.serve.problems import Problem
+from xtuner.serve.responses import to_json
 
 _LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
 _DRAIN_BYTES, _DRAIN_S = 2**25, 5.0
@@ -44,6 +46,29 @@ class Guard:
         if not hmac.compare_digest(shown, self._key) or scheme.lower() != 'bearer':
             raise Problem(401, 'the API key is missing or wrong; send it as `Authorization: Bearer KEY`',
                           code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'}, unread=True)  # fmt: skip
+
+
+class CheckFraming:
+    """ASGI middleware: refuses requests whose end a proxy may see elsewhere than we do, and closes the connection.
+
+    RFC 9112, section 6.1: both Content-Length and Transfer-Encoding, or Transfer-Encoding in HTTP/1.0. What a client
+    hides behind such an end would be another client's request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        names = {name for name, _ in scope.get('headers', ())}
+        chunked = b'transfer-encoding' in names
+        if chunked and (b'content-length' in names or scope['http_version'] == '1.0'):
+            problem = Problem(400, 'the request has both Content-Length and Transfer-Encoding; send one of them'
+                              if b'content-length' in names else 'HTTP/1.0 knows no Transfer-Encoding')  # fmt: skip
+            refusal = Refusal(to_json(problem.body()), 400, {'Connection': 'close'}, media_type='application/json')
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 async def read_body(http: HTTPRequest, *, most: int, seconds: float) -> bytes:

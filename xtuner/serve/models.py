@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.config.schema import QuantizationConfig
-from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.template import Template, get_template
-from xtuner.dataset.tokenize import encode_conversation, encode_prompt
+from xtuner.chat.base import AS_TRAINED, BaseChoice, load_base
+from xtuner.dataset.conversation import to_conversation, to_prompt
+from xtuner.dataset.template import Piece, Template, get_template
+from xtuner.dataset.tokenize import encode_conversation, encode_pieces
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
 from xtuner.model.adapter import Provenance, check_adapter, load_adapter, read_provenance
-from xtuner.model.loading import load_config, load_model, load_tokenizer, resolve_model
-from xtuner.model.precision import compute_dtype, default_device
+from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.weights import fingerprint, open_weights
 from xtuner.serve.address import base_name_of, name_adapters
-
-logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class ServedModel:
 
     Attributes:
         name: What clients call it.
-        adapter: What peft calls its adapter; None for the base.
+        adapter: What peft calls its adapter, see `_peft_name`; None for the base.
         tokenizer: Its tokenizer.
         template: Its prompt format; None where none is known.
         why_no_template: Why, for the client that asks it to chat.
@@ -45,12 +41,16 @@ class ServedModel:
         """Ids that end an answer."""
         return frozenset(self._template_or_plain().stop_ids(self.tokenizer))
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids up to where the answer begins, those of training; raises DataError on messages that have no form."""
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
+        """Renders messages up to where the answer begins, as in training; DataError where they have no form."""
         if self.template is None:
             raise DataError(f'{self.name!r} has no prompt format for conversations, /v1/completions works: '
                             f'{self.why_no_template}')  # fmt: skip
-        return encode_prompt(messages, self.tokenizer, self.template)
+        return self.template.render(to_prompt(messages), prompt=True)
+
+    def encode_chat(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of what `render_chat` returned."""
+        return encode_pieces(pieces, self.tokenizer, self._template_or_plain())
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text to be continued, those of a document in training without its end."""
@@ -94,7 +94,7 @@ def load_served(
     *,
     adapters: Sequence[str] = (),
     template: str | None = None,
-    bits: int | None = None,
+    choice: BaseChoice = AS_TRAINED,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Loads a base and its adapters.
@@ -103,7 +103,7 @@ def load_served(
         llm: A model's folder or hub id; the last part of it is its name.
         adapters: Each `[NAME=]FOLDER`.
         template: Name of the prompt template of all; None takes the one each was tuned with, or the tokenizer's own.
-        bits: 4 or 8 quantises the base; None leaves it as the adapters were trained, or in half precision.
+        choice: How the base is held.
         trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
@@ -118,37 +118,30 @@ def load_served(
     origins = {name: check_adapter(path, known) for name, path in folders.items()}
     base_origin = read_provenance(folder)
     served = [_served(base_name, None, folder, template, base_origin, trust_remote_code)]
-    for name, path in folders.items():
+    for number, (name, path) in enumerate(folders.items()):
         source = path if (path / 'tokenizer_config.json').is_file() else folder
-        served.append(_served(name, name, source, template, origins[name] or base_origin, trust_remote_code))
-    quantization = QuantizationConfig(bits=bits) if bits else _as_trained(origins)
-    model = _load_model(folder, folders, quantization, trust_remote_code)
+        origin = origins[name] or base_origin
+        served.append(_served(name, _peft_name(number), source, template, origin, trust_remote_code))
+    trained = _as_trained(origins) if choice.bits is None else None
+    model = load_base(folder, choice, trained, trust_remote_code=trust_remote_code)
+    model = _add_adapters(model, list(folders.values()))
     config = load_config(folder, trust_remote_code=trust_remote_code)
     return Loaded(model, tuple(served), getattr(config, 'max_position_embeddings', 2048))
 
 
-def _load_model(base: Path, adapters: dict[str, Path], quantization: QuantizationConfig | None, trusted: bool) -> Any:
-    device = default_device()
-    model: Any = load_model(
-        base,
-        dtype=compute_dtype('auto', device),
-        quantization=quantization,
-        device=device,
-        trust_remote_code=trusted,
-    )
-    for name, path in adapters.items():
-        model = load_adapter(model, path, name=_peft_name(name))
-        if model.peft_config[_peft_name(name)].is_prompt_learning:
+def _add_adapters(model: Any, folders: Sequence[Path]) -> Any:
+    for number, path in enumerate(folders):
+        model = load_adapter(model, path, name=_peft_name(number))
+        if model.peft_config[_peft_name(number)].is_prompt_learning:
             raise ModelError(f'{path}: an adapter that adds tokens to the prompt cannot be served')
     return model.eval()
 
 
 def _served(
-    name: str, adapter: str | None, source: Path, template: str | None, origin: Provenance | None, trusted: bool
+    name: str, peft_name: str | None, source: Path, template: str | None, origin: Provenance | None, trusted: bool
 ) -> ServedModel:
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
     wanted = template or (origin.template if origin else 'from_tokenizer')
-    peft_name = None if adapter is None else _peft_name(adapter)
     try:
         return ServedModel(name, peft_name, tokenizer, get_template(wanted, tokenizer))
     except ConfigError as error:
@@ -157,23 +150,21 @@ def _served(
         return ServedModel(name, peft_name, tokenizer, None, str(error))
 
 
-def _peft_name(name: str) -> str:
-    """A module's name, which must hold no dot."""
-    return name.replace('.', '_')
+def _peft_name(number: int) -> str:
+    """What peft calls an adapter: never the served name.
+
+    peft makes it a key of `nn.ModuleDict`, which allows no dot and none of its own attributes (`train`, `half`), and
+    finds weights by it with a text search, in which no name may be a part of another or of a kind of adapter.
+    """
+    return f'served_{number:04}'
 
 
-def _as_trained(origins: dict[str, Provenance | None]) -> QuantizationConfig | None:
-    """The base as the adapters saw it."""
+def _as_trained(origins: dict[str, Provenance | None]) -> Mapping[str, Any] | None:
+    """The quantisation of the base that the adapters saw."""
     kinds = {name: origin.quantization for name, origin in origins.items() if origin}
-    if not kinds:
-        return None
-    first = next(iter(kinds.values()))
+    first = next(iter(kinds.values()), None)
     other = next((name for name, kind in kinds.items() if kind != first), None)
     if other is not None:
         raise UsageError(f'adapters {next(iter(kinds))!r} and {other!r} were trained on the base in different bits; '
                          'choose with --bits, or serve them apart')  # fmt: skip
-    if first is None:
-        return None
-    quantization = QuantizationConfig(**first)
-    logger.info('base in %d bit, as the adapters were trained; --bits changes that', quantization.bits)
-    return quantization
+    return first

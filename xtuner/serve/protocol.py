@@ -134,7 +134,7 @@ def _check_names(content: Mapping[str, Any], used: frozenset[str]) -> None:
         if name in used or name in _IGNORED or value is None:
             continue
         if name not in _NEUTRAL:
-            raise wrong(name, f'Unknown parameter: {name[:64]!r}.', 'unknown_parameter')
+            raise wrong(name[:64], f'Unknown parameter: {name[:64]!r}.', 'unknown_parameter')
         if not any(value == neutral for neutral in _NEUTRAL[name]):
             raise wrong(name, f'`{name}` is not offered here', 'unsupported_parameter')
 

@@ -119,8 +119,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
 
 def to_json(content: Any) -> bytes:
-    """Compact JSON in UTF-8."""
-    return _encode(content).encode('utf-8')
+    """Compact JSON in UTF-8; half a surrogate pair, as a client's JSON may hold, becomes a question mark."""
+    return _encode(content).encode('utf-8', 'replace')
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from xtuner.chat.base import AS_TRAINED, BaseChoice
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
 from xtuner.model.kept import keep_weights
@@ -27,7 +28,7 @@ class Source:
         llm: A model's folder or hub id.
         adapters: Each `[NAME=]FOLDER`.
         template: Name of the prompt template; None takes the one each model was tuned with.
-        bits: 4 or 8 quantises the base; None leaves it as the adapters were trained.
+        base: How the base is held.
         packed: Leave weights as they were loaded even where there is room for a form that is multiplied sooner.
         trust_remote_code: Whether code in the model's folder may run.
     """
@@ -35,13 +36,19 @@ class Source:
     llm: str
     adapters: Sequence[str] = ()
     template: str | None = None
-    bits: int | None = None
+    base: BaseChoice = AS_TRAINED
     packed: bool = False
     trust_remote_code: bool = False
 
 
 def run_service(
-    source: Source, address: Address, taken: socket.socket, limits: Limits, *, sampling: Sampling, grace_s: float
+    source: Source,
+    address: Address,
+    taken: Sequence[socket.socket],
+    limits: Limits,
+    *,
+    sampling: Sampling,
+    grace_s: float,
 ) -> None:
     """Loads the model, serves until a signal comes.
 
@@ -59,7 +66,7 @@ def run_service(
         CheckpointError: an adapter is of another base, or none.
     """
     loaded = load_served(
-        source.llm, adapters=source.adapters, template=source.template, bits=source.bits,
+        source.llm, adapters=source.adapters, template=source.template, choice=source.base,
         trust_remote_code=source.trust_remote_code,
     )  # fmt: skip
     limits = replace(limits, max_length=min(limits.max_length, loaded.max_length))

@@ -69,6 +69,11 @@ class Table(Generic[T]):
                 held.insert(0, held.pop())
                 hole += len(held)
 
+    def clear(self) -> None:
+        """Frees all rows; nothing moves."""
+        for held in self._groups.values():
+            held.clear()
+
     def _first(self, group: Hashable) -> int:
         names = list(self._groups)
         return sum(len(self._groups[name]) for name in names[: names.index(group)])

@@ -18,6 +18,7 @@ from xtuner.engine.lines import append_line, keep_lines
 from xtuner.errors import Interrupted
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
+from xtuner.model.text import whole_characters
 
 logger = logging.getLogger('xtuner')
 
@@ -101,9 +102,8 @@ class EvaluateChatHook(Hook):
             answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
         if not self._prints:
             return
-        answer = self._tokenizer.decode(
-            [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
-        )
+        written = [i for i in answer_ids if i not in stop_ids]
+        answer = whole_characters(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
         logger.info('sample at step %d\n  > %s\n  %s', step, printable(prompt), printable(answer.strip()))
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
         append_line(work_dir / SAMPLES_FILE, record)

@@ -1,0 +1,340 @@
+"""Whatever raises in the decoding thread ends answers with a reason, never the thread; /health says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.serve.conftest import Running, serving
+from xtuner.errors import XTunerError
+from xtuner.model.generate import Sampling
+from xtuner.model.text import AnswerText
+from xtuner.serve import batcher as batcher_module
+from xtuner.serve import encoding as encoding_module
+from xtuner.serve.answer import Answer, Events, Piece
+from xtuner.serve.batcher import Batcher
+
+WORDS = 8
+
+
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+class Stub:
+    """A decoder whose answers say token 3 for ever, until a test lets something fail."""
+
+    num_rows = 3
+
+    def __init__(self) -> None:
+        self.fail: dict[str, Callable[..., None]] = {}
+        self.not_finite: set[int] = set()  # prompts that begin with these give NaN
+        self.rows: dict[int, int] = {}  # first prompt id, by row
+
+    def _check(self, name: str, *args: Any) -> None:
+        self.fail.get(name, lambda *_: None)(*args)
+
+    def _logits(self, rows: Sequence[int]) -> torch.Tensor:
+        logits = torch.zeros(len(rows), WORDS)
+        logits[:, 3] = 1.0
+        for number, row in enumerate(rows):
+            if self.rows.get(row) in self.not_finite:
+                logits[number] = float('nan')
+        return logits
+
+    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> torch.Tensor:
+        self._check('prefill', ids)
+        self.rows |= {row + n: one[0] for n, one in enumerate(ids)}
+        return self._logits(range(row, row + len(ids)))
+
+    def step(self, ids: Sequence[int], lengths: Sequence[int], *, row: int, **_: Any) -> torch.Tensor:
+        time.sleep(0.001)
+        self._check('step', row)
+        return self._logits(range(row, row + len(ids)))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self._check('move')
+        self.rows[target] = self.rows[source]
+
+
+class Numbers:
+    """A tokenizer that a test lets fail."""
+
+    fail: Callable[[], None] | None = None
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        if self.fail and ids:
+            self.fail()
+        return ' '.join(map(str, ids))
+
+
+class Client:
+    """Answers asked of a batcher, and all pieces that came."""
+
+    def __init__(self, decoder: Stub, **options: Any) -> None:
+        self.pieces: dict[Answer, list[Piece]] = {}
+        self.batcher = Batcher(decoder, adapters=[None, 'a'], deliver=self._take,
+                               **{'use': lambda _: None, 'most_waiting': 8} | options)  # fmt: skip
+        self._came = threading.Condition()
+
+    def _take(self, events: Events) -> None:
+        with self._came:
+            for answer, piece in events:
+                self.pieces.setdefault(answer, []).append(piece)
+            self._came.notify_all()
+
+    def ask(self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any) -> Answer:
+        answer = Answer(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
+                        AnswerText(options.pop('tokenizer', Numbers())))  # fmt: skip
+        self.batcher.submit([answer])
+        return answer
+
+    def begun(self, *answers: Answer) -> None:
+        with self._came:
+            assert self._came.wait_for(lambda: all(a in self.pieces for a in answers), 5), 'an answer does not begin'
+
+    def end(self, answer: Answer) -> Piece:
+        with self._came:
+            ended = self._came.wait_for(lambda: any(p.finish for p in self.pieces.get(answer, [])), 5)
+            assert ended, 'an answer never ends'
+            (piece,) = [p for p in self.pieces[answer] if p.finish]
+        return piece
+
+
+@contextmanager
+def asking(decoder: Stub, **options: Any) -> Iterator[Client]:
+    client = Client(decoder, **options)
+    client.batcher.start()
+    try:
+        yield client
+        assert client.batcher.is_alive, 'the thread is dead'
+    finally:
+        client.batcher.stop()
+
+
+def once(error: BaseException) -> Callable[..., None]:
+    """Raises the first time."""
+    errors = [error]
+
+    def fail(*_: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    return fail
+
+
+def always(error: BaseException) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize('error', [RuntimeError('SECRET'), Panic('SECRET'), MemoryError()])
+@pytest.mark.parametrize('where', ['prefill', 'step', 'move'])
+def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error: BaseException) -> None:
+    decoder = Stub()
+    with asking(decoder) as client:
+        first = client.ask(1)
+        client.begun(first)
+        behind = client.ask(4, adapter='a')
+        client.begun(behind)
+        decoder.fail[where] = once(error)
+        if where == 'prefill':
+            lost, kept = [client.ask(5)], [first, behind]
+        elif where == 'step':
+            lost, kept = [first], [behind]
+        else:
+            client.batcher.cancel(first)  # `behind` would move into its row
+            lost, kept = [behind], []
+        for answer in lost:
+            piece = client.end(answer)
+            assert piece.finish == 'error' and 'SECRET' not in piece.error
+            assert ('out of memory' in piece.error) == isinstance(error, MemoryError)
+        assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
+        assert not client.batcher.trouble
+        for answer in kept:
+            assert not answer.finished, 'it took no part in the pass that failed'
+            client.batcher.cancel(answer)
+
+
+def test_a_row_without_finite_logits_ends_alone() -> None:
+    decoder = Stub()
+    decoder.not_finite = {5}
+    with asking(decoder) as client:
+        good, bad = client.ask(1, num_tokens=20), client.ask(5, num_tokens=20)
+        assert 'NaN' in client.end(bad).error
+        assert client.end(good).finish == 'length'
+        assert not client.batcher.trouble
+
+
+def test_text_that_cannot_be_decoded_ends_its_answer_alone() -> None:
+    with asking(Stub()) as client:
+        tokenizer = Numbers()
+        tokenizer.fail = always(Panic())
+        good, bad = client.ask(1, num_tokens=20), client.ask(5, tokenizer=tokenizer)
+        assert client.end(bad).finish == 'error'
+        assert client.end(good).finish == 'length'
+
+
+def test_a_decoder_that_cannot_go_on_ends_all_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sticky device error: every call raises. Those who wait hear of it too, as does whoever comes later."""
+    monkeypatch.setattr(batcher_module, 'PROBE_S', 0.05)
+    decoder = Stub()
+    with asking(decoder) as client:
+        running = [client.ask(n) for n in (1, 4, 5)]
+        client.begun(*running)
+        waiting = [client.ask(6), client.ask(7, adapter='a')]
+        decoder.fail = {name: always(RuntimeError('illegal address')) for name in ('prefill', 'step', 'move')}
+        for answer in [*running, *waiting]:
+            assert client.end(answer).finish == 'error'
+        assert client.batcher.trouble == 'the model fails'
+        assert 'restarted' in client.end(client.ask(8)).error
+        assert client.batcher.num_running == client.batcher.num_waiting == 0
+        decoder.fail.clear()
+        until = time.monotonic() + 5
+        while client.batcher.trouble and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not client.batcher.trouble, 'without any request'
+        assert client.end(client.ask(8, num_tokens=3)).finish == 'length'
+
+
+def test_an_adapter_that_cannot_be_used_ends_its_answers_alone() -> None:
+    def use(adapter: str | None) -> None:
+        if adapter:
+            raise RuntimeError('no such adapter')
+
+    with asking(Stub(), use=use) as client:
+        good, bad = client.ask(1, num_tokens=20), client.ask(5, adapter='a')
+        assert client.end(bad).finish == 'error'
+        assert client.end(good).finish == 'length'
+
+
+def test_a_slow_copy_of_rows_does_not_hold_the_lock() -> None:
+    """`cancel` and `submit` are called in the event loop: they must not wait for a copy on the device."""
+    decoder, going_on = Stub(), threading.Event()
+    began = threading.Event()
+
+    def wait(*_: Any) -> None:
+        began.set()
+        assert going_on.wait(5)
+
+    with asking(decoder) as client:
+        first, second = client.ask(1), client.ask(4)
+        client.begun(first, second)
+        decoder.fail['move'] = wait
+        client.batcher.cancel(first)
+        assert began.wait(5)
+        before = time.monotonic()
+        client.batcher.cancel(second)
+        client.batcher.cancel(client.ask(5))
+        assert time.monotonic() - before < 1
+        going_on.set()
+
+
+def test_a_round_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher_module, 'STUCK_S', 0.1)
+    decoder, going_on = Stub(), threading.Event()
+    decoder.fail['step'] = lambda *_: going_on.wait(10) and None
+    with asking(decoder) as client:
+        answer = client.ask(1, num_tokens=3)
+        time.sleep(0.3)
+        assert 'stuck' in client.batcher.trouble
+        going_on.set()
+        assert client.end(answer).finish == 'length'
+        assert not client.batcher.trouble
+
+
+# Over HTTP
+
+
+def health(running: Running) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(f'{running.url}/health', timeout=5) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def chat(running: Running, text: str = 'Hi', **options: Any) -> Any:
+    messages: Any = [{'role': 'user', 'content': text}]
+    return running.client(timeout=20).chat.completions.create(model=running.base, messages=messages,
+                                                              **{'max_tokens': 4} | options)  # fmt: skip
+
+
+def test_a_dead_thread_is_told_and_nobody_waits_for_it(loaded: Any) -> None:
+    with serving(loaded) as running:
+        running.service.batcher.stop()
+        status, body = health(running)
+        assert (status, body['status']) == (503, 'failing') and 'ended' in body['error']
+        with pytest.raises(openai.InternalServerError, match='restarted'):
+            chat(running)
+
+
+def test_each_client_reads_why_its_answer_ended(loaded: Any, endless: Any) -> None:
+    with serving(loaded, decoder=endless, max_length=2048) as running:
+        stream = chat(running, stream=True, max_tokens=2000)
+        assert next(stream) and next(stream)
+        step = endless.step
+        endless.step = lambda *args, **kwargs: torch.full_like(step(*args, **kwargs), float('nan'))
+        with pytest.raises(openai.APIError, match='NaN'):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match='restarted'):
+            chat(running, max_tokens=30)
+        assert health(running)[0] == 503
+        endless.step = step
+        assert chat(running).choices[0].message.content is not None
+        assert health(running)[0] == 200
+
+
+def test_a_rendering_over_its_bounds_fails_its_request_alone(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it takes its time, a stream goes on and /health answers; one that is stuck is told there."""
+    from xtuner.serve.models import ServedModel
+
+    class OverBounds(XTunerError):
+        pass
+
+    render, going_on = ServedModel.render_chat, threading.Event()
+
+    def slow(self: ServedModel, messages: Sequence[dict[str, Any]]) -> list[Any]:
+        if messages[-1]['content'] == 'loop':
+            assert going_on.wait(10)
+            raise OverBounds('the chat template took more than 2 s')
+        return render(self, messages)
+
+    monkeypatch.setattr(ServedModel, 'render_chat', slow)
+    monkeypatch.setattr(encoding_module, 'STUCK_S', 0.2)
+    with serving(loaded) as running:
+        stream = chat(running, stream=True, max_tokens=300)
+        assert next(stream)
+        failed: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                chat(running, 'loop')
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert len(list(stream)) > 1, 'it goes on meanwhile'
+        until = time.monotonic() + 5
+        while health(running)[0] == 200 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert 'encoding' in health(running)[1]['error']
+        going_on.set()
+        thread.join(10)
+        (error,) = failed
+        assert isinstance(error, openai.BadRequestError) and 'more than 2 s' in str(error)
+        assert health(running)[0] == 200
+        assert chat(running).choices

@@ -1,0 +1,80 @@
+"""The base that `chat` and `serve` run on: in how many bits, in which dtype, on which device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.config.schema import QuantizationConfig
+from xtuner.errors import UsageError
+from xtuner.model.loading import load_model
+from xtuner.model.precision import compute_dtype, default_device, dtype_name
+
+logger = logging.getLogger('xtuner')
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """What the command line says of the base.
+
+    Attributes:
+        bits: 4 or 8 quantises it; 16 does not; None leaves it as the adapter was trained, or else as 16.
+        dtype: 'auto', 'bf16', 'fp16' or 'fp32', as in a config: half precision on a GPU, float32 on a CPU.
+        device: 'cuda' or 'cpu'; 'auto' is a GPU where there is one.
+    """
+
+    bits: int | None = None
+    dtype: str = 'auto'
+    device: str = 'auto'
+
+
+AS_TRAINED = BaseChoice()
+
+
+def load_base(folder: Path, choice: BaseChoice, trained: Mapping[str, Any] | None, *, trust_remote_code: bool) -> Any:
+    """Loads a base and logs how it is held.
+
+    Args:
+        folder: The model's.
+        choice: What the command line says.
+        trained: The `quantization` section that the adapters were trained with; None: none.
+        trust_remote_code: Whether code in the model's folder may run.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        UsageError: a GPU is asked for and there is none.
+    """
+    device = _device(choice.device)
+    quantization = QuantizationConfig(bits=choice.bits) if choice.bits in (4, 8) else None
+    as_trained = choice.bits is None and trained is not None
+    if as_trained:
+        assert trained is not None
+        quantization = QuantizationConfig(**trained)
+    model = load_model(
+        folder,
+        dtype=compute_dtype(choice.dtype, device),
+        quantization=quantization,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    logger.info('base %s%s', describe_base(model), ', as the adapter was trained; --bits changes that' * as_trained)
+    return model
+
+
+def describe_base(model: Any) -> str:
+    """How a loaded model is held: 'in 4 bit, computed in bf16, on cuda:0'; 'in fp32, not quantised, on cpu'."""
+    bits = next((bits for bits in (4, 8) if getattr(model, f'is_loaded_in_{bits}bit', False)), None)
+    dtype = dtype_name(model.dtype)
+    held = f'in {bits} bit, computed in {dtype}' if bits else f'in {dtype}, not quantised'
+    return f'{held}, on {model.device}'
+
+
+def _device(name: str) -> torch.device:
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise UsageError('--device cuda, but PyTorch sees no GPU here; leave it out, or see `xtuner doctor`')
+    return torch.device('cpu') if name == 'cpu' else default_device()
