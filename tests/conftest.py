@@ -18,6 +18,14 @@ if not Path('/dev/nvidiactl').exists():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # Triton's kernels are tested on the CPU where there is no GPU
 
 ROOT = Path(__file__).parent.parent
+SLOW_TIMEOUT_S = 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked slow may take longer than the others."""
+    for item in items:
+        if item.get_closest_marker('slow') and not item.get_closest_marker('timeout'):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.fixture(scope='session')

@@ -61,3 +61,18 @@ def test_a_length_that_cannot_be_is_refused(packing, wrong):
 def test_an_unknown_packing_is_named():
     with pytest.raises(DataError, match=r"'best_fitt'; did you mean 'best_fit'"):
         pack_samples([1], 10, packing='best_fitt')
+
+
+@pytest.mark.parametrize('packing', PACKINGS)
+@pytest.mark.parametrize('max_length', [2**31, 10**12, 10**30])
+def test_an_absurd_length_of_packs_costs_nothing(packing, max_length):
+    lengths = np.random.default_rng(0).integers(1, 5000, 2000)
+    packs = pack_samples(lengths, max_length, packing=packing)
+    assert len(packs) == (2000 if packing == 'none' else 1)
+
+
+@pytest.mark.timeout(120)  # seconds; with a bit for each token of room, as it once was, a quarter of an hour
+def test_a_million_samples_in_packs_of_a_million_tokens():
+    lengths = np.random.default_rng(0).integers(1, 200_000, 1_000_000)
+    packs = pack_samples(lengths, 2**20)
+    assert lengths.sum() / (len(packs) * 2**20) > 0.99

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import xtuner.dataset.mapping as mapping
+import xtuner.dataset.pipeline as pipeline
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.pack import PACKINGS
 from xtuner.dataset.pipeline import prepare_dataset, prepared_folder
+from xtuner.dataset.store import PreparedDataset
 from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import encode_conversation
+from xtuner.dataset.tokenize import Encoder, encode_conversation
 from xtuner.errors import ConfigError, DataError
 
 RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}. ' * (n % 5 + 1)} for n in range(60)]
@@ -249,3 +251,64 @@ def test_no_target_token_of_the_real_data_is_lost(prepare, shared_data, name):
         assert found[packing] == dataset.summary.target_tokens
         assert not dataset.summary.counts
     assert len(set(found.values())) == 1
+
+
+def test_a_start_from_the_cache_looks_at_no_sample(prepare, monkeypatch, log):
+    """Conversations that the training data has too are counted from hashes kept at preparation."""
+    lines = '\n'.join(map(json.dumps, [*RECORDS[:2], {'question': 'new', 'answer': 'new'}]))
+    (prepare.folder / 'val.jsonl').write_text(lines)
+    for _ in range(2):
+        prepare(val_file=str(prepare.folder / 'val.jsonl'))
+        prepare(val_file=str(prepare.folder / 'val.jsonl'), part='val')
+        assert 'warning: 2 of 3 conversations of `dataset.val_file` are in the training data too' in log.text
+        log.clear()
+        monkeypatch.setattr(PreparedDataset, 'sample', lambda *_: pytest.fail('a sample was read'))
+    monkeypatch.setattr(pipeline, 'is_first_process', lambda: False)
+    monkeypatch.setattr(np, 'isin', lambda *_: pytest.fail('compared on another rank'))
+    prepare(val_file=str(prepare.folder / 'val.jsonl'), part='val')
+
+
+def test_where_training_data_is_not_prepared_as_a_whole_that_is_said(prepare, log):
+    (prepare.folder / 'val.jsonl').write_text(json.dumps({'question': 'new', 'answer': 'new'}))
+    prepare(val_file=str(prepare.folder / 'val.jsonl'), part='val')
+    assert '`dataset.val_file` is not compared with the training data' in log.text
+
+
+def test_origins_are_found_without_reading_all(prepare, monkeypatch):
+    dataset = prepare()
+    found = [origin for index in range(len(dataset)) for origin in dataset.origins(index)]
+    assert sorted(found, key=lambda origin: int(origin.rsplit(':')[-1])) == [
+        f'{prepare.folder / "data.jsonl"}:{line}' for line in range(1, 61)
+    ]
+    assert dataset.origins(0) == sorted(dataset.origins(0), key=lambda origin: int(origin.rsplit(':')[-1]))
+
+
+def test_losses_are_counted_alike_in_every_run(prepare, monkeypatch, tmp_path):
+    """Records that the map function refuses and conversations that cannot be encoded are found by two threads."""
+    monkeypatch.setattr(pipeline, '_CHUNK_CONVERSATIONS', 7)
+    encode = Encoder.encode
+
+    def refusing(self, conversations):
+        for conversation in conversations:
+            if 'I am 4' in conversation.messages[-1].content:
+                raise DataError(f'{conversation.origin}: refused')
+        return encode(self, conversations)
+
+    monkeypatch.setattr(Encoder, 'encode', refusing)
+    records = [
+        line for n, record in enumerate(RECORDS * 3) for line in ([record, {'question': n}] if n % 5 else [record])
+    ]
+    found = []
+    for number in range(6):
+        options = {'on_bad_record': 'skip', 'max_dropped': 0.9, 'cache_dir': str(tmp_path / f'cache{number}')}
+        summary = prepare(records, **options).summary
+        assert summary.kept + summary.counts['bad'] == summary.records == len(records)
+        found.append((summary.counts, summary.examples))
+    assert found == found[:1] * 6
+
+
+@pytest.mark.parametrize('weight', [1e12, 1e300])
+def test_a_weight_that_no_machine_could_serve_is_refused_at_once(prepare, weight):
+    prepare()
+    with pytest.raises(DataError, match=r'the weights of `dataset.source` ask for .* lower them'):
+        prepare(None, source={'path': str(prepare.folder / 'data.jsonl'), 'weight': weight})

@@ -67,12 +67,50 @@ def test_batches_of_the_grouped_order_are_of_similar_length_and_begin_with_the_l
 
 def test_the_longest_item_comes_first_and_only_in_the_first_epoch():
     lengths = [5, 9, 3, 9, 7, 1]
-    plain, sampler = EpochSampler(6, seed=4), EpochSampler(6, seed=4, lengths=lengths)
-    first, longest = sampler.order(), plain.order()
-    assert lengths[first[0]] == 9
-    assert sorted(first) == list(range(6))
-    moved = [place for place in range(6) if first[place] != longest[place]]
-    assert len(moved) in (0, 2)  # two have changed places, or it was there
-    for each in (plain, sampler):
-        each.set_epoch(1)
-    assert list(sampler) == list(plain)
+    num_moved = 0
+    for seed in range(20):
+        plain, sampler = EpochSampler(6, seed=seed), EpochSampler(6, seed=seed, lengths=lengths)
+        before, after = plain.order().tolist(), sampler.order().tolist()
+        place = min(before.index(1), before.index(3))  # of the longest that comes first without lengths
+        before[0], before[place] = before[place], before[0]
+        assert after == before and lengths[after[0]] == 9
+        num_moved += place > 0
+        for each in (plain, sampler):
+            each.set_epoch(1)
+        assert list(sampler) == list(plain)
+    assert num_moved > 5
+
+
+def grouped_one_by_one(lengths, order, *, seed, epoch, batch, group):
+    """The grouped order as runs began with it were given it, written out batch by batch: O(n^2) at worst."""
+    groups = [order[start : start + group] for start in range(0, len(order), group)]
+    ordered = [sorted(items, key=lambda item: -lengths[item]) for items in groups]
+    batches = [items[i : i + batch] for items in ordered for i in range(0, len(items), batch)]
+    last = [batches.pop()] if batches and len(batches[-1]) < batch else []
+    places = np.random.default_rng([seed, epoch, 1]).permutation(len(batches)).tolist()
+    longest = max(range(len(batches)), key=lambda place: max(lengths[i] for i in batches[place]), default=None)
+    places.sort(key=lambda place: place != longest)
+    return [item for items in [*(batches[place] for place in places), *last] for item in items]
+
+
+@pytest.mark.parametrize('most', [2, 5000])  # few lengths: many are the longest
+@pytest.mark.parametrize('num_items', [1, 7, 8, 64, 163, 640])
+def test_the_grouped_order_is_the_one_that_runs_began_with(num_items, most):
+    lengths = np.random.default_rng(num_items).integers(1, most, num_items)
+    for seed, epoch, batch_size, batches_in_group in ((0, 0, 8, 4), (5, 1, 4, 5), (7, 2, 1, 50)):
+        sampler = LengthGroupedEpochSampler(
+            lengths, batch_size=batch_size, seed=seed, batches_in_group=batches_in_group
+        )
+        sampler.set_epoch(epoch)
+        plain = np.random.default_rng([seed, epoch]).permutation(num_items).tolist()
+        expected = grouped_one_by_one(lengths.tolist(), plain, seed=seed, epoch=epoch, batch=batch_size,
+                                      group=batch_size * batches_in_group)  # fmt: skip
+        assert sampler.order().tolist() == expected
+
+
+@pytest.mark.timeout(60)  # half a second; what is quadratic takes hours
+def test_a_million_lengths_are_ordered_in_a_moment():
+    lengths = np.random.default_rng(0).integers(1, 4096, 1_000_000)
+    order = LengthGroupedEpochSampler(lengths, batch_size=16, seed=0).order()
+    assert np.array_equal(np.sort(order), np.arange(1_000_000))
+    assert lengths[order[:16]].max() == lengths.max()

@@ -72,6 +72,30 @@ def test_ranks_share_a_step_of_the_same_items(world_size: int) -> None:
         assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ('ratio', 'steps', 'warmup'),
+    [(0.07, 100, 7), (0.14, 50, 7), (0.29, 100, 29), (0.071, 100, 8), (1 / 3, 6, 2), (0.1 + 0.2, 10, 3), (1e-9, 5, 1),
+     (0.0, 5, 0), (1.0, 5, 5)],
+)  # fmt: skip
+def test_warm_up_takes_no_step_more_for_a_rounding_error(ratio: float, steps: int, warmup: int) -> None:
+    assert plan(steps, max_epochs=1, accumulative_counts=1, warmup_ratio=ratio).num_warmup_steps == warmup
+
+
+def test_epochs_take_no_batch_more_for_a_rounding_error() -> None:
+    assert plan(100, max_epochs=0.07).num_micro_batches == 7
+    assert plan(100, max_epochs=0.071).num_micro_batches == 8
+    assert plan(10, max_steps=3, accumulative_counts=2**60 - 1).num_steps == 3
+
+
+def test_a_run_begun_with_rounding_errors_keeps_them() -> None:
+    schedule = ScheduleConfig(max_epochs=0.07, accumulative_counts=1)
+    assert (Plan(100, schedule).num_steps, Plan(100, schedule, float_products=True).num_steps) == (7, 8)
+    schedule = ScheduleConfig(max_epochs=1, warmup_ratio=0.07, accumulative_counts=1)
+    now, then = Plan(100, schedule), Plan(100, schedule, float_products=True)
+    assert (now.num_warmup_steps, then.num_warmup_steps) == (7, 8)
+    assert (now.lr_factor(0), then.lr_factor(0)) == (1 / 7, 1 / 8)
+
+
 def test_learning_rate_of_a_worked_example() -> None:
     p = plan(6, max_epochs=1, accumulative_counts=1, warmup_ratio=2 / 6)
     expected = [0.5, 1.0, 1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(math.pi * 3 / 4)) / 2]

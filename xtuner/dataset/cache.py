@@ -1,19 +1,37 @@
-"""Prepared once: one process builds a folder, all others wait for it without any collective that could time out."""
+"""Prepared once: one process builds a folder, all others wait for it without any collective that could time out.
+
+abc             the result; takes this name in one rename, when all is written
+abc.lock        locked by the process that builds; an empty or stale file means nothing
+abc.part-...    what a process is building: its own, whoever else builds
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import logging
 import os
 import shutil
 import socket
-import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
-_BEAT_S = 2.0  # how often the owner of a lock says that it lives
-_STALE_S = 30.0  # after which silence, by the waiting process's own clock, its lock is taken over
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger('xtuner')
+
 _POLL_S = 0.2
+_ABANDONED_S = 86400.0  # after so long without a write, a part of another machine (or of before a reboot) is removed
+_BOOT_ID = Path('/proc/sys/kernel/random/boot_id')
+
+_State = Literal['ours', 'taken', 'no locks']
 
 
 def cache_root(configured: str | None = None) -> Path:
@@ -26,113 +44,119 @@ def build_once(
     build: Callable[[Path], None],
     *,
     is_complete: Callable[[Path], bool],
-    waiting: Callable[[], None] = lambda: None,
+    waiting: Callable[[str], None] = lambda holder: None,
 ) -> bool:
     """Makes sure that `folder` exists and is complete; returns whether this process built it.
 
-    `build` writes into a folder beside it, which takes its name only when all is written: an interruption leaves
-    nothing that looks like a result. Processes that come while another builds wait for that one, for as long as it
-    lives; the one after a builder that failed or died tries itself.
+    `build` writes into a folder of its own, which takes the name `folder` only when all is written: an interruption
+    leaves nothing that looks like a result. Processes that come while another builds wait for as long as that process
+    lives; when it ends without a result, one of them builds.
+
+    The lock saves work; the result does not depend on it. Two that build at once, where a file system has no locks or
+    lost one, write two folders, and the first to finish is kept.
 
     Args:
         folder: What is to exist.
         build: Writes the content into the folder it is given.
         is_complete: Whether a folder is a result.
-        waiting: Called once when there is another to wait for.
+        waiting: Called once when there is another to wait for, with its process and machine.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f'{folder.name}.lock')
-    said, silence = False, _Silence(lock)
+    waited = False
     while not is_complete(folder):
-        if not _take(lock, silence):
-            if not said:
-                waiting()
-                said = True
-            time.sleep(_POLL_S)
-            continue
-        with _held(lock):
-            if is_complete(folder):
-                return False
-            _build(folder, build)
-            return True
-    return False
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    for left in folder.parent.glob(f'{folder.name}.part-*'):  # of builders that were killed: the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    part = folder.with_name(f'{folder.name}.part-{socket.gethostname()}-{os.getpid()}')
-    try:
-        build(part)
-        if folder.exists():  # torn by something else than us
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-class _Silence:
-    """How long the owner of a lock has said nothing, whatever happens to the clocks that files are stamped with."""
-
-    def __init__(self, lock: Path) -> None:
-        self._lock, self._stamp, self._since = lock, -1, 0.0
-
-    def seconds(self) -> float:
-        """Since this process first saw the lock's present stamp."""
-        stamp = self._lock.stat().st_mtime_ns
-        if stamp != self._stamp:
-            self._stamp, self._since = stamp, time.monotonic()
-        return time.monotonic() - self._since
-
-
-def _take(lock: Path, silence: _Silence) -> bool:
-    """Takes the lock where it is free or its owner is dead."""
-    try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        if _is_dead(lock, silence):
-            with contextlib.suppress(OSError):
-                lock.unlink()
-        return False
-    with os.fdopen(descriptor, 'w') as file:
-        file.write(f'{socket.gethostname()} {os.getpid()}')
-    return True
-
-
-def _is_dead(lock: Path, silence: _Silence) -> bool:
-    try:
-        if silence.seconds() > _STALE_S:
-            return True
-        host, _, pid = lock.read_text().partition(' ')
-    except OSError:
-        return False
-    if os.name != 'posix' or host != socket.gethostname() or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+        with _locked(lock) as state:
+            if state == 'no locks':
+                logger.warning('%s: this file system has no locks; each process prepares for itself', folder.parent)
+            if state != 'taken':
+                return not is_complete(folder) and _build(folder, build, is_complete, lock, state)
+        if not waited:
+            waiting(_holder(lock))
+            waited = True
+        time.sleep(_POLL_S)
     return False
 
 
 @contextlib.contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Keeps the lock fresh while the block runs, and gives it back."""
-    done = threading.Event()
+def _locked(path: Path) -> Iterator[_State]:
+    """Tries to lock the file for the block.
 
-    def beat() -> None:
-        """Touches the lock until the block is done: others take over one that is silent."""
-        while not done.wait(_BEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(lock)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    The kernel holds the lock and frees it when its process ends: no time-out to misjudge after a suspend, no process
+    id to misread in another PID namespace, and NFS asks its server. The file is never removed: removing it could take
+    away the lock of another process that has just opened it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield
+        state = _lock(descriptor)
+        if state != 'taken':
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        yield state
     finally:
-        done.set()
-        thread.join()
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would not free it while a fork of us lives
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> _State:
+    if fcntl is None:
+        return 'no locks'
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return 'taken' if error.errno in (errno.EACCES, errno.EAGAIN) else 'no locks'
+    return 'ours'
+
+
+def _holder(lock: Path) -> str:
+    with contextlib.suppress(OSError):
+        return lock.read_text(encoding='utf-8', errors='replace') or 'another process'
+    return 'another process'
+
+
+def _build(
+    folder: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], lock: Path, state: _State
+) -> bool:
+    """Builds and publishes; returns whether the result is ours."""
+    _clear_parts(folder, lock, locked=state == 'ours')
+    part = folder.with_name(f'{folder.name}.part-{_kernel()}-{uuid.uuid4().hex[:12]}')
+    try:
+        build(part)
+        if folder.exists() and not is_complete(folder):  # torn by something else than us
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    except OSError:
+        if is_complete(folder):  # another, that no lock kept out, was first
+            return False
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return True
+
+
+def _clear_parts(folder: Path, lock: Path, *, locked: bool) -> None:
+    """Removes what killed builders left, and never what a living one writes.
+
+    Where we hold the lock, no builder of this kernel lives. A file system may keep locks within a machine only, or drop
+    those of a suspended one: parts of others go after a day without a write, by the file system's own clock.
+    """
+    for part in folder.parent.glob(f'{folder.name}.part-*'):
+        if locked and part.name.startswith(f'{folder.name}.part-{_kernel()}-'):
+            shutil.rmtree(part, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):  # its owner finishes or removes it at this moment
+            os.utime(lock)
+            written = max(path.stat().st_mtime for path in (part, *part.iterdir()))
+            if lock.stat().st_mtime - written > _ABANDONED_S:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _kernel() -> str:
+    """Names this machine's running kernel: the same in its containers, another after a reboot."""
+    try:
+        return _BOOT_ID.read_text(encoding='ascii').strip().replace('-', '')[:12]
+    except OSError:  # not Linux
+        return socket.gethostname().replace('-', '_')

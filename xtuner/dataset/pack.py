@@ -7,7 +7,8 @@ stream    [7 3] [5 2] [8] [4]                in the order of the data
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from xtuner.errors import DataError, nearest
 
 PACKINGS = ('best_fit', 'first_fit', 'stream', 'none')
+_BLOCK = 2**16  # samples
 _OPEN_FIRST_FIT = 256  # packs that first fit keeps open; more would make it slow and hardly fuller
 
 
@@ -64,6 +66,7 @@ def pack_samples(lengths: Sequence[int] | np.ndarray, max_length: int, *, packin
         return Packs(np.arange(len(sizes)), np.arange(len(sizes) + 1))
     if packing not in PACKINGS:
         raise DataError(f'`dataset.packing` is {packing!r}{nearest(packing, PACKINGS)}; known: {", ".join(PACKINGS)}')
+    max_length = min(max_length, int(sizes.sum()))  # what no pack could use takes no room in the packers' arrays
     fit = {'best_fit': _best_fit, 'first_fit': _first_fit, 'stream': _stream}[packing]
     pack_of = fit(sizes, max_length)
     samples = np.argsort(pack_of, kind='stable')
@@ -72,31 +75,39 @@ def pack_samples(lengths: Sequence[int] | np.ndarray, max_length: int, *, packin
 
 
 def _best_fit(sizes: np.ndarray, max_length: int) -> np.ndarray:
-    """Returns each sample's pack. The rooms that are left are the bits of one number, so the best is a lowest bit."""
+    """Returns each sample's pack. The room left in open packs is kept sorted, so bisection finds the best."""
     # Among samples of one length, chance decides which share a pack: neighbours in a file are often alike.
     shuffled = np.random.default_rng(0).permutation(len(sizes))
     order = shuffled[np.argsort(-sizes[shuffled], kind='stable')]
     pack_of = np.empty(len(sizes), dtype=np.int64)
-    rooms = 0
+    rooms: list[int] = []  # in tokens, each once
     open_: dict[int, list[int]] = {}
     num_packs = 0
-    for sample, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
+    for sample, size in _pairs(order, sizes[order]):
+        place = bisect_left(rooms, size)
+        if place < len(rooms):
+            room = rooms[place]
             packs = open_[room]
             pack = packs.pop()
             if not packs:
-                rooms ^= 1 << room
+                del rooms[place], open_[room]
         else:
             room, pack = max_length, num_packs
             num_packs += 1
         pack_of[sample] = pack
         left = room - size
         if left:
-            open_.setdefault(left, []).append(pack)
-            rooms |= 1 << left
+            if left not in open_:
+                insort(rooms, left)
+                open_[left] = []
+            open_[left].append(pack)
     return pack_of
+
+
+def _pairs(*arrays: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """Yields the elements as Python numbers, a block at a time: numbers as objects take ten times an array's memory."""
+    for start in range(0, len(arrays[0]), _BLOCK):
+        yield from zip(*(array[start : start + _BLOCK].tolist() for array in arrays), strict=True)
 
 
 def _first_fit(sizes: np.ndarray, max_length: int) -> np.ndarray:
@@ -104,7 +115,7 @@ def _first_fit(sizes: np.ndarray, max_length: int) -> np.ndarray:
     rooms = np.zeros(_OPEN_FIRST_FIT, dtype=np.int64)  # room left in each open pack; 0 where none is open
     packs = np.zeros(_OPEN_FIRST_FIT, dtype=np.int64)
     num_packs = 0
-    for sample, size in enumerate(sizes.tolist()):
+    for sample, (size,) in enumerate(_pairs(sizes)):
         slot = int(np.argmax(rooms >= size))
         if rooms[slot] < size:  # none has room: the fullest is closed for a new one
             slot = int(np.argmin(rooms))
@@ -118,7 +129,7 @@ def _first_fit(sizes: np.ndarray, max_length: int) -> np.ndarray:
 def _stream(sizes: np.ndarray, max_length: int) -> np.ndarray:
     pack_of = np.empty(len(sizes), dtype=np.int64)
     pack, room = 0, max_length
-    for sample, size in enumerate(sizes.tolist()):
+    for sample, (size,) in enumerate(_pairs(sizes)):
         if size > room:
             pack, room = pack + 1, max_length
         pack_of[sample] = pack

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from xtuner.dataset.pack import Packs, pack_samples
 from xtuner.dataset.prompt import Template
 from xtuner.dataset.show import counted
 from xtuner.dataset.sources import Source, open_sources
-from xtuner.dataset.split import content_hash, split_samples
+from xtuner.dataset.split import split_samples
 from xtuner.dataset.store import PreparedDataset, StoreWriter, is_complete
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import Encoder, Sample
@@ -75,7 +74,7 @@ def prepare_dataset(
             folder,
             lambda to: _build(to, config, tokenizer, template),
             is_complete=is_complete,
-            waiting=lambda: _say(f'waiting for another process to prepare {folder}'),
+            waiting=lambda holder: _say(f'waiting for {holder} to prepare {folder}'),
         )
     except OSError as error:
         raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
@@ -84,8 +83,8 @@ def prepare_dataset(
     packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill(config.max_length):.1%} full'
     level = logging.WARNING if dataset.summary.counts else logging.INFO  # losses are told to who configured no logging
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines(), level=level)
-    if train_folder is not None and is_complete(train_folder):
-        _warn_of_leaks(dataset, PreparedDataset(train_folder))
+    if train_folder is not None and is_first_process():
+        _warn_of_leaks(dataset, train_folder)
     return dataset
 
 
@@ -120,9 +119,9 @@ def encode_source(
     """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
     chunks = _chunks(map_records(source, config, summary, encoder.template))
     with ThreadPoolExecutor(max_workers=1) as pool:  # the next chunk is read and mapped while this one is encoded
-        waiting: deque[Future[list[tuple[Conversation, Sample]]]] = deque()
+        waiting: deque[Future[list[tuple[Conversation, Sample | DataError]]]] = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_encoded, chunk, encoder, config, summary))
+            waiting.append(pool.submit(_encoded, chunk, encoder, config))
             if len(waiting) > 1:
                 yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
         while waiting:
@@ -130,11 +129,19 @@ def encode_source(
 
 
 def _fitted(
-    encoded: list[tuple[Conversation, Sample]], begin_id: int | None, config: DatasetConfig, summary: Summary
+    encoded: list[tuple[Conversation, Sample | DataError]],
+    begin_id: int | None,
+    config: DatasetConfig,
+    summary: Summary,
 ) -> list[tuple[Conversation, Sample]]:
-    """Applies `on_long`, leaves out what has no target, and counts."""
+    """Applies `on_long`, leaves out what has no target, and counts; the only thread that does."""
     kept = []
     for conversation, sample in encoded:
+        if isinstance(sample, DataError):
+            if config.on_bad_record == 'error':
+                raise stopped_by(sample) from None
+            summary.lose('bad', str(sample))
+            continue
         fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
                             begin_id=begin_id)  # fmt: skip
         if fitted is None:
@@ -154,19 +161,11 @@ def _fitted(
 
 
 def _encoded(
-    chunk: list[Conversation], encoder: Encoder, config: DatasetConfig, summary: Summary
-) -> list[tuple[Conversation, Sample]]:
-    """Encodes a chunk at once; counts those of it that cannot be encoded, or stops at the first."""
-    result = []
+    chunk: list[Conversation], encoder: Encoder, config: DatasetConfig
+) -> list[tuple[Conversation, Sample | DataError]]:
+    """Encodes a chunk at once; the error of one that cannot be encoded stands in its place, and may be the last."""
     stop = config.on_bad_record == 'error'
-    for conversation, sample in zip(chunk, encoder.encode_each(chunk, stop=stop), strict=not stop):
-        if not isinstance(sample, DataError):
-            result.append((conversation, sample))
-        elif stop:
-            raise stopped_by(sample) from None
-        else:
-            summary.lose('bad', str(sample))
-    return result
+    return list(zip(chunk, encoder.encode_each(chunk, stop=stop), strict=not stop))
 
 
 def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -187,18 +186,15 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
     summary = Summary()
     encoder = Encoder(tokenizer, template, train_on=config.train_on)
     writer = StoreWriter(folder)
-    hashes = array('Q')  # of the samples; only a validation part is chosen by them
     bounds = [0]
     sources = open_sources(config.source)
     try:
         for source in sources:
             for chunk in _without_collector(encode_source(source, config, encoder=encoder, summary=summary)):
                 writer.append([sample for _, sample in chunk], [conversation.origin for conversation, _ in chunk])
-                if config.val_ratio:
-                    hashes.extend(content_hash(sample) for _, sample in chunk)
             bounds.append(writer.num_samples)
         check_losses(summary, config)
-        parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=hashes,
+        parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=writer.hashes,
                               val_ratio=config.val_ratio)  # fmt: skip
         packs = {name: _packed(numbers, writer.lengths, config) for name, numbers in parts.items()}
         summary.seconds = time.monotonic() - started
@@ -238,9 +234,11 @@ def _packed(numbers: np.ndarray, lengths: np.ndarray, config: DatasetConfig) -> 
     return Packs(numbers[packs.samples], packs.starts)
 
 
-def _warn_of_leaks(validation: PreparedDataset, training: PreparedDataset) -> None:
-    trained = {content_hash(training.sample(number)) for number in range(training.num_samples)}
-    num_leaks = sum(content_hash(validation.sample(number)) in trained for number in range(validation.num_samples))
+def _warn_of_leaks(validation: PreparedDataset, train_folder: Path) -> None:
+    if not is_complete(train_folder):
+        _say('`dataset.val_file` is not compared with the training data, which is not prepared as a whole')
+        return
+    num_leaks = int(np.isin(validation.hashes, PreparedDataset(train_folder).hashes).sum())
     if num_leaks:
         text = (f'warning: {num_leaks} of {validation.num_samples} conversations of `dataset.val_file` are in the '
                 'training data too, so the validation loss will look better than it is')  # fmt: skip

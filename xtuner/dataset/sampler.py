@@ -105,15 +105,14 @@ class LengthGroupedEpochSampler(EpochSampler):
     def order(self) -> np.ndarray:
         """Returns the whole epoch's order over all ranks, int64 `(num_items,)`."""
         order = super().order()
-        groups = [order[start : start + self.group] for start in range(0, len(order), self.group)]
-        ordered = [group[np.argsort(-self.item_lengths[group], kind='stable')] for group in groups]
-        batches = [group[i : i + self.batch] for group in ordered for i in range(0, len(group), self.batch)]
+        groups = np.arange(len(order)) // self.group
+        order = order[np.lexsort((-self.item_lengths[order], groups))]  # within each group, the longest first
         # A last batch that is not full stays last, so that all batches before it stay whole on every rank.
-        last = [batches.pop()] if batches and len(batches[-1]) < self.batch else []
-        places = np.random.default_rng([self.seed, self.epoch, 1]).permutation(len(batches)).tolist()
-        if places:
-            places.sort(key=lambda index: index != self._longest(batches))
-        return np.concatenate([*(batches[index] for index in places), *last]) if batches or last else order
-
-    def _longest(self, batches: list[np.ndarray]) -> int:
-        return max(range(len(batches)), key=lambda index: int(self.item_lengths[batches[index]].max()))
+        num_batches = len(order) // self.batch
+        if not num_batches:
+            return order
+        batches, last = order[: num_batches * self.batch].reshape(num_batches, -1), order[num_batches * self.batch :]
+        places = np.random.default_rng([self.seed, self.epoch, 1]).permutation(num_batches)
+        longest = np.argmax(self.item_lengths[batches[:, 0]])
+        places = np.concatenate([[longest], places[places != longest]])
+        return np.concatenate([batches[places].reshape(-1), last])

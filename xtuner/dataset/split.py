@@ -11,6 +11,8 @@ import numpy as np
 from xtuner.dataset.tokenize import Sample
 from xtuner.errors import DataError
 
+_MOST_SAMPLES = 2**30  # 8 GiB of numbers
+
 
 def content_hash(sample: Sample) -> int:
     """Returns a hash of 64 bits of the sample's ids."""
@@ -18,7 +20,7 @@ def content_hash(sample: Sample) -> int:
 
 
 def split_samples(
-    bounds: Sequence[int], *, weights: Sequence[float], hashes: Sequence[int], val_ratio: float
+    bounds: Sequence[int], *, weights: Sequence[float], hashes: Sequence[int] | np.ndarray, val_ratio: float
 ) -> dict[str, np.ndarray]:
     """Chooses the samples of both parts; the same input gives the same choice.
 
@@ -35,7 +37,7 @@ def split_samples(
         `train` and `val`: sample numbers, int64; those of weighted sources may occur several times.
 
     Raises:
-        DataError: Where one of the parts would be empty.
+        DataError: Where one of the parts would be empty, or weights ask for more than `2**30` conversations.
     """
     kept_out = np.zeros(bounds[-1], dtype=bool)
     if val_ratio:
@@ -46,6 +48,10 @@ def split_samples(
             raise DataError(f'`dataset.val_ratio` {val_ratio:g} of {len(unique)} different conversations leaves none '
                             'to train; lower it, or use `val_file`')  # fmt: skip
         kept_out = np.isin(values, unique[:count])
+    wanted = sum((end - start) * weight for (start, end), weight in zip(pairwise(bounds), weights, strict=True))
+    if wanted > _MOST_SAMPLES:
+        raise DataError(f'the weights of `dataset.source` ask for {wanted:,.0f} conversations, and a data set may have '
+                        f'{_MOST_SAMPLES:,}; lower them')  # fmt: skip
     train = []
     for index, ((start, end), weight) in enumerate(zip(pairwise(bounds), weights, strict=True)):
         train.append(_weighted(np.flatnonzero(~kept_out[start:end]) + start, weight, index))

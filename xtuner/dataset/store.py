@@ -3,7 +3,9 @@
 ids.bin          int32 (T,)      all samples' ids, one behind the other
 trained.bin      bool  (T,)      which of them are trained
 offsets.npy      int64 (N + 1,)  where each sample begins
+hashes.npy       uint64 (N,)     of each sample's content, to find equal ones in other data
 origins.txt      N lines         where each sample came from
+origin_starts.npy  int64 (N + 1,)  where in that file each line begins
 train_samples.npy, train_starts.npy, val_...   the packs of each part (see `Packs`)
 meta.json        the summary, a hash of ids and trained, and the sizes by which a torn folder is told
 """
@@ -14,14 +16,16 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from xtuner.dataset.pack import Packs
+from xtuner.dataset.split import content_hash
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
 from xtuner.errors import DataError
@@ -37,8 +41,10 @@ class StoreWriter:
         self.folder = folder
         self._ids = (folder / 'ids.bin').open('wb')
         self._trained = (folder / 'trained.bin').open('wb')
-        self._origins = (folder / _ORIGINS).open('w', encoding='utf-8', errors='surrogateescape')
+        self._origins = (folder / _ORIGINS).open('wb')
         self._offsets = array('q', [0])
+        self._origin_starts = array('q', [0])
+        self._hashes = array('Q')
         self._digests = [hashlib.blake2b(digest_size=16) for _ in range(2)]
 
     def append(self, samples: Sequence[Sample], origins: Sequence[str]) -> None:
@@ -50,7 +56,10 @@ class StoreWriter:
         for file, digest, content in zip((self._ids, self._trained), self._digests, (ids, trained), strict=True):
             file.write(content.tobytes())
             digest.update(content.tobytes())
-        self._origins.writelines(f'{_one_line(origin)}\n' for origin in origins)
+        lines = [f'{_one_line(origin)}\n'.encode('utf-8', 'surrogateescape') for origin in origins]
+        self._origins.writelines(lines)
+        self._origin_starts.extend(accumulate(map(len, lines), initial=self._origin_starts.pop()))
+        self._hashes.extend(map(content_hash, samples))
         ends = np.cumsum([len(sample.input_ids) for sample in samples]) + self._offsets[-1]
         self._offsets.extend(ends.tolist())
 
@@ -64,6 +73,11 @@ class StoreWriter:
         """Tokens of each sample so far, int64 `(N,)`."""
         return np.diff(np.array(self._offsets, dtype=np.int64))
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hash of each sample's content so far, uint64 `(N,)`."""
+        return np.array(self._hashes, dtype=np.uint64)
+
     def close(self) -> None:
         """Closes the files; the folder stays incomplete without `finish`."""
         self._ids.close()
@@ -74,6 +88,8 @@ class StoreWriter:
         """Writes the plans and, last, what makes the folder complete."""
         self.close()
         np.save(self.folder / 'offsets.npy', np.array(self._offsets, dtype=np.int64))
+        np.save(self.folder / 'origin_starts.npy', np.array(self._origin_starts, dtype=np.int64))
+        np.save(self.folder / 'hashes.npy', self.hashes)
         for part, packs in parts.items():
             np.save(self.folder / f'{part}_samples.npy', packs.samples)
             np.save(self.folder / f'{part}_starts.npy', packs.starts)
@@ -85,6 +101,11 @@ class StoreWriter:
 
 def _one_line(text: str) -> str:
     return text.replace('\n', ' ').replace('\r', ' ')
+
+
+def _line_at(file: BinaryIO, start: int) -> str:
+    file.seek(start)
+    return file.readline().decode('utf-8', 'surrogateescape').rstrip('\n')
 
 
 def is_complete(folder: Path) -> bool:
@@ -114,6 +135,7 @@ class PreparedDataset(Dataset):
     Attributes:
         lengths: Tokens of each pack, int64 `(len(self),)`, known without loading any.
         summary: What became of the records.
+        hashes: Hash of the content of each conversation of both parts, by number, uint64 `(N,)`.
     """
 
     def __init__(self, folder: Path, part: str = 'train') -> None:
@@ -136,6 +158,8 @@ class PreparedDataset(Dataset):
         self._ids = np.memmap(self.folder / 'ids.bin', dtype=np.int32, mode='r')
         self._trained = np.memmap(self.folder / 'trained.bin', dtype=np.bool_, mode='r')
         self._offsets = np.load(self.folder / 'offsets.npy', mmap_mode='r')
+        self._origin_starts = np.load(self.folder / 'origin_starts.npy', mmap_mode='r')
+        self.hashes = np.load(self.folder / 'hashes.npy', mmap_mode='r')
         self._packs = Packs(*(np.load(self.folder / f'{self.part}_{name}.npy', mmap_mode='r')
                               for name in ('samples', 'starts')))  # fmt: skip
         self.lengths = self._packs.lengths(np.diff(self._offsets))
@@ -170,10 +194,10 @@ class PreparedDataset(Dataset):
         return len(self._offsets) - 1
 
     def origins(self, index: int) -> list[str]:
-        """Where the conversations of a pack came from, such as 'file:line'. Reads a file: for messages."""
-        wanted = set(self._packs[index].tolist())
-        with (self.folder / _ORIGINS).open(encoding='utf-8', errors='surrogateescape') as file:
-            return [line.rstrip('\n') for number, line in enumerate(file) if number in wanted]
+        """Where the conversations of a pack came from, such as 'file:line', in the order of the data."""
+        numbers = np.unique(self._packs[index])
+        with (self.folder / _ORIGINS).open('rb') as file:
+            return [_line_at(file, start) for start in self._origin_starts[numbers].tolist()]
 
     @property
     def digest(self) -> str:

@@ -74,6 +74,11 @@ class PackStream(IterableDataset):
         yield from islice(self._packs(), self.rank * count + number + self.skip * self.world_size * count, None,
                           self.world_size * count)  # fmt: skip
 
+    def num_packs(self) -> int:
+        """Reads the data once and returns the packs of all ranks and workers together; fills `summary`."""
+        self.summary = Summary()
+        return sum(1 for _ in self._packs())
+
     def _packs(self) -> Iterator[dict[str, torch.Tensor]]:
         waiting: list[Sample] = []
         for source in self.sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -14,12 +15,15 @@ from torch.utils.data import DataLoader
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.collate import collate
 from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
+from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.errors import ConfigError, DataError
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
 _UNPACKED_MULTIPLE = 64
+_MOST_ROWS, _MOST_TOKENS = 2**20, 2**31  # of a micro-batch
+_MOST_WORKERS = 64  # or four a core, whichever is more
 _MOST_NAMED = 8  # conversations of a pack, in a message
 
 
@@ -37,6 +41,7 @@ class MicroBatches:
     def __init__(self, dataset: Any, config: TrainConfig, plan: Plan, *, pad_id: int, rank: int = 0) -> None:
         self.start_step = 0
         self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank
+        self._named: tuple[int, list[list[int]]] = (-1, [])  # the items of a step that a message named
         self._settings: dict[str, Any] = {
             'num_workers': config.runtime.num_workers,
             'collate_fn': partial(collate, pad_id=pad_id, multiple_of=_row_multiple(config)),
@@ -58,9 +63,10 @@ class MicroBatches:
             size, each = self._plan.schedule.batch_size, self._plan.schedule.accumulative_counts
             first = (step * each + micro_batch) * size
             return [f'pack {number + 1} of this process' for number in range(first, first + size)]
-        sampler = StepSampler(self._order(), self._plan, rank=self._rank, start_step=step)
-        indices = next(islice(iter(sampler), micro_batch, None))
-        return [f'pack {index} ({_some(self.dataset.origins(index))})' for index in indices]
+        if self._named[0] != step:  # an epoch's order is sorted once, not for each micro-batch of a message
+            sampler = StepSampler(self._order(), self._plan, rank=self._rank, start_step=step)
+            self._named = step, list(islice(sampler, self._plan.micro_batches_of(step)))
+        return [f'pack {index} ({_some(self.dataset.origins(index))})' for index in self._named[1][micro_batch]]
 
     def _order(self) -> EpochSampler:
         seed = self._config.runtime.seed
@@ -76,12 +82,44 @@ class MicroBatches:
                 count += 1
                 yield batch
             if not count:
-                raise DataError(f'`dataset.source` {self._config.dataset.source!r} holds no conversation')
+                raise DataError(self._why_nothing())
+
+    def _why_nothing(self) -> str:
+        """Why this process found no pack in a stream: there are few, so reading them again takes a moment."""
+        found = self.dataset.num_packs()
+        source, workers = self._config.dataset.source, max(1, self._config.runtime.num_workers)
+        if not found:
+            return f'`dataset.source` {source!r} holds no conversation; ' + ' | '.join(self.dataset.summary.lines())
+        return (
+            f'`dataset.source` {source!r} makes {counted(found, "pack")}, too few for {self.dataset.world_size} groups '
+            f'of processes x {workers} readers to have one each; use fewer, a smaller `dataset.max_length`, or '
+            '`dataset.streaming=False`'
+        )
 
 
 def _some(names: list[str]) -> str:
     more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
     return ', '.join(names[:_MOST_NAMED]) + more
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Refuses numbers that no machine can serve, before anything is read.
+
+    Raises:
+        ConfigError: too many rows or tokens a micro-batch, micro-batches a step, or reading processes.
+    """
+    schedule, workers = config.schedule, config.runtime.num_workers
+    most_workers = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
+    tokens = schedule.batch_size * config.dataset.max_length
+    for field, value, most, hint in (
+        ('schedule.batch_size', schedule.batch_size, _MOST_ROWS, '`schedule.accumulative_counts` makes steps larger'),
+        ('schedule.accumulative_counts', schedule.accumulative_counts, _MOST_ROWS, 'such a step would never end'),
+        ('dataset.max_length', config.dataset.max_length, _MOST_TOKENS, 'no model reads that many tokens at a time'),
+        ('schedule.batch_size` x `dataset.max_length', tokens, _MOST_TOKENS, 'no device holds that many tokens'),
+        ('runtime.num_workers', workers, most_workers, f'this machine has {counted(os.cpu_count() or 1, "core")}'),
+    ):
+        if value > most:
+            raise ConfigError(f'`{field}` is {value:,}, and may be {most:,} at most: {hint}')
 
 
 def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:

@@ -23,11 +23,19 @@ class Plan:
     Items (packs or samples) form one endless stream: epoch after epoch, each in its own order. A step takes the next
     `batch_size * accumulative_counts * world_size` of them, also across the end of an epoch; the last step takes what
     is left.
+
+    Attributes:
+        num_items: Packs or samples of the data set.
+        schedule: The config's section.
+        world_size: Groups of processes that read different items.
+        float_products: Round products such as `warmup_ratio * num_steps` up together with their rounding error, as runs
+            of `run.json` format 1 did, so that those resume exactly.
     """
 
     num_items: int
     schedule: ScheduleConfig
     world_size: int = 1
+    float_products: bool = False
 
     @property
     def items_per_micro_batch(self) -> int:
@@ -44,17 +52,17 @@ class Plan:
         """Micro-batches of the whole run on each rank."""
         if self.schedule.max_steps is not None:
             return self.schedule.max_steps * self.schedule.accumulative_counts
-        return math.ceil(self.schedule.max_epochs * self.num_items / self.items_per_micro_batch)
+        return self._ceil(self.schedule.max_epochs * self.num_items / self.items_per_micro_batch)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return math.ceil(self.num_micro_batches / self.schedule.accumulative_counts)
+        return -(-self.num_micro_batches // self.schedule.accumulative_counts)
 
     @property
     def num_warmup_steps(self) -> int:
         """Steps in which the learning rate rises."""
-        return math.ceil(self.schedule.warmup_ratio * self.num_steps)
+        return self._ceil(self.schedule.warmup_ratio * self.num_steps)
 
     @property
     def items_of_last_step(self) -> int:
@@ -75,6 +83,10 @@ class Plan:
         """Micro-batches of one step on each rank: `accumulative_counts`, or what is left for the last."""
         each = self.schedule.accumulative_counts
         return min(each, self.num_micro_batches - step * each)
+
+    def _ceil(self, value: float) -> int:
+        """Rounds up, but not what a rounding error has put above a whole number: 0.07 * 100 is 7."""
+        return math.ceil(value if self.float_products else value * (1 - 1e-12))
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step, counted from 0, as a share of its peak.

@@ -20,6 +20,8 @@ from xtuner.errors import CheckpointError
 from xtuner.registry import reference
 
 RUN_FILE = 'run.json'
+FORMAT = 2
+"""Of `run.json`. In runs of format 1, which name none, `Plan.float_products` holds."""
 # Packages whose change may change the last bits.
 _PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
 # Fields that change nothing in the weights, or whose effect another entry stands for: the base's fingerprint for its
@@ -45,7 +47,7 @@ def describe_run(
     world_size: int,
     formats: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of `run.json`: under `run` what must stay as it is, under `versions` what had better.
+    """The content of `run.json`: its format, under `run` what must stay as it is, under `versions` what had better.
 
     Args:
         config: The run's config.
@@ -63,7 +65,7 @@ def describe_run(
             'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups,
             'number of processes': world_size}  # fmt: skip
     versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
-    content = {'run': run, 'versions': versions | _versions(), 'formats': dict(formats)}
+    content = {'format': FORMAT, 'run': run, 'versions': versions | _versions(), 'formats': dict(formats)}
     return json.loads(json.dumps(content, default=_text))
 
 
@@ -109,13 +111,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
     Raises:
         CheckpointError: something differs and is not allowed, or cannot be changed within a run at all.
     """
-    try:
-        then = json.loads((folder / RUN_FILE).read_text(encoding='utf-8'))
-        run_then, versions_then = dict(then['run']), dict(then['versions'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f'{folder}: cannot resume, {RUN_FILE} does not tell its run ({error}); --start-from takes its weights'
-        ) from error
+    _, run_then, versions_then = _read_run(folder)
     changes = _changes(run_then, now['run'])
     fixed = [text for name, text in changes.items() if name.split('.')[0] in _FIXED or name in _FIXED]
     if fixed:
@@ -129,6 +125,25 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
             'on all the same, or begin a new run with --start-from'
         )
     return [*changes.values(), *_changes(versions_then, now['versions']).values()]
+
+
+def format_of_run(folder: Path) -> int:
+    """The format of a checkpoint's `run.json`, which its run keeps.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    return _read_run(folder)[0]
+
+
+def _read_run(folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    try:
+        then = json.loads((folder / RUN_FILE).read_text(encoding='utf-8'))
+        return int(then.get('format', 1)), dict(then['run']), dict(then['versions'])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f'{folder}: cannot resume, {RUN_FILE} does not tell its run ({error}); --start-from takes its weights'
+        ) from error
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
 from xtuner.dataset.store import PreparedDataset
-from xtuner.engine.batches import MicroBatches, make_plan
+from xtuner.engine.batches import MicroBatches, check_sizes, make_plan
 from xtuner.engine.checkpoints import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
@@ -32,7 +32,7 @@ from xtuner.engine.material import Data, load_data, load_for_training, write_mod
 from xtuner.engine.plan import Plan, few_steps_note
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
-from xtuner.engine.same_run import describe_run, recorded_formats, write_run
+from xtuner.engine.same_run import describe_run, format_of_run, recorded_formats, write_run
 from xtuner.engine.signals import StopRequest
 from xtuner.engine.space import check_space, checkpoint_bytes
 from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
@@ -62,6 +62,7 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
     Raises:
         XTunerError: anything a user can mend, before or during the run.
     """
+    check_sizes(config)
     _check_open_sections(config)
     with (
         process_group(launcher, timeout_s=config.parallel.timeout_s) as group,
@@ -111,6 +112,8 @@ def _run(
         formats={**(recorded or {}), **data.dataset.summary.formats},
     )
     if checkpoint is not None:
+        run['format'] = format_of_run(checkpoint)
+        plan = replace(plan, float_products=run['format'] < 2)
         check_resumable(checkpoint, run, start, work_dir=work_dir, num_steps=plan.num_steps)
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)

@@ -96,3 +96,9 @@ def test_histogram_bars_are_as_high_as_their_counts() -> None:
     heights = [float(bar.get('height', 0)) for bar in svg.iter('rect')]
     assert heights[0] == pytest.approx(2 * heights[2], abs=0.2)
     assert heights[1] == 0
+
+
+def test_ids_are_the_same_in_every_process() -> None:
+    """Python's own `hash()` is not, so the same run would give another page each time."""
+    svg = line_chart([Line('loss', Series([1, 2], [3.0, 2.0]))], label='loss', show=str, width=560, height=200)
+    assert re.findall(r'id="(clip-\d+)"', svg) == ['clip-1222577867']

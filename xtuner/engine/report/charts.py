@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+from zlib import crc32
 
 from xtuner.engine.report.read import Series
 
@@ -80,7 +81,7 @@ def line_chart(
     y = Axis(low, high, height - _BOTTOM, _TOP, log)
     parts = [_grid(x, y, tick or show, width, height)]
     beyond = sum(not low <= value <= high for value in values)
-    clip = f'clip-{abs(hash((label, width, height))) % 10**8}'
+    clip = f'clip-{crc32(repr((label, width, height)).encode())}'
     parts.append(
         f'<clipPath id="{clip}"><rect x="{_LEFT - 5}" y="{_TOP - 5}" width="{width - _LEFT - _RIGHT + 10}" '
         f'height="{height - _TOP - _BOTTOM + 10}"/></clipPath><g clip-path="url(#{clip})">'
