@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from xtuner.errors import CheckpointError
+from xtuner.model.run_folder import BEST_FILE, LAST_FILE
 
-LAST_FILE, BEST_FILE = 'last', 'best'
 MANIFEST_FILE = 'manifest.json'
 STATE_FILE = 'trainer.json'
 TENSORS_FILE = 'trainer.safetensors'
