@@ -20,7 +20,8 @@ from xtuner.convert import shards
 from xtuner.convert.delta import LowRank
 from xtuner.convert.merge import merge
 from xtuner.errors import CheckpointError, ModelError, UsageError
-from xtuner.model.adapter import Provenance, load_adapter
+from xtuner.model.adapter import Provenance
+from xtuner.model.adapter_load import load_adapter
 from xtuner.model.loading import load_model
 from xtuner.model.weights import fingerprint, open_weights
 
@@ -123,7 +124,7 @@ def test_the_base_that_training_saw_and_the_published_one(
             far[kind] = float((logits(model) - trained).abs().max() / trained.std())
     assert far['dequantized'] < 0.012 < 0.1 < far['original']
     assert 'base original: the published weights, finer than the 4-bit values' in caplog.text
-    assert 'base dequantized: the 4-bit values that training saw' in caplog.text
+    assert 'base dequantized: the 4-bit values that the adapter was trained on' in caplog.text
     assert 'verified on 4 prompts' in caplog.text
 
 
@@ -154,11 +155,15 @@ def test_an_adapter_that_would_do_nothing_or_something_else_is_refused(
         'surplus', {f'{beyond}.lora_A.weight': torch.ones(4, 64), f'{beyond}.lora_B.weight': torch.ones(128, 4)}
     )
     refused(CheckpointError, r'surplus changes model.layers.9.mlp.up_proj.weight, which .* has not', base, surplus, out)
-    zero = variant('zero', {f'{layer}.lora_B.weight': torch.zeros(64, 4)})
-    refused(CheckpointError, r'changes nothing in model.layers.0.self_attn.q_proj.weight: its update is all zero',
-            base, zero, out)  # fmt: skip
-    tiny = variant('tiny', {f'{layer}.lora_B.weight': torch.full((64, 4), 1e-9)})
-    refused(CheckpointError, 'in float16 no value of it changes', base, tiny, out, dtype='fp16')
+    zero = variant('zero', {key: torch.zeros_like(value) for key, value in tensors.items() if 'lora_B' in key})
+    refused(
+        CheckpointError, r'changes nothing: the update of model\S+ and 13 more tensors is all zero', base, zero, out
+    )
+    tiny = variant('tiny', {key: torch.full_like(value, 1e-14) for key, value in tensors.items() if 'lora_B' in key})
+    refused(CheckpointError, 'in float16 no value of .* and 13 more tensors changes', base, tiny, out, dtype='fp16')
+    part = variant('part', {key: None for key in tensors if '.layers.1.' in key})
+    refused(CheckpointError, '14 of the 28 tensors that its adapter_config.json asks for are not in its file', base,
+            part, out)  # fmt: skip
     half = variant('half', {f'{layer}.lora_B.weight': None})
     refused(CheckpointError, 'there is only base_model.*q_proj.lora_A', base, half, out)
     wide = variant('wide', {f'{layer}.lora_B.weight': torch.ones(65, 4)})
@@ -174,13 +179,25 @@ def test_an_adapter_that_would_do_nothing_or_something_else_is_refused(
     refused(UsageError, 'sees no CUDA device', base, adapters['a'], out, device='cuda')
 
 
-def test_a_whole_module_that_did_not_change_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_did_not_change_is_counted_and_the_rest_is_merged(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Experts that no token reached, layers that were frozen: a zero factor, or a whole module as it was."""
     adapter = tmp_path / 'adapter'
-    save_trained(base, adapter, modules_to_save=['lm_head'])
-    tensors = load_file(adapter / 'adapter_model.safetensors')
+    adapted = save_trained(base, adapter, modules_to_save=['lm_head'])
+    file, layer = adapter / 'adapter_model.safetensors', 'base_model.model.model.layers.0.self_attn.q_proj'
+    tensors = load_file(file)
     tensors['base_model.model.lm_head.weight'] = open_weights(base).read('lm_head.weight')
-    save_file(tensors, adapter / 'adapter_model.safetensors')
-    refused(CheckpointError, 'the adapter names lm_head.weight', base, adapter, tmp_path / 'merged')
+    tensors[f'{layer}.lora_B.weight'].zero_()
+    save_file(tensors, file)
+    out = merge(str(base), adapter, tmp_path / 'merged', dtype='fp32')
+    assert 'changes nothing in 1 of 15 tensors, whose update is all zero: model.layers.0.self_attn.q_' in caplog.text
+    assert 'no value changes in 2 of the 15 tensors that adapters name: lm_head.weight and 1 more' in caplog.text
+    merged, before, name = weights(out), weights(base), 'model.layers.0.mlp.up_proj.weight'
+    assert torch.equal(merged[f'{layer[17:]}.weight'], before[f'{layer[17:]}.weight'])
+    wanted = adapted.merge_and_unload().state_dict()[name].double()
+    torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(merged[name], before[name])
 
 
 def test_another_base_only_by_force(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

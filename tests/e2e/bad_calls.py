@@ -218,7 +218,6 @@ BAD_MODELS: dict[str, tuple[dict[str, object], str]] = {
 BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'a run is there already': ([*IN_DONE, *SMALL], 'already holds checkpoints; add --resume'),
     'resume from nowhere': ([*TRAIN, '--resume', 'none/checkpoint-00000001', *SMALL], 'no such folder'),
-    'resume from a work folder': ([*TRAIN, '--resume', 'DONE', *SMALL], 'did you mean'),
     'resume from a file': ([*TRAIN, '--resume', 'DATA', *SMALL], 'no such folder'),
     'resume from a model': ([*TRAIN, '--resume', 'MODEL', *SMALL], 'not a whole checkpoint'),
     'another learning rate': (
@@ -234,13 +233,11 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'another seed': ([*IN_DONE, '--seed', '7', '--resume', *SMALL], '`runtime.seed` was 42 and is now 7'),
     'fewer steps, allowed': ([*IN_DONE, '--resume', '--allow-changes', *SMALL], 'only 1'),
     'start from nowhere': ([*TRAIN, '--start-from', 'none', *SMALL], 'no such folder'),
-    'start from a work folder': ([*TRAIN, '--start-from', 'DONE', *SMALL], 'did you mean'),
     'start from another rank': ([*TRAIN, '--start-from', 'DONE/checkpoint-00000002', *SMALL, 'adapter.r=4'],
                                 '`adapter.r` is 4, and'),
+    'a work folder as the model': (['chat', 'DONE'], "holds an adapter, not a model; give its base as the model ('"),
+    'a file beneath which nothing can be': (['convert', 'merge', 'MODEL', 'DONE', 'DATA/merged'], 'is a file'),
     'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter there'),
-    'merge of a work folder': (['convert', 'merge', 'MODEL', 'DONE', 'RUN'], 'did you mean'),
-    "merge of a run's file": (
-        ['convert', 'merge', 'MODEL', 'DONE/last', 'RUN'], 'did you mean done/checkpoint-00000002?'),
     'merge into a folder that holds something': (
         ['convert', 'merge', 'MODEL', 'DONE/checkpoint-00000002', 'DONE'], 'is not empty'),
     'chat with an adapter that is none': (['chat', 'MODEL', '--adapter', 'none'], 'no adapter there'),

@@ -78,7 +78,7 @@ def test_what_cannot_be_served(base: Path, adapters: dict[str, Path], tmp_path: 
 
 
 def test_using_an_adapter_is_having_it_alone(base: Path, adapters: dict[str, Path], loaded: Any) -> None:
-    from xtuner.model.adapter import load_adapter
+    from xtuner.model.adapter_load import load_adapter
     from xtuner.model.loading import load_model
 
     ids = torch.tensor([[1, 5, 9, 13]])

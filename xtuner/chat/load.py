@@ -13,9 +13,11 @@ from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.template import Template, get_template
-from xtuner.model.adapter import check_adapter, load_adapter, read_provenance
+from xtuner.model.adapter import read_provenance
+from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.generate import Sampling, warm
 from xtuner.model.loading import load_tokenizer, resolve_model
+from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -77,7 +79,7 @@ def open_chat_model(
 
     Args:
         llm: A model's folder or hub id.
-        adapter: A checkpoint of `xtuner train`, or any peft adapter.
+        adapter: A checkpoint or work folder of `xtuner train`, or any peft adapter.
         template: Name of the prompt template; None takes the one the adapter or the merged model was tuned with, or
             else the tokenizer's own.
         bits: 4 or 8 quantises the base; 16 does not; None leaves it as the adapter was trained, or else as 16.
@@ -92,6 +94,7 @@ def open_chat_model(
         UsageError: a GPU is asked for and there is none.
     """
     folder = resolve_model(llm, trust_remote_code=trust_remote_code)
+    adapter = None if adapter is None else resolve_checkpoint(adapter)
     source = folder
     provenance = read_provenance(folder)
     if adapter is not None:

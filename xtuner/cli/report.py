@@ -9,7 +9,7 @@ from xtuner.cli.options import given_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('work_dir', type=given_path, help='the folder with metrics.jsonl')
+    parser.add_argument('work_dir', type=given_path, help='the folder with metrics.jsonl, or a checkpoint in it')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
 
     from xtuner.engine.report.page import write_report
+    from xtuner.model.run_folder import work_folder
 
-    print(write_report(args.work_dir))
+    print(write_report(work_folder(args.work_dir)))
     return 0

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from xtuner.convert.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
 from xtuner.convert.shards import row_blocks
 from xtuner.errors import CheckpointError
-from xtuner.model.weights import WeightReader, file_names, fingerprint, open_file
+from xtuner.model.adapter_load import AdapterWeights, read_adapter_config
+from xtuner.model.weights import fingerprint
 
 _PREFIX = 'base_model.model.'
 _PARTS = {
@@ -37,7 +37,7 @@ class AdapterFile:
     """A saved LoRA adapter.
 
     Args:
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
         device: Where its tensors are put as they are read.
 
     Attributes:
@@ -51,19 +51,13 @@ class AdapterFile:
     def __init__(self, folder: Path, device: torch.device | str = 'cpu') -> None:
         self.folder = folder
         self._device = torch.device(device)
-        path = folder / 'adapter_model.safetensors'
-        try:
-            self.config: dict[str, Any] = json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))
-            names = file_names(open_file(path))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f'{folder}: the adapter cannot be read: {error}') from error
+        self.config = read_adapter_config(folder)
+        weights = AdapterWeights(folder)
         self._check_supported()
-        self._reader = WeightReader(folder, dict.fromkeys(names, path))
+        self._reader = weights.reader
         self._parts: dict[str, dict[str, str]] = {}  # by the name of the base's tensor
-        for key in names:
-            if '.original_module.' in key:  # peft saves it beside a resized embedding that was trained whole
-                continue
-            target, part = _place(key.removeprefix(_PREFIX))
+        for name, key in weights.keys.items():
+            target, part = _place(name.removeprefix(_PREFIX))
             self._parts.setdefault(target, {})[part] = key
         for target, parts in self._parts.items():
             if len(parts.keys() & {'up', 'down'}) == 1 or (parts.keys() == {'magnitude'}):

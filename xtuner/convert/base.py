@@ -6,6 +6,7 @@ transformers and bitsandbytes are imported where they are needed: the published 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ _QUANTIZED_AT_ONCE = 2**20  # elements
 _ELEMENTS_A_THREAD = 2**15  # for fewer, torch's sums take no further thread
 
 
-def skeleton(folder: Path) -> Any:
+def skeleton(folder: Path, changes: Mapping[str, Any] | None = None) -> Any:
     """The model of a folder without its weights: parameters on the meta device, buffers as they are computed.
+
+    Args:
+        folder: Holds `config.json`.
+        changes: Fields of the config that shall differ.
 
     Raises:
         ModelError: it is of a kind that is not known here.
@@ -39,6 +44,8 @@ def skeleton(folder: Path) -> Any:
     from xtuner.model.loading import load_config
 
     config = load_config(folder)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32).eval()
 
@@ -75,6 +82,9 @@ class QuantizedBase:
         quantization: How training held them.
         dtype: Training's compute dtype. Weights are rounded to it before they are quantised, as loading does.
         device: Where they are quantised; bitsandbytes has its own code for each kind of device.
+
+    Attributes:
+        bits: Of a quantised weight.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class QuantizedBase:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.bits = quantization.bits
         self._reader, self._dtype, self._device = reader, dtype, device
         self._settings = quantization
         self._num_threads = torch.get_num_threads()

@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xtuner import __version__
-from xtuner.config.schema import QuantizationConfig
-from xtuner.convert.adapter_file import AdapterFile
-from xtuner.convert.base import PublishedBase, QuantizedBase, shared_tensors
-from xtuner.convert.combine import Weighted, combine, merged_shape
-from xtuner.convert.delta import Rows
+from xtuner.convert.base import PublishedBase, QuantizedBase
+from xtuner.convert.layerwise import Adapted
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, size_text, write_weights
-from xtuner.errors import CheckpointError, UsageError
-from xtuner.model.adapter import Provenance, check_adapter
-from xtuner.model.sources import resolve_model
-from xtuner.model.weights import WeightReader, fingerprint, open_weights
+from xtuner.convert.prompts import choose_prompts
+from xtuner.convert.shards import TensorPlan, size_text, write_weights
+from xtuner.convert.source import DTYPES, Source, check_changed, open_source, plan_tensors, short
+from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
+from xtuner.errors import ModelError, UsageError
+from xtuner.model.weights import fingerprint
 
 logger = logging.getLogger('xtuner')
 
-DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
-BASES = ('original', 'dequantized')
-DEFAULT_PROMPTS = 4
+BASES = ('auto', 'original', 'dequantized')
 CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
-"""Sizes of models that are verified without being asked for."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Everything a merge reads.
-
-    Attributes:
-        reader: The published weights.
-        base: What the adapters are added to.
-        parts: The adapters.
-        provenance: What the last adapter's `xtuner.json` says, or None.
-        ties: For each tensor that the model shares, the name under which its values are stored.
-        device: Where blocks are computed.
-    """
-
-    reader: WeightReader
-    base: PublishedBase | QuantizedBase
-    parts: tuple[Weighted, ...]
-    provenance: Provenance | None
-    ties: dict[str, str]
-    device: torch.device
-
-    @property
-    def targets(self) -> set[str]:
-        """Names of all tensors that an adapter changes."""
-        return set().union(*(part.adapter.targets for part in self.parts))
-
-    def rows(self, name: str) -> Rows:
-        """What training saw, or what was published, of a tensor; a shared one that is written apart has its twin's."""
-        return self.base.open(self.ties.get(name, name))
-
-    def merged(self, plan: TensorPlan) -> Iterator[Tensor]:
-        """A planned tensor's blocks, in its dtype, on the CPU.
-
-        Raises:
-            CheckpointError: adapters name the tensor and do not change it.
-            ModelError: a value is too large for the dtype.
-        """
-        rows = self.rows(plan.name)
-        if plan.name not in self.targets:
-            for start, stop in row_blocks(plan.shape):
-                yield plan.cast(rows(start, stop)).cpu()
-            return
-        scratch = torch.empty(0, device=self.device)
-
-        def in_float(rows: Tensor) -> Tensor:  # into one and the same buffer: fresh memory costs more than the products
-            """Rows as float32, until the next call."""
-            return scratch.resize_(rows.shape).copy_(rows)
-
-        combined = combine(self.parts, plan.name, lambda a, b: in_float(rows(a, b)), plan.shape)
-        changed = all(part.adapter.carried(plan.name) for part in self.parts if plan.name in part.adapter.targets)
-        for start, stop in row_blocks(plan.shape):
-            before = rows(start, stop)
-            merged = combined.rows(in_float(before), start, stop)
-            block = merged.clone() if merged.dtype == plan.dtype else plan.cast(merged)
-            changed = changed or before.shape != block.shape or not torch.equal(block, before.to(block))
-            yield block.cpu()
-        if not changed:
-            raise CheckpointError(
-                f'the adapter names {plan.name}, but in {_short(plan.dtype)} no value of it changes; it was '
-                'trained too little, or not at all'
-            )
+"""Sizes of models that are measured and verified without being asked for."""
 
 
 def merge(
@@ -103,7 +36,7 @@ def merge(
     weight: float = 1.0,
     more: Sequence[tuple[Path, float]] = (),
     dtype: str | None = None,
-    base: str = 'original',
+    base: str = 'auto',
     max_shard_bytes: int = 2 * 10**9,
     device: str = 'cpu',
     verify: int | None = None,
@@ -113,105 +46,133 @@ def merge(
 
     Args:
         llm: The base model's folder or hub id.
-        adapter: A peft LoRA adapter, such as a checkpoint of `xtuner train`.
+        adapter: A peft LoRA adapter, such as a checkpoint or work folder of `xtuner train`.
         out: A folder that is missing or empty. It appears as a whole at the end.
         weight: How much of the adapter's change is taken.
         more: Further adapters of the same base, with their weights; the changes are added up.
         dtype: 'fp16', 'bf16' or 'fp32'; None takes what the adapter was trained in, float32 training becoming fp16.
-        base: 'original' adds to the published weights, 'dequantized' to the values that quantised training saw.
+        base: 'original' adds to the published weights, 'dequantized' to the values that quantised training saw;
+            'auto' takes the published weights where they measurably keep what was taught, else the trained values.
         max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
         device: 'cpu' or 'cuda', where the products are computed.
-        verify: Prompts on which the written model is compared with base and adapter; None: `DEFAULT_PROMPTS` where
-            that is cheap.
+        verify: Prompts on which models are compared; None: some where that is cheap; 0: none.
         force: Takes an adapter whose `xtuner.json` names another base.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: an adapter of another base, one that adapts tensors the base has not, or changes nothing.
-        ModelError: the base cannot be read, `out` is not empty, or the result differs from base and adapter.
+        CheckpointError: an adapter of another base, one that is not whole or does not fit, or changes nothing.
+        ModelError: the base cannot be read, `out` is not empty, or the result differs from base and adapter, or (with
+            'auto') from the model that was trained.
         UsageError: `dequantized` where training saw no quantised weights, or a device that is not there.
     """
     check_output(out)
-    source = _open(llm, [(adapter, weight), *more], base, _device(device), force)
+    source = open_source(llm, [(adapter, weight), *more], _device(device), force=force)
     trained_in = source.provenance.compute_dtype if source.provenance else 'fp16'
     dtype = dtype or ('bf16' if trained_in == 'bf16' else 'fp16')
-    plans, config_changes = plan_tensors(source, DTYPES[dtype])
+    plans, changes = plan_tensors(source, DTYPES[dtype])
     size = sum(plan.nbytes for plan in plans)
     logger.info('merging %s into %s: %s in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
                 size_text(size), dtype)  # fmt: skip
-    _explain(base, source.provenance)
-    num_prompts = _num_prompts(verify, size, source)
-    with whole_folder(out, _job(source, plans, base, max_shard_bytes)) as folder:
+    verifier = _verifier(source, plans, changes, verify, size)
+    source, trained = _with_base(source, base, verifier)
+    with whole_folder(out, _job(source, plans, max_shard_bytes)) as folder:
+        from xtuner.convert.folder import write_model_files  # imports what a wrong call does not wait for
+
+        adapters = [part.adapter.folder for part in source.parts]
+        write_model_files(folder, source.reader.folder, adapters[-1], source.provenance,
+                          changes | {'dtype': short(DTYPES[dtype])})  # fmt: skip
         write_weights(folder, plans, max_shard_bytes, source.merged)
-        logger.info('%d tensors of %d changed', len(source.targets), len(plans))
-        from xtuner.convert.folder import write_model_files  # imports what the weights do not wait for
-
-        write_model_files(folder, source.reader.folder, source.parts[-1].adapter.folder, source.provenance,
-                          config_changes | {'dtype': _short(DTYPES[dtype])})  # fmt: skip
-        if num_prompts:
-            from xtuner.convert.verify import verify_merge
-
-            verify_merge(source.reader.folder, source.rows, source.parts, folder, num_prompts, DTYPES[dtype],
-                         source.device)  # fmt: skip
+        check_changed(source, DTYPES[dtype])
+        logger.info('%d tensors of %d changed', len(source.targets) - len(source.unchanged), len(plans))
+        found = None
+        if verifier is not None:
+            written = verifier.check(folder, source.base, DTYPES[dtype])
+            found = compare(verifier.on(trained), written) if trained else None
+        _judge(found, source, asked=base)
+        _record(folder, source, found)
     return out
 
 
-def plan_tensors(source: Source, dtype: torch.dtype) -> tuple[list[TensorPlan], dict[str, Any]]:
-    """What will be written, and which fields of the config change with it.
+def _verifier(
+    source: Source, plans: Sequence[TensorPlan], changes: dict[str, Any], verify: int | None, size: int
+) -> Verifier | None:
+    """Attaches the adapters to the base, which shows that they fit; None where nothing shall be compared."""
+    parts = [(part.adapter.folder, part.weight) for part in source.parts]
+    adapted = Adapted(source.reader.folder, parts, changes)
+    if verify == 0:
+        return None
+    if verify is None and size > CHEAP_BYTES[source.device.type]:
+        logger.info('not compared with base and adapter: it would read %.1f GB several times; --verify 4 does it, in '
+                    'the same memory', size / 1e9)  # fmt: skip
+        return None
+    vocab_size = adapted.model.config.get_text_config().vocab_size
+    prompts = choose_prompts(source.reader.folder, parts[-1][0].resolve().parent, verify, vocab_size)
+    return Verifier(source, plans, adapted, prompts)
+
+
+def _with_base(source: Source, base: str, verifier: Verifier | None) -> tuple[Source, QuantizedBase | None]:
+    """The source with the base that was asked for or is chosen, and the base that training held quantised, if it did.
 
     Raises:
-        CheckpointError: an adapter changes tensors that the base has not, or does not fit them.
+        UsageError: the trained values are asked for and there are none.
     """
-    names = [name for name in source.reader.names() if name not in source.ties]
-    changes: dict[str, Any] = {}
-    touched = source.targets & (source.ties.keys() | set(source.ties.values()))
-    if touched and not all(p.adapter.keeps_ties for p in source.parts if p.adapter.targets & touched):
-        names += source.ties
-        changes['tie_word_embeddings'] = False
-        logger.info('the model shares %s, and the adapter changes only %s: the merged model has both',
-                    ', '.join(f'{a} with {b}' for a, b in source.ties.items()), ', '.join(sorted(touched)))  # fmt: skip
-    for part in source.parts:
-        known = set(names) | (source.ties.keys() if part.adapter.keeps_ties else set())
-        if missing := sorted(part.adapter.targets - known):
-            more = f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''
-            raise CheckpointError(f'{part.adapter.folder} changes {missing[0]}{more}, which '
-                                  f'{source.reader.folder} has not; nothing of an adapter is left out')  # fmt: skip
-        if zero := part.adapter.untrained():
-            more = f' and {len(zero) - 1} more tensors' if len(zero) > 1 else ''
-            raise CheckpointError(f'{part.adapter.folder} changes nothing in {zero[0]}{more}: its update is all zero; '
-                                  'it was not trained, or not saved whole')  # fmt: skip
-    plans = []
-    for name in names:
-        stored = source.ties.get(name, name)
-        before, own = source.reader.shape(stored), source.reader.dtype(stored)
-        shape = merged_shape(source.parts, name, before) if name in source.targets else before
-        plans.append(TensorPlan(name, shape, dtype if own.is_floating_point else own))
-        if shape != before:
-            if changes.setdefault('vocab_size', shape[0]) != shape[0]:
-                raise CheckpointError(f'the adapter resizes {name} to {shape[0]} words, and another tensor to '
-                                      f'{changes["vocab_size"]}')  # fmt: skip
-            logger.info('%s grows from %d to %d words', name, before[0], shape[0])
-    return plans, changes
+    if source.quantization is None:
+        if base == 'dequantized':
+            raise UsageError(f'--base dequantized: {source.parts[-1].adapter.folder} was not trained on quantised '
+                             'weights, as far as its xtuner.json says; use --base original')  # fmt: skip
+        return source, None
+    bits = source.quantization.bits
+    if verifier is None and base != 'dequantized':
+        logger.info('base %s: not measured here how much of what was taught on the %d-bit base each choice keeps',
+                    'dequantized' if base == 'auto' else base, bits)  # fmt: skip
+    trained = source.quantized_base() if verifier is not None or base != 'original' else None
+    chosen = 'dequantized' if base == 'auto' else base
+    if verifier is not None and trained is not None and base != 'dequantized':
+        on_original = verifier.compare_bases(trained)
+        if base == 'auto' and on_original.keeps:
+            chosen = 'original'
+            verifier.compare_merged(trained)
+    if chosen == 'original':
+        logger.info('base original: the published weights, finer than the %d-bit values that the adapter was trained '
+                    'on', bits)  # fmt: skip
+        return source, trained
+    logger.info('base dequantized: the %d-bit values that the adapter was trained on, so that the merged model answers '
+                'as it did in training', bits)  # fmt: skip
+    assert trained is not None
+    return replace(source, base=trained), trained
 
 
-def _open(llm: str, adapters: Sequence[tuple[Path, float]], base: str, device: torch.device, force: bool) -> Source:
-    folder = resolve_model(llm)
-    reader = open_weights(folder)
-    digest = fingerprint(reader)
-    parts = []
-    for path, weight in adapters:
-        provenance = check_adapter(path, None if force else digest)
-        parts.append(Weighted(AdapterFile(path, device), weight))
-    weights: PublishedBase | QuantizedBase = PublishedBase(reader)
-    if base == 'dequantized':
-        if provenance is None or provenance.quantization is None:
-            raise UsageError(f'--base dequantized: {adapters[-1][0]} was not trained on quantised weights, as far as '
-                             'its xtuner.json says; use --base original')  # fmt: skip
-        weights = QuantizedBase(reader, QuantizationConfig(**provenance.quantization),
-                                {'fp16': torch.float16, **DTYPES}[provenance.compute_dtype], device)  # fmt: skip
-    return Source(reader, weights, tuple(parts), provenance, shared_tensors(folder), device)
+def _judge(found: Comparison | None, source: Source, *, asked: str) -> None:
+    """Says how near the written model is to the trained one.
+
+    Raises:
+        ModelError: too far, and the base was not asked for by name.
+    """
+    if found is None:
+        return
+    kind = _kind(source)
+    if found.keeps:
+        logger.info('as trained: merged with --base %s, %s', kind, found)
+        return
+    text = (f'merged with --base {kind}, the model differs from the one that was trained: {found} of {found.positions} '
+            f'positions, where {100 * LEAST_AGREEMENT:g} % and at most {MOST_KL:g} are asked for')  # fmt: skip
+    if asked == 'auto':
+        raise ModelError(f'{text}; nothing was left: try --dtype fp32, or name a base (--base {kind}) to have it')
+    logger.warning('%s; it may not keep what was taught (--base auto chooses by this measure)', text)
+
+
+def _record(folder: Path, source: Source, found: Comparison | None) -> None:
+    """Notes in `xtuner.json` which base the model was merged on, and how near it is to the trained one."""
+    if source.provenance is None:
+        return
+    measured = {} if found is None else {key: asdict(found)[key] for key in ('agreement', 'kl', 'positions')}
+    replace(source.provenance, merged={'base': _kind(source), **measured}).write(folder)
+
+
+def _kind(source: Source) -> str:
+    return 'original' if isinstance(source.base, PublishedBase) else 'dequantized'
 
 
 def _device(name: str) -> torch.device:
@@ -220,37 +181,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _explain(base: str, provenance: Provenance | None) -> None:
-    """One line on what the adapter is added to, where there is a choice."""
-    if provenance is None or provenance.quantization is None:
-        return
-    bits = provenance.quantization.get('bits', 4)
-    if base == 'original':
-        logger.info('base original: the published weights, finer than the %d-bit values that the adapter was trained '
-                    'on; --base dequantized takes those, and stays closer to what training saw', bits)  # fmt: skip
-    else:
-        logger.info('base dequantized: the %d-bit values that training saw, so that the merged model answers as it did '
-                    'in training; --base original takes the finer published weights', bits)  # fmt: skip
-
-
-def _num_prompts(verify: int | None, size: int, source: Source) -> int:
-    if verify is not None:
-        return verify
-    if size <= CHEAP_BYTES[source.device.type]:
-        return DEFAULT_PROMPTS
-    logger.info('not verified: it would read %.1f GB twice; --verify %d does it, in the same memory',
-                size / 1e9, DEFAULT_PROMPTS)  # fmt: skip
-    return 0
-
-
-def _job(source: Source, plans: Sequence[TensorPlan], base: str, max_shard_bytes: int) -> dict[str, Any]:
+def _job(source: Source, plans: Sequence[TensorPlan], max_shard_bytes: int) -> dict[str, Any]:
     return {
-        'xtuner': __version__, 'torch': torch.__version__, 'device': str(source.device), 'base': base,
+        'xtuner': __version__, 'torch': torch.__version__, 'device': str(source.device), 'base': _kind(source),
         'weights': fingerprint(source.reader), 'max_shard_bytes': max_shard_bytes,
         'adapters': [(part.adapter.fingerprint(), part.weight) for part in source.parts],
         'tensors': [(plan.name, plan.shape, str(plan.dtype)) for plan in plans],
     }  # fmt: skip
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix('torch.')

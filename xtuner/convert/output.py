@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,21 @@ from typing import Any
 
 from xtuner.errors import ModelError, XTunerError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger('xtuner')
 
 _JOB_FILE = 'unfinished'  # holds a hash of the job
 
 
 def check_output(out: Path) -> None:
-    """Raises ModelError where `out` is a file or holds anything."""
+    """Raises ModelError where `out` is a file, holds anything, or lies beneath a file."""
+    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ModelError(f'{out} cannot be made: {above} is a file; nothing was written: name another folder')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
 
@@ -36,26 +45,53 @@ def whole_folder(out: Path, job: Any) -> Iterator[Path]:
         job: What is done, from what, as JSON values: all that the files' bytes depend on.
 
     Raises:
-        ModelError: `out` is not empty, or the file system refuses.
+        ModelError: `out` is not empty, another process writes it, or the file system refuses.
     """
     check_output(out)
     partial = out.with_name(f'.partial-{out.name}')
     digest = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
     try:
-        _prepare(partial, digest)
-        yield partial
-        (partial / _JOB_FILE).unlink()
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(partial, out):
+            _prepare(partial, digest)
+            try:
+                yield partial
+            except XTunerError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            (partial / _JOB_FILE).unlink()
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
     except OSError as error:
-        raise ModelError(
-            f'cannot write {out}: {error.strerror or error}; what is done is kept in {partial}, and the same command '
-            'goes on with it'
-        ) from error
-    except XTunerError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        kept = f'what is done is kept in {partial}, and the same command goes on with it' if partial.is_dir() \
+            else 'nothing was written'  # fmt: skip
+        raise ModelError(f'cannot write {out}: {error.strerror or error}; {kept}') from error
+
+
+@contextmanager
+def _alone(partial: Path, out: Path) -> Iterator[None]:
+    """Holds the lock on `<partial>.lock`, which ends with its process.
+
+    Raises:
+        ModelError: another process holds it.
+    """
+    lock = partial.with_name(f'{partial.name}.lock')
+    with lock.open('a') as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ended = not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except BlockingIOError:
+                ended = True
+            except OSError:  # a file system without locks
+                ended = False
+            if ended:  # it held the lock, or has removed the file since we opened it
+                raise ModelError(f'{out} is being written by another process; wait for its end, or name another folder')
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _prepare(partial: Path, digest: str) -> None:

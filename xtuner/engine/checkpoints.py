@@ -35,10 +35,10 @@ from safetensors import SafetensorError
 
 from xtuner.engine.trainer_state import STATE_FILE, validation_loss, write_state
 from xtuner.errors import CheckpointError, one_line
+from xtuner.model.run_folder import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger('xtuner')
 
-LAST_FILE, BEST_FILE = 'last', 'best'
 MANIFEST_FILE = 'manifest.json'
 _PREFIX = 'checkpoint-'
 _POSIX = os.name == 'posix'

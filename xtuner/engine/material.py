@@ -20,10 +20,10 @@ from xtuner.engine.launch import Group
 from xtuner.model.adapter import (
     Provenance,
     attach_adapter,
-    load_adapter,
     looks_at_the_base,
     trainable_parameters,
 )
+from xtuner.model.adapter_load import load_adapter
 from xtuner.model.card import prompt_example, write_card
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path

@@ -23,6 +23,7 @@ from xtuner.engine.checkpoints import (
 from xtuner.engine.same_run import check_same_run
 from xtuner.engine.work_folder import alone_in
 from xtuner.errors import CheckpointError, ConfigError, UsageError
+from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint
 from xtuner.registry import build
 
 logger = logging.getLogger('xtuner')
@@ -36,7 +37,8 @@ class Start:
     """How the user wants a run to begin.
 
     Attributes:
-        resume: None; `NEWEST`; or a checkpoint's folder, to go on exactly from there.
+        resume: None; `NEWEST`; or a checkpoint's folder, to go on exactly from there. A work folder, or the file `last`
+            in it, stands for its last checkpoint, here and in `weights`.
         weights: A folder whose adapter (or whole weights) a new run begins with; None: new ones.
         allow_changes: Whether a run may go on although config, data or processes have changed.
     """
@@ -50,6 +52,14 @@ class Start:
             raise UsageError('--resume goes on with a run and --start-from begins a new one; give one of them')
         if self.allow_changes and self.resume is None:
             raise UsageError('--allow-changes is for a run that goes on; add --resume')
+        if self.weights is not None:
+            object.__setattr__(self, 'weights', resolve_checkpoint(self.weights))
+        if self.resume not in (None, NEWEST):
+            folder = resolve_checkpoint(Path(self.resume or ''))
+            if (folder / ADAPTER_CONFIG).is_file() and not (folder / MANIFEST_FILE).is_file():
+                raise CheckpointError(f"--resume {folder}: an adapter without the trainer's state, so no run can go on "
+                                      'from it; --start-from takes its weights')  # fmt: skip
+            object.__setattr__(self, 'resume', folder)
 
 
 NEW_RUN = Start()
@@ -114,7 +124,7 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
         return
     from peft import PeftConfig
 
-    from xtuner.model.adapter import check_adapter
+    from xtuner.model.adapter_load import check_adapter
 
     check_adapter(folder, base_fingerprint)
 

@@ -20,6 +20,7 @@ from mmengine.runner import set_random_seed
 from torch import nn
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.probe import write_probe
 from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
 from xtuner.dataset.store import PreparedDataset
@@ -125,6 +126,8 @@ def _run(
     if group.rank == 0:
         _check_space(work_dir, config, plan, model, data)
         open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
+        part = 'training' if data.validation is None else 'validation'
+        write_probe(work_dir, data.dataset if data.validation is None else data.validation, part)
     about = about_run(config, data, plan, model, dtype) if group.rank == 0 else None
     training = training_facts(config, data, plan, dtype)
 

@@ -1,4 +1,4 @@
-"""Adapters: attach one, load one, save one; what is trained and on which base it belongs.
+"""Adapters: attach one, save one; what is trained and on which base it belongs. `adapter_load` loads them.
 
 A saved adapter is peft's own form (`adapter_config.json`, `adapter_model.safetensors`) beside `xtuner.json`, which
 says on which base it was trained. Plain `PeftModel.from_pretrained` loads the folder without us.
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from xtuner import __version__
@@ -34,6 +33,8 @@ class Provenance:
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
         training: How it was trained: what the model card tables (`xtuner.engine.facts.training_facts`); None: unknown.
+        merged: Of a merged model: `base`, on which it was merged ('original' or 'dequantized'), and, where it was
+            measured against the trained model, `agreement` (share of the likeliest tokens), `kl` (nats), `positions`.
     """
 
     base: str
@@ -43,10 +44,12 @@ class Provenance:
     quantization: dict[str, Any] | None = None
     xtuner: str = __version__
     training: dict[str, Any] | None = None
+    merged: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        known = {key: value for key, value in asdict(self).items() if key != 'merged' or value is not None}
+        text = json.dumps(known, indent=2, ensure_ascii=False)
         (folder / PROVENANCE_FILE).write_text(text + '\n', encoding='utf-8')
 
 
@@ -111,70 +114,6 @@ def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
     adapter = build(section, 'adapter')
     plain = type(adapter) is LoraConfig and adapter.init_lora_weights in (True, False, 'gaussian')
     return not plain or bool(adapter.use_dora or adapter.target_parameters or adapter.layer_replication)
-
-
-def load_adapter(
-    model: nn.Module,
-    folder: Path,
-    *,
-    trainable: bool = False,
-    base_fingerprint: str | None = None,
-    name: str = 'default',
-) -> Any:
-    """Puts a saved adapter on its base.
-
-    Args:
-        model: The base model, or a `peft.PeftModel` that holds other adapters already.
-        folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
-        trainable: Whether its parameters shall require gradients.
-        base_fingerprint: The fingerprint of `model`'s weights, to compare with the adapter's; None skips that.
-        name: What peft calls it.
-
-    Returns:
-        The `peft.PeftModel`.
-
-    Raises:
-        CheckpointError: no adapter there, weights that do not fit, or an adapter of another base.
-    """
-    from peft import PeftModel
-
-    check_adapter(folder, base_fingerprint)
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), name, is_trainable=trainable)
-            return model
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f'adapter {folder} does not fit this base model: {error}') from error
-
-
-def _newest_of(run: Path) -> str:
-    """A hint at a run's newest checkpoint, for who gave the run's folder or its file `last`; else nothing."""
-    last = run if run.name == 'last' else run / 'last'
-    return f'; did you mean {last.parent / last.read_text(encoding="utf-8").strip()}?' if last.is_file() else ''
-
-
-def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | None:
-    """Checks that a folder holds an adapter, and one of this base; returns its provenance.
-
-    Raises:
-        CheckpointError: a file is missing or no settings, or the fingerprints differ.
-    """
-    for name in ('adapter_config.json', 'adapter_model.safetensors'):
-        if not (folder / name).is_file():
-            raise CheckpointError(f'{folder}: no adapter there ({name} is missing){_newest_of(folder)}')
-    try:
-        if not isinstance(json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8')), dict):
-            raise ValueError('expected a JSON object')
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{folder / "adapter_config.json"} cannot be read: {error}') from error
-    provenance = read_provenance(folder)
-    if provenance and base_fingerprint and provenance.base_fingerprint != base_fingerprint:
-        raise CheckpointError(
-            f'{folder} was trained on another base: {provenance.base} with weights {provenance.base_fingerprint[:12]}, '
-            f'these are {base_fingerprint[:12]}; give the base it was trained on'
-        )
-    return provenance
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from xtuner.errors import ModelError
 from xtuner.files import read_object
+from xtuner.model.run_folder import model_folder
 
 logger = logging.getLogger('xtuner')
 
@@ -33,7 +34,8 @@ def resolve_model(
     Raises:
         ModelError: nothing there under that name, or no network and no local copy.
     """
-    if (folder := Path(path)).is_dir():
+    folder = model_folder(Path(path)) if weights else Path(path)
+    if folder.is_dir():
         return folder
     name = str(path)
     unwanted = [*_UNUSED, *([] if trust_remote_code else ['*.py']), *([] if weights else _WEIGHTS)]

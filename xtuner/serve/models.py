@@ -12,8 +12,10 @@ from xtuner.dataset.conversation import to_conversation, to_prompt
 from xtuner.dataset.template import Piece, Template, get_template
 from xtuner.dataset.tokenize import encode_conversation, encode_pieces
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
-from xtuner.model.adapter import Provenance, check_adapter, load_adapter, read_provenance
+from xtuner.model.adapter import Provenance, read_provenance
+from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
+from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights import fingerprint, open_weights
 from xtuner.serve.address import base_name_of, name_adapters
 
@@ -112,7 +114,7 @@ def load_served(
         UsageError: two names are the same, or adapters were trained on the base in different bits.
     """
     base_name = base_name_of(llm)
-    folders = name_adapters(adapters, base_name)
+    folders = {name: resolve_checkpoint(path) for name, path in name_adapters(adapters, base_name).items()}
     folder = resolve_model(llm, trust_remote_code=trust_remote_code)
     known = fingerprint(open_weights(folder)) if folders else None
     origins = {name: check_adapter(path, known) for name, path in folders.items()}

@@ -1,7 +1,8 @@
 """Merges adapters into their base model: plain weights that any tool loads.
 
-`--base original` adds to the published weights; `--base dequantized` adds to the 4- or 8-bit values that training saw
-in their place, so that the result answers as the model did in training. Interrupted, it goes on where it was.
+An adapter that was trained on a 4- or 8-bit base belongs to those values. `--base auto` measures: it adds to the
+published weights where the result answers as the trained model did, and else to the 4- or 8-bit values themselves.
+Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('llm', type=filled, help='the base model: a folder or a hub id')
     parser.add_argument(
-        'adapter', type=given_path, help='a checkpoint folder of `xtuner train`, or any peft LoRA adapter'
+        'adapter', type=given_path, help='a checkpoint or work folder of `xtuner train`, or any peft LoRA adapter'
     )
     parser.add_argument('out', type=given_path, help='where the merged model goes; missing or empty')
     parser.add_argument('--weight', type=finite, default=1.0, help="how much of the adapter's change is taken (1)")
     parser.add_argument('--add', type=weighted, action='append', default=[], metavar='ADAPTER[:WEIGHT]',
                         help='a further adapter of the same base; may be given several times')  # fmt: skip
     parser.add_argument('--dtype', choices=('fp16', 'bf16', 'fp32'), help='fp16, or bf16 where training used it')
-    parser.add_argument('--base', choices=('original', 'dequantized'), default='original',
-                        help='added to: the published weights (default), or what quantised training saw')  # fmt: skip
+    parser.add_argument('--base', choices=('auto', 'original', 'dequantized'), default='auto',
+                        help='added to: the published weights, what quantised training saw, or, by default, whichever '
+                             'measurably keeps what was taught')  # fmt: skip
     parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where products are computed (cpu)')
     parser.add_argument('--verify', type=non_negative_int, metavar='N',
-                        help='compare with base and adapter on N prompts; 0: never (4 where cheap)')  # fmt: skip
+                        help='compare with base and adapter on N prompts; 0: never (a few where cheap)')  # fmt: skip
     parser.add_argument('--force', action='store_true', help='take an adapter that was trained on another base')
 
 

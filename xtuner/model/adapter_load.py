@@ -1,0 +1,264 @@
+"""Loading a saved adapter: whole, on the base it belongs to, or not at all.
+
+peft loads what fits and passes over the rest: a file whose names match nothing leaves an adapter of zeros, half a file
+leaves half of one. Here every tensor of the file must have its place, and every place its tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from xtuner.errors import CheckpointError, ModelError, one_line
+from xtuner.model.adapter import Provenance, read_provenance
+from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint
+from xtuner.model.weights import WeightReader, file_names, open_file
+
+logger = logging.getLogger('xtuner')
+
+WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
+_WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+_EMBEDDINGS = ('get_input_embeddings', 'get_output_embeddings')
+
+
+class AdapterWeights:
+    """The tensors of an adapter's file by peft's names, read safely and one at a time.
+
+    Args:
+        folder: Holds `adapter_model.safetensors` or `adapter_model.bin`.
+
+    Attributes:
+        path: The file.
+        keys: For each of peft's names the name in the file; copies that peft saves of some are left out.
+        reader: Reads them by their names in the file.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, one that holds anything but tensors, or none at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not found:
+            raise CheckpointError(f'{folder}: no adapter there ({WEIGHT_FILES[0]} is missing)')
+        self.path = found[0]
+        try:
+            stored = file_names(open_file(self.path))
+        except ModelError as error:
+            raise CheckpointError(f'{error}; the adapter cannot be used') from error
+        if not stored:
+            raise CheckpointError(f'{self.path} holds no tensor; the adapter was not saved whole, save it again')
+        names = {_WRAPPERS.sub('', key): key for key in stored}
+        if len(names) < len(stored):
+            raise CheckpointError(f'{self.path}: two of its tensors have one name, {_twice(stored)!r}')
+        wrapped = sorted({match[1] for key in stored for match in _WRAPPERS.finditer(key)})
+        if wrapped:
+            logger.info('%s: %s of torch.compile or FSDP is left out of the names of its tensors', self.path,
+                        ' and '.join(wrapped))  # fmt: skip
+        self.keys = {name: key for name, key in names.items() if not _is_copy(name, names)}
+        self.reader = WeightReader(folder, dict.fromkeys(stored, self.path))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by peft's names, on the CPU, memory-mapped where the file allows it."""
+        return {name: self.reader.read(key) for name, key in self.keys.items()}
+
+
+def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | None:
+    """Checks that a folder holds an adapter, and one of this base; returns its provenance.
+
+    Args:
+        folder: As `resolve_checkpoint` gives it.
+        base_fingerprint: `xtuner.model.weights.fingerprint` of the base's weights; None skips that comparison.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or the fingerprints differ.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        what = f'{ADAPTER_CONFIG} is missing' if folder.is_dir() else 'no such folder'
+        raise CheckpointError(f'{folder}: no adapter there ({what})')
+    read_adapter_config(folder)
+    AdapterWeights(folder)
+    provenance = read_provenance(folder)
+    if provenance and base_fingerprint and provenance.base_fingerprint != base_fingerprint:
+        raise CheckpointError(
+            f'{folder} was trained on another base: {provenance.base} with weights {provenance.base_fingerprint[:12]}, '
+            f'these are {base_fingerprint[:12]}; give the base it was trained on'
+        )
+    return provenance
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f'{path} cannot be read: {one_line(error)}') from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path} cannot be read: expected a JSON object, got {type(content).__name__}')
+    return content
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    base_fingerprint: str | None = None,
+    name: str = 'default',
+) -> Any:
+    """Puts a saved adapter on its base.
+
+    Args:
+        model: The base model, or a `peft.PeftModel` that holds other adapters already. One without memory (on the
+            meta device) takes the adapter's tensors as they are mapped, and is checked like any other.
+        folder: A checkpoint, an adapter's folder, or a run's work folder.
+        trainable: Whether its parameters shall require gradients.
+        base_fingerprint: The fingerprint of `model`'s weights, to compare with the adapter's; None skips that.
+        name: What peft calls it.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        CheckpointError: no adapter there, an adapter of another base, or one of which a tensor is missing, has no
+            place in this base, or another shape.
+    """
+    from peft import PeftConfig
+
+    folder = resolve_checkpoint(folder)
+    check_adapter(folder, base_fingerprint)
+    weights = AdapterWeights(folder)
+    with _explained(folder):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        adapted = _with_empty_adapter(model, config, name)
+        _check_own_tensors(adapted, weights.keys, folder)
+        _put(adapted, weights.tensors(), name, folder)
+    if not trainable:
+        adapted.eval()
+    return adapted
+
+
+def _with_empty_adapter(model: Any, config: Any, name: str) -> Any:
+    """The model with an adapter of the config's form, whose values are still to come."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    empty = _is_empty(model)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, low_cpu_mem_usage=empty)
+        if not config.inference_mode:
+            model.set_requires_grad(name)
+        return model
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return kind(model, config, adapter_name=name, low_cpu_mem_usage=empty)
+
+
+def _put(model: Any, tensors: dict[str, Tensor], name: str, folder: Path) -> None:
+    """Gives the adapter its values.
+
+    Raises:
+        CheckpointError: a tensor has no place, or a place no tensor.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    placed: dict[str, Tensor] = {}
+    load = model.load_state_dict
+
+    def load_and_note(state: Mapping[str, Tensor], **options: Any) -> Any:
+        """Notes the names that peft gives the tensors in the model."""
+        placed.update(state)
+        return load(state, **options)
+
+    model.load_state_dict = load_and_note
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
+    finally:
+        del model.load_state_dict
+    if _is_empty(model):  # peft would move the adapter to where its base is, which is nowhere
+        load(placed, strict=False, assign=True)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[name].peft_type, '')
+    if model.peft_config[name].is_prompt_learning:  # its one table of vectors is loaded strictly
+        return
+    places = [key for key in model.state_dict() if _belongs(key, prefix, name)]
+    missing = [key for key in result.missing_keys if _belongs(key, prefix, name)]
+    if surplus := list(result.unexpected_keys):
+        raise CheckpointError(f'adapter {folder} does not fit this base model: {len(surplus)} of its {len(tensors)} '
+                              f'tensors have no place in it, such as {surplus[0]!r}; is it the base that it was '
+                              'trained on?')  # fmt: skip
+    if missing:
+        raise CheckpointError(f'adapter {folder} is not whole: {len(missing)} of the {len(places)} tensors that its '
+                              f'{ADAPTER_CONFIG} asks for are not in its file, such as {missing[0]!r}; save it '
+                              'again')  # fmt: skip
+
+
+def _is_empty(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _belongs(key: str, prefix: str, name: str) -> bool:
+    """Whether a tensor of the model is one of that adapter: `....lora_A.NAME.weight` of the prefix `lora_`."""
+    _, found, rest = key.partition(prefix)
+    return bool(found) and name in rest.split('.')[1:]
+
+
+def _check_own_tensors(model: Any, names: Mapping[str, str], folder: Path) -> None:
+    """Raises CheckpointError where an adapter's file would write over a tensor of the base.
+
+    Biases and embeddings are no such case: peft saves those where they were trained or resized.
+    """
+    embeddings = [module for get in _EMBEDDINGS if (module := getattr(model.get_base_model(), get)()) is not None]
+    allowed = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    for key, parameter in model.named_parameters():
+        if key in names and id(parameter) not in allowed and not key.endswith('.bias'):
+            raise CheckpointError(f'adapter {folder} holds {key!r}, a tensor of the base; it is no plain adapter')
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns what peft, torch and safetensors raise on an adapter that does not fit into one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:  # a module that was trained whole is not in the file
+        raise CheckpointError(f'adapter {folder} is not whole: {error} is not in its file; save it again') from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, ModelError, SafetensorError) as error:
+        raise CheckpointError(f'adapter {folder} does not fit this base model: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+    """The first tensor of another shape in torch's long list, or the message."""
+    shapes = r'size mismatch for (\S+): .*?shape (.*?) from checkpoint, .*? is (torch.Size\(.*?\))'
+    found = re.findall(shapes, str(error))
+    if not found:
+        return one_line(error)
+    name, saved, here = (text.replace('torch.Size', '') for text in found[0])
+    return f'{name} is {saved} in its file and {here} in the model, and {len(found) - 1} more differ'
+
+
+def _is_copy(name: str, names: Mapping[str, str]) -> bool:
+    """Whether peft saved a tensor a second time: it does so beside a resized embedding that was trained whole."""
+    trained = name.replace('.modules_to_save.', '.')
+    return '.original_module.' in name or (trained != name and trained in names)
+
+
+def _twice(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next(key for name in names if (key := _WRAPPERS.sub('', name)) in seen or seen.add(key))  # type: ignore[func-returns-value]

@@ -1,0 +1,73 @@
+"""From what a user names to the folder that is meant: a run's work folder, or its file `last`, stands for a checkpoint.
+
+`work_dirs/x` and `work_dirs/x/last` are the checkpoint that the file `last` names, `work_dirs/x/best` the one that
+`best` names; any other path is itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from xtuner.errors import CheckpointError, ModelError
+
+logger = logging.getLogger('xtuner')
+
+LAST_FILE, BEST_FILE = 'last', 'best'
+"""Files of a work folder: the name of the newest checkpoint, and of the one with the lowest validation loss."""
+ADAPTER_CONFIG = 'adapter_config.json'
+_CHECKPOINT = re.compile(r'checkpoint-\d+')
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names; a path that names no run is returned as it is.
+
+    Raises:
+        CheckpointError: the file `last` or `best` cannot be read, or names no checkpoint that is there.
+    """
+    pointer = path if path.name in (LAST_FILE, BEST_FILE) and path.is_file() else path / LAST_FILE
+    if not pointer.is_file() or (path / ADAPTER_CONFIG).is_file() or (path / 'config.json').is_file():
+        return path
+    try:
+        name = pointer.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{pointer} cannot be read ({error}); name the checkpoint itself') from error
+    folder = pointer.parent / name
+    if not _CHECKPOINT.fullmatch(name) or not folder.is_dir():
+        raise CheckpointError(f'{pointer} names {name[:80]!r}, and no such checkpoint is there; name one that is')
+    logger.info('%s: its checkpoint %s', path, name)
+    return folder
+
+
+def work_folder(path: Path) -> Path:
+    """The work folder of a run, from itself, one of its checkpoints or its file `last`."""
+    named = path.is_file() and path.name in (LAST_FILE, BEST_FILE)
+    return path.parent if named or _CHECKPOINT.fullmatch(path.name) else path
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of a model: itself, or the last checkpoint of a full-parameter run.
+
+    Raises:
+        ModelError: it holds an adapter, which is no model; names the base it was trained on.
+        CheckpointError: as `resolve_checkpoint`.
+    """
+    found = resolve_checkpoint(folder)
+    if (found / 'config.json').is_file() or not (found / ADAPTER_CONFIG).is_file():
+        return found
+    raise ModelError(f'{folder} holds an adapter, not a model; give its base as the model{_base_of(found)} and this '
+                     'folder as the adapter')  # fmt: skip
+
+
+def _base_of(adapter: Path) -> str:
+    """' (BASE)' as the adapter's own files name it, or nothing."""
+    for file, key in (('xtuner.json', 'base'), (ADAPTER_CONFIG, 'base_model_name_or_path')):
+        try:
+            name = json.loads((adapter / file).read_text(encoding='utf-8'))[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(name, str) and name:
+            return f' ({name[:200]!r})'
+    return ''
