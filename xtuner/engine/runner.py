@@ -16,13 +16,13 @@ from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
 from xtuner.engine.loop import Skips, TrainLoop
-from xtuner.engine.memory_error import is_out_of_memory
 from xtuner.engine.strategies import Strategy
 from xtuner.engine.trainer_state import read_state
 from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError, one_line
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room
+from xtuner.model.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
 
