@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xtuner.convert.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
 from xtuner.convert.shards import row_blocks
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, ModelError
+from xtuner.model.adapter_settings import check_patterns, read_adapter_settings
 from xtuner.model.weights import WeightReader, file_names, fingerprint, open_file
 
 _PREFIX = 'base_model.model.'
@@ -52,10 +53,10 @@ class AdapterFile:
         self.folder = folder
         self._device = torch.device(device)
         path = folder / 'adapter_model.safetensors'
+        self.config: dict[str, Any] = read_adapter_settings(folder)
         try:
-            self.config: dict[str, Any] = json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8'))
             names = file_names(open_file(path))
-        except (OSError, ValueError) as error:
+        except ModelError as error:
             raise CheckpointError(f'{folder}: the adapter cannot be read: {error}') from error
         self._check_supported()
         self._reader = WeightReader(folder, dict.fromkeys(names, path))
@@ -65,6 +66,8 @@ class AdapterFile:
                 continue
             target, part = _place(key.removeprefix(_PREFIX))
             self._parts.setdefault(target, {})[part] = key
+        modules = [target.rpartition('.')[0] for target in self._parts]
+        check_patterns(self.config, modules, str(folder / 'adapter_config.json'))
         for target, parts in self._parts.items():
             if len(parts.keys() & {'up', 'down'}) == 1 or (parts.keys() == {'magnitude'}):
                 raise CheckpointError(f'{folder}: for {target} there is only {", ".join(parts.values())}')

@@ -32,7 +32,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, one_line
+from xtuner.files import read_object
 
 LAST_FILE, BEST_FILE = 'last', 'best'
 MANIFEST_FILE = 'manifest.json'
@@ -158,8 +159,8 @@ def _best(folders: list[Path]) -> Path | None:
 def validation_loss(folder: Path) -> float | None:
     """The validation loss that a checkpoint was written with; None where it had none, or cannot be read."""
     try:
-        loss = dict(json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))['dict']).get(VALIDATION_LOSS)
-    except (OSError, ValueError, KeyError, TypeError):
+        loss = dict(read_object(folder / STATE_FILE, CheckpointError)['dict']).get(VALIDATION_LOSS)
+    except (ValueError, KeyError, TypeError):
         return None
     return loss if isinstance(loss, float) and loss == loss else None
 
@@ -171,9 +172,9 @@ def verify_checkpoint(folder: Path) -> None:
         CheckpointError: a file is missing, torn or altered; names it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding='utf-8'))
+        manifest = read_object(folder / MANIFEST_FILE, CheckpointError)
         entries = {str(name): (int(e['bytes']), str(e['sha256'])) for name, e in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f'{folder}: not a whole checkpoint ({MANIFEST_FILE}: {error})') from error
     for name, (size, digest) in entries.items():
         path = folder / name
@@ -211,11 +212,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or cannot be understood.
     """
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))
+        state = read_object(folder / STATE_FILE, CheckpointError)
         tensors = load_file(folder / TENSORS_FILE)
         return _join(state, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f'{folder}: the trainer state cannot be read: {error}') from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f'{folder}: the trainer state cannot be read: {one_line(error)}') from error
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:

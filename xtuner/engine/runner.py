@@ -15,16 +15,22 @@ from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
-from xtuner.engine.checkpoints import read_state
+from xtuner.engine.checkpoints import STATE_FILE, read_state
 from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.engine.strategies import Strategy
 from xtuner.engine.watch import Watch
-from xtuner.errors import CheckpointError
+from xtuner.errors import CheckpointError, one_line
+from xtuner.fields import Field, check_fields
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room
 
 logger = logging.getLogger('xtuner')
 
+_STATE_FIELDS = {
+    'parameters': Field(list[str]), 'optimizer': Field(dict[Any, Any]), 'scaler': Field(dict[str, Any]),
+    'skips': Field(dict[str, Any]), 'step': Field(int, minimum=0, maximum=10**9),
+    'activation_rooms': Field(list[int | None], minimum=0),
+}  # fmt: skip
 _TRACKERS = {'tensorboard': TensorboardVisBackend, 'wandb': WandbVisBackend}
 
 
@@ -103,17 +109,23 @@ class Runner(mmengine.runner.Runner):
         """
         state, loop, optimizer = read_state(folder), self.train_loop, self.optim_wrapper.optimizer
         parameters = list(trainable_parameters(self.bare_model))
+        check_fields(state, _STATE_FIELDS, folder / STATE_FILE, CheckpointError)
+        if missing := [name for name in _STATE_FIELDS if name not in state]:
+            raise CheckpointError(f'{folder / STATE_FILE}: `{missing[0]}` is missing; resume from another checkpoint')
         if state['parameters'] != parameters:
             raise CheckpointError(
                 f'{folder}: cannot resume, the trainable parameters are not the same ({len(state["parameters"])} then, '
                 f'{len(parameters)} now); use the config it was written with'
             )
         settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-        self.strategy.load_optimizer_state(state['optimizer'])
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        loop.scaler.load_state_dict(state['scaler'])
-        loop.skips = Skips(**state['skips'])
+        try:
+            self.strategy.load_optimizer_state(state['optimizer'])
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            loop.scaler.load_state_dict(state['scaler'])
+            loop.skips = Skips(**state['skips'])
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # a file that somebody else wrote
+            raise CheckpointError(f'{folder / STATE_FILE}: does not fit this run: {one_line(error)}') from error
         loop.step = state['step']
         rooms = state['activation_rooms']
         if len(rooms) == self.strategy.world_size and rooms[self.strategy.rank] is not None:

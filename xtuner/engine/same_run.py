@@ -17,6 +17,7 @@ from typing import Any
 from xtuner import __version__
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import CheckpointError
+from xtuner.files import read_object
 from xtuner.registry import reference
 
 RUN_FILE = 'run.json'
@@ -85,9 +86,9 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
         CheckpointError: something differs and is not allowed, or cannot be changed within a run at all.
     """
     try:
-        then = json.loads((folder / RUN_FILE).read_text(encoding='utf-8'))
+        then = read_object(folder / RUN_FILE, CheckpointError)
         run_then, versions_then = dict(then['run']), dict(then['versions'])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f'{folder}: cannot resume, {RUN_FILE} does not tell its run ({error}); --start-from takes its weights'
         ) from error

@@ -26,6 +26,7 @@ from xtuner.engine.checkpoints import (
 from xtuner.engine.same_run import check_same_run
 from xtuner.errors import CheckpointError, ConfigError, UsageError
 from xtuner.model.adapter import check_adapter
+from xtuner.model.adapter_settings import adapter_settings
 from xtuner.registry import build
 
 logger = logging.getLogger('xtuner')
@@ -99,9 +100,7 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
     if config.adapter is None:
         return
     check_adapter(folder, base_fingerprint)
-    from peft import PeftConfig
-
-    saved, wanted = PeftConfig.from_pretrained(str(folder)).to_dict(), build(config.adapter, 'adapter').to_dict()
+    saved, wanted = adapter_settings(folder).to_dict(), build(config.adapter, 'adapter').to_dict()
     # 'all-linear' has become a list of names where it was used.
     named = [key for key in config.adapter if key != 'type' and config.adapter[key] != 'all-linear']
     for key in ('peft_type', *named):

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from xtuner import __version__
-from xtuner.errors import CheckpointError, ConfigError, ModelError
+from xtuner.config.load import section_of
+from xtuner.config.schema import QuantizationConfig
+from xtuner.errors import CheckpointError, ConfigError, ModelError, one_line
+from xtuner.fields import Field, check_fields, shown
+from xtuner.files import read_object
+from xtuner.model.adapter_settings import SETTINGS_FILE, WEIGHTS_FILE, adapter_settings, check_patterns
 
 PROVENANCE_FILE = 'xtuner.json'
+_TEXT = Field(str)
+_FIELDS = {
+    'base': _TEXT, 'base_fingerprint': _TEXT, 'template': _TEXT, 'xtuner': _TEXT,
+    'compute_dtype': Field(str, allowed=('bf16', 'fp16', 'fp32')),
+    'quantization': Field(dict[str, Any] | None),
+    'training': Field(dict[str, Any] | None),
+}  # fmt: skip
+_TRAINING_FIELDS = {'data': Field(list[str] | None)}
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,25 @@ def read_provenance(folder: Path) -> Provenance | None:
         CheckpointError: the file is there and cannot be understood.
     """
     path = folder / PROVENANCE_FILE
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
+    content = read_object(path, CheckpointError)
+    names = [field.name for field in fields(Provenance)]
+    required = [field.name for field in fields(Provenance) if field.default is MISSING]
+    check_fields(content, _FIELDS, path, CheckpointError)
+    check_fields(content.get('training') or {}, _TRAINING_FIELDS, f'{path}: in `training`', CheckpointError)
+    if missing := [name for name in required if name not in content]:
+        raise CheckpointError(f'{path}: `{missing[0]}` is missing; restore the file, or remove it to do without')
+    if surplus := [name for name in content if name not in names]:
+        raise CheckpointError(
+            f'{path}: unknown field {shown(surplus[0])}; restore the file, or remove it to do without'
+        )
     try:
-        return Provenance(**json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f'{path}: cannot be read ({error}); restore it, or remove it to do without') from error
+        if content.get('quantization') is not None:
+            section_of(QuantizationConfig, content['quantization'], 'quantization')
+    except ConfigError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    return Provenance(**content)
 
 
 def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
@@ -83,11 +108,12 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
     from xtuner.registry import build
 
     adapter_config = build(section, 'adapter')
+    check_patterns(vars(adapter_config), _module_names(model), '`adapter`', ConfigError)
     model.requires_grad_(False)
     try:
         adapted = get_peft_model(model, adapter_config, autocast_adapter_dtype=True)
-    except (ValueError, TypeError) as error:  # target modules that match nothing, a rank that is text
-        raise ConfigError(f'`adapter`: {error}') from error
+    except Exception as error:  # target modules that match nothing, a rank that is text, memory for a huge one
+        raise ConfigError(f'`adapter`: {one_line(error)}') from error
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError('`adapter` leaves nothing to train; see `adapter.target_modules`')
@@ -139,13 +165,22 @@ def load_adapter(
     from peft import PeftModel
 
     check_adapter(folder, base_fingerprint)
+    settings = adapter_settings(folder)
+    check_patterns(vars(settings), _module_names(model), str(folder / SETTINGS_FILE))
+    settings.base_model_name_or_path = getattr(getattr(model, 'config', None), 'name_or_path', None)
     try:
         if isinstance(model, PeftModel):
+            settings.inference_mode = not trainable
+            model.add_adapter(name, settings)
             model.load_adapter(str(folder), name, is_trainable=trainable)
             return model
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f'adapter {folder} does not fit this base model: {error}') from error
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable, config=settings)
+    except Exception as error:  # peft's code, given a stranger's values
+        raise CheckpointError(f'adapter {folder} does not fit this base model: {one_line(error)}') from error
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules()]
 
 
 def _newest_of(run: Path) -> str:
@@ -160,14 +195,10 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
     Raises:
         CheckpointError: a file is missing or no settings, or the fingerprints differ.
     """
-    for name in ('adapter_config.json', 'adapter_model.safetensors'):
-        if not (folder / name).is_file():
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
+        if not (folder / name).exists():
             raise CheckpointError(f'{folder}: no adapter there ({name} is missing){_newest_of(folder)}')
-    try:
-        if not isinstance(json.loads((folder / 'adapter_config.json').read_text(encoding='utf-8')), dict):
-            raise ValueError('expected a JSON object')
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{folder / "adapter_config.json"} cannot be read: {error}') from error
+    adapter_settings(folder)
     provenance = read_provenance(folder)
     if provenance and base_fingerprint and provenance.base_fingerprint != base_fingerprint:
         raise CheckpointError(
