@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from xtuner.files import expanded
+
 _BEAT_S = 2.0  # how often the owner of a lock says that it lives
 _STALE_S = 30.0  # after which silence, by the waiting process's own clock, its lock is taken over
 _POLL_S = 0.2
@@ -18,7 +20,7 @@ _POLL_S = 0.2
 
 def cache_root(configured: str | None = None) -> Path:
     """Returns where prepared data is kept: as configured, else `$XTUNER_CACHE`, else `~/.cache/xtuner`."""
-    return Path(configured or os.environ.get('XTUNER_CACHE') or '~/.cache/xtuner').expanduser()
+    return expanded(configured or os.environ.get('XTUNER_CACHE') or '~/.cache/xtuner')
 
 
 def build_once(

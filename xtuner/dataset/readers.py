@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xtuner.errors import DataError, nearest
+from xtuner.files import check_regular
 
 MAX_RECORD_BYTES = 32 * 2**20
 _BLOCK = 2**20
@@ -45,6 +46,8 @@ def read_file(path: Path) -> Iterator[Record]:
         raise DataError(
             f'{path}: unknown kind of file {suffix!r}{nearest(suffix, READERS)}; known: {", ".join(READERS)}'
         )
+    if path.exists():
+        check_regular(path, DataError)
     try:
         yield from reader(path)
     except OSError as error:

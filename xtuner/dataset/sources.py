@@ -10,6 +10,7 @@ from typing import Any
 
 from xtuner.dataset.readers import READERS, Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest
+from xtuner.files import check_regular, expanded
 
 _FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
 
@@ -76,7 +77,7 @@ def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
 
 
 def _open(path: str, options: Mapping[str, Any]) -> Source:
-    local = Path(path).expanduser()
+    local = expanded(path)
     if path.startswith('modelscope:'):
         return _modelscope(path.removeprefix('modelscope:'), options)
     if local.is_dir():
@@ -110,6 +111,7 @@ _hashes: dict[tuple[str, int, int], bytes] = {}
 
 def hash_file(file: Path) -> bytes:
     """Returns a hash of a file's name and content; a file that did not change is read only once a process."""
+    check_regular(file, DataError)
     stat = file.stat()
     key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
