@@ -53,8 +53,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def _command(folder: Path, argv: list[str]) -> int:
     os.setpgid(0, 0)
     os.chdir(folder)
-    for number, (name, flags) in enumerate((('.stdin', os.O_RDONLY), ('.stdout', os.O_WRONLY | os.O_CREAT),
-                                            ('.stderr', os.O_WRONLY | os.O_CREAT))):  # fmt: skip
+    for number, (name, flags) in enumerate((('.stdin', os.O_RDONLY), ('.stdout', os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+                                            ('.stderr', os.O_WRONLY | os.O_CREAT | os.O_TRUNC))):  # fmt: skip
         os.dup2(os.open(name, flags), number)
     sys.stdin = open('.stdin', encoding='utf-8')  # noqa: SIM115  the fork has read ahead in the other
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))

@@ -124,10 +124,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.close()
 
 
+def copy_world(world: Path, folder: Path) -> None:
+    """Makes `folder` like the sound one; weights, which no case writes to, are linked."""
+
+    def copy(source: str, target: str) -> None:
+        if source.endswith('.safetensors'):
+            os.link(source, target)
+        else:
+            shutil.copyfile(source, target)
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(world, folder, copy_function=copy)
+
+
 def hostile_folder(world: Path, folder: Path, case: Case) -> list[str]:
     """A copy of the world with one thing changed; returns the case's command line."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(world, folder)
+    copy_world(world, folder)
     for place in ('adapter', 'model', 'run/checkpoint-00000001', '.'):
         shutil.copyfile(world.parent / 'code' / 'canary_of_a_stranger.py', folder / place / 'canary_of_a_stranger.py')
     argv = list(ENTRIES[case.entry].argv)
@@ -209,8 +221,7 @@ def test_hostile_files(entry: str, server: Server) -> None:
 @pytest.mark.parametrize('entry', ENTRIES)
 def test_the_sound_world_is_taken(entry: str, server: Server) -> None:
     folder = server.folder / 'sound'
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(server.world, folder)
+    copy_world(server.world, folder)
     answer = server.run(list(ENTRIES[entry].argv), folder, ENTRIES[entry].stdin)
     assert answer['status'] == 0, answer['err']
     assert not server.alarms()
@@ -227,8 +238,7 @@ def test_every_pair_is_there() -> None:
 def test_the_canaries_sing(server: Server) -> None:
     """What the cases look for would be noticed."""
     folder = server.folder / 'sound'
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(server.world, folder)
+    copy_world(server.world, folder)
     server.run([*ENTRIES['train options'].argv, '--cfg-options', 'dataset.map_fn=canary_of_a_stranger:x'], folder)
     assert any('touched' in alarm for alarm in server.alarms())
     answer = server.run(['chat', 'evil/evil'], folder)
