@@ -63,6 +63,14 @@ def parse_object(raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     return content
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in place of `~`; as it is where it names no user's: `~.jsonl` is a file."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def check_regular(path: Path, error: type[XTunerError]) -> None:
     """Raises `error` for what is no regular file, before it is opened: a named pipe would block for good."""
     try:

@@ -20,7 +20,8 @@ from typing import Any
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
-from xtuner.errors import ConfigError, nearest
+from xtuner.errors import ConfigError, nearest, one_line
+from xtuner.fields import shown
 
 BUILDER = Registry('builder')
 MAP_FUNC = Registry('map function', locations=['xtuner.dataset.map_fns'])
@@ -49,7 +50,7 @@ def resolve(target: Any) -> Callable[..., Any]:
     if callable(target):
         return target
     if not isinstance(target, str):
-        raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {target!r}')
+        raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {shown(target)}')
     if ':' not in target:
         found = registered(BUILDER, target)
         if found is None and '.' in target:  # a config is the user's own and may name code: 'torch.optim.AdamW'
@@ -129,7 +130,7 @@ def check_arguments(section: Mapping[str, Any], where: str, *, given: tuple[str,
         ConfigError: an unknown or a missing argument, with the nearest known name.
     """
     if not isinstance(section, Mapping) or 'type' not in section:
-        raise ConfigError(f'`{where}` must be a dict with a `type`, got {section!r}')
+        raise ConfigError(f'`{where}` must be a dict with a `type`, got {shown(section)}')
     target = resolve(section['type'])
     signature = inspect.signature(target)
     parameters = signature.parameters
@@ -156,5 +157,5 @@ def build(section: Mapping[str, Any], where: str, *args: Any) -> Any:
     try:
         return target(*args, **values)
     except (TypeError, ValueError) as error:
-        shown = ', '.join(f'{key}={value!r}' for key, value in values.items())
-        raise ConfigError(f'`{where}`: {reference(target)} refused {shown}: {error}') from error
+        given = ', '.join(f'{key}={shown(value)}' for key, value in values.items())
+        raise ConfigError(f'`{where}`: {reference(target)} refused {given}: {one_line(error)}') from error

@@ -18,6 +18,7 @@ def start_logging() -> None:
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # its own warning after a fork
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # else a config's model_type makes transformers fetch kernels
     if not sys.stderr.isatty():
         os.environ.setdefault('TQDM_DISABLE', '1')  # a bar that is redrawn makes an unreadable file
     handler = logging.StreamHandler(sys.stderr)

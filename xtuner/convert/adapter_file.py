@@ -14,7 +14,8 @@ from torch import Tensor
 from xtuner.convert.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
 from xtuner.convert.shards import row_blocks
 from xtuner.errors import CheckpointError
-from xtuner.model.adapter_load import AdapterWeights, read_adapter_config
+from xtuner.model.adapter_load import AdapterWeights
+from xtuner.model.adapter_settings import check_patterns, read_adapter_settings
 from xtuner.model.weights import fingerprint
 
 _PREFIX = 'base_model.model.'
@@ -51,7 +52,7 @@ class AdapterFile:
     def __init__(self, folder: Path, device: torch.device | str = 'cpu') -> None:
         self.folder = folder
         self._device = torch.device(device)
-        self.config = read_adapter_config(folder)
+        self.config = read_adapter_settings(folder)
         weights = AdapterWeights(folder)
         self._check_supported()
         self._reader = weights.reader
@@ -59,6 +60,8 @@ class AdapterFile:
         for name, key in weights.keys.items():
             target, part = _place(name.removeprefix(_PREFIX))
             self._parts.setdefault(target, {})[part] = key
+        modules = [target.rpartition('.')[0] for target in self._parts]
+        check_patterns(self.config, modules, str(folder / 'adapter_config.json'))
         for target, parts in self._parts.items():
             if len(parts.keys() & {'up', 'down'}) == 1 or (parts.keys() == {'magnitude'}):
                 raise CheckpointError(f'{folder}: for {target} there is only {", ".join(parts.values())}')

@@ -14,7 +14,7 @@ from typing import Any
 from xtuner.convert.to_llama import FAMILIES, to_llama
 from xtuner.errors import ModelError, UsageError
 from xtuner.model.internlm.tokenization import PREFIX_KEY
-from xtuner.model.loading import load_config, load_tokenizer, read_json, resolve_model
+from xtuner.model.loading import load_config, load_tokenizer, read_generation_settings, read_json, resolve_model
 
 logger = logging.getLogger('xtuner')
 
@@ -93,8 +93,7 @@ def prepare(source: Path, folder: Path) -> Path:
 
 
 def _end_ids(source: Path) -> list[int]:
-    file = source / 'generation_config.json'
-    ends = read_json(file).get('eos_token_id') if file.is_file() else None
+    ends = read_generation_settings(source).get('eos_token_id')
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 

@@ -25,6 +25,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from xtuner.files import expanded
+
 logger = logging.getLogger('xtuner')
 
 _POLL_S = 0.2
@@ -36,7 +38,7 @@ _State = Literal['ours', 'taken', 'no locks']
 
 def cache_root(configured: str | None = None) -> Path:
     """Returns where prepared data is kept: as configured, else `$XTUNER_CACHE`, else `~/.cache/xtuner`."""
-    return Path(configured or os.environ.get('XTUNER_CACHE') or '~/.cache/xtuner').expanduser()
+    return expanded(configured or os.environ.get('XTUNER_CACHE') or '~/.cache/xtuner')
 
 
 def build_once(

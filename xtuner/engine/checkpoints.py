@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 
 from xtuner.engine.trainer_state import STATE_FILE, validation_loss, write_state
 from xtuner.errors import CheckpointError, one_line
+from xtuner.files import read_object
 from xtuner.model.run_folder import BEST_FILE, LAST_FILE
 
 logger = logging.getLogger('xtuner')
@@ -214,9 +215,9 @@ def verify_checkpoint(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of each file."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding='utf-8'))
+        manifest = read_object(folder / MANIFEST_FILE, CheckpointError)
         return {str(name): (int(e['bytes']), str(e['sha256'])) for name, e in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f'{folder}: not a whole checkpoint ({MANIFEST_FILE}: {one_line(error)})') from error
 
 

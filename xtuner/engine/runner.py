@@ -17,16 +17,21 @@ from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBa
 
 from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.engine.strategies import Strategy
-from xtuner.engine.trainer_state import read_state
+from xtuner.engine.trainer_state import STATE_FILE, read_state
 from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError, one_line
+from xtuner.fields import Field, check_fields
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room
 from xtuner.model.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
 
-_STATE_KEYS = ('step', 'parameters', 'optimizer', 'scaler', 'skips', 'activation_rooms')
+_STATE_FIELDS = {
+    'parameters': Field(list[str]), 'optimizer': Field(dict[Any, Any]), 'scaler': Field(dict[str, Any]),
+    'skips': Field(dict[str, Any]), 'step': Field(int, minimum=0, maximum=10**9),
+    'activation_rooms': Field(list[int | None], minimum=0),
+}  # fmt: skip
 _TRACKERS = {'tensorboard': TensorboardVisBackend, 'wandb': WandbVisBackend}
 
 
@@ -104,11 +109,12 @@ class Runner(mmengine.runner.Runner):
             CheckpointError: the checkpoint is of a run that trained other parameters.
         """
         state, optimizer = read_state(folder), self.optim_wrapper.optimizer
-        if missing := [key for key in _STATE_KEYS if key not in state]:
+        parameters = list(trainable_parameters(self.bare_model))
+        check_fields(state, _STATE_FIELDS, folder / STATE_FILE, CheckpointError)
+        if missing := [name for name in _STATE_FIELDS if name not in state]:
             raise CheckpointError(
                 f'{folder}: cannot resume, its trainer state has no {missing[0]!r}; --start-from takes its weights'
             )
-        parameters = list(trainable_parameters(self.bare_model))
         if state['parameters'] != parameters:
             raise CheckpointError(
                 f'{folder}: cannot resume, the trainable parameters are not the same ({len(state["parameters"])} then, '

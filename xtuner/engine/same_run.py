@@ -17,6 +17,7 @@ from typing import Any
 from xtuner import __version__
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import CheckpointError
+from xtuner.files import read_object
 from xtuner.registry import reference
 
 RUN_FILE = 'run.json'
@@ -91,10 +92,9 @@ def recorded_formats(checkpoint: Path) -> dict[str, str] | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError):  # `check_same_run` says what is wrong with a checkpoint
+        return read_object(file, CheckpointError)
+    except CheckpointError:  # `check_same_run` says what is wrong with a checkpoint
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool) -> list[str]:
@@ -138,9 +138,9 @@ def format_of_run(folder: Path) -> int:
 
 def _read_run(folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
     try:
-        then = json.loads((folder / RUN_FILE).read_text(encoding='utf-8'))
+        then = read_object(folder / RUN_FILE, CheckpointError)
         return int(then.get('format', 1)), dict(then['run']), dict(then['versions'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f'{folder}: cannot resume, {RUN_FILE} does not tell its run ({error}); --start-from takes its weights'
         ) from error

@@ -122,13 +122,11 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
         verify_checkpoint(folder)
     if config.adapter is None:
         return
-    from peft import PeftConfig
-
     from xtuner.model.adapter_load import check_adapter
+    from xtuner.model.adapter_settings import adapter_settings
 
     check_adapter(folder, base_fingerprint)
-
-    saved, wanted = PeftConfig.from_pretrained(str(folder)).to_dict(), build(config.adapter, 'adapter').to_dict()
+    saved, wanted = adapter_settings(folder).to_dict(), build(config.adapter, 'adapter').to_dict()
     # 'all-linear' has become a list of names where it was used.
     named = [key for key in config.adapter if key != 'type' and config.adapter[key] != 'all-linear']
     for key in ('peft_type', *named):

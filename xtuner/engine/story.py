@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.engine.environment import devices, git_state, versions
-from xtuner.errors import Interrupted
+from xtuner.errors import CheckpointError, Interrupted
+from xtuner.files import read_object
 
 logger = logging.getLogger('xtuner')
 
@@ -57,10 +58,9 @@ def told(work_dir: Path, facts: dict[str, Any] | None, *, from_step: int) -> Ite
 def read_about(work_dir: Path) -> dict[str, Any]:
     """What `about.json` says; empty where there is none or it cannot be read."""
     try:
-        content = json.loads((work_dir / ABOUT_FILE).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        return read_object(work_dir / ABOUT_FILE, CheckpointError)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def try_to_report(work_dir: Path) -> None:

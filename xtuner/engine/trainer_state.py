@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from xtuner.errors import CheckpointError, one_line
+from xtuner.files import read_object
 
 if TYPE_CHECKING:
     import torch  # imported where tensors are met: which checkpoints there are is asked before
@@ -40,7 +41,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))
+        content = read_object(folder / STATE_FILE, CheckpointError)
         state = _join(content, load_file(folder / TENSORS_FILE))
         version = state.pop(_FORMAT, _VERSION)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
@@ -56,8 +57,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def validation_loss(folder: Path) -> float | None:
     """The validation loss that a checkpoint was written with; None where it had none, or cannot be read."""
     try:
-        loss = dict(json.loads((folder / STATE_FILE).read_text(encoding='utf-8'))['dict']).get(VALIDATION_LOSS)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        loss = dict(read_object(folder / STATE_FILE, CheckpointError)['dict']).get(VALIDATION_LOSS)
+    except (CheckpointError, ValueError, KeyError, TypeError):
         return None
     return loss if isinstance(loss, float) and loss == loss else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,22 @@ import torch
 from torch import nn
 
 from xtuner import __version__
-from xtuner.errors import CheckpointError, ConfigError, ModelError
+from xtuner.config.load import section_of
+from xtuner.config.schema import QuantizationConfig
+from xtuner.errors import CheckpointError, ConfigError, ModelError, one_line
+from xtuner.fields import Field, check_fields, shown
+from xtuner.files import read_object
+from xtuner.model.adapter_settings import check_patterns
 
 PROVENANCE_FILE = 'xtuner.json'
+_TEXT = Field(str)
+_FIELDS = {
+    'base': _TEXT, 'base_fingerprint': _TEXT, 'template': _TEXT, 'xtuner': _TEXT,
+    'compute_dtype': Field(str, allowed=('bf16', 'fp16', 'fp32')),
+    'quantization': Field(dict[str, Any] | None),
+    'training': Field(dict[str, Any] | None),
+}  # fmt: skip
+_TRAINING_FIELDS = {'data': Field(list[str] | None)}
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,25 @@ def read_provenance(folder: Path) -> Provenance | None:
         CheckpointError: the file is there and cannot be understood.
     """
     path = folder / PROVENANCE_FILE
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
+    content = read_object(path, CheckpointError)
+    names = [field.name for field in fields(Provenance)]
+    required = [field.name for field in fields(Provenance) if field.default is MISSING]
+    check_fields(content, _FIELDS, path, CheckpointError)
+    check_fields(content.get('training') or {}, _TRAINING_FIELDS, f'{path}: in `training`', CheckpointError)
+    if missing := [name for name in required if name not in content]:
+        raise CheckpointError(f'{path}: `{missing[0]}` is missing; restore the file, or remove it to do without')
+    if surplus := [name for name in content if name not in names]:
+        raise CheckpointError(
+            f'{path}: unknown field {shown(surplus[0])}; restore the file, or remove it to do without'
+        )
     try:
-        return Provenance(**json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f'{path}: cannot be read ({error}); restore it, or remove it to do without') from error
+        if content.get('quantization') is not None:
+            section_of(QuantizationConfig, content['quantization'], 'quantization')
+    except ConfigError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    return Provenance(**content)
 
 
 def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
@@ -86,11 +112,12 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
     from xtuner.registry import build
 
     adapter_config = build(section, 'adapter')
+    check_patterns(vars(adapter_config), module_names(model), '`adapter`', ConfigError)
     model.requires_grad_(False)
     try:
         adapted = get_peft_model(model, adapter_config, autocast_adapter_dtype=True)
-    except (ValueError, TypeError) as error:  # target modules that match nothing, a rank that is text
-        raise ConfigError(f'`adapter`: {error}') from error
+    except Exception as error:  # target modules that match nothing, a rank that is text, memory for a huge one
+        raise ConfigError(f'`adapter`: {one_line(error)}') from error
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError('`adapter` leaves nothing to train; see `adapter.target_modules`')
@@ -114,6 +141,11 @@ def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
     adapter = build(section, 'adapter')
     plain = type(adapter) is LoraConfig and adapter.init_lora_weights in (True, False, 'gaussian')
     return not plain or bool(adapter.use_dora or adapter.target_parameters or adapter.layer_replication)
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """The names of a model's modules, which the patterns of an adapter's settings are matched with."""
+    return [name for name, _ in model.named_modules()]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -156,7 +156,7 @@ def _check(content: Mapping[str, Any], cls: type[PreTrainedConfig] | None, path:
     same = getattr(cls, 'attribute_map', {})
     for name, value in content.items():
         full = f'{where}{name}'
-        if name.endswith('dtype') and isinstance(value, str) and value not in _DTYPES:
+        if name.endswith('dtype') and value is not None and not (isinstance(value, str) and value in _DTYPES):
             raise ModelError(f"{path}: `{full}` must be a dtype's name such as 'bfloat16', got {shown(value)}")
         for written, canonical in [(name, name), *same.items()]:
             if written == name and (fault := _field_of(name, canonical).fault(full, value)):

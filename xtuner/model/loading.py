@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError, one_line
-from xtuner.fields import shown
+from xtuner.fields import Field, check_fields, shown
 from xtuner.model.check import check_weights
 from xtuner.model.config_file import make_config
 from xtuner.model.internlm.configuration import InternLMConfig
@@ -46,6 +46,9 @@ from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
 __all__ = ['load_config', 'load_model', 'load_tokenizer', 'read_json', 'register', 'resolve_model']
 
 logger = logging.getLogger('xtuner')
+
+_IDS = Field(int | list[int] | None, minimum=-(2**31), maximum=2**31 - 1)
+_GENERATION_FIELDS = {'bos_token_id': _IDS, 'eos_token_id': _IDS, 'pad_token_id': _IDS}
 
 
 def register() -> None:
@@ -98,6 +101,7 @@ def load_model(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     native = config.model_type in TOKENIZERS
     _check_alone(folder)
+    read_generation_settings(folder)
     arguments: dict[str, Any] = {
         'config': config,
         'dtype': dtype,
@@ -148,6 +152,22 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except Exception as error:
         raise ModelError(f'{path}: {one_line(error)}') from error
+
+
+def read_generation_settings(folder: Path) -> dict[str, Any]:
+    """What `generation_config.json` says; empty where there is none.
+
+    Only the ids in it are used here: answers are drawn by `xtuner.model.generate`, which loads no `custom_generate`.
+
+    Raises:
+        ModelError: the file cannot be read, or an id is none.
+    """
+    path = folder / 'generation_config.json'
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    check_fields(content, _GENERATION_FIELDS, path, ModelError)
+    return content
 
 
 def _check_alone(folder: Path) -> None:

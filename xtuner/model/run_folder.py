@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
 
 from xtuner.errors import CheckpointError, ModelError
+from xtuner.files import read_object
 
 logger = logging.getLogger('xtuner')
 
@@ -65,8 +65,8 @@ def _base_of(adapter: Path) -> str:
     """' (BASE)' as the adapter's own files name it, or nothing."""
     for file, key in (('xtuner.json', 'base'), (ADAPTER_CONFIG, 'base_model_name_or_path')):
         try:
-            name = json.loads((adapter / file).read_text(encoding='utf-8'))[key]
-        except (OSError, ValueError, KeyError, TypeError):
+            name = read_object(adapter / file, CheckpointError)[key]
+        except (CheckpointError, KeyError):
             continue
         if isinstance(name, str) and name:
             return f' ({name[:200]!r})'

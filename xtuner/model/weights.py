@@ -11,7 +11,6 @@ A folder holds `.safetensors` or `.bin` files, one or several with an index:
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import pickle
 import threading
@@ -23,11 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xtuner.errors import ModelError, first_line
+from xtuner.errors import ModelError, first_line, one_line
+from xtuner.fields import Field, check_fields
+from xtuner.files import check_regular, read_object
 from xtuner.model.places import Place, bin_places, safetensors_places
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
+_INDEX_FIELDS = {'weight_map': Field(dict[str, str])}
 # Buffers that some published checkpoints carry although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
 _SAMPLE_LENGTH = 512  # elements that the fingerprint takes from each of three places
@@ -100,7 +102,15 @@ class WeightReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype, without reading it; raises as `read`."""
-        return self._look(name, lambda source: DTYPES[source.get_slice(name).get_dtype()], lambda tensor: tensor.dtype)
+
+        def in_safetensors(source: Any) -> torch.dtype:
+            """By the name in the file's header."""
+            kind = source.get_slice(name).get_dtype()
+            if kind not in DTYPES:
+                raise ModelError(f'{self.file(name)}: tensor {name!r} has dtype {kind}, which is not read here')
+            return DTYPES[kind]
+
+        return self._look(name, in_safetensors, lambda tensor: tensor.dtype)
 
     def sample(self, name: str) -> bytes:
         """Raw bytes from a tensor's beginning, middle and end: what the fingerprint looks at.
@@ -154,7 +164,7 @@ class WeightReader:
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise
-            raise ModelError(f'{path}: tensor {name!r} cannot be read: {error}') from error
+            raise ModelError(f'{path}: tensor {name!r} cannot be read: {one_line(error)}') from error
 
     def _source(self, path: Path) -> Any:
         if path not in self._open:
@@ -171,9 +181,9 @@ def open_weights(folder: Path) -> WeightReader:
     folder = Path(folder)
     for name in _SINGLE:
         index, single = folder / (name + _INDEX), folder / name
-        if index.is_file():
+        if index.exists():
             return WeightReader(folder, _indexed(folder, index))
-        if single.is_file():
+        if single.exists():
             return WeightReader(folder, dict.fromkeys(file_names(open_file(single)), single))
     if not folder.is_dir():
         raise ModelError(f'{folder}: no such folder')
@@ -186,8 +196,9 @@ def open_file(path: Path) -> Any:
     Raises:
         ModelError: the file is missing, torn, or holds anything but tensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f'{path} is missing')
+    check_regular(path, ModelError)
     if path.suffix == '.safetensors':
         try:
             return safe_open(path, 'pt')
@@ -230,11 +241,11 @@ def fingerprint(reader: WeightReader) -> str:
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     """For each tensor its file, as the index says; tensors that it does not name are found all the same."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-        files = {name: folder / Path(file).name for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ModelError(f'{index} cannot be read: {error}') from error
+    content = read_object(index, ModelError)
+    check_fields(content, _INDEX_FIELDS, index, ModelError)
+    if 'weight_map' not in content:
+        raise ModelError(f'{index} cannot be read: `weight_map` is missing')
+    files = {name: folder / Path(file).name for name, file in content['weight_map'].items()}
     for path in sorted(set(files.values())):
         expected = [name for name, file in files.items() if file == path]
         try:

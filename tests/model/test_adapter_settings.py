@@ -1,0 +1,112 @@
+"""What of a stranger's adapter_config.json reaches peft."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.convert.adapters import make_base, save_trained
+from xtuner.errors import CheckpointError, ConfigError
+from xtuner.model.adapter import attach_adapter, load_adapter, read_provenance
+from xtuner.model.adapter_settings import adapter_settings
+from xtuner.model.loading import load_model
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('adapters')
+    save_trained(make_base(folder / 'base'), folder / 'adapter')
+    return folder
+
+
+@pytest.fixture
+def changed(world: Path, tmp_path: Path) -> Any:
+    def make(**fields: Any) -> Path:
+        (tmp_path / 'adapter_model.safetensors').unlink(missing_ok=True)
+        (tmp_path / 'adapter_model.safetensors').symlink_to(world / 'adapter' / 'adapter_model.safetensors')
+        content = json.loads((world / 'adapter' / 'adapter_config.json').read_text()) | fields
+        (tmp_path / 'adapter_config.json').write_text(json.dumps(content))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'r': 10**10}, '`r` must be at most 4096, got 10000000000'),
+        ({'r': 'x'}, "`r` must be a whole number, got 'x'"),
+        ({'rank_pattern': {'q_proj': 10**9}}, 'in `rank_pattern`: `q_proj` must be at most 4096'),
+        ({'layer_replication': [[0, 10**9]]}, 'more than 1024 layers'),
+        ({'peft_type': 'EVIL'}, "`peft_type` is 'EVIL'"),
+        ({'peft_type': 'XLORA'}, "`peft_type` is 'XLORA'"),
+        ({'peft_type': None}, '`peft_type` is None'),
+        ({'task_type': 'SEQ_CLS'}, "`task_type` must be one of 'CAUSAL_LM'"),
+        ({'bias': 'evil'}, '`bias` must be one of'),
+        ({'megatron_config': {'a': 1}, 'megatron_core': 'this.s'}, '`megatron_config` is refused'),
+        ({'lora_dropout': float('nan')}, '`lora_dropout` must be a finite number'),
+        ({'target_modules': {'a': 1}}, '`target_modules` must be a list of text or text or None'),
+    ],
+)
+def test_a_wrong_field_is_named(changed: Any, fields: dict[str, Any], message: str) -> None:
+    folder = changed(**fields)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        adapter_settings(folder)
+    assert str(folder / 'adapter_config.json') in str(caught.value)
+
+
+def test_names_of_code_and_models_are_dropped(changed: Any) -> None:
+    settings = adapter_settings(changed(
+        auto_mapping={'parent_library': 'this', 'base_model_class': 's'}, base_model_name_or_path='evil/evil',
+        revision='x', megatron_core='this.s', unknown='os.system',
+    ))  # fmt: skip
+    assert settings.auto_mapping is settings.base_model_name_or_path is settings.revision is None
+    assert settings.megatron_core == 'megatron.core'
+    assert not hasattr(settings, 'unknown')
+
+
+SLOW = '(.*.*.*.*.*.*.*.*.*.*.*.*.*)*x'
+
+
+@pytest.mark.parametrize('fields', [{'target_modules': SLOW}, {'rank_pattern': {SLOW: 4}}, {'modules_to_save': [SLOW]}])
+def test_a_pattern_without_end_is_refused(world: Path, changed: Any, fields: dict[str, Any]) -> None:
+    model, began = load_model(world / 'base', dtype=torch.float32), time.process_time()
+    with pytest.raises(CheckpointError, match='takes too long to match'):
+        load_adapter(model, changed(**fields))
+    assert time.process_time() - began < 2  # of this process; the trial has a limit of its own
+
+
+def test_a_sound_pattern_is_taken(world: Path, changed: Any) -> None:
+    pattern = r'.*\.(q|k|v|o|gate|up|down)_proj'
+    model = load_adapter(load_model(world / 'base', dtype=torch.float32), changed(target_modules=pattern))
+    assert model.peft_config['default'].target_modules == pattern
+
+
+def test_a_pattern_of_the_config_is_bounded_too(world: Path) -> None:
+    model = load_model(world / 'base', dtype=torch.float32)
+    with pytest.raises(ConfigError, match='`target_modules` takes too long'):
+        attach_adapter(model, {'type': 'peft:LoraConfig', 'target_modules': SLOW})
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'quantization': 'x'}, "`quantization` must be a dict or None, got 'x'"),
+        ({'quantization': {'bits': 5}}, '`quantization.bits` must be one of 4, 8, got 5'),
+        ({'quantization': {'evil': 5}}, 'unknown key `quantization.evil`'),
+        ({'base_fingerprint': 5}, '`base_fingerprint` must be text, got 5'),
+        ({'compute_dtype': 'load'}, "`compute_dtype` must be one of 'bf16', 'fp16', 'fp32', got 'load'"),
+        ({'training': {'data': 5}}, '`data` must be a list of text or None, got 5'),
+        ({'evil': 1}, "unknown field 'evil'"),
+    ],
+)
+def test_a_wrong_field_of_the_provenance_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    sound = {'base': 'b', 'base_fingerprint': 'f', 'template': 't', 'compute_dtype': 'fp32'}
+    (tmp_path / 'xtuner.json').write_text(json.dumps(sound | fields))
+    with pytest.raises(CheckpointError, match=message):
+        read_provenance(tmp_path)

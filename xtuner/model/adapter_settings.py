@@ -1,0 +1,207 @@
+"""A stranger's `adapter_config.json`: what of it reaches peft.
+
+peft takes every key for an argument of its config class. Only declared fields of the right type are used; these are
+looked up as names of code, files, models or addresses, or matched as regular expressions:
+
+    auto_mapping, revision                        dropped: name a module to import, a revision of the hub
+    base_model_name_or_path                       dropped: fetched when an adapter is saved; the caller knows the base
+    megatron_core, megatron_config                refused where set: the first is imported
+    tokenizer_name_or_path, tokenizer_kwargs,     dropped: a tokenizer to fetch, with trust_remote_code among its
+        prompt_tuning_init_text                       arguments; only what begins an adapter needs it
+    prompt_tuning_init_state_dict_path            refused where set: a file to load
+    adapters (XLORA), shadow_model (SHADOW)       those kinds are refused: they load further models by name
+    peft_type, task_type, bias, init_lora_weights looked up in peft's own tables
+    target_modules, exclude_modules, layers_pattern, rank_pattern, alpha_pattern, modules_to_save, ...
+                                                  regular expressions: matched within a bound of time before peft does
+    r, num_virtual_tokens, ...                    sizes: at most the largest dimension in the weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one_line
+from xtuner.fields import Field, check_fields, shown
+from xtuner.files import check_regular, read_object
+from xtuner.model.run_folder import ADAPTER_CONFIG
+from xtuner.model.weights import file_names, open_file
+
+SETTINGS_FILE = ADAPTER_CONFIG
+WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
+_DROPPED = ('auto_mapping', 'revision', 'base_model_name_or_path', 'tokenizer_name_or_path', 'tokenizer_kwargs',
+            'prompt_tuning_init_text', 'megatron_core', 'runtime_config', 'peft_version')  # fmt: skip
+_REFUSED = ('megatron_config', 'prompt_tuning_init_state_dict_path', 'arrow_config')
+_REFUSED_KINDS = ('XLORA', 'SHADOW')
+_SIZES = (
+    'r', 'init_r', 'target_r', 'hybrid_r', 'num_virtual_tokens', 'token_dim', 'encoder_hidden_size', 'adapter_len',
+    'num_vectors', 'vector_length', 'theta_d_length', 'n_frequency', 'subspace_rank', 'num_B', 'n_skills', 'n_tasks',
+    'num_tasks', 'num_ranks', 'mini_r', 'u',
+)  # fmt: skip
+_MAX_LAYERS = 1024
+_LEAST_SIZE = 4096  # sizes up to here take no memory that matters, whatever the weights hold
+_PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',
+             'rank_pattern', 'alpha_pattern', 'target_parameters')  # fmt: skip
+_REPEATS = re.compile(r'[*+{?]')
+_CPU_SECONDS = 2
+
+
+def read_adapter_settings(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says, of declared fields of the right types, without what could fetch or import.
+
+    Raises:
+        CheckpointError: the file cannot be read, names a kind that is not known or not allowed, or a field is wrong.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    path = folder / SETTINGS_FILE
+    content = read_object(path, CheckpointError)
+    kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    allowed = tuple(kind for kind in kinds if kind not in _REFUSED_KINDS)
+    kind = content.get('peft_type')
+    if kind not in allowed:
+        raise CheckpointError(f'{path}: `peft_type` is {shown(kind)}, which is no kind of adapter that is read here'
+                              f'{nearest(str(kind)[:64], allowed)}')  # fmt: skip
+    if named := next((name for name in _REFUSED if content.get(name)), None):
+        raise CheckpointError(f'{path}: `{named}` is refused: it names code or files; remove it')
+    declared = _declared(kinds[kind])
+    check_fields(content, declared, path, CheckpointError)
+    return {name: value for name, value in content.items() if name in declared and name not in _DROPPED}
+
+
+def adapter_settings(folder: Path) -> Any:
+    """peft's config of a saved adapter, its sizes compared with the weights beside it.
+
+    Raises:
+        CheckpointError: as `read_adapter_settings`; or the weights cannot be read, or are of other sizes.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    path, settings = folder / SETTINGS_FILE, read_adapter_settings(folder)
+    largest = max([_LEAST_SIZE, *(size for shape in _shapes(folder) for size in shape)])
+    for name in _SIZES:
+        check_fields(settings, {name: Field(Any, minimum=0, maximum=largest)}, path, CheckpointError)
+    ranks = settings.get('rank_pattern') or {}
+    rank = Field(float, minimum=1, maximum=largest)
+    check_fields(ranks, dict.fromkeys(ranks, rank), f'{path}: in `rank_pattern`', CheckpointError)
+    if _replicated(settings) > _MAX_LAYERS:
+        raise CheckpointError(f'{path}: `layer_replication` makes more than {_MAX_LAYERS} layers')
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[settings['peft_type']](**settings)
+    except Exception as error:  # peft's code, given a stranger's values
+        raise CheckpointError(f'{path}: {one_line(error)}') from error
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's tensors; raises CheckpointError where there is none."""
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
+    if not found:
+        raise CheckpointError(f'{folder}: no adapter there ({WEIGHT_FILES[0]} is missing)')
+    return found[0]
+
+
+def check_patterns(
+    settings: Mapping[str, Any], names: Iterable[str], where: str, error: type[XTunerError] = CheckpointError
+) -> None:
+    """Matches the regular expressions of a peft config with the names of a model's modules, within a bound of time.
+
+    Matching goes on without end where repeats lie within repeats, and cannot be interrupted. So another process tries
+    first, which the system ends; what it matched in time peft matches in the same time.
+
+    Args:
+        settings: The fields of a peft config.
+        names: The names of the modules of the model that it is for.
+        where: The file or section, for the message.
+        error: What is raised.
+
+    Raises:
+        XTunerError: of the given class: a pattern is none, or matching takes too long.
+    """
+    patterns = dict(_patterns(settings))
+    for name, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as problem:
+            raise error(f'{where}: `{name}` is no regular expression ({problem}), got {shown(pattern)}') from problem
+    risky = {name: pattern for name, pattern in patterns.items() if _REPEATS.search(pattern)}
+    if risky and (slow := _slow_pattern(risky, list(names))):
+        raise error(f'{where}: `{slow}` takes too long to match with the names of the modules, got '
+                    f'{shown(risky[slow])}; simplify it, or list the names')  # fmt: skip
+
+
+def _declared(cls: type) -> dict[str, Field]:
+    hints = typing.get_type_hints(cls)
+    own = {'lora_alpha': Field(float, minimum=-1e30, maximum=1e30),
+           'task_type': Field(str | None, allowed=('CAUSAL_LM',))}  # fmt: skip
+    fields = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name] | None if field.default is None else hints[field.name]
+        fields[field.name] = Field(hint, -(2**63), 2**63)
+    return fields | {name: field for name, field in own.items() if name in fields}
+
+
+def _shapes(folder: Path) -> Iterator[tuple[int, ...]]:
+    path = weights_file(folder)
+    check_regular(path, CheckpointError)
+    try:
+        source = open_file(path)
+        yield from (tuple(source.get_slice(name).get_shape()) for name in file_names(source))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _replicated(settings: Mapping[str, Any]) -> int:
+    ranges = settings.get('layer_replication') or ()
+    return sum(abs(b - a) for a, b in (r for r in ranges if len(r) == 2 and all(isinstance(i, int) for i in r)))
+
+
+def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the texts of a peft config that it matches as regular expressions, by field."""
+    for name in _PATTERNS:
+        value = settings.get(name)
+        texts: Iterable[Any] = [value] if isinstance(value, str) else value or ()
+        for i, text in enumerate(texts):
+            if isinstance(text, str):
+                yield (
+                    (name if isinstance(value, str) else f'{name}[{text[:32] if isinstance(value, dict) else i}]'),
+                    text,
+                )
+
+
+_TRY = """
+import json, re, sys
+seconds, patterns, names = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except ImportError:
+    pass  # not on Windows, where the caller's time-out has to do
+for field, pattern in patterns.items():
+    print(field, flush=True)
+    for form in (pattern, r'(.*\\.)?(' + pattern + r')$', r'(^|.*\\.)' + pattern + r'($|\\..*)'):
+        try:
+            found = re.compile(form)
+        except re.error:
+            continue
+        for name in names:
+            found.fullmatch(name)
+            found.match(name)
+"""
+
+
+def _slow_pattern(patterns: Mapping[str, str], names: list[str]) -> str | None:
+    """The field whose pattern was being matched when the time was over; None where all were in time."""
+    given = json.dumps([_CPU_SECONDS, dict(patterns), names])
+    try:
+        done = subprocess.run([sys.executable, '-I', '-S', '-c', _TRY], input=given, capture_output=True, text=True,
+                              timeout=30 * _CPU_SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return next(iter(patterns))
+    return (done.stdout.splitlines() or [next(iter(patterns))])[-1] if done.returncode else None
