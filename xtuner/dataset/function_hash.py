@@ -198,7 +198,7 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
 def _installed() -> tuple[Path, ...]:
     """Returns where packages lie that are not the user's: Python's own, installed ones, and ours."""
     paths = sysconfig.get_paths()
-    folders = [paths[key] for key in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
+    folders: list[str | Path] = [paths[key] for key in ('stdlib', 'platstdlib', 'purelib', 'platlib')]
     folders += [*site.getsitepackages(), site.getusersitepackages()]
     return tuple(Path(folder).resolve() for folder in [*folders, Path(__file__).parents[1]])
 
