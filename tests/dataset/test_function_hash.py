@@ -145,6 +145,13 @@ def test_it_does_not_change_with_what_is_not_used(hash_of, monkeypatch) -> None:
     assert len(found) == 1
 
 
+def test_a_module_that_does_not_run_is_its_source(hash_of) -> None:
+    """Imported on a path that is not taken, it stops nothing."""
+    text = 'def fn(example):\n    if example is None:\n        import broken\n\n        return broken\n'
+    files = {'mine.py': text, 'broken.py': 'print "{}"\n'}
+    assert hash_of(files, '1') == hash_of(files, '1') != hash_of(files, '2')
+
+
 def test_it_follows_the_version_of_an_installed_package(hash_of, monkeypatch) -> None:
     files = {'mine.py': 'def fn(example):\n    import tokenizers\n\n    return tokenizers\n'}
     found = hash_of(files)

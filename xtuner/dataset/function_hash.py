@@ -65,6 +65,10 @@ class _Walk:
         self._ahead.extend(reversed(values))
 
     def _add(self, value: Any) -> None:
+        if type(value) in (str, bytes):  # perhaps large: not as a representation
+            content = value if isinstance(value, bytes) else value.encode('utf-8', 'surrogatepass')
+            self._put(type(value).__name__, len(content))
+            return self._hash.update(content)
         if type(value) in _SCALARS:
             return self._put(type(value).__name__, value)
         if id(value) in self._met:
@@ -143,8 +147,12 @@ class _Walk:
         file = _file_of(name)
         if not _is_own(name) or file is None:
             return self._put('package', name.partition('.')[0], _version(name.partition('.')[0]))
-        content = file.read_bytes()
-        self._put('source', file.name, content)
+        try:
+            content = file.read_bytes()
+        except OSError:  # not ours to read, so not to run either
+            return self._put('unreadable', file.name)
+        self._put('source', file.name)
+        self._add(content)
         if file.suffix == '.py':
             package = name if file.stem == '__init__' else name.rpartition('.')[0]
             for imported in _imports(content, package):
@@ -184,7 +192,11 @@ def _reduced(value: Any) -> list[Any]:
 
 def _imports(source: bytes, package: str) -> Iterator[str]:
     """Yields the modules that a source names in its imports, those inside functions too."""
-    for node in ast.walk(ast.parse(source)):
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):  # it does not run, and so it imports nothing
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
