@@ -19,6 +19,7 @@ if not Path('/dev/nvidiactl').exists():
 
 ROOT = Path(__file__).parent.parent
 SLOW_TIMEOUT_S = 3600
+SHARED_DATA = ('internlm-7b-tokenizer', 'gsm8k_train.jsonl', 'gsm8k_test.jsonl', 'oasst_en_100_trees.jsonl')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,8 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared_data() -> Path:
     """Real tokenizer and conversations, beside the checkout; they are not part of the project."""
     folder = ROOT.parent / 'shared' / 'data'
-    if not folder.is_dir():
-        pytest.skip(f'{folder} is absent: the real tokenizer and conversations lie there where they are available')
+    missing = [name for name in SHARED_DATA if not (folder / name).exists()]
+    if missing:
+        pytest.skip(f'{folder} lacks {", ".join(missing)}: real tokenizer and conversations, where they are available')
     return folder
 
 

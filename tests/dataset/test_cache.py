@@ -221,7 +221,7 @@ def test_no_interleaving_lets_two_build_or_takes_what_one_builds(tmp_path, monke
         assert set(together) == {1}, seed
 
 
-def test_without_locks_each_builds_for_itself_and_the_first_is_kept(tmp_path, monkeypatch, caplog):
+def test_without_locks_each_builds_for_itself_and_the_first_is_kept(tmp_path, monkeypatch):
     """A file system that keeps nobody out costs work, not the result."""
 
     def refuse(descriptor, operation):
@@ -231,6 +231,7 @@ def test_without_locks_each_builds_for_itself_and_the_first_is_kept(tmp_path, mo
     builder = started(held_until_second, tmp_path / 'x', tmp_path / 'go')
     wait_for((tmp_path / 'building').exists)
     assert build_once(tmp_path / 'x', write, is_complete=complete)
+    assert len(list(tmp_path.glob('x.part-*'))) == 1  # the other's, which lives
     (tmp_path / 'go').touch()
     builder.join(30)
     assert builder.exitcode == 0

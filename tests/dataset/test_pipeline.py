@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import pickle
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -106,17 +108,24 @@ def test_the_cache_follows_everything_that_changes_the_tokens(prepare, tokenizer
     assert len(set(folders)) == len(folders)
 
 
-def test_a_map_function_that_changes_is_called_again(prepare, monkeypatch):
-    module = prepare.folder / 'my_map_fn.py'
+@pytest.mark.parametrize('where', ['my_map_fn.py', 'my_helper.py'])
+def test_a_map_function_that_changes_is_called_again(prepare, monkeypatch, where):
+    """Also where only what another module of the user's says has changed."""
     monkeypatch.syspath_prepend(str(prepare.folder))
-    folders = set()
+    answers = []
     for helper in ('text', 'text.upper()'):  # the function itself stays as it is
-        module.write_text(f"def helper(text):\n    return {helper}\n\n\ndef fn(example):\n    "
-                          "return {'conversation': [{'input': 'q', 'output': helper('a')}]}\n")  # fmt: skip
-        monkeypatch.delitem(__import__('sys').modules, 'my_map_fn', raising=False)
-        __import__('importlib').invalidate_caches()
-        folders.add(prepare(map_fn='my_map_fn:fn').folder)
-    assert len(folders) == 2
+        (prepare.folder / 'my_helper.py').write_text('')
+        importing = '' if where == 'my_map_fn.py' else 'from my_helper import helper\n'
+        (prepare.folder / 'my_map_fn.py').write_text(
+            f"{importing}def fn(example):\n    return {{'conversation': [{{'input': 'q', 'output': helper('a')}}]}}\n"
+        )
+        with (prepare.folder / where).open('a') as file:
+            file.write(f'def helper(text):\n    return {helper}\n')
+        for module in ('my_map_fn', 'my_helper'):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        importlib.invalidate_caches()
+        answers.append(prepare.tokenizer.decode(prepare(RECORDS[:1], map_fn='my_map_fn:fn')[0]['input_ids']))
+    assert 'A<eoa>' in answers[1].replace(' ', '') and answers[0] != answers[1]
 
 
 BAD = [b'{"question": "q", "answer": ', b'{"question": "\xff", "answer": "a"}', b'{"question": "q"}', b'[1]',

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
-from xtuner.config.schema import DatasetConfig
+from xtuner.config.schema import DatasetConfig, ModelConfig, ScheduleConfig, TrainConfig
 from xtuner.dataset.readers import Record
 from xtuner.dataset.sources import Source
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import get_template
-from xtuner.errors import ConfigError
+from xtuner.engine.batches import MicroBatches, make_plan
+from xtuner.errors import ConfigError, DataError
 
 RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}.'} for n in range(100)]
 
@@ -20,8 +22,9 @@ RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}.'} for n in ra
 def stream(tmp_path, internlm_like):
     (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, RECORDS)))
 
-    def make(*, source=None, val_ratio=0.0, **options):
-        config = DatasetConfig(source=source or str(tmp_path / 'data.jsonl'), max_length=128, val_ratio=val_ratio)
+    def make(*, source=None, val_ratio=0.0, on_bad_record='error', **options):
+        source = source or str(tmp_path / 'data.jsonl')
+        config = DatasetConfig(source=source, max_length=128, val_ratio=val_ratio, on_bad_record=on_bad_record)
         return PackStream(config, tokenizer=internlm_like, template=get_template('internlm_chat'), **options)
 
     return make
@@ -67,3 +70,18 @@ def test_what_needs_the_whole_data_is_refused(stream, tmp_path):
         stream(val_ratio=0.1)
     with pytest.raises(ConfigError, match='a stream knows no'):
         stream(source={'path': str(tmp_path / 'data.jsonl'), 'weight': 2})
+
+
+@pytest.mark.parametrize(('records', 'reason'), [
+    (RECORDS[:1], 'makes 1 pack, too few for 2 groups of processes x 1 readers to have one each'),
+    ([], 'holds no conversation; 0 records'),
+    ([{'question': 'Hi', 'answer': ''}], '1 could not be used'),
+])  # fmt: skip
+def test_a_rank_that_finds_no_pack_says_why(stream, tmp_path, records, reason):
+    (tmp_path / 'few.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    found = stream(source=str(tmp_path / 'few.jsonl'), rank=1, world_size=2, on_bad_record='skip')
+    schedule = ScheduleConfig(max_steps=2, accumulative_counts=1)
+    config = TrainConfig(model=ModelConfig(path='', template=''), dataset=found.config, optimizer={}, schedule=schedule)
+    batches = MicroBatches(found, config, make_plan(found, config, 2), pad_id=0, rank=1)
+    with pytest.raises(DataError, match=re.escape(reason)):
+        next(iter(batches))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
 from xtuner.dataset.map_fns import formats
 from xtuner.dataset.map_fns.registration import never
+from xtuner.engine import batches, same_run
+from xtuner.engine import train as training
 from xtuner.engine.checkpoints import MANIFEST_FILE
 
 Train = Callable[..., int]
@@ -169,3 +172,28 @@ def _count_again(file: Path) -> None:
     content = json.loads(manifest.read_text(encoding='utf-8'))
     content[file.name] = {'bytes': file.stat().st_size, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()}
     manifest.write_text(json.dumps(content), encoding='utf-8')
+
+
+def test_a_run_begun_when_rounding_errors_counted_resumes_exactly(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `run.json` names no format; 0.28 of its 25 steps was 7.000000000000001, and so 8 steps of warm-up."""
+    options = ['schedule.warmup_ratio=0.28', 'checkpoint.max_keep=-1', 'checkpoint.interval=20']
+
+    def of_then(*args: Any, **named: Any) -> dict[str, Any]:
+        return {key: value for key, value in same_run.describe_run(*args, **named).items() if key != 'format'}
+
+    with monkeypatch.context() as then:
+        then.setattr(training, 'describe_run', of_then)
+        then.setattr(training, 'make_plan', lambda *args: replace(batches.make_plan(*args), float_products=True))
+        assert train('whole', *options, steps=25) == 0
+    expected = result(tmp_path / 'whole')
+    assert expected['metrics'][0]['lr'] == pytest.approx(0.01 / 8)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000025')
+    assert train('run', *options, steps=25) == 0
+    assert result(tmp_path / 'run') == expected
+    assert same_run.format_of_run(newest(tmp_path / 'run')) == 1
+    assert train('new', *options, steps=25) == 0
+    assert metrics(tmp_path / 'new')[0]['lr'] == pytest.approx(0.01 / 7)
+    assert same_run.format_of_run(newest(tmp_path / 'new')) == same_run.FORMAT

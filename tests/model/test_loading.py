@@ -38,9 +38,10 @@ def test_plain_loading_ends_ready_to_use(tmp_path: Path, name: str) -> None:
     assert model.device.type == 'cpu'
 
 
-def test_registering_twice_is_harmless() -> None:
-    register()
-    register()
+def test_registering_twice_is_harmless(tmp_path: Path) -> None:
+    for _ in range(2):
+        register()
+        assert type(AutoModelForCausalLM.from_pretrained(write_model(tmp_path, 'v1'))) is InternLMForCausalLM
 
 
 def test_auto_classes_take_published_folders_without_remote_code(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_labels_shift_by_one(llm: LlamaForCausalLM) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_samples_of_a_pack_do_not_see_each_other(llm: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize('first', [0, 3, 4, 9])  # a step back to the first or another position, the same one, a jump
+def test_the_samples_of_a_pack_do_not_see_each_other(llm: LlamaForCausalLM, first: int) -> None:
     sft = SupervisedFinetune(llm)
     a, b = torch.randint(0, 61, (1, 5)), torch.randint(0, 61, (1, 8))
 
@@ -60,9 +61,11 @@ def test_the_samples_of_a_pack_do_not_see_each_other(llm: LlamaForCausalLM) -> N
         return torch.cat([torch.full((1, 1), -100), ids[:, 1:]], 1)
 
     alone = loss(a, torch.arange(5), labels_of(a)) + loss(b, torch.arange(8), labels_of(b))
-    positions = torch.cat([torch.arange(5), torch.arange(8)])
+    positions = torch.cat([torch.arange(5), torch.arange(first, first + 8)])
     packed = loss(torch.cat([a, b], 1), positions, torch.cat([labels_of(a), labels_of(b)], 1))
     assert packed == pytest.approx(alone, rel=1e-5)
+    joined = loss(torch.cat([a, b], 1), torch.arange(13), torch.cat([labels_of(a), labels_of(b)], 1))
+    assert joined != pytest.approx(alone, rel=1e-3)  # what it would be if one saw the other
     other_b = (b + 1) % 61
     only_a = torch.cat([labels_of(a), torch.full((1, 8), -100)], 1)
     assert loss(torch.cat([a, b], 1), positions, only_a) == loss(torch.cat([a, other_b], 1), positions, only_a)

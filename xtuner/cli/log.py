@@ -6,8 +6,22 @@ import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 from xtuner.ranks import is_first_process
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is when a line comes: one from before may be closed, and a thread still logs."""
+
+    @property
+    def stream(self) -> TextIO:
+        """The present stderr."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
 
 
 def start_logging() -> None:
@@ -21,7 +35,7 @@ def start_logging() -> None:
     os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # else a config's model_type makes transformers fetch kernels
     if not sys.stderr.isatty():
         os.environ.setdefault('TQDM_DISABLE', '1')  # a bar that is redrawn makes an unreadable file
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')
     project.setLevel(logging.INFO if is_first_process() else logging.WARNING)

@@ -18,9 +18,10 @@ import tokenizers
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.cache import build_once, cache_root
 from xtuner.dataset.conversation import Conversation
-from xtuner.dataset.fingerprint import digest, fingerprint_code, fingerprint_function, fingerprint_tokenizer
+from xtuner.dataset.fingerprint import digest, fingerprint_code, fingerprint_tokenizer
+from xtuner.dataset.function_hash import fingerprint_function
 from xtuner.dataset.length import fit_length, num_targets
-from xtuner.dataset.map_fns import resolve_map_fn
+from xtuner.dataset.map_fns import formats, resolve_map_fn
 from xtuner.dataset.mapping import map_records, stopped_by
 from xtuner.dataset.pack import Packs, pack_samples
 from xtuner.dataset.prompt import Template
@@ -104,13 +105,24 @@ def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template
     sources = open_sources(config.source)
     maps = [source.map_fn or config.map_fn for source in sources]
     parts = (
-        fingerprint_code(), tokenizers.__version__, fingerprint_tokenizer(tokenizer), template.fingerprint(),
+        fingerprint_code(), tokenizers.__version__,
+        fingerprint_tokenizer(tokenizer), fingerprint_function(type(tokenizer)),
+        template.fingerprint(), _fingerprint_kind(template),
         [(source.fingerprint(), source.weight) for source in sources],
-        [fingerprint_function(resolve_map_fn(fn)) if fn is not None else 'detected' for fn in maps],
+        [[fingerprint_function(each) for each in ([resolve_map_fn(fn)] if fn is not None else formats().values())]
+         for fn in maps],
         config.max_length, config.on_long, config.on_bad_record, config.max_dropped, config.train_on, config.packing,
         config.val_ratio, config.unique_id, sorted(config.ignore),
     )  # fmt: skip
     return cache_root(config.cache_dir) / 'datasets' / digest(parts)
+
+
+def _fingerprint_kind(template: Template) -> str:
+    """A hash of the template's class; of the fields, too, of a class of the user's: its `fingerprint` may lack some."""
+    kind = type(template)
+    ours = kind.__module__.startswith('xtuner.')
+    fields = {} if ours else {name: value for name, value in vars(template).items() if not name.startswith('_')}
+    return fingerprint_function((kind, fields))
 
 
 def encode_source(

@@ -79,6 +79,20 @@ def test_gradients_equal_float64(batch, way, checkpointing):
     assert error(grads, exact) < 1e-4
 
 
+# Of the second sample and the third: a step back to another position than 0, the same position again, a jump.
+@pytest.mark.parametrize('first', [(3, 1), (6, 14), (9, 30)])
+def test_a_sample_begins_wherever_positions_do_not_go_on_by_one(batch, first):
+    spans = [(2, 5), (first[0], 9), (first[1], 3)]
+    batch['position_ids'][0] = torch.cat([torch.arange(start, start + size) for start, size in spans])
+    model = with_adapter(tiny_llama())
+    exact_loss, exact = step(dequantised(model), batch)
+    joined, _ = step(dequantised(model), batch | {'position_ids': torch.arange(17, device=DEVICE).repeat(2, 1)})
+    force(model, PLAIN, folded=False)
+    loss, grads = step(model, batch)
+    assert loss == pytest.approx(exact_loss, rel=1e-5) and loss != pytest.approx(joined, rel=1e-3)
+    assert error(grads, exact) < 1e-4
+
+
 @pytest.mark.parametrize('kept', [True, False])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
