@@ -26,8 +26,12 @@ from xtuner.model.weights import WeightReader, file_names, open_file
 logger = logging.getLogger('xtuner')
 
 WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
-# What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
-_WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap, and the adapter's
+# own name, which peft leaves out of a file and other tools keep.
+_WRAPPERS = re.compile(
+    r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
+    r'|(?<=\.lora_A\.|\.lora_B\.)(default)\.(?=weight$)'
+)
 _EMBEDDINGS = ('get_input_embeddings', 'get_output_embeddings')
 
 
@@ -60,10 +64,10 @@ class AdapterWeights:
         names = {_WRAPPERS.sub('', key): key for key in stored}
         if len(names) < len(stored):
             raise CheckpointError(f'{self.path}: two of its tensors have one name, {_twice(stored)!r}')
-        wrapped = sorted({match[1] for key in stored for match in _WRAPPERS.finditer(key)})
+        wrapped = sorted({match[0].strip('.') for key in stored for match in _WRAPPERS.finditer(key)})
         if wrapped:
-            logger.info('%s: %s of torch.compile or FSDP is left out of the names of its tensors', self.path,
-                        ' and '.join(wrapped))  # fmt: skip
+            logger.info('%s: %s, which torch.compile, FSDP or peft put into the names of its tensors, is left out',
+                        self.path, ' and '.join(wrapped))  # fmt: skip
         self.keys = {name: key for name, key in names.items() if not _is_copy(name, names)}
         self.reader = WeightReader(folder, dict.fromkeys(stored, self.path))
 
@@ -142,11 +146,11 @@ def load_adapter(
     folder = resolve_checkpoint(folder)
     check_adapter(folder, base_fingerprint)
     weights = AdapterWeights(folder)
-    with _explained(folder):
+    with _explained(folder, name):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
         adapted = _with_empty_adapter(model, config, name)
-        _check_own_tensors(adapted, weights.keys, folder)
+        _check_own_tensors(adapted, weights.keys, name, folder)
         _put(adapted, weights.tensors(), name, folder)
     if not trainable:
         adapted.eval()
@@ -174,7 +178,6 @@ def _put(model: Any, tensors: dict[str, Tensor], name: str, folder: Path) -> Non
         CheckpointError: a tensor has no place, or a place no tensor.
     """
     from peft import set_peft_model_state_dict
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     placed: dict[str, Tensor] = {}
     load = model.load_state_dict
@@ -193,18 +196,18 @@ def _put(model: Any, tensors: dict[str, Tensor], name: str, folder: Path) -> Non
         del model.load_state_dict
     if _is_empty(model):  # peft would move the adapter to where its base is, which is nowhere
         load(placed, strict=False, assign=True)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[name].peft_type, '')
     if model.peft_config[name].is_prompt_learning:  # its one table of vectors is loaded strictly
         return
-    places = [key for key in model.state_dict() if _belongs(key, prefix, name)]
-    missing = [key for key in result.missing_keys if _belongs(key, prefix, name)]
+    places = [key for key in model.state_dict() if _belongs(key, model, name)]
+    missing = [key for key in result.missing_keys if _belongs(key, model, name)]
     if surplus := list(result.unexpected_keys):
         raise CheckpointError(f'adapter {folder} does not fit this base model: {len(surplus)} of its {len(tensors)} '
                               f'tensors have no place in it, such as {surplus[0]!r}; is it the base that it was '
                               'trained on?')  # fmt: skip
     if missing:
+        first = missing[0].replace(f'.{name}', '')
         raise CheckpointError(f'adapter {folder} is not whole: {len(missing)} of the {len(places)} tensors that its '
-                              f'{ADAPTER_CONFIG} asks for are not in its file, such as {missing[0]!r}; save it '
+                              f'{ADAPTER_CONFIG} asks for are not in its file, such as {first!r}; save it '
                               'again')  # fmt: skip
 
 
@@ -212,13 +215,16 @@ def _is_empty(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _belongs(key: str, prefix: str, name: str) -> bool:
-    """Whether a tensor of the model is one of that adapter: `....lora_A.NAME.weight` of the prefix `lora_`."""
-    _, found, rest = key.partition(prefix)
-    return bool(found) and name in rest.split('.')[1:]
+def _belongs(key: str, model: Any, name: str) -> bool:
+    """Whether a tensor of the model is one of that adapter, such as `....lora_A.NAME.weight`."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[name].peft_type, '')
+    found = key.partition(prefix)[2] if prefix else ''
+    return name in found.split('.')[1:]
 
 
-def _check_own_tensors(model: Any, names: Mapping[str, str], folder: Path) -> None:
+def _check_own_tensors(model: Any, names: Mapping[str, str], name: str, folder: Path) -> None:
     """Raises CheckpointError where an adapter's file would write over a tensor of the base.
 
     Biases and embeddings are no such case: peft saves those where they were trained or resized.
@@ -226,12 +232,13 @@ def _check_own_tensors(model: Any, names: Mapping[str, str], folder: Path) -> No
     embeddings = [module for get in _EMBEDDINGS if (module := getattr(model.get_base_model(), get)()) is not None]
     allowed = {id(parameter) for module in embeddings for parameter in module.parameters()}
     for key, parameter in model.named_parameters():
-        if key in names and id(parameter) not in allowed and not key.endswith('.bias'):
+        own = not key.endswith('.bias') and id(parameter) not in allowed and not _belongs(key, model, name)
+        if key in names and own:
             raise CheckpointError(f'adapter {folder} holds {key!r}, a tensor of the base; it is no plain adapter')
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(folder: Path, name: str) -> Iterator[None]:
     """Turns what peft, torch and safetensors raise on an adapter that does not fit into one line."""
     try:
         yield
@@ -240,17 +247,18 @@ def _explained(folder: Path) -> Iterator[None]:
     except KeyError as error:  # a module that was trained whole is not in the file
         raise CheckpointError(f'adapter {folder} is not whole: {error} is not in its file; save it again') from error
     except (RuntimeError, ValueError, TypeError, AttributeError, ModelError, SafetensorError) as error:
-        raise CheckpointError(f'adapter {folder} does not fit this base model: {_reason(error)}') from error
+        raise CheckpointError(f'adapter {folder} does not fit this base model: {_reason(error, name)}') from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, adapter: str) -> str:
     """The first tensor of another shape in torch's long list, or the message."""
     shapes = r'size mismatch for (\S+): .*?shape (.*?) from checkpoint, .*? is (torch.Size\(.*?\))'
     found = re.findall(shapes, str(error))
     if not found:
         return one_line(error)
-    name, saved, here = (text.replace('torch.Size', '') for text in found[0])
-    return f'{name} is {saved} in its file and {here} in the model, and {len(found) - 1} more differ'
+    name, saved, here = (re.sub(r'torch.Size\((.*)\)', r'\1', text) for text in found[0])
+    more = f', and {len(found) - 1} more differ' if len(found) > 1 else ''
+    return f'{name.replace(f".{adapter}", "")} is {saved} in its file and {here} in the model{more}'
 
 
 def _is_copy(name: str, names: Mapping[str, str]) -> bool:
