@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from xtuner.model.generate import Sampling, warm
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device
 from xtuner.model.run_folder import resolve_checkpoint
+from xtuner.model.trained_base import base_note, merged_note
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -118,6 +119,9 @@ def open_chat_model(
         device=place,
         trust_remote_code=trust_remote_code,
     )
+    held = asdict(quantization) if quantization else None
+    if note := merged_note(provenance) if adapter is None else base_note(provenance, held):
+        logger.info('%s: %s', folder, note)
     max_length = getattr(model.config, 'max_position_embeddings', 2048)
     if adapter is not None:
         model = load_adapter(model, adapter)

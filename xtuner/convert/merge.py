@@ -19,6 +19,7 @@ from xtuner.convert.shards import TensorPlan, size_text, write_weights
 from xtuner.convert.source import DTYPES, Source, check_changed, open_source, plan_tensors, short
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
 from xtuner.errors import CheckpointError, ModelError, UsageError
+from xtuner.model.card import write_card
 from xtuner.model.weights import fingerprint
 
 logger = logging.getLogger('xtuner')
@@ -85,7 +86,7 @@ def merge(
     with whole_folder(out, _job(source, plans, max_shard_bytes)) as folder:
         from xtuner.convert.folder import write_model_files  # imports what a wrong call does not wait for
 
-        write_model_files(folder, source.reader.folder, parts[-1][0], source.provenance,
+        example = write_model_files(folder, source.reader.folder, parts[-1][0], source.provenance,
                           changes | {'dtype': short(DTYPES[dtype])})  # fmt: skip
         write_weights(folder, plans, max_shard_bytes, source.merged)
         check_changed(source, DTYPES[dtype])
@@ -95,7 +96,7 @@ def merge(
             written = verifier.check(folder, source.base, DTYPES[dtype])
             found = compare(verifier.on(trained), written) if trained else None
         _judge(found, source, asked=base)
-        _record(folder, source, found)
+        _record(folder, source, found, example)
     return out
 
 
@@ -167,12 +168,14 @@ def _judge(found: Comparison | None, source: Source, *, asked: str) -> None:
     logger.warning('%s; it may not keep what was taught (--base auto chooses by this measure)', text)
 
 
-def _record(folder: Path, source: Source, found: Comparison | None) -> None:
-    """Notes in `xtuner.json` which base the model was merged on, and how near it is to the trained one."""
+def _record(folder: Path, source: Source, found: Comparison | None, example: str) -> None:
+    """Notes in `xtuner.json` and the card which base the model was merged on, and how near it is to the trained one."""
     if source.provenance is None:
         return
     measured = {} if found is None else {key: asdict(found)[key] for key in ('agreement', 'kl', 'positions')}
-    replace(source.provenance, merged={'base': _kind(source), **measured}).write(folder)
+    provenance = replace(source.provenance, merged={'base': _kind(source), **measured})
+    provenance.write(folder)
+    write_card(folder, provenance, kind='merged', example=example)
 
 
 def _kind(source: Source) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.loading import load_config, load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import compute_dtype, default_device
 from xtuner.model.run_folder import resolve_checkpoint
+from xtuner.model.trained_base import base_note, merged_note
 from xtuner.model.weights import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
@@ -140,6 +141,11 @@ def load_served(
         source = path if (path / 'tokenizer_config.json').is_file() else folder
         served.append(_served(name, name, source, template, origins[name] or base_origin, trust_remote_code))
     quantization = QuantizationConfig(bits=bits) if bits else _as_trained(origins)
+    held = asdict(quantization) if quantization else None
+    notes = {base_name: merged_note(base_origin)} | {name: base_note(origins[name], held) for name in folders}
+    for name, note in notes.items():
+        if note:
+            logger.info('%s: %s', name, note)
     model = _load_model(folder, folders, quantization, trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     return Loaded(model, tuple(served), getattr(config, 'max_position_embeddings', 2048))
