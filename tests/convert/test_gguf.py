@@ -105,3 +105,65 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.read_text() == sys.executable
     assert 'is there already' in error(1, 'gguf', str(folder), str(out), '--converter', str(script))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['convert_hf_to_gguf.py', 'model', 'out.gguf']
+
+
+FAKE = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index('--outfile') + 1])
+with (Path(__file__).parent / 'calls').open('a') as calls:
+    calls.write(out.name + '\\n')
+out.write_bytes(b'GGUF')
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """A converter that writes four bytes and counts its calls."""
+    (tmp_path / 'fake.py').write_text(FAKE)
+    return tmp_path / 'fake.py'
+
+
+@pytest.mark.parametrize('name', ['model', 'model.gguf', 'xtuner.json'])
+def test_the_file_may_have_any_name(name: str, tmp_path: Path, fake: Path) -> None:
+    base = make_base(tmp_path / 'base')
+    out = tmp_path / 'out' / name
+    assert main(['convert', 'gguf', str(base), str(out), '--converter', str(fake)]) == 0
+    assert out.read_bytes() == b'GGUF'
+    assert [path.name for path in out.parent.iterdir()] == [name]
+
+
+def test_an_interrupted_ollama_folder_is_gone_on_with(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after the GGUF file, and while a converter wrote beside it; another job begins anew."""
+    base = make_base(tmp_path / 'base')
+    words = ['convert', 'ollama', str(base), str(tmp_path / 'out'), '--template', 'internlm_chat', '--converter',
+             str(fake)]  # fmt: skip
+    write = Path.write_text
+
+    def interrupted(self: Path, text: str, **options: str) -> int:
+        if self.name == 'Modelfile':
+            (self.parent / '.partial-killed').mkdir()
+            raise KeyboardInterrupt
+        return write(self, text, **options)
+
+    monkeypatch.setattr(Path, 'write_text', interrupted)
+    assert main(words) == 130
+    monkeypatch.setattr(Path, 'write_text', write)
+    assert not (tmp_path / 'out').exists()
+    assert main(words) == 0
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['Modelfile', 'model.gguf']
+    assert (tmp_path / 'calls').read_text().count('\n') == 1
+
+
+def test_a_merged_model_says_which_base_it_has(tmp_path: Path, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path / 'base')
+    merged = {'base': 'original', 'agreement': 0.5, 'kl': 0.75, 'positions': 40}
+    record = {'base': 'b', 'base_fingerprint': '0', 'template': 'internlm_chat', 'compute_dtype': 'fp32',
+              'quantization': {'bits': 4, 'quant_type': 'nf4', 'double_quant': True}, 'merged': merged}  # fmt: skip
+    (base / 'xtuner.json').write_text(json.dumps(record))
+    for command, out in (('gguf', 'a.gguf'), ('ollama', 'b')):
+        assert main(['convert', command, str(base), str(tmp_path / out), '--converter', str(fake)]) == 0
+        assert ('merged on the published weights; against the base in 4 bit (nf4) with its adapter, as trained: same '
+                'likeliest token at 50.0 % of 40 positions, KL 0.75') in capsys.readouterr().err  # fmt: skip

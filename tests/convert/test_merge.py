@@ -154,7 +154,7 @@ def test_an_adapter_that_would_do_nothing_or_something_else_is_refused(
     surplus = variant(
         'surplus', {f'{beyond}.lora_A.weight': torch.ones(4, 64), f'{beyond}.lora_B.weight': torch.ones(128, 4)}
     )
-    refused(CheckpointError, r'surplus changes model.layers.9.mlp.up_proj.weight, which .* has not', base, surplus, out)
+    refused(CheckpointError, r'2 of its 30 tensors have no place in it, .*layers.9.mlp', base, surplus, out)
     zero = variant('zero', {key: torch.zeros_like(value) for key, value in tensors.items() if 'lora_B' in key})
     refused(
         CheckpointError, r'changes nothing: the update of model\S+ and 13 more tensors is all zero', base, zero, out
@@ -165,9 +165,9 @@ def test_an_adapter_that_would_do_nothing_or_something_else_is_refused(
     refused(CheckpointError, '14 of the 28 tensors that its adapter_config.json asks for are not in its file', base,
             part, out)  # fmt: skip
     half = variant('half', {f'{layer}.lora_B.weight': None})
-    refused(CheckpointError, 'there is only base_model.*q_proj.lora_A', base, half, out)
+    refused(CheckpointError, r'1 of the 28 tensors .* are not in its file, such as .*q_proj.lora_B', base, half, out)
     wide = variant('wide', {f'{layer}.lora_B.weight': torch.ones(65, 4)})
-    refused(CheckpointError, r'lora_B \(65, 4\) and lora_A \(4, 64\) do not fit', base, wide, out)
+    refused(CheckpointError, r'lora_B\S+ is \[65, 4\] in its file and', base, wide, out)
     refused(CheckpointError, "begun with 'pissa', which changes the base as well", base,
             variant('pissa', {}, {'init_lora_weights': 'pissa'}), out)  # fmt: skip
     refused(CheckpointError, '`layer_replication` cannot be merged', base,

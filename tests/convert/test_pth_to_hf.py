@@ -163,3 +163,27 @@ def test_what_cannot_be_read_is_one_line(
     assert 'unexpected' not in error
     assert not (tmp_path / 'exploded').exists()
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_checkpoint_of_ours_is_copied_without_the_trainers_state(base: Path, tmp_path: Path) -> None:
+    from tests.convert.adapters import save_trained
+
+    checkpoint = tmp_path / 'run' / 'checkpoint-00000002'
+    save_trained(base, checkpoint)
+    for name in ('manifest.json', 'run.json', 'trainer.json', 'trainer.safetensors'):
+        (checkpoint / name).write_text('{}')
+    (tmp_path / 'run' / 'last').write_text('checkpoint-00000002')
+    for number, named in enumerate((checkpoint, tmp_path / 'run')):
+        out = tmp_path / f'out{number}'
+        assert main(['convert', 'pth_to_hf', 'any.py', str(named), str(out)]) == 0
+        assert sorted(path.name for path in out.iterdir()) == [
+            'README.md', 'adapter_config.json', 'adapter_model.safetensors',
+        ]  # fmt: skip
+        assert main(['convert', 'merge', str(base), str(out), str(tmp_path / f'merged{number}')]) == 0
+
+
+def test_a_file_that_is_no_checkpoint_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / 'data.jsonl'
+    data.write_text('{"messages": []}\n')
+    assert main(['convert', 'pth_to_hf', 'internlm_7b_qlora_oasst1', str(data), str(tmp_path / 'out')]) == 1
+    assert 'data.jsonl is no checkpoint: torch wrote it in none of its forms' in capsys.readouterr().err

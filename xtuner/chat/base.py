@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import UsageError
+from xtuner.model.adapter import Provenance
 from xtuner.model.loading import load_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
+from xtuner.model.trained_base import base_note, merged_note
 
 logger = logging.getLogger('xtuner')
 
@@ -31,6 +33,12 @@ class BaseChoice:
     bits: int | None = None
     dtype: str = 'auto'
     device: str = 'auto'
+
+    def quantization(self, trained: Mapping[str, Any] | None) -> QuantizationConfig | None:
+        """The quantisation in force, given the `quantization` section that an adapter was trained with."""
+        if self.bits is None and trained is not None:
+            return QuantizationConfig(**trained)
+        return QuantizationConfig(bits=self.bits) if self.bits in (4, 8) else None
 
 
 AS_TRAINED = BaseChoice()
@@ -50,18 +58,14 @@ def load_base(folder: Path, choice: BaseChoice, trained: Mapping[str, Any] | Non
         UsageError: a GPU is asked for and there is none.
     """
     device = _device(choice.device)
-    quantization = QuantizationConfig(bits=choice.bits) if choice.bits in (4, 8) else None
-    as_trained = choice.bits is None and trained is not None
-    if as_trained:
-        assert trained is not None
-        quantization = QuantizationConfig(**trained)
     model = load_model(
         folder,
         dtype=compute_dtype(choice.dtype, device),
-        quantization=quantization,
+        quantization=choice.quantization(trained),
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    as_trained = choice.bits is None and trained is not None
     logger.info('base %s%s', describe_base(model), ', as the adapter was trained; --bits changes that' * as_trained)
     return model
 
@@ -72,6 +76,21 @@ def describe_base(model: Any) -> str:
     dtype = dtype_name(model.dtype)
     held = f'in {bits} bit, computed in {dtype}' if bits else f'in {dtype}, not quantised'
     return f'{held}, on {model.device}'
+
+
+def log_base_notes(origins: Mapping[str, Provenance | None], base: Provenance | None, held: Any) -> None:
+    """Says where a model runs on another base than it was trained on.
+
+    Args:
+        origins: The provenance of each adapter, by its name.
+        base: That of the base itself, where it is a merged model.
+        held: The `QuantizationConfig` in force, or None.
+    """
+    section = asdict(held) if held else None
+    notes = {'base': merged_note(base)} | {name: base_note(origin, section) for name, origin in origins.items()}
+    for name, note in notes.items():
+        if note:
+            logger.info('%s: %s', name, note)
 
 
 def _device(name: str) -> torch.device:

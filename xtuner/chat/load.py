@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.chat.base import BaseChoice, load_base
+from xtuner.chat.base import BaseChoice, load_base, log_base_notes
 from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
@@ -102,8 +102,11 @@ def open_chat_model(
         source = adapter if (adapter / 'tokenizer_config.json').is_file() else folder
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     name = template or (provenance.template if provenance else 'from_tokenizer')
+    choice = BaseChoice(bits, dtype, device)
     trained = provenance.quantization if provenance and adapter is not None else None
-    model = load_base(folder, BaseChoice(bits, dtype, device), trained, trust_remote_code=trust_remote_code)
+    model = load_base(folder, choice, trained, trust_remote_code=trust_remote_code)
+    origins = {} if adapter is None else {str(adapter): provenance}
+    log_base_notes(origins, provenance if adapter is None else None, choice.quantization(trained))
     max_length = getattr(model.config, 'max_position_embeddings', 2048)
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -62,9 +62,6 @@ class AdapterFile:
             self._parts.setdefault(target, {})[part] = key
         modules = [target.rpartition('.')[0] for target in self._parts]
         check_patterns(self.config, modules, str(folder / 'adapter_config.json'))
-        for target, parts in self._parts.items():
-            if len(parts.keys() & {'up', 'down'}) == 1 or (parts.keys() == {'magnitude'}):
-                raise CheckpointError(f'{folder}: for {target} there is only {", ".join(parts.values())}')
 
     @property
     def targets(self) -> set[str]:
@@ -76,6 +73,12 @@ class AdapterFile:
         """Whether an output head that shares the embedding's tensor goes on sharing it, and its changes."""
         shared = any('tokens' in parts for parts in self._parts.values())
         return shared or bool(self.config.get('ensure_weight_tying'))
+
+    def check_pairs(self) -> None:
+        """Raises CheckpointError where there is one factor of a low-rank update without the other."""
+        for target, parts in self._parts.items():
+            if len(parts.keys() & {'up', 'down'}) == 1 or (parts.keys() == {'magnitude'}):
+                raise CheckpointError(f'{self.folder}: for {target} there is only {", ".join(parts.values())}')
 
     def fingerprint(self) -> str:
         """A hash of its settings and of samples of its tensors."""

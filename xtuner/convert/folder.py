@@ -27,7 +27,7 @@ _SAMPLING_ONLY = ('temperature', 'top_p', 'top_k', 'min_p', 'typical_p', 'epsilo
 
 def write_model_files(
     folder: Path, base: Path, adapter: Path | None, provenance: Provenance | None, changes: dict[str, Any]
-) -> None:
+) -> str:
     """Writes config, generation settings with the right stop ids, tokenizer with its chat template, and provenance.
 
     Args:
@@ -36,6 +36,9 @@ def write_model_files(
         adapter: The adapter's folder, whose tokenizer is taken where it has one; None: no adapter.
         provenance: What the adapter says it was trained with.
         changes: Fields of the config that differ from the base's.
+
+    Returns:
+        A conversation in the prompt format, for the model card.
     """
     write_config(folder, read_json(base / 'config.json') | changes)
     own = adapter is not None and (adapter / 'tokenizer_config.json').is_file()
@@ -51,8 +54,10 @@ def write_model_files(
     copy_companions(base, folder)
     if adapter is not None and (adapter / PROVENANCE_FILE).is_file():
         shutil.copyfile(adapter / PROVENANCE_FILE, folder / PROVENANCE_FILE)
+    example = prompt_example(tokenizer)
     if provenance:
-        write_card(folder, provenance, kind='merged', example=prompt_example(tokenizer))
+        write_card(folder, provenance, kind='merged', example=example)
+    return example
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -11,10 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from xtuner.convert.output import check_above
 from xtuner.convert.to_llama import FAMILIES, to_llama
 from xtuner.errors import ModelError, UsageError
+from xtuner.model.adapter import read_provenance
 from xtuner.model.internlm.tokenization import PREFIX_KEY
 from xtuner.model.loading import load_config, load_tokenizer, read_generation_settings, read_json, resolve_model
+from xtuner.model.trained_base import merged_note
 
 logger = logging.getLogger('xtuner')
 
@@ -41,14 +44,19 @@ def to_gguf(
         UsageError: there is no converter.
         ModelError: the model cannot be read, `out` is there already, or the converter fails.
     """
+    check_above(out)
     if out.exists():
         raise ModelError(f'{out} is there already; nothing was written')
     command = _command(converter)
     source = resolve_model(model)
+    if note := merged_note(read_provenance(source)):
+        logger.info('%s: %s', model, note)
+    if out_type == 'q8_0':
+        logger.info('written in q8_0: weights rounded to 8 bit once more, in blocks of 32')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.partial-', dir=out.parent) as partial:
         folder = prepare(source, Path(partial) / 'model')
-        file = Path(partial) / out.name
+        file = Path(partial) / 'model.gguf'  # whatever `out` is called
         options = ['--outfile', str(file), '--outtype', out_type, *(['--vocab-only'] if vocab_only else [])]
         logger.info('llama.cpp converts %s', model)
         done = subprocess.run([*command, str(folder), *options], capture_output=True, text=True)

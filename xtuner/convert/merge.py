@@ -18,7 +18,8 @@ from xtuner.convert.prompts import choose_prompts
 from xtuner.convert.shards import TensorPlan, size_text, write_weights
 from xtuner.convert.source import DTYPES, Source, check_changed, open_source, plan_tensors, short
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
-from xtuner.errors import ModelError, UsageError
+from xtuner.errors import CheckpointError, ModelError, UsageError
+from xtuner.model.card import write_card
 from xtuner.model.weights import fingerprint
 
 logger = logging.getLogger('xtuner')
@@ -71,7 +72,12 @@ def merge(
     source = open_source(llm, [(adapter, weight), *more], _device(device), force=force)
     trained_in = source.provenance.compute_dtype if source.provenance else 'fp16'
     dtype = dtype or ('bf16' if trained_in == 'bf16' else 'fp16')
-    plans, changes = plan_tensors(source, DTYPES[dtype])
+    parts = [(part.adapter.folder, part.weight) for part in source.parts]
+    try:
+        plans, changes = plan_tensors(source, DTYPES[dtype])
+    except CheckpointError:
+        Adapted(source.reader.folder, parts)  # an adapter that does not fit is told as it is everywhere
+        raise
     size = sum(plan.nbytes for plan in plans)
     logger.info('merging %s into %s: %s in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
                 size_text(size), dtype)  # fmt: skip
@@ -80,8 +86,7 @@ def merge(
     with whole_folder(out, _job(source, plans, max_shard_bytes)) as folder:
         from xtuner.convert.folder import write_model_files  # imports what a wrong call does not wait for
 
-        adapters = [part.adapter.folder for part in source.parts]
-        write_model_files(folder, source.reader.folder, adapters[-1], source.provenance,
+        example = write_model_files(folder, source.reader.folder, parts[-1][0], source.provenance,
                           changes | {'dtype': short(DTYPES[dtype])})  # fmt: skip
         write_weights(folder, plans, max_shard_bytes, source.merged)
         check_changed(source, DTYPES[dtype])
@@ -91,7 +96,7 @@ def merge(
             written = verifier.check(folder, source.base, DTYPES[dtype])
             found = compare(verifier.on(trained), written) if trained else None
         _judge(found, source, asked=base)
-        _record(folder, source, found)
+        _record(folder, source, found, example)
     return out
 
 
@@ -163,12 +168,14 @@ def _judge(found: Comparison | None, source: Source, *, asked: str) -> None:
     logger.warning('%s; it may not keep what was taught (--base auto chooses by this measure)', text)
 
 
-def _record(folder: Path, source: Source, found: Comparison | None) -> None:
-    """Notes in `xtuner.json` which base the model was merged on, and how near it is to the trained one."""
+def _record(folder: Path, source: Source, found: Comparison | None, example: str) -> None:
+    """Notes in `xtuner.json` and the card which base the model was merged on, and how near it is to the trained one."""
     if source.provenance is None:
         return
     measured = {} if found is None else {key: asdict(found)[key] for key in ('agreement', 'kl', 'positions')}
-    replace(source.provenance, merged={'base': _kind(source), **measured}).write(folder)
+    provenance = replace(source.provenance, merged={'base': _kind(source), **measured})
+    provenance.write(folder)
+    write_card(folder, provenance, kind='merged', example=example)
 
 
 def _kind(source: Source) -> str:

@@ -32,6 +32,7 @@ class _Record:
         """Forgets it."""
 
 
+_BEGINNINGS = (b'P', b'\x80', b'')  # of a zip archive, as torch writes; of a pickle, as before 1.6; of an empty file
 _DEEPSPEED = 'mp_rank_00_model_states.pt'
 
 
@@ -67,6 +68,11 @@ def read_old_checkpoint(path: Path) -> dict[str, Tensor]:
 def _load(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(f'{file}: no such file')
+    with file.open('rb') as opened:
+        beginning = opened.read(1)
+    if beginning not in _BEGINNINGS:
+        raise CheckpointError(f'{file} is no checkpoint: torch wrote it in none of its forms; give iter_N.pth, or the '
+                              'folder that DeepSpeed writes')  # fmt: skip
     try:
         with torch.serialization.safe_globals(_records()):
             try:

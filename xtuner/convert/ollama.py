@@ -8,9 +8,11 @@ A template becomes one of Go's, its strings quoted, so that no newline depends o
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from xtuner import __version__
 from xtuner.convert.gguf import to_gguf
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.dataset.prompt import Template, Turn
@@ -49,8 +51,11 @@ def to_ollama(
         raise UsageError(f'{model} does not say which template it was tuned with; give one by --template')
     tokenizer = load_tokenizer(source)
     text = modelfile(get_template(name, tokenizer), tokenizer)
-    with whole_folder(out, ['ollama', str(source)]) as folder:
-        to_gguf(model, folder / _FILE, out_type=out_type, converter=converter)
+    with whole_folder(out, ['ollama', __version__, str(source.resolve()), text, out_type, str(converter)]) as folder:
+        for left in folder.glob('.partial-*'):  # by a converter that was killed
+            shutil.rmtree(left)
+        if not (folder / _FILE).is_file():  # else an interrupted run of this job has written it; it appears as a whole
+            to_gguf(model, folder / _FILE, out_type=out_type, converter=converter)
         (folder / 'Modelfile').write_text(text, encoding='utf-8')
     return out
 

@@ -26,11 +26,16 @@ _JOB_FILE = 'unfinished'  # holds a hash of the job
 
 def check_output(out: Path) -> None:
     """Raises ModelError where `out` is a file, holds anything, or lies beneath a file."""
-    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise ModelError(f'{out} cannot be made: {above} is a file; nothing was written: name another folder')
+    check_above(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
+
+
+def check_above(out: Path) -> None:
+    """Raises ModelError where `out` lies beneath a file."""
+    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ModelError(f'{out} cannot be made: {above} is a file; nothing was written: name another path')
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.dataset.probe import read_probe
-from xtuner.model.tokenizer import load_tokenizer
 
 _TOKENS = 32  # most of a text of ours
 _SAMPLE_TOKENS = 128  # most of a run's sample
@@ -53,6 +52,8 @@ def choose_prompts(folder: Path, run: Path | None, number: int | None, vocab_siz
         return _rows([ids for ids, _ in samples], [trained for _, trained in samples],
                      f'{len(samples)} {probe.part} samples of the run')  # fmt: skip
     number = 4 if number is None else number
+    from xtuner.model.tokenizer import load_tokenizer
+
     tokenizer: Any = load_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.tensor(tokenizer(text).input_ids[:_TOKENS]) for text in _TEXTS[: number - len(samples)]]

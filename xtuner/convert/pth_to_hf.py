@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
 from xtuner.dataset.template import get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError
 from xtuner.model.loading import load_tokenizer, resolve_model
+from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint
 from xtuner.model.tensor_files import write_tensors
 from xtuner.registry import build
 
@@ -29,6 +31,7 @@ logger = logging.getLogger('xtuner')
 
 _PREFIX = 'base_model.model.'
 _WIDER = 'use --fp32'
+_OF_THE_TRAINER = ('manifest.json', 'run.json', 'trainer.json', 'trainer.safetensors')  # to go on with a run
 
 
 def pth_to_hf(
@@ -38,7 +41,8 @@ def pth_to_hf(
 
     Args:
         config: The run's config, classical or ours: it names the base model, the template and the adapter's settings.
-        checkpoint: A `.pth` file, or the folder that DeepSpeed writes in its place.
+        checkpoint: A `.pth` file, or the folder that DeepSpeed writes in its place. A checkpoint of `xtuner train` is
+            an adapter or a model already: it is copied, without the trainer's state.
         out: A folder that is missing or empty. It appears as a whole at the end.
         dtype: Of the written weights.
         max_shard_bytes: Most bytes of one file of a whole model.
@@ -52,6 +56,9 @@ def pth_to_hf(
         ModelError: `out` is not empty, or the base of a whole model is not there.
     """
     check_output(out)
+    checkpoint = resolve_checkpoint(checkpoint)
+    if (checkpoint / ADAPTER_CONFIG).is_file() or (checkpoint / 'config.json').is_file():
+        return _copy(checkpoint, out)
     path = find_config(config)
     run = _Run(path, read_file(path))
     tensors = read_old_checkpoint(checkpoint)
@@ -64,6 +71,15 @@ def pth_to_hf(
             _write_adapter(folder, run, adapter, dtype)
         else:
             _write_model(folder, run, tensors, dtype, max_shard_bytes)
+    return out
+
+
+def _copy(checkpoint: Path, out: Path) -> Path:
+    logger.info("%s is in the form of Hugging Face already; it is copied without the trainer's state", checkpoint)
+    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name not in _OF_THE_TRAINER]
+    with whole_folder(out, ['copy', __version__, str(checkpoint)]) as folder:
+        for path in files:
+            shutil.copyfile(path, folder / path.name)
     return out
 
 

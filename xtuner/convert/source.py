@@ -150,6 +150,7 @@ def plan_tensors(source: Source, dtype: torch.dtype) -> tuple[list[TensorPlan], 
         if missing := sorted(part.adapter.targets - known):
             raise CheckpointError(f'{part.adapter.folder} changes {_some(missing)}, which '
                                   f'{source.reader.folder} has not; nothing of an adapter is left out')  # fmt: skip
+        part.adapter.check_pairs()
         _check_trained(part.adapter)
     plans = []
     for name in names:

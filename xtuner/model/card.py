@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from xtuner.dataset.own_template import prompt_text
 from xtuner.errors import ConfigError, DataError
 from xtuner.model.adapter import Provenance
+from xtuner.model.trained_base import held, merged_note
 
 CARD_FILE = 'README.md'
 _ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
@@ -113,9 +114,13 @@ def _what(provenance: Provenance, kind: str, sources: list[str], training: Mappi
     }[kind]
     count = f', {training["conversations"]:,} conversations' if isinstance(training.get('conversations'), int) else ''
     on = f' on {", ".join(_linked(source, "datasets/") for source in sources)}{count}' if sources else ''
+    note = merged_note(provenance)
+    if not note and provenance.quantization:
+        note = f'the base was held {held(provenance.quantization)} while it was trained'
+    how = f' {note[0].upper()}{note[1:]}.' if note else ''
     return (
         f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is known by '
-        f'the fingerprint of its weights, `{provenance.base_fingerprint[:16]}`: xtuner refuses another.\n'
+        f'the fingerprint of its weights, `{provenance.base_fingerprint[:16]}`: xtuner refuses another.{how}\n'
     )
 
 

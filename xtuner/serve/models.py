@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.chat.base import AS_TRAINED, BaseChoice, load_base
+from xtuner.chat.base import AS_TRAINED, BaseChoice, load_base, log_base_notes
 from xtuner.dataset.conversation import to_conversation, to_prompt
 from xtuner.dataset.template import Piece, Template, get_template
 from xtuner.dataset.tokenize import encode_conversation, encode_pieces
@@ -126,6 +126,7 @@ def load_served(
         served.append(_served(name, _peft_name(number), source, template, origin, trust_remote_code))
     trained = _as_trained(origins) if choice.bits is None else None
     model = load_base(folder, choice, trained, trust_remote_code=trust_remote_code)
+    log_base_notes(origins, base_origin, choice.quantization(trained))
     model = _add_adapters(model, list(folders.values()))
     config = load_config(folder, trust_remote_code=trust_remote_code)
     return Loaded(model, tuple(served), getattr(config, 'max_position_embeddings', 2048))

@@ -1,0 +1,162 @@
+"""Which base a merge takes: what was taught on a quantised base is kept, measured against the trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.convert.adapters import VOCAB, make_base
+from xtuner.cli.main import main
+from xtuner.config.schema import QuantizationConfig
+from xtuner.convert import verify
+from xtuner.convert.base import quantized_weights, requantize, skeleton
+from xtuner.dataset.probe import PROBE_FILE, read_probe, write_probe
+from xtuner.model.adapter import Provenance, attach_adapter
+from xtuner.model.adapter_load import load_adapter
+from xtuner.model.loading import load_model
+from xtuner.model.weights import fingerprint, open_weights
+
+SETTINGS = QuantizationConfig()
+PROMPT, ANSWER = 4, 8  # tokens
+LESSONS = torch.randint(3, VOCAB, (6, PROMPT + ANSWER), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp('base'))
+
+
+def teach(base: Path, run: Path, *, steps: int = 60) -> Path:
+    """A run's work folder: an adapter that has learnt the lessons by heart on the base in 4 bit, and their record."""
+    torch.manual_seed(0)
+    model = load_model(base, dtype=torch.float32, quantization=SETTINGS)
+    adapted = attach_adapter(model, {'type': 'peft:LoraConfig', 'r': 8, 'lora_alpha': 16, 'task_type': 'CAUSAL_LM',
+                                     'target_modules': 'all-linear'})  # fmt: skip
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    labels = LESSONS.clone()
+    labels[:, :PROMPT] = -100
+    for _ in range(steps):
+        adapted(input_ids=LESSONS, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = run / 'checkpoint-00000001'
+    adapted.save_pretrained(folder)
+    digest = fingerprint(open_weights(base))
+    Provenance(str(base), digest, 'internlm_chat', 'fp32', dataclasses.asdict(SETTINGS)).write(folder)
+    (run / 'last').write_text(folder.name)
+    positions = torch.arange(PROMPT + ANSWER)
+    write_probe(run, [{'input_ids': ids, 'labels': wanted, 'position_ids': positions}
+                      for ids, wanted in zip(LESSONS, labels, strict=True)], 'training')  # fmt: skip
+    return run
+
+
+def num_kept(model: Any) -> int:
+    """How many lessons a model recites, greedily."""
+    ids = LESSONS[:, :PROMPT]
+    with torch.no_grad():
+        for _ in range(ANSWER):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return int((ids == LESSONS).all(1).sum())
+
+
+def kept_by(folder: Path) -> int:
+    return num_kept(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope='module')
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teach(base, tmp_path_factory.mktemp('run'))
+
+
+def test_what_was_taught_is_kept_by_default_and_lost_on_the_published_weights(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = load_adapter(load_model(base, dtype=torch.float32, quantization=SETTINGS), run)
+    assert num_kept(tuned) == len(LESSONS)
+    assert main(['convert', 'merge', str(base), str(run), str(tmp_path / 'auto')]) == 0
+    told = capsys.readouterr().err
+    assert 'on 6 training samples of the run, 48 positions:' in told
+    assert 'as trained: merged with --base dequantized, same likeliest token at 100.0 %' in told
+    assert kept_by(tmp_path / 'auto') == len(LESSONS)
+    assert main(['convert', 'merge', str(base), str(run), str(tmp_path / 'original'), '--base', 'original']) == 0
+    assert 'merged with --base original, the model differs from the one that was trained' in capsys.readouterr().err
+    assert kept_by(tmp_path / 'original') < len(LESSONS) - 2
+    merged = {
+        kind: json.loads((tmp_path / kind / 'xtuner.json').read_text())['merged'] for kind in ('auto', 'original')
+    }
+    assert merged['auto']['base'] == 'dequantized'
+    assert merged['auto']['agreement'] == 1.0
+    assert merged['original']['agreement'] < 0.9
+    assert merged['original']['positions'] == 48
+    assert 'same likeliest token at 100.0 % of 48 positions' in (tmp_path / 'auto' / 'README.md').read_text()
+
+
+def test_the_published_weights_are_taken_where_they_keep_it(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base whose weights are 4-bit values already loses nothing by quantisation."""
+    own = make_base(tmp_path / 'base')
+    reader = open_weights(own)
+    names = quantized_weights(skeleton(own), SETTINGS, torch.float32, torch.device('cpu'))
+    for file in own.glob('*.safetensors'):
+        tensors = load_file(file)
+        for name in tensors.keys() & names.keys():
+            tensors[name] = requantize(tensors[name].clone(), SETTINGS)
+        save_file(tensors, file, {'format': 'pt'})
+    assert reader.names()
+    run = teach(own, tmp_path / 'run')
+    assert main(['convert', 'merge', str(own), str(run / 'last'), str(tmp_path / 'auto')]) == 0
+    told = capsys.readouterr().err
+    assert told.index('--base original: same likeliest token at 100.0 %') < told.index('--base dequantized: same likel')
+    assert json.loads((tmp_path / 'auto' / 'xtuner.json').read_text())['merged']['base'] == 'original'
+    assert kept_by(tmp_path / 'auto') == len(LESSONS)
+
+
+def test_neither_reaches_the_bound(
+    base: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, 'MOST_KL', -1.0)
+    words = ['convert', 'merge', str(base), str(run), str(tmp_path / 'merged')]
+    assert main(words) == 1
+    assert 'differs from the one that was trained' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*words, '--base', 'dequantized']) == 0  # asked for by name: a warning
+    assert 'it may not keep what was taught' in capsys.readouterr().err
+
+
+def test_without_a_measurement_the_trained_values_are_taken(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['convert', 'merge', str(base), str(run), str(tmp_path / 'merged'), '--verify', '0']) == 0
+    assert 'base dequantized: not measured here' in capsys.readouterr().err
+    assert json.loads((tmp_path / 'merged' / 'xtuner.json').read_text())['merged'] == {'base': 'dequantized'}
+    assert kept_by(tmp_path / 'merged') == len(LESSONS)
+
+
+@pytest.mark.parametrize('content', [
+    '[]', '{', '{"part": "training", "samples": [{"input_ids": [5, 99999], "trained": [0, 1]}]}',
+    '{"part": "training", "samples": [{"input_ids": [[5]], "trained": [[1]]}]}',
+    '{"part": "training", "samples": [{"input_ids": [5, -1], "trained": [0, 1]}]}',
+    '{"part": "training", "samples": [{"input_ids": ["a"], "trained": [1]}]}', '[' * 100_000, ' ' * 2**21,
+])  # fmt: skip
+def test_a_record_of_samples_that_is_none_is_passed_over(content: str, tmp_path: Path) -> None:
+    (tmp_path / PROBE_FILE).write_text(content)
+    assert read_probe(tmp_path, VOCAB) is None
+
+
+def test_samples_are_recorded_one_by_one_and_once(tmp_path: Path) -> None:
+    pack = {'input_ids': torch.arange(6), 'labels': torch.tensor([-100, 1, 2, -100, -100, -100]),
+            'position_ids': torch.tensor([0, 1, 2, 0, 1, 2])}  # fmt: skip
+    write_probe(tmp_path, [pack], 'validation')
+    write_probe(tmp_path, [], 'training')
+    probe = read_probe(tmp_path, 10)
+    assert probe is not None
+    assert probe.part == 'validation'
+    assert [(ids.tolist(), trained.tolist()) for ids, trained in probe.samples] == [([0, 1, 2], [False, True, True])]
