@@ -9,13 +9,16 @@ ARGS   ?=
 WORKERS ?= auto
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test check style clean
+.PHONY: help demo demo-real test check style clean
 
 help:           ## list the verbs
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo    ## train a tiny InternLM, tune it in 4 bit, merge it, compare the answers (CPU, minutes)
 	$(BIN)/python demo/demo.py
+
+demo-real: $(VENV)/.demo    ## tune, ask and merge a real model of 135 M parameters in 4 bit (fetches 93 MB; CPU, minutes)
+	$(BIN)/python demo/real.py
 
 test: $(VENV)/.test    ## run the tests in their own environment
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
@@ -30,7 +33,7 @@ style: $(VENV)/.test   ## mend lint and formatting
 	$(BIN)/ruff format .
 
 clean:          ## remove the environment and what the demo made
-	rm -rf $(VENV) work_dirs/demo
+	rm -rf $(VENV) work_dirs/demo work_dirs/real
 
 $(VENV)/.demo: pyproject.toml
 	@echo "making an environment in $(VENV) (once, a few minutes) ..."

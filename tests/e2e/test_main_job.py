@@ -204,3 +204,35 @@ def test_the_flagship_on_real_conversations_with_the_real_vocabulary(
     monkeypatch.setattr('sys.stdin', io.StringIO('Hello, 你好\n'))
     assert main(['chat', str(merged), '--max-new-tokens', '8', '--seed', '1']) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_without_prompts_the_users_own_are_answered_and_stay_here(
+    tiny_internlm: Path, conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the files of the run, in no file of a checkpoint: that is what is published."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    secret = 'xylophone'
+    text = conversations.read_text(encoding='utf-8').replace('Say 0.', f'Say {secret}. {"and so on " * 40}')
+    conversations.write_text(text, encoding='utf-8')
+    work_dir = tmp_path / 'my_run'
+    options = ['dataset.max_length=200', 'adapter.r=2', 'samples.max_new_tokens=3', 'dataset.val_ratio=0.1']
+    words = ['train', 'internlm_7b_qlora_oasst1', '--model', str(tiny_internlm), '--data', str(conversations)]
+    assert main([*words, '--work-dir', str(work_dir), '--epochs', '1', '--cfg-options', *options]) == 0
+    out, err = capsys.readouterr()
+    samples = [json.loads(line) for line in (work_dir / 'samples.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert [s['prompt'].startswith(f'Say {secret}. and so on') for s in samples] == [True, False, True, False]
+    assert samples[1]['prompt'] == 'Say 1.'
+    assert '… (' in err and 'and so on ' * 40 not in err  # shortened on the terminal
+    files = [path for path in Path(out.strip()).rglob('*') if path.is_file()]
+    assert 'README.md' in [path.name for path in files]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+    assert [path.name for path in (work_dir / 'tensorboard').iterdir()] == ['my_run']  # what TensorBoard calls it
+    events = EventAccumulator(str(work_dir / 'tensorboard' / 'my_run')).Reload()
+    tags = events.Tags()
+    assert {'train/loss', 'train/lr', 'train/grad_norm', 'eval/loss'} <= set(tags['scalars'])
+    assert all(tag.startswith(('train/', 'eval/')) for tag in tags['scalars'])
+    assert {'samples/1/text_summary', 'samples/2/text_summary'} <= set(tags['tensors'])
+    metrics = json.loads((work_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()[0])
+    assert {'loss', 'lr', 'grad_norm'} <= set(metrics)  # as ever

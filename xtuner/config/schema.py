@@ -134,7 +134,7 @@ class LogConfig:
 class SamplesConfig:
     """Prompts answered before, during and after training, for a person to read. They never change the run."""
 
-    prompts: list[str] = option('the prompts; none: no samples', [])
+    prompts: list[str] | None = option('the prompts; []: no samples; None: the first ones of the training data', None)
     system: str = option('system message of each', '')
     interval: int = option('optimizer steps between two rounds', 100, minimum=1)
     max_new_tokens: int = option('tokens an answer may have', 100, minimum=1, maximum=2**20)

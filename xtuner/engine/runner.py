@@ -169,8 +169,18 @@ class Runner(mmengine.runner.Runner):
 
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
         """The trackers the config named, writing below the work folder."""
-        backends = [_TRACKERS[name](save_dir=str(Path(self.work_dir) / name)) for name in self._trackers]
+        folders = {name: Path(self.work_dir) / name for name in self._trackers}
+        if 'tensorboard' in folders:  # which calls a run by its folder below the one that it was opened with
+            folders['tensorboard'] /= self._experiment_name
+        backends = [_TRACKERS[name](save_dir=str(folder)) for name, folder in folders.items()]
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
+
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        """Shows a text in TensorBoard, whose files stay here; what other trackers get leaves this machine."""
+        for backend in self.visualizer._vis_backends.values():
+            if isinstance(backend, TensorboardVisBackend):
+                literal = ''.join(f'    {line}\n' for line in text.splitlines())  # as it is, not as Markdown
+                backend.experiment.add_text(tag, literal, step)
 
     def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
         """The strategy has wrapped it already."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,8 @@ from mmengine.runner import set_random_seed
 from torch import nn
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.conversation import Message
+from xtuner.dataset.first_prompts import first_prompts
 from xtuner.dataset.probe import write_probe
 from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
@@ -40,7 +42,7 @@ from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_f
 from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.engine.work_folder import alone_in
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, XTunerError
 from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
@@ -256,6 +258,17 @@ def _make_runner(
     return runner
 
 
+def _sample_prompts(config: TrainConfig) -> Sequence[str | Sequence[Message]]:
+    """The config's prompts, or the first of the data. Those stay out of the config, which checkpoints carry."""
+    if config.samples.prompts is not None:
+        return config.samples.prompts
+    try:
+        return first_prompts(config.dataset)
+    except XTunerError as error:  # samples are not worth a run
+        logger.warning('no samples: the first prompts of the data cannot be read: %s', error)
+        return []
+
+
 def _hooks(config: TrainConfig, data: Data) -> list[Any]:
     samples, interval = config.samples, config.checkpoint.interval
     validation = []
@@ -268,7 +281,7 @@ def _hooks(config: TrainConfig, data: Data) -> list[Any]:
         EvaluateChatHook(
             data.tokenizer,
             data.template,
-            samples.prompts,
+            _sample_prompts(config),
             system=samples.system,
             every_n_iters=samples.interval,
             max_new_tokens=samples.max_new_tokens,

@@ -174,7 +174,7 @@ def _reports(top: Section, path: str, to_steps: ToSteps) -> dict[str, Any]:
     hooks = top.section('default_hooks')
     sections: dict[str, Any] = {
         'log': {'trackers': _trackers(top), **_log(hooks.section('logger'), to_steps)},
-        'checkpoint': _checkpoint(hooks.section('checkpoint'), to_steps), 'samples': {}, 'hooks': [],
+        'checkpoint': _checkpoint(hooks.section('checkpoint'), to_steps), 'samples': {'prompts': []}, 'hooks': [],
     }  # fmt: skip
     for name in ('timer', 'param_scheduler', 'sampler_seed', 'runtime_info'):  # always done here
         hooks.take(name)

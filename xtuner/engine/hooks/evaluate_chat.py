@@ -23,6 +23,7 @@ from xtuner.model.text import whole_characters
 logger = logging.getLogger('xtuner')
 
 SAMPLES_FILE = 'samples.jsonl'
+_MOST_SHOWN = 300  # characters of a prompt or an answer on the terminal
 
 
 class EvaluateChatHook(Hook):
@@ -34,8 +35,8 @@ class EvaluateChatHook(Hook):
     Args:
         tokenizer: The model's tokenizer.
         prompt_template: The template that training uses.
-        evaluation_inputs: The prompts.
-        system: System message of each prompt; '' for none.
+        evaluation_inputs: The prompts, each a user's text, or messages up to a user's.
+        system: System message of each prompt that has none of its own; '' for none.
         every_n_iters: Optimizer steps between two rounds.
         max_new_tokens: Tokens an answer may have.
     """
@@ -44,14 +45,14 @@ class EvaluateChatHook(Hook):
         self,
         tokenizer: Any,
         prompt_template: Template,
-        evaluation_inputs: Sequence[str],
+        evaluation_inputs: Sequence[str | Sequence[Message]],
         *,
         system: str = '',
         every_n_iters: int,
         max_new_tokens: int = 100,
     ) -> None:
-        self._tokenizer, self._template, self._prompts = tokenizer, prompt_template, list(evaluation_inputs)
-        self._system, self._interval = system, every_n_iters
+        self._tokenizer, self._template, self._interval = tokenizer, prompt_template, every_n_iters
+        self._prompts = [_messages(prompt, system) for prompt in evaluation_inputs]
         self._sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
         self._prints = True
 
@@ -83,8 +84,8 @@ class EvaluateChatHook(Hook):
         model.eval()
         try:
             with runner.strategy.whole():
-                for prompt in self._prompts:
-                    self._answer(model.llm, prompt, step, Path(runner.work_dir))
+                for number, prompt in enumerate(self._prompts, 1):
+                    self._answer(runner, prompt, number, step)
         except Interrupted:
             raise
         except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
@@ -94,9 +95,9 @@ class EvaluateChatHook(Hook):
             release(model.llm)
             model.train(training)
 
-    def _answer(self, llm: Any, prompt: str, step: int, work_dir: Path) -> None:
-        system = [Message('system', self._system)] if self._system else []
-        ids = encode_prompt([*system, Message('user', prompt)], self._tokenizer, self._template)
+    def _answer(self, runner: Any, messages: Sequence[Message], number: int, step: int) -> None:
+        llm = runner.bare_model.llm
+        ids = encode_prompt(messages, self._tokenizer, self._template)
         stop_ids = self._template.stop_ids(self._tokenizer)
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
@@ -104,6 +105,19 @@ class EvaluateChatHook(Hook):
             return
         written = [i for i in answer_ids if i not in stop_ids]
         answer = whole_characters(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
-        logger.info('sample at step %d\n  > %s\n  %s', step, printable(prompt), printable(answer.strip()))
+        prompt = messages[-1].content
+        logger.info('sample at step %d\n  > %s\n  %s', step, _shortened(prompt), _shortened(answer))
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
-        append_line(work_dir / SAMPLES_FILE, record)
+        append_line(Path(runner.work_dir) / SAMPLES_FILE, record)
+        runner.log_text(f'samples/{number}', f'{prompt}\n\n{answer}', step)
+
+
+def _messages(prompt: str | Sequence[Message], system: str) -> list[Message]:
+    messages = [Message('user', prompt)] if isinstance(prompt, str) else list(prompt)
+    return [Message('system', system), *messages] if system and messages[0].role != 'system' else messages
+
+
+def _shortened(text: str) -> str:
+    """A text as a terminal may show it: one line of it, or a few; the file has all."""
+    text = printable(text.strip())
+    return text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]} … ({len(text):,} characters)'
