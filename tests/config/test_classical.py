@@ -141,6 +141,18 @@ VARIANTS = [
      'model.dtype', 'bf16'),
     ("visualizer = None", "visualizer = dict(vis_backends=[dict(type='WandbVisBackend', init_kwargs=dict(a=1))])",
      'vis_backends', 'log.trackers', ['wandb']),
+    ('evaluation_inputs=evaluation_inputs', "evaluation_inputs='Hello'", '', 'samples.prompts', ['Hello']),
+    ('template_map_fn=dict(type=template_map_fn_factory, template=prompt_template)', 'template_map_fn=None', '',
+     'model.template', 'plain'),
+    ('max_keep_ckpts=save_total_limit', 'max_keep_ckpts=-1', '', 'checkpoint.max_keep', -1),
+    ('max_keep_ckpts=save_total_limit', '', 'max_keep_ckpts` is not set: all', 'checkpoint.max_keep', -1),
+    ('type=SupervisedFinetune', "type='xtuner.model.SupervisedFinetune'", '', 'model.path', 'internlm/internlm-7b'),
+    ('type=AmpOptimWrapper', "type='mmengine.optim.AmpOptimWrapper'", '', 'model.dtype', 'fp16'),
+    ('type=AutoModelForCausalLM.from_pretrained', "type='transformers.AutoModelForCausalLM.from_pretrained'", '',
+     'model.path', 'internlm/internlm-7b'),
+    ('dataset_map_fn=oasst1_map_fn', "dataset_map_fn='xtuner.dataset.map_fns.oasst1_map_fn'", '', 'dataset.map_fn',
+     'oasst1'),
+    ('dataset_map_fn=oasst1_map_fn', "dataset_map_fn='my.mapping.mine'", '', 'dataset.map_fn', 'my.mapping:mine'),
     ("loss_scale='dynamic'", 'loss_scale=512.0', 'the scale is always found', 'schedule.max_norm', 1),
 ]  # fmt: skip
 

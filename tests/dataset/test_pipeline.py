@@ -99,7 +99,7 @@ def test_the_cache_follows_everything_that_changes_the_tokens(prepare, tokenizer
     folders = [prepare().folder]
     def_fn = lambda example: {'conversation': [{'input': 'q', 'output': example['answer']}]}  # noqa: E731
     for options in ({'max_length': 64}, {'packing': 'none'}, {'train_on': 'all'}, {'map_fn': 'gsm8k'},
-                    {'map_fn': def_fn}, {'val_ratio': 0.1}, {'on_long': 'drop'}):  # fmt: skip
+                    {'map_fn': def_fn}, {'val_ratio': 0.1}, {'on_long': 'drop'}, {'ignore': ['id']}):  # fmt: skip
         folders.append(prepare(**options).folder)
     folders.append(prepare(RECORDS[1:]).folder)
     other = get_template('default', prepare.tokenizer)
@@ -141,6 +141,27 @@ def test_a_bad_record_is_an_error_with_file_and_line_or_a_counted_skip(prepare, 
     assert dataset.summary.counts['bad'] == 1 and dataset.summary.kept == 60
     assert 'data.jsonl:31' in dataset.summary.examples['bad'][0]
     assert '1 could not be used: ' in log.text
+
+
+def test_unused_and_ignored_fields_are_reported_also_from_the_cache(prepare, log):
+    records = [{**record, 'id': n, 'score': 0.5} for n, record in enumerate(RECORDS)]
+    for said in ('prepared in', 'taken from'):
+        log.clear()
+        assert prepare(records).summary.unused == {'id': 60, 'score': 60}
+        assert f'data: {said}' in log.text and '`score` is not used (60 records)' in log.text
+    records[40]['system'] = 'Be brief.'
+    used = prepare(records)
+    assert '`system`' not in used.summary.report()
+    ignored = prepare(records, ignore=['system', 'score'])
+    assert '`system` (system text) is left out by dataset.ignore (1 record)' in ignored.summary.report()
+    assert used.digest != ignored.digest == prepare(RECORDS).digest
+    records[40]['chat_history'] = [['a', 'b']]
+    with pytest.raises(
+        DataError, match=r'data\.jsonl:41: `chat_history` \(earlier turns\) is not read by `gsm8k_map_fn`'
+    ):
+        prepare(records)
+    dataset = prepare(records, on_bad_record='skip')
+    assert (dataset.summary.counts['bad'], dataset.summary.kept) == (1, 59)
 
 
 def test_losing_too_much_is_an_error(prepare):

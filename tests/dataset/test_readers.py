@@ -190,3 +190,109 @@ def test_a_line_of_fifty_megabytes_is_one_bad_record(form, tmp_path):
     records = list(read_file(path))
     assert [bool(record.error) for record in records] == [False, True, False]
     assert records[1].origin == f'{path}:{2 if form == ".jsonl" else 3}'
+
+
+def compressed(path, content, suffix):
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+
+    if suffix == '.zst':
+        with pyarrow.output_stream(str(path), compression='zstd') as file:
+            file.write(content)
+    else:
+        pack = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}[suffix]
+        path.write_bytes(pack(content))
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
+@pytest.mark.parametrize('form', ['.json', '.jsonl', '.csv', '.tsv'])
+def test_a_compressed_file_holds_the_same_records(form, suffix, tmp_path):
+    write(tmp_path / f'a{form}', ROWS, form)
+    path = tmp_path / f'a{form}{suffix}'
+    compressed(path, (tmp_path / f'a{form}').read_bytes(), suffix)
+    assert values(path) == values(tmp_path / f'a{form}') == ROWS
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
+def test_a_compressed_file_that_is_cut_off_is_an_error(suffix, tmp_path):
+    path = tmp_path / f'a.jsonl{suffix}'
+    compressed(path, b''.join(b'{"a": %d}\n' % (n * n) for n in range(20000)), suffix)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b'no such thing', b''):
+        path.write_bytes(content)
+        try:
+            found = values(path)
+            assert (content, found) == (b'', [])
+        except DataError as error:
+            assert str(error).startswith(f'{path}: ') and '\n' not in str(error)
+
+
+def test_text_and_what_is_packed_twice_are_named(tmp_path):
+    with pytest.raises(DataError, match=r'a\.txt: plain text is not read, .* write a JSON line'):
+        list(read_file(tmp_path / 'a.txt'))
+    with pytest.raises(DataError, match=r"unknown kind of file '\.parquet\.gz'"):
+        list(read_file(tmp_path / 'a.parquet.gz'))
+
+
+@pytest.mark.parametrize('indent', [None, 2])
+@pytest.mark.parametrize('start', ['', '\ufeff', '\n\n '])
+def test_a_jsonl_file_that_holds_a_list_is_read_as_one(indent, start, tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text(start + json.dumps(ROWS, indent=indent), encoding='utf-8')
+    assert values(path) == ROWS
+
+
+def test_lists_one_a_line_stay_records(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('[1]\n[2]\n')
+    assert values(path) == [[1], [2]]
+
+
+@pytest.mark.parametrize('rest', ['[{"a": 1}]', ' x', '\n\n{}'])
+def test_what_follows_a_list_is_not_lost_in_silence(rest, tmp_path):
+    path = tmp_path / 'a.json'
+    path.write_text(json.dumps(ROWS) + rest)
+    assert values(path) == ROWS
+    assert [error for _, error in errors(path)] == ['something follows the end of the list']
+
+
+def test_the_first_record_of_a_json_file_may_be_as_long_as_any(tmp_path, monkeypatch):
+    rows = [{'a': 'x' * 3_000_000}, {'a': 'y'}]
+    for form, text in (('.json', '\n'.join(map(json.dumps, rows))), ('.jsonl', json.dumps(rows))):
+        (tmp_path / f'a{form}').write_text(text)
+        assert values(tmp_path / f'a{form}') == rows
+    monkeypatch.setattr(readers, 'MAX_RECORD_BYTES', 2**20)
+    assert values(tmp_path / 'a.json') == rows[1:]
+    assert errors(tmp_path / 'a.json') == [(':1', 'longer than 1 MiB')]
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path):
+    path = tmp_path / 'a.csv'
+    path.write_text('a,b\n1,2\n3,"open\n' + '5,6\n' * 100)
+    with pytest.raises(DataError, match=r'a\.csv:3: a quote that is opened here is never closed'):
+        list(read_file(path))
+    path.write_text('a,b\n1,2\n3,"open\n5,6\n7,"b"\n9,10\n')
+    assert errors(path) == [(':3', "not CSV: ',' expected after '\"' (lines 3 to 5)")]
+    assert values(path) == [{'a': '1', 'b': '2'}, {'a': '9', 'b': '10'}]
+
+
+@pytest.mark.parametrize('form', ['.jsonl', '.json', '.csv', '.parquet'])
+def test_a_file_that_changes_while_it_is_read_is_an_error(form, tmp_path):
+    path = tmp_path / f'a{form}'
+    write(path, ROWS, form)
+    records = read_file(path)
+    next(records)
+    with path.open('ab') as file:
+        file.write(b' ' * 100)
+    with pytest.raises(DataError, match='changed while it was read'):
+        list(records)
+
+
+@pytest.mark.parametrize('depth', [500, 990, 5000, 200_000])
+def test_deep_nesting_is_a_bad_record(depth, tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"a": ' + '[' * depth + ']' * depth + '}\n{"a": 1}')
+    assert values(path)[-1] == {'a': 1} and len(list(read_file(path))) == 2

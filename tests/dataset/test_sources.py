@@ -144,3 +144,73 @@ def test_modelscope_is_loaded_with_its_options(monkeypatch):
     monkeypatch.setitem(sys_modules, 'modelscope', types.ModuleType('modelscope'))
     monkeypatch.setitem(sys_modules, 'modelscope.msdatasets', types.SimpleNamespace(MsDataset=MsDataset))
     assert values({'path': 'modelscope:owner/name', 'split': 'test', 'name': 'sub', 'revision': 'v'}) == ROWS
+
+
+def test_hidden_held_out_and_other_files_of_a_folder_are_named(tmp_path):
+    files = [
+        'a.jsonl',
+        'test.jsonl',
+        'sub/validation-0.jsonl',
+        'dev/x.jsonl',
+        'my_eval.jsonl.gz',
+        'train_eval.jsonl',
+        'contest.jsonl',
+        'device.jsonl',
+        'b.jsonl',
+        'b.jsonl.gz',
+        'notes.txt',
+        '.git/x.jsonl',
+        '.a.jsonl',
+    ]
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps({'n': number}))
+    [source] = open_sources(tmp_path)
+    read = {record.origin.removeprefix(f'{tmp_path}/').removesuffix(':1') for record in source.records()}
+    assert read == {'a.jsonl', 'b.jsonl', 'train_eval.jsonl', 'contest.jsonl', 'device.jsonl'}
+    assert [note.removeprefix(f'{tmp_path}: ') for note in source.notes] == [
+        '4 files not trained as they are a test or validation split; name them as a source to train on them: '
+        'dev/x.jsonl, my_eval.jsonl.gz, sub/validation-0.jsonl, test.jsonl',
+        '1 file not read as it is there uncompressed too: b.jsonl.gz',
+        '1 file not read as it is no data file of a known kind: notes.txt',
+        '2 files not read as they are hidden: .a.jsonl, .git',
+    ]
+
+
+def test_a_folder_of_nothing_but_a_test_split_is_read_with_a_note(tmp_path):
+    (tmp_path / 'test.jsonl').write_text(json.dumps(ROWS[0]))
+    [source] = open_sources(tmp_path)
+    assert [record.value for record in source.records()] == ROWS[:1]
+    assert source.notes == (
+        f'{tmp_path}: 1 file used though it is a test or validation split, since the folder holds nothing else: '
+        'test.jsonl',
+    )
+
+
+def test_the_splits_of_a_saved_data_set_that_are_not_trained_are_named(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    parts = {name: datasets.Dataset.from_list(ROWS) for name in ('train', 'test')}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / 'saved')
+    [source] = open_sources(str(tmp_path / 'saved'))
+    assert source.notes == (f'{tmp_path}/saved: of the saved data set, the split train is trained, and not test',)
+    (tmp_path / 'saved' / 'train' / 'dataset_info.json').write_text('{')
+    with pytest.raises(DataError, match='the saved data set cannot be read: ') as caught:
+        open_sources(str(tmp_path / 'saved'))
+    assert '\n' not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
+    import os
+
+    os.mkfifo(tmp_path / 'pipe.jsonl')
+    (tmp_path / 'broken.jsonl').symlink_to('nowhere')
+    (tmp_path / 'loop.jsonl').symlink_to('loop.jsonl')
+    monkeypatch.chdir(tmp_path)
+    for path, text in (('pipe.jsonl', 'is a pipe, not a file'), ('/dev/zero', 'is a device, not a file'),
+                       ('broken.jsonl', 'is a link to nowhere, which cannot be followed: No such file'),
+                       ('loop.jsonl', 'is a link to loop.jsonl, which cannot be followed: '),
+                       ('~.jsonl', 'there is no such file, and no user of that name')):  # fmt: skip
+        with pytest.raises(DataError, match=text):
+            open_sources(path)
+    (tmp_path / '~.jsonl').write_text(json.dumps(ROWS[0]))
+    assert values('~.jsonl') == ROWS[:1]

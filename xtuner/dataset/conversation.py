@@ -201,7 +201,7 @@ def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
             tools = json.loads(tools)
         except ValueError:
             raise DataError(f'{origin}: `tools` is text that is not JSON: {shortened(tools)}') from None
-    if not tools:
+    if is_empty(tools):
         return ()
     if not isinstance(tools, (list, tuple)):
         raise DataError(f'{origin}: `tools` must be a list, got {type(tools).__name__}')

@@ -20,7 +20,7 @@ TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
 KINDS = (*TEXT_KINDS, '.parquet')
 
 
-_COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
+COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 
 
 def kind_of_file(path: Path) -> str:
@@ -31,24 +31,24 @@ def kind_of_file(path: Path) -> str:
     """
     if is_data_file(path):
         suffixes = [suffix.lower() for suffix in path.suffixes]
-        return suffixes[-2] if suffixes[-1] in _COMPRESSED else suffixes[-1]
+        return suffixes[-2] if suffixes[-1] in COMPRESSED else suffixes[-1]
     if path.suffix.lower() == '.txt':
         raise DataError(f'{path}: plain text is not read, since nothing says where a document ends; write a JSON line '
                         '{"text": "..."} a document, which `pretrain` reads')  # fmt: skip
-    known = [*KINDS, *(kind + packed for kind in TEXT_KINDS for packed in _COMPRESSED)]
-    suffix = ''.join(path.suffixes[-2:]) if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
+    known = [*KINDS, *(kind + packed for kind in TEXT_KINDS for packed in COMPRESSED)]
+    suffix = ''.join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSED else path.suffix.lower()
     raise DataError(f'{path}: unknown kind of file {suffix!r}{nearest(suffix, known)}; known: {known_kinds()}')
 
 
 def known_kinds() -> str:
     """The kinds of data files, for messages."""
-    return f'{", ".join(KINDS)}, and all but the last with {", ".join(_COMPRESSED)} behind'
+    return f'{", ".join(KINDS)}, and all but the last with {", ".join(COMPRESSED)} behind'
 
 
 def is_data_file(path: Path) -> bool:
     """Whether a file is data by its name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
+    if suffixes and suffixes[-1] in COMPRESSED:
         return len(suffixes) > 1 and suffixes[-2] in TEXT_KINDS
     return bool(suffixes) and suffixes[-1] in KINDS
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from xtuner.dataset.files import is_data_file, known_kinds
+from xtuner.dataset.files import COMPRESSED, is_data_file, known_kinds
 from xtuner.errors import DataError
 
 _HELD_OUT = frozenset({'test', 'tests', 'testing', 'valid', 'validation', 'val', 'dev', 'eval', 'evaluation'})
@@ -24,20 +24,26 @@ def data_files(folder: Path) -> tuple[list[Path], list[str]]:
     """
     visible, hidden = _walk(folder)
     found = [file for file in visible if is_data_file(file) and file.is_file()]
-    train = [file for file in found if not is_held_out(file.relative_to(folder))] or found
+    names = set(found)
+    twins = [file for file in found if file.suffix.lower() in COMPRESSED and file.with_suffix('') in names]
+    single = sorted(names.difference(twins))
+    train = [file for file in single if not is_held_out(file.relative_to(folder))]
+    alone = [] if train else single
+    train = train or single
     if not train:
         raise DataError(
             f'{folder}: the folder holds no data file; known: {known_kinds()}{_but(folder, visible + hidden)}'
         )
-    chosen = set(train)
-    held_out = [file for file in found if file not in chosen]
-    others = sorted(set(visible) - set(found))
+    held_out = sorted(names.difference(train, twins))
+    others = sorted(set(visible) - names)
     notes = [
         _note(folder, held_out, 'not trained as {} a test or validation split; name {} as a source to train on {}'),
+        _note(folder, alone, 'used though {} a test or validation split, since the folder holds nothing else'),
+        _note(folder, twins, 'not read as {} there uncompressed too'),
         _note(folder, others, 'not read as {} no data file of a known kind'),
         _note(folder, hidden, 'not read as {} hidden'),
     ]
-    return sorted(train), [note for note in notes if note]
+    return train, [note for note in notes if note]
 
 
 def is_held_out(path: Path) -> bool:
@@ -54,11 +60,11 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     visible: list[Path] = []
     hidden: list[Path] = []
     for where, folders, files in os.walk(folder, onerror=_refuse):
-        for names, into in ((folders, None), (files, visible)):
+        for names, is_folder in ((folders, True), (files, False)):
             hidden += [Path(where, name) for name in names if name.startswith('.')]
             names[:] = [name for name in names if not name.startswith('.')]
-            if into is not None:
-                into += [Path(where, name) for name in names]
+            links = [name for name in names if is_folder and Path(where, name).is_symlink()]  # not walked into
+            visible += [Path(where, name) for name in (links if is_folder else names)]
     return sorted(visible), sorted(hidden)
 
 

@@ -253,6 +253,8 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 for value in batch.to_pylist():
                     yield Record(f'{path}[{row}]', value)
                     row += 1
+    except DataError:  # the file changed
+        raise
     except (pyarrow.ArrowException, ValueError) as error:
         yield Record(f'{path}[{row}]', error=f'not parquet: {error}')
 

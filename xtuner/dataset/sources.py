@@ -11,7 +11,7 @@ from typing import Any
 from xtuner.dataset.files import check_regular, is_data_file, kind_of_file
 from xtuner.dataset.folder import data_files
 from xtuner.dataset.readers import Record, read_file
-from xtuner.errors import ConfigError, DataError, nearest
+from xtuner.errors import ConfigError, DataError, nearest, one_line
 
 _FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
 
@@ -181,8 +181,14 @@ def _is_saved(folder: Path) -> bool:
 def _saved(folder: Path) -> Source:
     from datasets import load_from_disk
 
-    found = load_from_disk(str(folder))
-    return _loaded(_split(found, 'train', str(folder)), str(folder))
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # the library raises a dozen kinds
+        raise DataError(f'{folder}: the saved data set cannot be read: {one_line(error)}') from None
+    source = _loaded(_split(found, 'train', str(folder)), str(folder))
+    others = [str(name) for name in found if name != 'train'] if isinstance(found, Mapping) else []
+    notes = [f'{folder}: of the saved data set, the split train is trained, and not {", ".join(others)}']
+    return replace(source, notes=tuple(notes if others else ()))
 
 
 def _hub(path: str, options: Mapping[str, Any]) -> Source:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from xtuner.dataset.fields import kind_of
 from xtuner.dataset.show import counted, printable
+from xtuner.errors import one_line
 
 _REASONS = {
     'bad': 'could not be used',
@@ -90,7 +92,7 @@ class Summary:
         """Returns what was read as what, what is not used, and the counts: the same lines for every command."""
         lines = [f'{name}: {text}' for name, text in self.formats.items()] + self.notes
         for what, fields in (('not used', self.unused), ('left out by dataset.ignore', self.ignored)):
-            lines += [f'`{_shown(name)}` is {what} ({counted(count, "record")})' for name, count in fields.items()]
+            lines += [f'{_shown(name)} is {what} ({counted(count, "record")})' for name, count in fields.items()]
         records, conversations = counted(self.records, 'record'), counted(self.conversations, 'conversation')
         tokens = f'{counted(self.tokens, "token")}, {self.target_tokens:,} of them trained'
         lines.append(f'{records}, {conversations}, {self.kept:,} kept ({self.counts["cut"]:,} of them cut), '
@@ -112,5 +114,6 @@ def _count(counts: dict[str, int], name: str) -> None:
 
 
 def _shown(name: str) -> str:
-    """A field's name, which comes from the data, as a word of one line."""
-    return printable(name.replace('\n', ' ').replace('\t', ' '))[:_MOST_NAME]
+    """A field's name, which comes from the data, as a word of one line, with what it holds where that matters."""
+    kind = kind_of(name.rpartition('.')[2])
+    return f'`{one_line(name)[:_MOST_NAME]}`' + (f' ({kind})' if kind else '')

@@ -152,6 +152,8 @@ def _map_fn(value: Any) -> Any:
         return None
     name = type_name(value)
     ours = str(value).startswith('xtuner.') or getattr(value, '__module__', '').startswith('xtuner.')
+    if isinstance(value, str) and ':' not in value and not ours:  # 'module.function', as old runs have written it
+        value = ':'.join(value.rsplit('.', 1))
     return name.removesuffix('_map_fn') if ours else value
 
 

@@ -208,7 +208,7 @@ def _checkpoint(section: Section, to_steps: ToSteps) -> dict[str, Any]:
     section.pass_over('a checkpoint is what a run can go on from', 'save_optimizer', 'save_param_scheduler')
     section.close()
     values = {'max_keep': -1 if keep is None else keep}
-    if values['max_keep'] == -1:
+    if keep is None:
         section.findings.note(f'`{section.path("max_keep_ckpts")}` is not set: all checkpoints are kept')
     if by_epoch:
         section.findings.note('`default_hooks.checkpoint` counts epochs; here a checkpoint is written each 100 steps '

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from xtuner.dataset.fields import is_empty
 from xtuner.dataset.map_fns.registration import map_fn
 from xtuner.dataset.map_fns.turns import learnt
 from xtuner.errors import DataError
@@ -30,7 +31,8 @@ def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     messages = []
     if example.get('meta_instruction'):
         messages.append({'role': 'system', 'content': example['meta_instruction']})
-    for name, turn in sorted(chat.items(), key=lambda item: _number(item[0])):
+    turns = {name: turn for name, turn in chat.items() if not is_empty(turn)}
+    for name, turn in sorted(turns.items(), key=lambda item: _number(item[0])):
         if not isinstance(turn, dict) or not {'Human', 'MOSS'} <= set(turn):
             raise DataError(f'`chat.{name}` must hold `Human` and `MOSS`, got {str(turn)[:60]!r}')
         for part, role in _PARTS:

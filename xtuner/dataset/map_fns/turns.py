@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from xtuner.dataset.fields import kind_of
+from xtuner.dataset.fields import is_empty, kind_of
 from xtuner.errors import DataError
 
 
@@ -22,7 +22,9 @@ def one_turn(example: Mapping[str, Any], question: Any, answer: Any, *, system: 
     Raises:
         DataError: Where `history` is in no known form.
     """
-    found = {'system': example.get('system') or example.get('system_prompt') or system, 'tools': example.get('tools')}
+    own = example.get('system')
+    own = example.get('system_prompt') if is_empty(own) else own
+    found = {'system': system if is_empty(own) else own, 'tools': example.get('tools')}
     if history := _history(example.get('history')):
         last = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
         return {'messages': history + last, **found}
@@ -54,7 +56,7 @@ def _history(turns: Any) -> list[Any]:
             turns = json.loads(turns)
         except ValueError:
             raise DataError(f'`history` is text that is not JSON: {turns[:60]!r}') from None
-    if not turns:
+    if is_empty(turns):
         return []
     if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):
         return [message(turn) for turn in turns]

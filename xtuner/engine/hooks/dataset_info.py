@@ -9,7 +9,9 @@ import numpy as np
 from mmengine.hooks import Hook
 
 from xtuner.dataset.show import show_sample
+from xtuner.dataset.stream import PackStream
 from xtuner.dataset.tokenize import Sample
+from xtuner.errors import DataError
 
 logger = logging.getLogger('xtuner')
 
@@ -27,10 +29,21 @@ class DatasetInfoHook(Hook):
         self._dataset, self._tokenizer, self._max_chars = dataset, tokenizer, max_chars
 
     def before_train(self, runner: Any) -> None:
-        """Prints, on the first rank only."""
+        """Prints, on the first rank only; of a stream, what became of the first window's records too.
+
+        Raises:
+            DataError: Where a stream holds nothing to train.
+        """
         if runner.rank != 0:
             return
-        logger.info('first item, trained text between « and »:\n%s', self.preview(next(iter(self._dataset))))
+        item = next(iter(self._dataset), None)
+        is_stream = isinstance(self._dataset, PackStream)  # other data said so as it was prepared
+        lines = self._dataset.summary.lines() if is_stream else []
+        if item is None:
+            raise DataError(f'`dataset.source` holds no conversation to train; {" | ".join(lines)}')
+        for line in lines:
+            logger.info('data, so far: %s', line)
+        logger.info('first item, trained text between « and »:\n%s', self.preview(item))
 
     def preview(self, item: dict[str, Any]) -> str:
         """The item's text, trained tokens between « and » as `xtuner log-dataset` shows them, cut at `max_chars`."""
