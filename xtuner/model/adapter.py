@@ -44,6 +44,12 @@ class Provenance:
     xtuner: str = __version__
     training: dict[str, Any] | None = None
 
+    @property
+    def answer_tokens(self) -> list[str] | None:
+        """The special tokens that the model was taught to write, which earlier answers in a prompt spell."""
+        found = (self.training or {}).get('special_tokens_in_answers')
+        return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from xtuner.dataset.template_probe import check_template_files
 from xtuner.errors import ModelError, one_line
 from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
 from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
@@ -40,6 +41,7 @@ def load_tokenizer(
         kind = settings.get('tokenizer_class', 'its tokenizer')
         raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
                          'pass --trust-remote-code to run that code')  # fmt: skip
+    check_template_files(folder, settings)
     try:
         if own is not None:
             return own.from_pretrained(folder)

@@ -166,7 +166,10 @@ def _served(
     wanted = template or (origin.template if origin else 'from_tokenizer')
     peft_name = None if adapter is None else _peft_name(adapter)
     try:
-        return ServedModel(name, peft_name, tokenizer, get_template(wanted, tokenizer))
+        found = get_template(wanted, tokenizer)
+        if origin and origin.answer_tokens:
+            found = found.allowing(origin.answer_tokens, tokenizer)
+        return ServedModel(name, peft_name, tokenizer, found)
     except ConfigError as error:
         if template:
             raise
