@@ -137,8 +137,9 @@ def test_an_answer_that_does_not_begin_as_the_prompt_ends_is_refused_with_that_r
     message = r"file:3: the generation prompt of the chat template ends with '<think>\\n', and the answer in message 2"
     with pytest.raises(DataError, match=message):
         encoded(tokenizer, turns('a', 'yes'))
-    with pytest.raises(DataError, match=r"shows answer 2 in another way .*train_on = 'last_turn'"):
-        encoded(tokenizer, turns('a', THOUGHT, 'b', THOUGHT))
+    if template == STRIPPED:
+        with pytest.raises(DataError, match=r"shows answer 2 in another way .*train_on = 'last_turn'"):
+            encoded(tokenizer, turns('a', THOUGHT, 'b', THOUGHT))
     last = encoded(tokenizer, turns('a', THOUGHT, 'b', THOUGHT), train_on='last_turn')
     assert tokenizer.decode(last.labels[last.labels >= 0]) == 'hm\n</think>\n\nyes<|im_end|>'
 
