@@ -111,4 +111,7 @@ def open_chat_model(
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.eval()
-    return ChatModel(model, tokenizer, get_template(name, tokenizer), max_length)
+    chosen = get_template(name, tokenizer)
+    if provenance is not None and provenance.answer_tokens:
+        chosen = chosen.allowing(provenance.answer_tokens, tokenizer)
+    return ChatModel(model, tokenizer, chosen, max_length)

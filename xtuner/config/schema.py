@@ -88,6 +88,9 @@ class DatasetConfig:
     ignore: list[str] = option(
         'fields of records and messages to leave out, such as system or reasoning_content; unused ones are an error '
         'where they would change what is learnt', [])  # fmt: skip
+    special_tokens_in_answers: bool | list[str] | None = option(
+        'special tokens that answers spell, such as those around tool calls, become ids: True means all but those of '
+        'the template, or a list; None trains them as text', None)  # fmt: skip
     cache_dir: str | None = option('where prepared data is kept; None: XTUNER_CACHE, else ~/.cache/xtuner', None)
 
 

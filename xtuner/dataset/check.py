@@ -10,12 +10,12 @@ import numpy as np
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.pack import pack_samples
-from xtuner.dataset.pipeline import encode_source
+from xtuner.dataset.pipeline import encode_source, encoder_of
 from xtuner.dataset.prompt import Template
 from xtuner.dataset.sources import open_sources
 from xtuner.dataset.split import content_hash, split_samples
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.tokenize import Encoder, Sample
+from xtuner.dataset.tokenize import Sample
 
 
 class TrainingPart:
@@ -69,7 +69,7 @@ def check_dataset(
     on_long = 'drop' if config.on_long == 'error' else config.on_long
     config = replace(config, on_bad_record='skip', on_long=on_long)
     summary = Summary(most_examples=most_examples)
-    encoder = Encoder(tokenizer, template, train_on=config.train_on)
+    encoder = encoder_of(config, tokenizer, template)
     for spec in (config.source, config.val_file):
         for source in open_sources(spec) if spec is not None else ():
             for chunk in encode_source(source, config, encoder=encoder, summary=summary):

@@ -17,7 +17,7 @@ from xtuner.dataset.conversation import Conversation, Message
 from xtuner.dataset.fingerprint import digest
 from xtuner.dataset.hidden_tokens import HiddenTokens
 from xtuner.dataset.prompt import Piece, Template, Turn
-from xtuner.dataset.rendering import Chat, ChatTemplate, printable, render_chats
+from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, printable, render_chats
 from xtuner.dataset.template_probe import check_chat_template, common_length, probe, source_name
 from xtuner.errors import ConfigError, DataError
 
@@ -179,7 +179,8 @@ def tokenizer_template(tokenizer: Any) -> TokenizerTemplate:
     try:
         found = probe(tokenizer)
     except DataError as error:
-        raise ConfigError(f'{error}, or with --prompt-template') from None
+        hint = '' if isinstance(error, TemplateBoundError) else '; name one of our templates with `model.template`'
+        raise ConfigError(f'{error}{hint}') from None
     if not found.end:
         raise ConfigError('the chat template of the tokenizer ends an answer with no token, so the model could not '
                           'learn to stop; name one of our templates with `model.template`')  # fmt: skip

@@ -39,6 +39,7 @@ class Summary:
         unused: Fields that nothing reads and that change nothing, with the number of records that have them.
         ignored: Fields that `dataset.ignore` names, with the number of records that have them.
         notes: What else a source says of itself, such as files that were left out of a folder.
+        spelt: Special tokens that answers spell as text, with the number of conversations that do.
     """
 
     records: int = 0
@@ -52,6 +53,7 @@ class Summary:
     unused: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    spelt: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     most_examples: int = 5
 
@@ -88,11 +90,22 @@ class Summary:
                 lines.append(printable(f'{self.counts[kind]} {text}: {shown}{more}'))
         return lines
 
+    def _spelt_lines(self) -> list[str]:
+        """Says which special tokens answers spell as text, the most frequent first."""
+        if not self.spelt:
+            return []
+        names = sorted(self.spelt, key=lambda name: -self.spelt[name])
+        shown = ', '.join(f'{name} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
+        more = ', …' if len(names) > 5 else ''
+        return [printable(f'answers spell special tokens of the tokenizer, which are trained as text: {shown}{more}; '
+                          'dataset.special_tokens_in_answers=True trains them as the tokens')]  # fmt: skip
+
     def report(self) -> list[str]:
         """Returns what was read as what, what is not used, and the counts: the same lines for every command."""
         lines = [f'{name}: {text}' for name, text in self.formats.items()] + self.notes
         for what, fields in (('not used', self.unused), ('left out by dataset.ignore', self.ignored)):
             lines += [f'{_shown(name)} is {what} ({counted(count, "record")})' for name, count in fields.items()]
+        lines += self._spelt_lines()
         records, conversations = counted(self.records, 'record'), counted(self.conversations, 'conversation')
         tokens = f'{counted(self.tokens, "token")}, {self.target_tokens:,} of them trained'
         lines.append(f'{records}, {conversations}, {self.kept:,} kept ({self.counts["cut"]:,} of them cut), '

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.rendering import MOST_TEMPLATE, Chat, ChatTemplate, printable, render_chats
-from xtuner.errors import ConfigError, DataError
+from xtuner.errors import ConfigError, DataError, ModelError
 
 
 def check_chat_template(value: Any, where: str) -> None:
@@ -14,17 +16,57 @@ def check_chat_template(value: Any, where: str) -> None:
 
     It is a text, or several of them by name, one of which is `default`.
     """
-    named = value if isinstance(value, dict) else {'default': value}
-    for name, text in named.items():
-        what = f'{where}[{printable(repr(name))}]' if isinstance(value, dict) else where
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigError(f'{what} is of type {type(text).__name__}; it must be text: a Jinja template')
-        if len(text) > MOST_TEMPLATE:
-            raise ConfigError(f'{what} has {len(text):,} characters, and no chat template has more than '
-                              f'{MOST_TEMPLATE:,}')  # fmt: skip
-    if 'default' not in named:
-        raise ConfigError(f"{where} names {len(named)} templates, and none of them 'default'; name one of ours with "
+    fault = template_fault(value, where)
+    if fault:
+        raise ConfigError(fault)
+    if isinstance(value, dict) and 'default' not in value:
+        raise ConfigError(f"{where} names {len(value)} templates, and none of them 'default'; name one of ours with "
                           '`model.template`')  # fmt: skip
+
+
+def check_template_files(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Looks at the chat templates of a tokenizer's folder before transformers reads them.
+
+    Args:
+        folder: The tokenizer's.
+        settings: What its `tokenizer_config.json` holds.
+
+    Raises:
+        ModelError: One is no text or no list of named ones, is larger than any published one, or is not UTF-8.
+    """
+    value = settings.get('chat_template')
+    fault = None if value is None else template_fault(value, f'{folder / "tokenizer_config.json"}: `chat_template`')
+    for file in (folder / 'chat_template.jinja', *sorted((folder / 'additional_chat_templates').glob('*.jinja'))):
+        if not fault and file.is_file():
+            fault = _file_fault(file)
+    if fault:
+        raise ModelError(fault)
+
+
+def template_fault(value: Any, where: str) -> str:
+    """Says what is wrong with what shall be a chat template; '' where nothing is."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ('name', 'template')):
+                return f'{where}[{number}] must have a `name` and a `template`, both text'
+        value = {item['name']: item['template'] for item in value}
+    for name, text in (value if isinstance(value, dict) else {'': value}).items():
+        what = f'{where}[{printable(repr(name))}]' if name else where
+        if not isinstance(name, str) or not isinstance(text, str):
+            return f'{what} is of type {type(text).__name__}; it must be text: a Jinja template'
+        if len(text) > MOST_TEMPLATE:
+            return f'{what} has {len(text):,} characters; a chat template may have {MOST_TEMPLATE:,}'
+    return ''
+
+
+def _file_fault(file: Path) -> str:
+    if file.stat().st_size > MOST_TEMPLATE:
+        return f'{file} has {file.stat().st_size:,} bytes; a chat template may have {MOST_TEMPLATE:,}'
+    try:
+        file.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        return f'{file} cannot be read as UTF-8: {printable(str(error))}'
+    return ''
 
 
 class Probe(NamedTuple):
@@ -49,8 +91,8 @@ def probe(tokenizer: Any) -> Probe:
     messages = [Message('user', question), Message('assistant', answer), Message('user', question)]
     shown = [{'role': message.role, 'content': message.content} for message in messages]
     source = ChatTemplate(tokenizer.get_chat_template(), source_name(tokenizer), tokenizer.special_tokens_map)
-    chats = [Chat(shown[:2], None, [(2, False), (1, True)], 'the probe'),
-             Chat(shown, None, [(3, False)], 'the probe')]  # fmt: skip
+    tried = f'{source_name(tokenizer)}, tried with a question and an answer'
+    chats = [Chat(shown[:2], None, [(2, False), (1, True)], tried), Chat(shown, None, [(3, False)], tried)]
     both, history = render_chats(source, chats)
     if isinstance(both, DataError):
         raise both

@@ -170,19 +170,20 @@ class Pool:
         crashed = -1  # the job that ended its process once: that may have been somebody else's doing
         with _Place(self._quick, self._slow, self._waiting) as place:
             while len(answers) < len(frames):
-                worker = self._take()
+                worker, evicted = self._take(), False
                 try:
                     self._fill(answers, worker, place, head, frames, seconds)
                 except _Evicted:
-                    if not place.wait():
-                        answers.append({'error': 'busy'})
+                    evicted = True
                 except Died as died:
                     if died.reason == 'crash' and crashed != len(answers):
                         crashed = len(answers)
                     else:
                         answers.append({'error': died.reason, 'message': died.detail})
                 finally:
-                    self._give_back(worker)
+                    self._give_back(worker)  # which ends one that owes an answer, before anything else is waited for
+                if evicted and not place.wait():
+                    answers.append({'error': 'busy'})
         return answers
 
     def close(self) -> None:

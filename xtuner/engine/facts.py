@@ -103,6 +103,10 @@ def training_facts(config: TrainConfig, data: Data, plan: Plan, dtype: torch.dty
         'method': method_of(config),
         'data': sources_of(config),
         'train_on': config.dataset.train_on,
+        'special_tokens_in_answers': list(
+            data.template.allowing(config.dataset.special_tokens_in_answers, data.tokenizer).answer_tokens
+        )
+        or None,
         'max_length': config.dataset.max_length,
         'steps': plan.num_steps,
         'epochs': None if schedule.max_steps else schedule.max_epochs,

@@ -59,6 +59,12 @@ class Provenance:
     training: dict[str, Any] | None = None
     merged: dict[str, Any] | None = None
 
+    @property
+    def answer_tokens(self) -> list[str] | None:
+        """The special tokens that the model was taught to write, which earlier answers in a prompt spell."""
+        found = (self.training or {}).get('special_tokens_in_answers')
+        return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""
         known = {key: value for key, value in asdict(self).items() if key != 'merged' or value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from xtuner.dataset.template_probe import check_template_files
 from xtuner.errors import ModelError, one_line
 from xtuner.fields import Field, check_fields
 from xtuner.files import MAX_BYTES, check_regular, read_object
@@ -73,6 +74,7 @@ def load_tokenizer(
         kind = settings.get('tokenizer_class', 'its tokenizer')
         raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
                          'pass --trust-remote-code to run that code')  # fmt: skip
+    check_template_files(folder, settings)
     try:
         if own is not None:
             return own.from_pretrained(folder)

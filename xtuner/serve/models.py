@@ -146,7 +146,10 @@ def _served(
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
     wanted = template or (origin.template if origin else 'from_tokenizer')
     try:
-        return ServedModel(name, peft_name, tokenizer, get_template(wanted, tokenizer))
+        found = get_template(wanted, tokenizer)
+        if origin and origin.answer_tokens:
+            found = found.allowing(origin.answer_tokens, tokenizer)
+        return ServedModel(name, peft_name, tokenizer, found)
     except ConfigError as error:
         if template:
             raise
