@@ -10,7 +10,7 @@ import pytest
 import xtuner
 
 PACKAGE = Path(xtuner.__file__).parent
-ORDER = ['errors', 'ranks', 'registry', 'config', 'dataset', 'model', 'engine']
+ORDER = ['errors', 'escape', 'ranks', 'registry', 'config', 'dataset', 'model', 'engine']
 ALLOWED = {room: set(ORDER[: i + 1]) for i, room in enumerate(ORDER)}
 ALLOWED['convert'] = ALLOWED['model'] | {'convert'}
 ALLOWED['chat'] = ALLOWED['model'] | {'chat'}

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+from xtuner.escape import PrintableFormatter
 from xtuner.ranks import is_first_process
 
 
@@ -21,7 +22,7 @@ def start_logging() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault('TQDM_DISABLE', '1')  # a bar that is redrawn makes an unreadable file
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
+    handler.setFormatter(PrintableFormatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')
     project.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     project.handlers = [handler]

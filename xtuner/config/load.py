@@ -19,6 +19,7 @@ from xtuner.config.classical import is_classical, translate
 from xtuner.config.find import find_config
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, UsageError, nearest
+from xtuner.escape import printable
 from xtuner.ranks import is_first_process
 
 # Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
@@ -61,7 +62,7 @@ def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(f'{path}: {error}') from None
     if is_first_process():
         for note in notes:
-            print(f'classical config: {note}', file=sys.stderr)
+            print(printable(f'classical config: {note}'), file=sys.stderr)
     return translated
 
 

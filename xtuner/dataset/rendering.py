@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from xtuner import escape
 from xtuner.dataset.worker_pool import MEMORY, POOL
 from xtuner.errors import ConfigError, DataError, one_line
 
@@ -150,4 +151,4 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
 
 def printable(text: str, most: int = 200) -> str:
     """Text that a stranger chose, for a message: on one line, with escapes for what moves a terminal's cursor."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in one_line(text)[:most])
+    return escape.printable(one_line(text)[:most])

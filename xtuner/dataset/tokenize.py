@@ -21,6 +21,7 @@ import numpy as np
 from xtuner.dataset.conversation import Conversation, Message, to_prompt
 from xtuner.dataset.prompt import Piece, Template
 from xtuner.dataset.text_encoder import MIDDLE, START, Run, TextEncoder
+from xtuner.errors import DataError
 
 IGNORE_INDEX = -100
 _MOST_PLANS = 1024  # kinds of conversations whose rendering is kept
