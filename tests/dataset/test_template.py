@@ -10,7 +10,7 @@ from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_toke
 from tests.dataset.golden_templates import CASES, FOLDER, golden_tokenizer, render
 from xtuner.dataset.conversation import Conversation, Message, to_conversation
 from xtuner.dataset.template import TEMPLATES, Template, Turn, get_template
-from xtuner.dataset.tokenize import encode_conversation, encode_prompt
+from xtuner.dataset.tokenize import Encoder, encode_conversation, encode_prompt
 from xtuner.errors import ConfigError, DataError
 
 NAMES = sorted(TEMPLATES.module_dict)
@@ -220,3 +220,36 @@ def test_from_tokenizer_takes_tokens_that_the_template_writes_for_control_tokens
     assert theirs.input_ids.tolist() == sample.input_ids.tolist()
     assert theirs.labels.tolist() == sample.labels.tolist()
     assert tokenizer.convert_tokens_to_ids('<think>') in sample.labels  # means itself: no template writes it
+
+
+# Prompts that no training conversation begins like, but that a service is sent.
+UNUSUAL = {
+    'an empty answer': ['user', 'assistant:', 'user'],
+    'two messages in a row': ['user', 'user', 'assistant', 'user', 'user'],
+    'a greeting first': ['assistant', 'user'],
+    'a greeting after the system text': ['system', 'assistant', 'user'],
+}
+
+
+def unusual(names):
+    texts = {'system': 'Be good.', 'user': 'Hi', 'assistant': 'Hello', 'assistant:': ''}
+    return tuple(Message(name.rstrip(':'), texts[name]) for name in names)
+
+
+@pytest.mark.parametrize('case', UNUSUAL)
+@pytest.mark.parametrize('name', STABLE)
+def test_an_unusual_prompt_is_what_the_saved_chat_template_gives_or_refused_with_the_reason(name, case, tokenizer):
+    template = get_template(name, tokenizer)
+    messages = unusual(UNUSUAL[case])
+    conversation = Conversation(messages, 'the prompt')
+    if template.alternates and case != 'an empty answer':
+        number = 2 if case == 'two messages in a row' else 1 + (messages[0].role == 'system')
+        with pytest.raises(DataError, match=f'the prompt: template `{name}` wants user and .* message {number} is the'):
+            template.render(conversation, prompt=True)
+        return
+    encoder = Encoder(tokenizer, template)
+    runs = encoder.runs(template.render(conversation, prompt=True))
+    ids = [id_ for found in encoder.texts.encode(runs) for id_ in found]
+    tokenizer.chat_template = template.chat_template()
+    shown = [{'role': message.role, 'content': message.content} for message in messages]
+    assert ids == tokenizer.apply_chat_template(shown, add_generation_prompt=True, return_dict=False)

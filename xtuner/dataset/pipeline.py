@@ -120,9 +120,9 @@ def encode_source(
     """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
     chunks = _chunks(map_records(source, config, summary))
     with ThreadPoolExecutor(max_workers=1) as pool:  # the next chunk is read and mapped while this one is encoded
-        waiting: deque[Future[list[tuple[Conversation, Sample]]]] = deque()
+        waiting: deque[Future[list[tuple[Conversation, Sample | DataError]]]] = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_encoded, chunk, encoder, config, summary))
+            waiting.append(pool.submit(_encoded, chunk, encoder, config))
             if len(waiting) > 1:
                 yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
         while waiting:
@@ -130,11 +130,19 @@ def encode_source(
 
 
 def _fitted(
-    encoded: list[tuple[Conversation, Sample]], begin_id: int | None, config: DatasetConfig, summary: Summary
+    encoded: list[tuple[Conversation, Sample | DataError]],
+    begin_id: int | None,
+    config: DatasetConfig,
+    summary: Summary,
 ) -> list[tuple[Conversation, Sample]]:
-    """Applies `on_long`, leaves out what has no target, and counts."""
+    """Applies `on_long`, leaves out what has no target, and counts; the only thread that does."""
     kept = []
     for conversation, sample in encoded:
+        if isinstance(sample, DataError):
+            if config.on_bad_record == 'error':
+                raise stopped_by(sample) from None
+            summary.lose('bad', str(sample))
+            continue
         fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
                             begin_id=begin_id)  # fmt: skip
         if fitted is None:
@@ -154,19 +162,11 @@ def _fitted(
 
 
 def _encoded(
-    chunk: list[Conversation], encoder: Encoder, config: DatasetConfig, summary: Summary
-) -> list[tuple[Conversation, Sample]]:
-    """Encodes a chunk at once; counts those of it that cannot be encoded, or stops at the first."""
-    result = []
-    stop = config.on_bad_record == 'error'
-    for conversation, sample in zip(chunk, encoder.encode_each(chunk, stop=stop), strict=not stop):
-        if not isinstance(sample, DataError):
-            result.append((conversation, sample))
-        elif stop:
-            raise stopped_by(sample) from None
-        else:
-            summary.lose('bad', str(sample))
-    return result
+    chunk: list[Conversation], encoder: Encoder, config: DatasetConfig
+) -> list[tuple[Conversation, Sample | DataError]]:
+    """Encodes a chunk at once, with the error of each that cannot be encoded; ends at the first that is to stop all."""
+    samples = encoder.encode_each(chunk, stop=config.on_bad_record == 'error')
+    return list(zip(chunk, samples, strict=False))
 
 
 def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:

@@ -61,6 +61,8 @@ class Template:
         begin: Stands once before everything.
         default_system: The system text where a conversation has no system message; an empty message means none.
         system_in_user: Whether the system text goes into the following user message, in front of its text.
+        alternates: Whether only user and assistant in turn, the user first, have a form in it; the published templates
+            refuse others.
         answer_tokens: Special tokens that the model writes: where an answer spells them, they are inserted as ids.
     """
 
@@ -71,6 +73,7 @@ class Template:
     begin: str = '{bos}'
     default_system: str = ''
     system_in_user: bool = False
+    alternates: bool = False
     answer_tokens: tuple[str, ...] = ()
     _parsed: dict[tuple[str, bool], tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -98,6 +101,8 @@ class Template:
         if conversation.tools:
             raise DataError(f'{conversation.origin}: template `{self.name}` has no place for `tools`; '
                             'use `from_tokenizer`, or write them into the system message')  # fmt: skip
+        if prompt and self.alternates:
+            self._check_turns(conversation)
         messages = self._with_default_system(conversation.messages)
         last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=-1)
         everything = train_on == 'all' and not prompt
@@ -174,6 +179,16 @@ class Template:
         content = (self.name, sorted((role, repr(turn)) for role, turn in self.turns.items()), self.markers, self.stop,
                    self.begin, self.default_system, self.system_in_user)  # fmt: skip
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
+
+    def _check_turns(self, conversation: Conversation) -> None:
+        wanted = 'user'
+        for number, message in enumerate(conversation.messages, 1):
+            if message.role == 'system':
+                continue
+            if message.role != wanted:
+                raise DataError(f'{conversation.origin}: template `{self.name}` wants user and assistant in turn, the '
+                                f'user first; message {number} is the {message.role}\'s')  # fmt: skip
+            wanted = 'assistant' if wanted == 'user' else 'user'
 
     def _with_default_system(self, messages: Sequence[Message]) -> Sequence[Message]:
         if self.default_system and messages[0].role not in ('system', 'text'):

@@ -37,6 +37,7 @@ def _inst(name: str) -> Template:
         },
         markers=('[INST]', '[/INST]'),
         system_in_user=True,
+        alternates=True,
     )
 
 
@@ -50,6 +51,7 @@ def _llama2(name: str) -> Template:
         },
         markers=('[INST]', '[/INST]'),
         system_in_user=True,
+        alternates=True,
     )
 
 
@@ -241,6 +243,7 @@ _ALL = [
         markers=('<start_of_turn>', '<end_of_turn>'),
         stop=('<end_of_turn>',),
         system_in_user=True,
+        alternates=True,
     ),
     Template(
         'cohere_chat',

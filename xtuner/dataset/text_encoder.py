@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -40,7 +41,9 @@ class TextEncoder:
         self.controls = controls
         self._tokenizer = tokenizer
         added = getattr(tokenizer, 'added_tokens_decoder', {})
-        self._backend, self._space = None, ' '
+        self._backend: Tokenizer | None = None
+        self._space, self._added = ' ', added
+        self._literal: Tokenizer | None = None  # like the backend, but that it recognises no special token; made late
         if getattr(tokenizer, 'is_fast', False):
             self._backend, self._space = _without_normalizer(tokenizer.backend_tokenizer, added)
         special = {id_ for id_, token in added.items() if token.special} | set(controls.values())
@@ -90,54 +93,76 @@ class TextEncoder:
             encoded[index] = self._as_text(*texts[index])
         return encoded
 
-    def _behind_anchors(self, texts: list[tuple[str, int]]) -> list[list[int]]:
+    def _behind_anchors(self, texts: list[tuple[str, int]], literal: Tokenizer | None = None) -> list[list[int]]:
         """Encodes each text behind something like what stands before it, and cuts that off again."""
         anchors = [_ANCHOR if before == MIDDLE else self._names.get(before, '') for _, before in texts]
-        heads = dict(zip(kinds := list(set(anchors)), self._raw(kinds), strict=True))
-        encoded = self._raw([anchor + text for anchor, (text, _) in zip(anchors, texts, strict=True)])
+        heads = dict(zip(kinds := list(set(anchors)), self._raw(kinds, literal), strict=True))
+        encoded = self._raw([anchor + text for anchor, (text, _) in zip(anchors, texts, strict=True)], literal)
         for index, anchor in enumerate(anchors):
             head = heads[anchor]
             if encoded[index][: len(head)] == head:
                 encoded[index] = encoded[index][len(head) :]
             else:  # the anchor grew together with the text
-                encoded[index] = self._raw([texts[index][0]])[0]
+                encoded[index] = self._raw([texts[index][0]], literal)[0]
         return encoded
 
-    def _raw(self, texts: list[str]) -> list[list[int]]:
-        if self._backend is None:
+    def _raw(self, texts: list[str], literal: Tokenizer | None = None) -> list[list[int]]:
+        backend = literal or self._backend
+        if backend is None:
             return self._tokenizer(texts, add_special_tokens=False)['input_ids']
         if self._space != ' ':
             texts = [text.replace(' ', self._space) for text in texts]
-        if self._backend.truncation is not None:  # left behind by whoever called the tokenizer last
-            self._backend.no_truncation()
-        if self._backend.padding is not None:
-            self._backend.no_padding()
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if backend.truncation is not None:  # left behind by whoever called the tokenizer last
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _as_text(self, text: str, before: int) -> list[int]:
         """Encodes a text that spells control tokens, as the characters it is made of."""
-        if self._backend is not None:
-            recognised, self._backend.encode_special_tokens = self._backend.encode_special_tokens, True
-            try:
-                ids = self._behind_anchors([(text, before)])[0] if self._anchored else self._raw([text])[0]
-            finally:
-                self._backend.encode_special_tokens = recognised
-            if not np.isin(ids, self._special).any():
-                return ids
-        start, end = self._first_control(text)
-        if end - start < 2:
-            raise DataError(f'the text holds {text[start:end]!r}, which the tokenizer knows only as a control token')
-        head, tail = text[: start + 1], text[start + 1 :]
-        return [id_ for part in self._batch([(head, before), (tail, MIDDLE)]) for id_ in part]
+        ids, last = self._without_special(text, before)
+        if last < 0:
+            return ids
+        cuts = []
+        for start, end in self._controls_in(text):
+            if start > last:
+                break
+            if end - start < 2:
+                raise DataError(
+                    f'the text holds {text[start:end]!r}, which the tokenizer knows only as a control token'
+                )
+            cuts.append(start + 1)
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        befores = [before, *[MIDDLE] * len(cuts)]
+        return [id_ for part in self._batch(list(zip(parts, befores, strict=True))) for id_ in part]
 
-    def _first_control(self, text: str) -> tuple[int, int]:
-        """Returns where the first control token that is recognised in `text` stands, as character offsets."""
+    def _without_special(self, text: str, before: int) -> tuple[list[int], int]:
+        """Encodes a text in which special tokens are not recognised, and says where the last control token is still.
+
+        Others than special ones are, and so is what the vocabulary builds from merges; -1 means nowhere.
+        """
         if self._backend is None:
-            spans = [(text.find(name), len(name)) for id_, name in self._names.items() if id_ in self._special]
-            start, size = min(span for span in spans if span[0] >= 0)
-            return start, start + size
-        encoding = self._backend.encode(text.replace(' ', self._space), add_special_tokens=False)
-        return next(span for id_, span in zip(encoding.ids, encoding.offsets, strict=True) if id_ in self._special)
+            return [], len(text)
+        if self._literal is None:
+            self._literal = _twin(self._backend, self._added)
+            self._literal.encode_special_tokens = True
+        ids = self._behind_anchors([(text, before)], self._literal)[0] if self._anchored \
+            else self._raw([text], self._literal)[0]  # fmt: skip
+        if not np.isin(ids, self._special).any():
+            return ids, -1
+        return ids, max(self._spans(text, self._literal), default=(-1, -1))[0]
+
+    def _controls_in(self, text: str) -> list[tuple[int, int]]:
+        """Where the control tokens that are recognised in `text` stand, in order, as character offsets."""
+        if self._backend is not None:
+            return self._spans(text, self._backend)
+        names = sorted((name for id_, name in self._names.items() if id_ in self._special), key=len)
+        return [match.span() for match in re.finditer('|'.join(map(re.escape, filter(None, names))), text)]
+
+    def _spans(self, text: str, backend: Tokenizer) -> list[tuple[int, int]]:
+        encoding = backend.encode(text.replace(' ', self._space), add_special_tokens=False)
+        found = np.isin(encoding.ids, self._special)
+        return [span for span, control in zip(encoding.offsets, found, strict=True) if control]
 
     def _begins_differently(self) -> bool:
         """Whether a text at the beginning, or behind a control token, is encoded unlike the same text behind a line."""
@@ -162,9 +187,18 @@ def _without_normalizer(backend: Tokenizer, added: Mapping[int, AddedToken]) -> 
     space = normalizer['content']
     if any(token.normalized or ' ' in token.content or space in token.content for token in added.values()):
         return backend, ' '
+    twin = _twin(backend, added)
+    twin.normalizer = None
+    return (twin, space) if len(space) == 1 else (backend, ' ')
+
+
+def _twin(backend: Tokenizer, added: Mapping[int, AddedToken]) -> Tokenizer:
+    """What encodes like `backend` with settings of its own: other threads encode with that one. The model is shared."""
     twin = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        twin.normalizer = backend.normalizer
     if backend.pre_tokenizer is not None:
         twin.pre_tokenizer = backend.pre_tokenizer
     twin.add_tokens([token for _, token in sorted(added.items())])
     same = all(twin.token_to_id(token.content) == id_ for id_, token in added.items())
-    return (twin, space) if same and len(space) == 1 else (backend, ' ')
+    return twin if same else Tokenizer.from_str(backend.to_str())
