@@ -82,6 +82,9 @@ class DatasetConfig:
     val_ratio: float = option('share of the conversations kept for validation', 0.0, minimum=0)
     val_file: Any = option('validation data: whatever source may be; None: none beside val_ratio', None)
     unique_id: str | None = option('field that must differ between records that have it; None: not checked', 'id')
+    special_tokens_in_answers: bool | list[str] | None = option(
+        'special tokens that answers spell, such as those around tool calls, become ids: True means all but those of '
+        'the template, or a list; None trains them as text', None)  # fmt: skip
     cache_dir: str | None = option('where prepared data is kept; None: XTUNER_CACHE, else ~/.cache/xtuner', None)
 
 

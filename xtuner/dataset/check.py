@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.pipeline import encode_source
+from xtuner.dataset.pipeline import encode_source, encoder_of
 from xtuner.dataset.prompt import Template
 from xtuner.dataset.sources import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.tokenize import Encoder
 
 
 def check_dataset(config: DatasetConfig, *, tokenizer: Any, template: Template, most_examples: int = 20) -> Summary:
@@ -29,7 +28,7 @@ def check_dataset(config: DatasetConfig, *, tokenizer: Any, template: Template, 
     on_long = 'drop' if config.on_long == 'error' else config.on_long
     config = replace(config, on_bad_record='skip', on_long=on_long)
     summary = Summary(most_examples=most_examples)
-    encoder = Encoder(tokenizer, template, train_on=config.train_on)
+    encoder = encoder_of(config, tokenizer, template)
     for spec in (config.source, config.val_file):
         for source in open_sources(spec) if spec is not None else ():
             for _ in encode_source(source, config, encoder=encoder, summary=summary):

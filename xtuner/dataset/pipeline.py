@@ -104,6 +104,7 @@ def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template
     """Returns where a config's prepared data is kept: a name that changes with anything that changes the tokens."""
     sources = open_sources(config.source)
     maps = [source.map_fn or config.map_fn for source in sources]
+    template = template.allowing(config.special_tokens_in_answers, tokenizer)
     parts = (
         fingerprint_code(), tokenizers.__version__, fingerprint_tokenizer(tokenizer), template.fingerprint(),
         [(source.fingerprint(), source.weight) for source in sources],
@@ -112,6 +113,12 @@ def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template
         config.val_ratio, config.unique_id,
     )  # fmt: skip
     return cache_root(config.cache_dir) / 'datasets' / digest(parts)
+
+
+def encoder_of(config: DatasetConfig, tokenizer: Any, template: Template) -> Encoder:
+    """Returns what encodes conversations as the `dataset` section says."""
+    template = template.allowing(config.special_tokens_in_answers, tokenizer)
+    return Encoder(tokenizer, template, train_on=config.train_on)
 
 
 def encode_source(
@@ -124,9 +131,19 @@ def encode_source(
         for chunk in chunks:
             waiting.append(pool.submit(_encoded, chunk, encoder, config))
             if len(waiting) > 1:
-                yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
+                yield _noted(_fitted(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary)
         while waiting:
-            yield _fitted(waiting.popleft().result(), encoder.begin_id, config, summary)
+            yield _noted(_fitted(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary)
+
+
+def _noted(
+    chunk: list[tuple[Conversation, Sample]], encoder: Encoder, summary: Summary
+) -> list[tuple[Conversation, Sample]]:
+    """Counts the conversations whose answers spell special tokens as text."""
+    for conversation, _ in chunk:
+        for name in encoder.spelt(conversation):
+            summary.spelt[name] = summary.spelt.get(name, 0) + 1
+    return chunk
 
 
 def _fitted(
@@ -185,7 +202,7 @@ def _chunks(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
 def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Template) -> None:
     started = time.monotonic()
     summary = Summary()
-    encoder = Encoder(tokenizer, template, train_on=config.train_on)
+    encoder = encoder_of(config, tokenizer, template)
     writer = StoreWriter(folder)
     hashes = array('Q')  # of the samples; only a validation part is chosen by them
     bounds = [0]

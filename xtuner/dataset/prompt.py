@@ -11,13 +11,13 @@ A piece is text or a control token, and knows whether it is trained and whether 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from xtuner.dataset.conversation import MODEL_ROLES, Conversation, Message
+from xtuner.dataset.jinja_text import write_jinja
 from xtuner.errors import ConfigError, DataError
 
 TRAIN_ON = ('assistant', 'last_turn', 'all')
@@ -129,7 +129,7 @@ class Template:
                 if system:
                     raise DataError(f'{conversation.origin}: template `{self.name}` puts the system text into a user '
                                     'message, and none follows it')  # fmt: skip
-                pieces += _answer(self._pieces(turn.lead, trained), message.content, trained)
+                pieces += _starting([*self._pieces(turn.lead, trained), *self._answer(message.content, trained)])
                 pieces += self._pieces(turn.end, trained)
             else:
                 pieces += [*system, Piece(message.content, trained=trained), *self._pieces(turn.end, trained)]
@@ -152,12 +152,43 @@ class Template:
 
     def chat_template(self) -> str:
         """Returns the same format as a Jinja template, to be saved with the tokenizer."""
-        return _jinja(self)
+        return write_jinja(self, self.turns.get('system', Turn()))
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
         """Returns the id of each marker that is one token of the vocabulary, with the tokenizer's begin and end."""
-        names = [*self.markers, *self.stop, *filter(None, (tokenizer.bos_token, tokenizer.eos_token))]
+        names = [*self.markers, *self.stop, *self.answer_tokens,
+                 *filter(None, (tokenizer.bos_token, tokenizer.eos_token))]  # fmt: skip
         return {name: id_ for name in names if (id_ := token_id(tokenizer, name)) is not None}
+
+    def allowing(self, choice: bool | Sequence[str] | None, tokenizer: Any) -> Template:
+        """Returns this template such that special tokens that an answer spells are inserted as ids.
+
+        Args:
+            choice: `dataset.special_tokens_in_answers`: the tokens, or True for all that the tokenizer calls special
+                and that neither the template nor the tokenizer has another use for.
+            tokenizer: A transformers tokenizer.
+
+        Raises:
+            ConfigError: For what is no token of the tokenizer, or one that ends or separates messages.
+        """
+        names = self.allowable(tokenizer) if choice is True else tuple(choice or ())
+        for name in names:
+            if not isinstance(name, str) or not name or token_id(tokenizer, name) is None:
+                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, which is no token of the '
+                                  'tokenizer')  # fmt: skip
+            if name in self._used(tokenizer):
+                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, with which the template or the '
+                                  'tokenizer separates messages: leave it out')  # fmt: skip
+        return replace(self, answer_tokens=names) if names != self.answer_tokens else self
+
+    def allowable(self, tokenizer: Any) -> tuple[str, ...]:
+        """Returns the special tokens of the tokenizer that an answer may spell, in the order of their ids."""
+        added = sorted(tokenizer.added_tokens_decoder.items())
+        used = self._used(tokenizer)
+        return tuple(token.content for _, token in added if token.special and token.content not in used)
+
+    def _used(self, tokenizer: Any) -> set[str]:
+        return {'', *self.markers, *self.stop, *map(str, tokenizer.special_tokens_map.values())}
 
     def stop_ids(self, tokenizer: Any) -> list[int]:
         """Returns the ids at which generation stops: the stop words that are tokens, then the tokenizer's own end."""
@@ -176,8 +207,11 @@ class Template:
 
     def fingerprint(self) -> str:
         """Returns a hash that changes with anything that changes what is rendered."""
-        content = (self.name, sorted((role, repr(turn)) for role, turn in self.turns.items()), self.markers, self.stop,
-                   self.begin, self.default_system, self.system_in_user)  # fmt: skip
+        turns = sorted((role, repr(turn)) for role, turn in self.turns.items())
+        content: tuple[Any, ...] = (self.name, turns, self.markers, self.stop, self.begin, self.default_system,
+                                    self.system_in_user)  # fmt: skip
+        if self.answer_tokens:  # without them, the hash is that of older caches
+            content += (self.answer_tokens,)
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
     def _check_turns(self, conversation: Conversation) -> None:
@@ -204,6 +238,12 @@ class Template:
             what = 'tool calls' if message.role in self.turns else f'the role {message.role!r}'
             raise DataError(f'{origin}: template `{self.name}` has no form for {what}; use `from_tokenizer`')
         return self.turns[message.role]
+
+    def _answer(self, content: str, trained: bool) -> list[Piece]:
+        """What the model writes between a turn's strings, in which some tokens mean themselves."""
+        if not self.answer_tokens or not content:
+            return [Piece(content, trained=trained)]
+        return [piece._replace(trained=trained) for piece in _split(content, self.answer_tokens)]
 
     def _pieces(self, text: str, trained: bool = False, round_: int = 0) -> Sequence[Piece]:
         """Returns a format string as pieces; each string is split once, for this is called for every message."""
@@ -232,10 +272,8 @@ def _is_trained(message: Message, index: int, last: int, train_on: str) -> bool:
     return message.role in MODEL_ROLES and (train_on == 'assistant' or index == last)
 
 
-def _answer(lead: Sequence[Piece], content: str, trained: bool) -> list[Piece]:
-    if not lead:
-        return [Piece(content, False, trained, True)]
-    return [lead[0]._replace(starts=True), *lead[1:], Piece(content, trained=trained)]
+def _starting(answer: list[Piece]) -> list[Piece]:
+    return [answer[0]._replace(starts=True), *answer[1:]]
 
 
 def _split(text: str, markers: Iterable[str]) -> list[Piece]:
@@ -243,46 +281,3 @@ def _split(text: str, markers: Iterable[str]) -> list[Piece]:
     longest_first = sorted(markers, key=len, reverse=True)
     parts = re.split('(' + '|'.join(map(re.escape, longest_first)) + ')', text)
     return [Piece(part, control=bool(i % 2)) for i, part in enumerate(parts) if part]
-
-
-def _jinja(template: Template) -> str:
-    turns = template.turns
-    system = turns.get('system', Turn())
-    lines = [f'{{{{- {_expression(template.begin)} }}}}' if template.begin else '',
-             "{%- set ns = namespace(round=0, system='') -%}"]  # fmt: skip
-    if template.default_system:
-        shown = _show_system(template, system, json.dumps(template.default_system))
-        lines.append("{%- if messages[0]['role'] != 'system' -%}" + shown + '{%- endif -%}')
-    lines += ['{%- for message in messages -%}', "{%- if message['role'] == 'system' -%}{%- if message['content'] -%}",
-              _show_system(template, system, "message['content']"), '{%- endif -%}']  # fmt: skip
-    for role, turn in turns.items():
-        if role == 'system':
-            continue
-        own = "ns.system ~ message['content']" if role == 'user' else "message['content']"
-        inner = [turn.before, turn.lead, own, turn.end, turn.after]
-        shown = ' ~ '.join(part if part is own else _expression(part) for part in inner if part)
-        counted = '{%- set ns.round = ns.round + 1 -%}' if role == 'user' else ''
-        reset = "{%- set ns.system = '' -%}" if role == 'user' else ''
-        lines.append(f"{{%- elif message['role'] == '{role}' -%}}{counted}{{{{- {shown} }}}}{reset}")
-    lines.append("{%- else -%}{{- raise_exception('no form for the role ' ~ message['role']) }}{%- endif -%}"
-                 '{%- endfor -%}')  # fmt: skip
-    if turns['assistant'].before:
-        lines.append(
-            f'{{%- if add_generation_prompt -%}}{{{{- {_expression(turns["assistant"].before)} }}}}{{%- endif -%}}'
-        )
-    return ''.join(lines)
-
-
-def _show_system(template: Template, turn: Turn, content: str) -> str:
-    parts = [turn.before, content, turn.end, turn.after]
-    shown = ' ~ '.join(part if part is content else _expression(part) for part in parts if part)
-    return f'{{%- set ns.system = {shown} -%}}' if template.system_in_user else f'{{{{- {shown} }}}}'
-
-
-_NAMES = {'{bos}': 'bos_token', '{eos}': 'eos_token', '{round}': 'ns.round'}
-
-
-def _expression(text: str) -> str:
-    """Writes a format string as a Jinja expression, such as `bos_token ~ "<|User|>:"`."""
-    parts = [part for part in re.split(r'(\{bos\}|\{eos\}|\{round\})', text) if part]
-    return ' ~ '.join(_NAMES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts)

@@ -27,6 +27,10 @@ class TemplateBoundError(DataError):
     """A chat template took more than it may; no process of it is left."""
 
 
+class TemplateBusyError(TemplateBoundError):
+    """The conversation was not rendered: too many others are slow to render just now. Another time it may be."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template of a tokenizer.
@@ -135,7 +139,7 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
         raise ConfigError(f'the process that renders chat templates does not start ({detail}); it needs jinja2 3.1.6 '
                           'or newer, and processes to be allowed')  # fmt: skip
     if kind == 'busy':
-        return TemplateBoundError(f'{chat.origin}: too many conversations on which the chat template is slow are being '
+        return TemplateBusyError(f'{chat.origin}: too many conversations on which the chat template is slow are being '
                                   'rendered; try again')  # fmt: skip
     if kind == 'refused':
         return DataError(f'{chat.origin}: the chat template refuses the conversation: {detail}')

@@ -12,12 +12,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.fingerprint import digest
 from xtuner.dataset.pack import pack_samples
-from xtuner.dataset.pipeline import encode_source
+from xtuner.dataset.pipeline import encode_source, encoder_of
 from xtuner.dataset.prompt import Template
 from xtuner.dataset.sources import open_sources
 from xtuner.dataset.store import join_samples
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.tokenize import Encoder, Sample
+from xtuner.dataset.tokenize import Sample
 from xtuner.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ class PackStream(IterableDataset):
             raise ConfigError(
                 'a stream knows no `val_ratio` and no `weight`, which need the whole data; use `val_file`'
             )
-        self.encoder = Encoder(tokenizer, template, train_on=config.train_on)
+        self.encoder = encoder_of(config, tokenizer, template)
         self.window = window
         self.rank, self.world_size, self.skip = rank, world_size, skip
         self.summary = Summary()

@@ -28,6 +28,7 @@ class Summary:
         tokens: Tokens of the kept conversations.
         target_tokens: Those of them that are trained.
         counts: How often each kind of loss occurred: bad, left_out, too_long, cut, without_target.
+        spelt: Special tokens that answers spell as text, with the number of conversations that do.
     """
 
     records: int = 0
@@ -38,6 +39,7 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    spelt: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     most_examples: int = 5
 
@@ -65,6 +67,12 @@ class Summary:
                 shown = '; '.join(self.examples.get(kind, []))
                 more = ', …' if self.counts[kind] > len(self.examples.get(kind, [])) else ''
                 lines.append(f'{self.counts[kind]} {text}: {shown}{more}')
+        if self.spelt:
+            names = sorted(self.spelt, key=lambda name: -self.spelt[name])
+            shown = ', '.join(f'{name} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
+            lines.append(f'answers spell special tokens of the tokenizer, which are trained as text: {shown}'
+                         f'{", …" if len(names) > 5 else ""}; dataset.special_tokens_in_answers=True trains them as '
+                         'the tokens')  # fmt: skip
         return lines
 
     def to_dict(self) -> dict[str, Any]:

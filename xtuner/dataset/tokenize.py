@@ -11,14 +11,15 @@ text nevertheless contains came from the content; that text is encoded again so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from xtuner.dataset.conversation import Conversation, Message, to_prompt
+from xtuner.dataset.conversation import MODEL_ROLES, Conversation, Message, to_prompt
 from xtuner.dataset.prompt import Piece, Template
 from xtuner.dataset.text_encoder import MIDDLE, START, Run, TextEncoder
 from xtuner.errors import DataError
@@ -89,6 +90,8 @@ class Encoder:
         controls = self.texts.controls
         named = {name: controls[text] for name, text in self._strings.items() if text in controls}
         self._controls = {**controls, **named}
+        self._meant = _pattern(template.answer_tokens)
+        self._spellable = _pattern(set(template.allowable(tokenizer)) - set(template.answer_tokens))
         self._plans: dict[tuple, list[tuple[Run, tuple[str, ...]]]] = {}
 
     @property
@@ -123,6 +126,16 @@ class Encoder:
         except DataError:  # of one of them; which one, each alone tells
             samples = map(self._sample, good)
         return [runs if isinstance(runs, DataError) else next(samples) for runs in results]
+
+    def spelt(self, conversation: Conversation) -> set[str]:
+        """Returns the special tokens that answers spell and that are text to the model, though they could be ids."""
+        return self._spelt_in(conversation, self._spellable)
+
+    def _spelt_in(self, conversation: Conversation, tokens: re.Pattern[str] | None) -> set[str]:
+        if tokens is None:
+            return set()
+        written = [message.content for message in conversation.messages if message.role in MODEL_ROLES - {'text'}]
+        return {name for text in written for name in tokens.findall(text)}
 
     def _sample(self, runs: list[Run]) -> Sample | DataError:
         try:
@@ -180,6 +193,8 @@ class Encoder:
         work there is in Python. A kind is all that a rendering looks at but for the texts: where two conversations of
         one kind could be rendered unlike, one would depend on the other.
         """
+        if self._spelt_in(conversation, self._meant):  # these texts are not filled in, but taken apart
+            return self.runs(self.template.render(conversation, train_on=self.train_on))
         messages = conversation.messages
         kind = (bool(conversation.tools), *((m.role, m.loss, not m.content, *_said(m.extra)) for m in messages))
         plan = self._plans.get(kind)
@@ -200,6 +215,10 @@ class Encoder:
         pieces = self.template.render(replace(conversation, messages=tuple(numbered)), train_on=self.train_on)
         runs = self.runs(pieces)
         return [(run, tuple(run.text.split('\0')) if '\0' in run.text else ()) for run in runs]
+
+
+def _pattern(names: Collection[str]) -> re.Pattern[str] | None:
+    return re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
 def _said(extra: Mapping[str, Any]) -> list[str]:
