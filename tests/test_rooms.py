@@ -10,7 +10,7 @@ import pytest
 import xtuner
 
 PACKAGE = Path(xtuner.__file__).parent
-ORDER = ['errors', 'files', 'fields', 'ranks', 'processes', 'host_memory', 'registry', 'config', 'dataset']
+ORDER = ['errors', 'escape', 'files', 'fields', 'ranks', 'processes', 'host_memory', 'registry', 'config', 'dataset']
 ORDER += ['model', 'engine']
 ALLOWED = {room: set(ORDER[: i + 1]) for i, room in enumerate(ORDER)}
 ALLOWED['convert'] = ALLOWED['model'] | {'convert'}

@@ -12,6 +12,7 @@ from xtuner.chat.web.app import MIDDLEWARE, PAGE, share_model
 from xtuner.cli.chat import add_arguments, load_shared_model
 from xtuner.cli.log import start_logging
 from xtuner.errors import XTunerError
+from xtuner.escape import printable
 
 parser = argparse.ArgumentParser(prog='streamlit run web_demo.py --', description=__doc__, allow_abbrev=False)
 add_arguments(parser)
@@ -19,6 +20,6 @@ start_logging()
 try:
     share_model(load_shared_model(parser.parse_args()))
 except XTunerError as error:
-    sys.exit(f'xtuner: error: {error}')
+    sys.exit(f'xtuner: error: {printable(str(error))}')
 
 app = App(PAGE, middleware=MIDDLEWARE)  # what `streamlit run` looks for

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -47,3 +49,25 @@ def test_the_history_is_kept_for_its_owner_alone(tmp_path: Path) -> None:
     with line_editing(['/help'], path):
         assert [readline.get_history_item(i) for i in (1, 2)] == ['one', '界']
         assert readline.get_completer()('/h', 0) == '/help' and readline.get_completer()('h', 0) is None
+
+
+@pytest.mark.parametrize(('names', 'bound'), [
+    ({'__doc__': 'Importing this module enables editing using libedit readline.'}, ['bind ^I rl_complete']),
+    ({'backend': 'editline'}, ['bind ^I rl_complete']),
+    ({'backend': 'readline'}, ['tab: complete', 'set enable-bracketed-paste on']),
+])  # fmt: skip
+def test_the_tab_key_is_bound_in_the_form_of_the_library(
+    names: dict[str, str], bound: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """macOS's Python has libedit, which takes GNU's form for nothing."""
+    module = ModuleType('readline', '')
+    said: list[str] = []
+    for name in ('clear_history', 'read_history_file', 'set_history_length', 'write_history_file', 'set_completer',
+                 'set_completer_delims', 'get_completer', 'get_completer_delims'):  # fmt: skip
+        setattr(module, name, lambda *_: None)
+    for name, value in ({'parse_and_bind': said.append} | names).items():
+        setattr(module, name, value)
+    monkeypatch.setitem(sys.modules, 'readline', module)
+    with line_editing(['/help'], tmp_path / 'history'):
+        pass
+    assert said == bound

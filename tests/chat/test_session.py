@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from xtuner.errors import DataError
+from xtuner.errors import DataError, ModelError
 from xtuner.model.generate import Sampling
 
 
@@ -129,3 +130,15 @@ def test_a_saved_conversation_is_training_data(scripted: Any, tmp_path: Path) ->
     assert [m.role for m in conversation.messages] == ['system', 'user', 'assistant']
     with pytest.raises(DataError, match='cannot be written'):
         session.save(tmp_path / 'absent' / 'a.jsonl')
+
+
+def test_memory_that_runs_out_in_the_middle_ends_the_answer_in_words(scripted: Any) -> None:
+    """The conversation stays as it was, and goes on."""
+    session = scripted.session()
+    scripted.model.script = ['one<eoa>', ['two', torch.OutOfMemoryError('CUDA out of memory. Tried ...')], 'three<eoa>']
+    session.ask('hi', quiet)
+    before = session.history
+    with pytest.raises(ModelError, match='memory ran out during this answer; ask for a shorter one'):
+        session.ask('and?', quiet)
+    assert session.history == before
+    assert session.ask('and?', quiet) == 'three'

@@ -107,7 +107,7 @@ def test_a_bound_ends_a_rendering_with_one_line_and_nothing_of_it_is_left(case, 
 
 def test_what_a_template_says_of_itself_moves_no_cursor():
     error = shown('{{ raise_exception("\x1b[2J\n\u202eevil" ~ "x" * 1000) }}', 'Hi')
-    assert str(error).startswith('file:7: the chat template refuses the conversation: \\x1b[2J \\u202eevilxxx')
+    assert str(error).startswith('file:7: the chat template refuses the conversation: ␛[2J \\u202eevilxxx')
     assert len(str(error)) < 300 and str(error).isprintable()
     assert 'unsafe' in str(shown('{{ ().__class__.__mro__ }}', 'Hi'))
     with pytest.raises(ConfigError, match=r'the chat template of /models/x is no valid Jinja: line 2: .*; name one of'):
@@ -265,6 +265,20 @@ def test_callers_beyond_those_that_may_wait_are_sent_away(short, monkeypatch):
     monkeypatch.setattr(worker_pool.POOL, '_slow', threading.Semaphore(0))
     assert 'try again' in str(shown(TRAP, 'loop'))
     assert shown(TRAP, 'Hi') == ['user: Hi<|end|>']
+
+
+def test_a_process_that_waits_for_the_processor_is_not_slow(monkeypatch):
+    """As on a machine with much else to do: by the clock it takes long, but it does not compute."""
+    shown(PLAIN, 'Hi')
+    monkeypatch.setattr(worker_pool.POOL, '_waiting', threading.Semaphore(0))
+    monkeypatch.setattr(worker_pool.POOL, '_slow', threading.Semaphore(0))
+    pids = list(renderers())
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    going_on = threading.Timer(0.4, lambda: [os.kill(pid, signal.SIGCONT) for pid in pids])
+    going_on.start()
+    assert shown(PLAIN, 'Hi') == ['user: Hi<|end|>']
+    going_on.join()
 
 
 def test_a_process_that_somebody_else_ends_is_replaced():

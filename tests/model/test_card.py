@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.hostile_text import COMMANDS, FRONT_MATTER, HOSTILE, obeyed
 from xtuner.model.adapter import Provenance
 from xtuner.model.card import hub_id, prompt_example, public_name, render_card, write_card
 
@@ -51,6 +53,27 @@ def test_text_cannot_break_out() -> None:
     assert '| method | a \\| b # \\<script\\> |' in text
     assert '`````\n```\n````\n# out\n`````' in text
     assert '\\[x\\]' in text
+
+
+def test_every_text_of_a_stranger_stays_text() -> None:
+    """An adapter's `xtuner.json` is anybody's; the card of a merged model is made from it."""
+    training: dict[str, Any] = dict.fromkeys(('method', 'optimizer', 'precision', 'decay'), HOSTILE)
+    training |= {'data': [HOSTILE], 'versions': {HOSTILE: HOSTILE}, 'adapter': [HOSTILE]}
+    base = f'x; rm -rf ~{COMMANDS}{FRONT_MATTER}'.replace('/', '')
+    hostile = Provenance(base=base, base_fingerprint='`<b>' + HOSTILE,
+                         template=HOSTILE, compute_dtype='bf16', xtuner=HOSTILE, training=training)  # fmt: skip
+    markdown = pytest.importorskip('markdown_it', reason='reads the card as the hub does').MarkdownIt().enable('table')
+    for kind in ('adapter', 'merged', 'full'):
+        text = render_card(hostile, kind=kind, example=f'{HOSTILE}\n```\n')
+        assert 'clear' in text and not obeyed(text)
+        found = metadata(text)
+        assert 'license' not in found and 'base_model' not in found
+        body = text.split('\n---\n', 1)[1]
+        html = re.sub(r'<code.*?</code>', '', markdown.render(body), flags=re.DOTALL)
+        assert set(re.findall(r'<(\w+)', html)) <= {'h1', 'h2', 'p', 'pre', 'table', 'thead', 'tbody', 'tr', 'th', 'td'}
+        prose = re.sub(r'(`+)(?!`).+?(?<!`)\1(?!`)', '', body, flags=re.DOTALL)
+        assert '://' not in prose and 'www.' not in prose, 'GitHub makes links of bare addresses'
+    assert "xtuner chat 'x; rm -rf " in render_card(hostile, kind='adapter')
 
 
 def test_ids_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from xtuner.chat.hosts import LOOPBACK
 from xtuner.model.generate import Sampling
 
 TEMPLATE = 'internlm_chat'
@@ -99,7 +100,7 @@ def serving(
     limits = {k: options.pop(k) for k in ('body_bytes', 'body_s', 'waiting') if k in options}
     decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_rows=num_rows, max_length=max_length)
     sampling = options.pop('sampling', Sampling(64, 0.0, 1.0, None))
-    guard = Guard(**{'api_key': '', 'only_loopback': True} | options)
+    guard = Guard(**{'api_key': '', 'hosts': LOOPBACK} | options)
     service = Service(loaded, decoder, limits=Limits(max_length, **limits), sampling=sampling, guard=guard)
     taken = listen('127.0.0.1', 0)
     server: uvicorn.Server = make_server(service.app(), grace_s=5, header_s=header_s)

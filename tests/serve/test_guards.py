@@ -185,7 +185,7 @@ def test_a_full_queue_says_so_and_when_to_come_again(loaded: Any, endless: Any) 
 
 
 def test_an_api_key(loaded: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(loaded, api_key='sesame-123', only_loopback=False) as running, caplog.at_level(logging.DEBUG):
+    with serving(loaded, api_key='sesame-123', hosts=None) as running, caplog.at_level(logging.DEBUG):
         good = running.client(api_key='sesame-123')
         assert good.chat.completions.create(**chat(running)).choices
         assert len(list(good.models.list())) == 3

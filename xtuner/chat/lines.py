@@ -1,6 +1,6 @@
 """Messages from a terminal: several lines, arrow keys, a history that outlives the program.
 
-GNU readline, which comes with Python, edits the line. Where it is missing, a line is what the terminal gives.
+GNU readline or libedit, whichever Python has, edits the line. Where it is missing, a line is what the terminal gives.
 """
 
 from __future__ import annotations
@@ -73,14 +73,22 @@ def line_editing(words: Iterable[str], history: Path | None = None) -> Iterator[
     before = readline.get_completer(), readline.get_completer_delims()
     readline.set_completer(complete)
     readline.set_completer_delims('\n')
-    readline.parse_and_bind('tab: complete')
-    readline.parse_and_bind('set enable-bracketed-paste on')
+    if _is_libedit(readline):
+        readline.parse_and_bind('bind ^I rl_complete')
+    else:
+        readline.parse_and_bind('tab: complete')
+        readline.parse_and_bind('set enable-bracketed-paste on')
     try:
         yield
     finally:
         readline.set_completer(before[0])
         readline.set_completer_delims(before[1])
         _store(readline, path)
+
+
+def _is_libedit(readline: ModuleType) -> bool:
+    """Whether the module is libedit's, as on macOS, which reads key bindings in another form."""
+    return getattr(readline, 'backend', '') == 'editline' or 'libedit' in (readline.__doc__ or '')
 
 
 def _load(readline: ModuleType, path: Path) -> None:

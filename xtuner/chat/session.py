@@ -13,8 +13,9 @@ import torch
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
-from xtuner.errors import DataError
+from xtuner.errors import DataError, ModelError
 from xtuner.model.generate import Sampling, generate
+from xtuner.model.out_of_memory import is_out_of_memory
 from xtuner.model.text import TextStream, whole_characters
 
 
@@ -60,6 +61,7 @@ class ChatSession:
 
         Raises:
             DataError: the message alone is too long for the model.
+            ModelError: memory ran out.
         """
         messages, prompt_ids = self._fit([*self.history, Message('user', text)])
         answer = self._say(prompt_ids, on_text)
@@ -121,8 +123,14 @@ class ChatSession:
         stream = TextStream(self._tokenizer, on_text, stop_ids)
         sampling = replace(self.sampling, max_new_tokens=self.room)
         dtype, device = self._model.dtype, self._model.device
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            generate(self._model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=stream)
+        try:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                generate(self._model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=stream)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(f'{device.type} memory ran out during this answer; ask for a shorter one '
+                             '(--max-new-tokens), or begin a new conversation') from None  # fmt: skip
         return whole_characters(self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:

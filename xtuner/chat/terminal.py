@@ -11,8 +11,8 @@ from xtuner.chat.commands import COMMANDS, Exit, run_command
 from xtuner.chat.lines import line_editing, read_message
 from xtuner.chat.moss import Call
 from xtuner.chat.session import ChatSession
-from xtuner.dataset.show import printable
-from xtuner.errors import DataError
+from xtuner.errors import DataError, XTunerError
+from xtuner.escape import printable
 
 _PROMPT = 'you > '
 _GREETING = '/help lists commands · Ctrl-C stops an answer · Ctrl-D ends'
@@ -33,9 +33,11 @@ def chat_piped(session: ChatSession, lines: Iterable[str], out: TextIO) -> None:
             dropped = session.num_dropped_turns
             try:
                 answer = session.ask(text, lambda _: None)
-            except DataError as error:
-                raise DataError(f'line {number}: {error}') from error
-            print(' '.join(answer.split()), file=out, flush=True)
+            except XTunerError as error:
+                error.args = (f'line {number}: {error}',)
+                raise
+            line = ' '.join(answer.split())
+            print(printable(line) if out.isatty() else line, file=out, flush=True)
             _say_what_was_left_out(session, dropped)
 
 
@@ -61,7 +63,7 @@ def chat_interactive(session: ChatSession, out: TextIO) -> None:
 
 def show_call(call: Call, result: str) -> None:
     """Says which tool was called, and what it gave."""
-    _note(printable(f'({call} => {result})'))
+    _note(f'({call} => {result})')
 
 
 def _react(session: ChatSession, text: str, out: TextIO) -> None:
@@ -94,7 +96,7 @@ def _answer(session: ChatSession, text: str, out: TextIO) -> None:
             _note('\n(stopped; the answer is kept as far as it came, /undo takes it back, /retry asks again)', end='')
         else:
             _note('\n(stopped before the answer began; nothing is kept)', end='')
-    except DataError as error:
+    except XTunerError as error:
         _note(f'({error})', end='')
     print(file=out)
     _say_what_was_left_out(session, dropped)
@@ -110,4 +112,4 @@ def _say_what_was_left_out(session: ChatSession, dropped_before: int) -> None:
 
 
 def _note(text: str, end: str = '\n') -> None:
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(printable(text), end=end, file=sys.stderr, flush=True)

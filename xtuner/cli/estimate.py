@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner.cli.early import check_config
 from xtuner.cli.options import add_config_arguments, positive_float, positive_int, read_config
+from xtuner.escape import printable
 
 if TYPE_CHECKING:
     from xtuner.engine.estimate import DataSize
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        print('\n'.join(describe(config, result, card=card, step_seconds=args.step_seconds)))
+        lines = describe(config, result, card=card, step_seconds=args.step_seconds)
+        print(printable('\n'.join(lines)))
     return 0
 
 
@@ -67,5 +69,5 @@ def _size_of_data(config: Any, folder: Any) -> DataSize | None:
         template = get_template(config.model.template, tokenizer)
         return data_size(prepare_dataset(config.dataset, tokenizer=tokenizer, template=template))
     except XTunerError as error:
-        print(f'the size of the data is not known: {error}', file=sys.stderr)
+        print(printable(f'the size of the data is not known: {error}'), file=sys.stderr)
         return None

@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import TextIO
 
+from xtuner.escape import PrintableFormatter
 from xtuner.ranks import is_first_process
 
 
@@ -36,7 +37,7 @@ def start_logging() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault('TQDM_DISABLE', '1')  # a bar that is redrawn makes an unreadable file
     handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
+    handler.setFormatter(PrintableFormatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')
     project.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     project.handlers = [handler]

@@ -25,6 +25,7 @@ from xtuner.cli.process import (
     write_what_the_locale_lacks,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
+from xtuner.escape import printable
 from xtuner.ranks import leave_group, tells_error
 
 
@@ -148,7 +149,7 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
 
 def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     if debug:
-        traceback.print_exception(error)
+        print(printable(''.join(traceback.format_exception(error))), end='', file=sys.stderr)
     text = ' '.join(str(error).split())
     if isinstance(error, OSError) and not unexpected:
         text = ': '.join(map(str, filter(None, (error.filename, error.strerror))))
@@ -157,7 +158,7 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
     if tells_error(text):
-        print(f'xtuner: error: {text}', file=sys.stderr)
+        print(f'xtuner: error: {printable(" ".join(text.split()))}', file=sys.stderr)
 
 
 def _unreadable_name(error: UnicodeEncodeError) -> str | None:

@@ -19,6 +19,7 @@ from xtuner.config.find import find_config
 from xtuner.config.schema import TrainConfig
 from xtuner.config.short_types import with_full_types
 from xtuner.errors import ConfigError, UsageError, nearest
+from xtuner.escape import printable
 from xtuner.fields import Field, shown
 from xtuner.ranks import is_first_process
 
@@ -72,7 +73,7 @@ def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(f'{path}: {error}') from None
     if is_first_process():
         for note in notes:
-            print(f'classical config: {note}', file=sys.stderr)
+            print(printable(f'classical config: {note}'), file=sys.stderr)
     return translated
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from xtuner import escape
 from xtuner.dataset.worker_pool import MEMORY, POOL
 from xtuner.errors import ConfigError, DataError, one_line
 
@@ -24,6 +25,10 @@ _BATCH, _BATCH_BYTES = 64, 2**22  # conversations sent at a time
 
 class TemplateBoundError(DataError):
     """A chat template took more than it may; no process of it is left."""
+
+
+class TemplateBusyError(TemplateBoundError):
+    """The conversation was not rendered: too many others are slow to render just now. Another time it may be."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
         raise ConfigError(f'the process that renders chat templates does not start ({detail}); it needs jinja2 3.1.6 '
                           'or newer, and processes to be allowed')  # fmt: skip
     if kind == 'busy':
-        return TemplateBoundError(f'{chat.origin}: too many conversations on which the chat template is slow are being '
+        return TemplateBusyError(f'{chat.origin}: too many conversations on which the chat template is slow are being '
                                   'rendered; try again')  # fmt: skip
     if kind == 'refused':
         return DataError(f'{chat.origin}: the chat template refuses the conversation: {detail}')
@@ -150,4 +155,4 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
 
 def printable(text: str, most: int = 200) -> str:
     """Text that a stranger chose, for a message: on one line, with escapes for what moves a terminal's cursor."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in one_line(text)[:most])
+    return escape.printable(one_line(text)[:most])

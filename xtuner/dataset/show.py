@@ -7,16 +7,9 @@ from typing import Any
 import numpy as np
 
 from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
+from xtuner.escape import printable
 
-# What a terminal would obey, as a sign of it: Unicode has pictures of the older ones. Line breaks and tabs stay.
-_SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in '\n\t'} | {0x7F: 0x2421}
-_SIGNS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _GREEN, _GREY, _RESET = '\x1b[32m', '\x1b[90m', '\x1b[0m'
-
-
-def printable(text: str) -> str:
-    """Returns a text with control characters as signs such as ␛: data and answers do not command a terminal."""
-    return text.translate(_SIGNS)
 
 
 def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:

@@ -22,6 +22,7 @@ from torch import distributed
 
 from xtuner import ranks
 from xtuner.errors import TrainingError
+from xtuner.escape import printable
 from xtuner.processes import has_ended, is_visible, this_process
 
 logger = logging.getLogger('xtuner')
@@ -179,7 +180,7 @@ class Watch:
                 faulthandler.dump_traceback(all_threads=True)
             ranks.judge = lambda _: True
             if ranks.tells_error(text):
-                print(f'xtuner: error: {text}', file=sys.stderr, flush=True)
+                print(f'xtuner: error: {printable(text)}', file=sys.stderr, flush=True)
             os._exit(TrainingError.exit_status)
         if text is not None:  # another was first
             time.sleep(_LINGER_S)

@@ -6,6 +6,7 @@ Nothing of the machine is in it: of a local path only its last part.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from huggingface_hub import ModelCardData
 
 from xtuner.dataset.own_template import prompt_text
 from xtuner.errors import ConfigError, DataError
+from xtuner.escape import printable
 from xtuner.model.adapter import Provenance
 from xtuner.model.trained_base import held, merged_note
 
 CARD_FILE = 'README.md'
 _ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
+_LONGEST_ID = 193  # characters: two names of 96
 _LABELS = {
     'method': 'method', 'conversations': 'conversations', 'tokens': 'tokens in them',
     'target_tokens': 'tokens trained', 'train_on': 'what is trained', 'max_length': 'tokens a pack', 'steps': 'steps',
@@ -31,7 +34,7 @@ _LABELS = {
 
 def hub_id(name: str) -> str | None:
     """`name` where it is an id on the Hugging Face hub, None for a folder or a file here or elsewhere."""
-    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+    return name if len(name) <= _LONGEST_ID and _ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def public_name(name: str) -> str:
@@ -79,7 +82,7 @@ def render_card(provenance: Provenance, *, kind: str, example: str = '') -> str:
     if example:
         parts.append(
             '## Prompt format\n\nThe chat template of the tokenizer in this folder writes it '
-            f'(`{provenance.template}`):\n\n{_fenced(example)}'
+            f'({_code(provenance.template)}):\n\n{_fenced(example)}'
         )
     rows = [(label, training[key]) for key, label in _LABELS.items() if training.get(key) is not None]
     if rows:
@@ -120,14 +123,15 @@ def _what(provenance: Provenance, kind: str, sources: list[str], training: Mappi
     how = f' {note[0].upper()}{note[1:]}.' if note else ''
     return (
         f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is known by '
-        f'the fingerprint of its weights, `{provenance.base_fingerprint[:16]}`: xtuner refuses another.{how}\n'
+        f'the fingerprint of its weights, {_code(str(provenance.base_fingerprint)[:16])}: xtuner refuses another.{how}\n'
     )
 
 
 def _use(provenance: Provenance, kind: str) -> str:
-    base = public_name(provenance.base)
+    base = printable(' '.join(public_name(provenance.base).split()))
     if kind == 'adapter':
-        commands = f'xtuner chat {base} --adapter FOLDER\nxtuner convert merge {base} FOLDER merged'
+        word = shlex.quote(base)
+        commands = f'xtuner chat {word} --adapter FOLDER\nxtuner convert merge {word} FOLDER merged'
         load = (
             'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
             f"base = AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto')\n"
@@ -150,11 +154,18 @@ def _linked(name: str, where: str = '') -> str:
     return f'[{known}](https://huggingface.co/{where}{known})' if known else _plain(public_name(name))
 
 
+def _code(content: object) -> str:
+    """Code within a line that its own content cannot end."""
+    shown = printable(' '.join(str(content).split()))
+    ticks = '`' * (1 + max((len(run) for run in re.findall(r'`+', shown)), default=0))
+    return f'{ticks} {shown} {ticks}' if len(ticks) > 1 else f'`{shown}`'
+
+
 def _fenced(content: str, language: str = '') -> str:
     """A block of code that its own content cannot end."""
     longest = max((len(run) for run in re.findall(r'`+', content)), default=0)
     fence = '`' * max(3, longest + 1)
-    return f'{fence}{language}\n{content}\n{fence}\n'
+    return f'{fence}{language}\n{printable(content)}\n{fence}\n'
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
@@ -171,5 +182,10 @@ def _shown(value: Any) -> str:
 
 
 def _plain(content: str) -> str:
-    """Text without what Markdown or HTML would read as more than text, on one line."""
-    return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(content.split()))
+    """Text without what Markdown or HTML would read as more than text, on one line.
+
+    Of an address, the colon and the dots go as references, else GitHub and the hub would make a link of it.
+    """
+    line = re.sub(r'([\\`*_|<>\[\]~!$@&])', r'\\\1', printable(' '.join(str(content).split())))
+    return re.sub(r'www\.|:(?=//)', lambda found: found.group().replace('.', '&#46;').replace(':', '&#58;'), line,
+                  flags=re.IGNORECASE)  # fmt: skip

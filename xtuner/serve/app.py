@@ -24,6 +24,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from xtuner.dataset.rendering import TemplateBusyError
 from xtuner.errors import XTunerError
 from xtuner.model.generate import Sampling
 from xtuner.model.text import AnswerText
@@ -164,6 +165,8 @@ class Service:
             with self._encoding.tokenizing:
                 return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
                         for one in request.prompts]  # fmt: skip
+        except TemplateBusyError as error:
+            raise Problem(503, str(error), code='overloaded', headers={'Retry-After': '5'}) from None
         except XTunerError as error:  # a wrong message, or a rendering of the chat template over its bounds
             raise wrong('messages' if chat else 'prompt', str(error)) from None
 

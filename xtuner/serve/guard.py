@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+from collections.abc import Collection
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -13,10 +14,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from xtuner.chat.hosts import is_called
 from xtuner.serve.problems import Problem
 from xtuner.serve.responses import to_json
 
-_LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
 _DRAIN_BYTES, _DRAIN_S = 2**25, 5.0
 
 
@@ -25,20 +26,18 @@ class Guard:
 
     Args:
         api_key: What clients must show; '' for nothing.
-        only_loopback: Refuse requests that name another host than this machine, as a page of a web site would that
-            makes its reader's browser call here.
+        hosts: Names by which the service may be called, see `xtuner.chat.hosts`; None for any.
     """
 
-    def __init__(self, *, api_key: str, only_loopback: bool) -> None:
-        self._only_loopback = only_loopback
+    def __init__(self, *, api_key: str, hosts: Collection[str] | None) -> None:
+        self._hosts = hosts
         self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
 
     def check(self, http: HTTPRequest) -> None:
         """Looks at the headers."""
-        host = http.headers.get('host', '')
-        name = host if host.endswith(']') else host.rpartition(':')[0] or host
-        if self._only_loopback and name.lower() not in _LOOPBACK:
-            raise Problem(403, 'without an API key, this service is called as localhost or 127.0.0.1 only', unread=True)
+        if self._hosts is not None and not is_called(http.headers.get('host', ''), self._hosts):
+            names = ', '.join(sorted(self._hosts))
+            raise Problem(403, f'without an API key, this service is called as {names} only', unread=True)
         if self._key is None:
             return
         scheme, _, key = http.headers.get('authorization', '').partition(' ')

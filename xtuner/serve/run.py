@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from xtuner.chat.base import AS_TRAINED, BaseChoice
+from xtuner.chat.hosts import LOOPBACK
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.generate import Sampling
 from xtuner.model.kept import keep_weights
@@ -71,7 +72,8 @@ def run_service(
     )  # fmt: skip
     limits = replace(limits, max_length=min(limits.max_length, loaded.max_length))
     decoder = BatchDecoder(loaded.model, num_rows=limits.streams, max_length=limits.max_length)
-    guard = Guard(api_key=address.api_key, only_loopback=address.loopback and not address.api_key)
+    hosts = LOOPBACK | {address.host.lower()} if address.loopback and not address.api_key else None
+    guard = Guard(api_key=address.api_key, hosts=hosts)
     service = Service(loaded, decoder, limits=limits, sampling=sampling, guard=guard)
     if not source.packed and (kept := keep_weights(loaded.model)).num_layers:
         logger.info('%d of %d layers kept in the form that is multiplied soonest: %.2f GiB', kept.num_kept,

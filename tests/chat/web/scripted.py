@@ -62,6 +62,7 @@ class Scripted:
         self.num_speaking = self.most_speaking = 0
         self.num_words = 0  # of the last answer
         self.sessions: list[ScriptedSession] = []
+        self.replies: dict[str, str] = {}  # further ones
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -85,7 +86,7 @@ class Scripted:
             'settings': f'{session.sampling} {session.system!r} {len(session.history)} before',
             'together': f'At most {self.most_speaking} spoke at once.',
             'empty': '',
-        }
+        } | self.replies
         return ('' if self.adapter_on else 'Base: ') + known.get(text, f'You said *{text}*.')
 
 
@@ -102,8 +103,8 @@ class ScriptedSession:
         self.history = [*self.history, Message('user', text), Message('assistant', answer)]
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> str:
-        if text == 'fail':
-            raise DataError('this message is longer than the model can read')
+        if text.startswith('fail'):
+            raise DataError(text[6:] or 'this message is longer than the model can read')
         if text == 'bug':
             raise ZeroDivisionError('a bug')
         reply = self.model.reply(text, self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ pytest.importorskip('streamlit', reason="the page needs Streamlit: pip install '
 from streamlit.testing.v1 import AppTest
 
 from tests.chat.web.scripted import Scripted, share
+from tests.hostile_text import COMMANDS, HOSTILE, obeyed
 from xtuner.chat.web import app
 from xtuner.cli.main import main
 from xtuner.errors import UsageError
@@ -46,7 +48,8 @@ def say(page: AppTest, text: str) -> AppTest:
 
 def texts(page: AppTest) -> list[list[str]]:
     """What each bubble shows."""
-    return [[m.value for m in bubble.markdown] + [c.value for c in bubble.caption] for bubble in page.chat_message]
+    return [[part.value for kind in (bubble.text, bubble.markdown, bubble.caption) for part in kind]
+            for bubble in page.chat_message]  # fmt: skip
 
 
 def test_a_conversation_of_two_turns(model: Scripted) -> None:
@@ -122,12 +125,33 @@ def test_each_tab_has_its_own_conversation(model: Scripted) -> None:
     assert texts(second) == [['two'], ['You said *two*.']]
 
 
-def test_markdown_is_made_safe_in_messages_and_answers(model: Scripted) -> None:
+def test_messages_are_text_and_answers_are_made_safe(model: Scripted) -> None:
     page = open_page()
     say(page, '![x](http://outside/x.png) for $5')
-    assert texts(page)[0] == ['\\![x](http://outside/x.png) for \\$5']
+    assert [part.value for part in page.chat_message[0].text] == ['![x](http://outside/x.png) for $5']
+    assert not page.chat_message[0].markdown
     assert texts(page)[1] == ['You said *\\![x](http://outside/x.png) for \\$5*.']
     assert not any(m.allow_html for m in page.markdown)
+
+
+def test_text_of_strangers_is_shown_as_text(model: Scripted) -> None:
+    """The message, the answer, an error, the names of model and adapter."""
+    model.replies = {'hostile': HOSTILE}
+    shared = share(model, adapter=HOSTILE.replace('/', ''))
+    shared.name = HOSTILE.replace('/', '')
+    app.share_model(shared)
+    page = open_page()
+    shown = [page.title[0].value, page.sidebar.subheader[0].value, page.sidebar.caption[0].value]
+    say(page, 'hostile')
+    say(page, COMMANDS)
+    say(page, 'fail: ' + HOSTILE)
+    shown.append(page.error[0].value)
+    for value in shown:
+        assert 'clear' in value and not obeyed(value)
+        assert not re.search(r'(?<!\\)[<\[`$!:&@]', value), 'Markdown would be read'
+    assert not any(obeyed(value) for bubble in texts(page) for value in bubble)
+    answer = texts(page)[1][0]
+    assert not re.search(r'(?<!\\)!\[', answer) and '\\(javascript:' in answer
 
 
 def test_the_page_without_a_model_says_how_to_start_it() -> None:

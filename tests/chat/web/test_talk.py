@@ -145,15 +145,6 @@ def test_an_error_is_one_line_and_the_conversation_goes_on(text: str, error: str
     assert remembered(model) == ['one', 'You said *one*.', 'two', 'You said *two*.']
 
 
-def test_memory_that_ends_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(self: object, text: str, on_text: object) -> str:
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...')
-
-    monkeypatch.setattr('tests.chat.web.scripted.ScriptedSession.ask', ask)
-    answer = say(Talk(share(Scripted())), 'one').answers[ADAPTER]
-    assert answer.error.startswith('the GPU has no memory left for this answer; ask for a shorter one')
-
-
 def test_the_export_is_a_record_for_training(tmp_path: Path) -> None:
     talk = Talk(share(Scripted()))
     say(talk, 'one')

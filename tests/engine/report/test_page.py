@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from tests.hostile_text import COMMANDS, obeyed
 from xtuner.cli.main import main
 from xtuner.engine.report.page import render, write_report
 from xtuner.engine.report.read import read_run
 from xtuner.engine.report.words import compact, duration
+from xtuner.escape import printable
 
-EVIL = '"></p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\'`&'
+EVIL = '"></p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\'`&' + COMMANDS
 
 
 class Tags(HTMLParser):
@@ -99,7 +101,12 @@ def test_nothing_from_the_data_becomes_markup_or_a_request(work_dir: Path) -> No
     assert style
     assert 'url(' not in style[1]
     assert '@import' not in style[1]
-    assert EVIL in ''.join(tags.text)  # it is there, as text
+    assert printable(EVIL) in ''.join(tags.text)  # it is there, as text
+
+
+def test_nothing_turns_the_page_around(work_dir: Path) -> None:
+    page = render(read_run(work_dir))
+    assert 'clear' in page and not obeyed(page)
 
 
 def test_only_the_page_s_own_script_may_run(work_dir: Path) -> None:

@@ -11,8 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from streamlit.config import get_option
 from streamlit.starlette import App
 
+from xtuner.chat.hosts import LOOPBACK, is_called
 from xtuner.chat.web.talk import SharedModel
 from xtuner.config.find import shipped_folder
 from xtuner.errors import UsageError
@@ -54,6 +56,7 @@ def shared_model() -> SharedModel:
 class Guard:
     """ASGI middleware: refuses what another site's page asks for, and adds `HEADERS` to every answer.
 
+    The page is called by a name of this machine alone, or by one that Streamlit's options name.
     Streamlit itself would compare a foreign origin with this machine's public address, which it asks a server far away.
     """
 
@@ -79,12 +82,25 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope['type'] == 'websocket':
         await send({'type': 'websocket.close', 'code': 1008})
     else:
-        await PlainTextResponse('this page answers itself only', status_code=403)(scope, receive, send)
+        why = 'this page answers itself only, called as localhost or by a name in --server.allowedHosts'
+        await PlainTextResponse(why, status_code=403)(scope, receive, send)
 
 
 def _is_own(headers: Headers) -> bool:
     """Whether a request comes from the page itself, or from no page at all."""
+    if not is_called(headers.get('host', ''), LOOPBACK | _named_hosts()):
+        return False
     return 'origin' not in headers or urlsplit(headers['origin']).netloc == headers.get('host')
+
+
+def _named_hosts() -> set[str]:
+    """The names that were given to Streamlit on the command line, in its file or in the environment."""
+    found: set[str] = set()
+    for option in ('server.address', 'browser.serverAddress', 'server.allowedHosts'):
+        with suppress(RuntimeError):  # an older Streamlit does not know it
+            value = get_option(option) or []
+            found.update(host.lower() for host in ([value] if isinstance(value, str) else value))
+    return found
 
 
 MIDDLEWARE = [Middleware(Guard)]

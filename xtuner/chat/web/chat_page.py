@@ -13,8 +13,9 @@ from typing import Any
 import streamlit as st
 
 from xtuner.chat.web.app import shared_model
-from xtuner.chat.web.prose import safe_markdown
+from xtuner.chat.web.prose import plain_markdown, safe_markdown
 from xtuner.chat.web.talk import ADAPTER, BASE, Answer, SharedModel, Talk, Turn
+from xtuner.escape import printable
 from xtuner.model.generate import Sampling
 
 ICON = Path(__file__).with_name('icon.svg')
@@ -26,7 +27,7 @@ def main() -> None:
     """Draws the page, and answers where a message waits."""
     shared = shared_model()
     talk: Talk = st.session_state.setdefault('talk', Talk(shared))
-    st.set_page_config(f'{_short(shared.name)} · xtuner', str(ICON), 'wide' if talk.compare else 'centered')
+    st.set_page_config(f'{printable(_short(shared.name))} · xtuner', str(ICON), 'wide' if talk.compare else 'centered')
     busy = bool(talk.pending)
     draw_sidebar(shared, talk, busy)
     if not talk.turns and not busy:
@@ -43,9 +44,9 @@ def draw_sidebar(shared: SharedModel, talk: Talk, busy: bool) -> None:
     """Which model, how it answers, and what to do with the conversation."""
     st.logo(str(ICON), size='large')
     with st.sidebar:
-        st.subheader(_short(shared.name), anchor=False)
+        st.subheader(plain_markdown(_short(shared.name)), anchor=False)
         if shared.adapter:
-            st.caption(f'with the adapter {_plain(_short(shared.adapter))}')
+            st.caption(f'with the adapter {plain_markdown(_short(shared.adapter))}')
             talk.compare = st.toggle(
                 'Side by side', key='compare', disabled=busy, help='The base, without its adapter, answers too.'
             )
@@ -98,14 +99,14 @@ def draw_sampling(shared: SharedModel, busy: bool) -> Sampling:
 
 def draw_welcome(shared: SharedModel) -> None:
     """What an empty conversation shows."""
-    st.title(_short(shared.name), anchor=False)
+    st.title(plain_markdown(_short(shared.name)), anchor=False)
     st.markdown(':gray[Runs on this machine. Nothing you write leaves it.]')
 
 
 def draw_turn(talk: Talk, turn: Turn) -> None:
     """A message and its answers."""
     with st.chat_message('user', avatar=AVATARS['user']):
-        st.markdown(safe_markdown(turn.text))
+        st.text(printable(turn.text))  # as it was typed
     if turn.answers:
         with st.chat_message('assistant', avatar=AVATARS['assistant']):
             for voice, column in _columns(tuple(turn.answers)).items():
@@ -118,7 +119,7 @@ def draw_answer(answer: Answer) -> None:
     if answer.text:
         st.markdown(safe_markdown(answer.text))
     if answer.error:
-        st.error(answer.error, icon=':material/error:')
+        st.error(plain_markdown(answer.error), icon=':material/error:')
     elif answer.stopped:
         st.caption('Stopped.')
     elif not answer.text:
@@ -168,11 +169,6 @@ def _short(name: str) -> str:
     """The last part of a path or hub id; of a checkpoint's path, also its run."""
     parts = Path(name).parts
     return '/'.join(parts[-2:] if parts[-1].startswith('checkpoint-') else parts[-1:])
-
-
-def _plain(text: str) -> str:
-    """Text as Markdown that shows just that."""
-    return ''.join(f'\\{c}' if c in '\\`*_{}[]()<>#+-.!|$:~' else c for c in text)
 
 
 main()

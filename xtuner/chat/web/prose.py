@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from xtuner.escape import printable
+
 _FENCE = re.compile(r'(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<mark>`{3,}|~{3,})(?P<info>.*)')
 _BLANK = re.compile(r'(\n[ \t]*\n)')  # what ends a paragraph, and a piece of code in it
 _CODE = re.compile(r'(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)', re.DOTALL)
@@ -31,8 +33,15 @@ def safe_markdown(text: str) -> str:
     >>> safe_markdown('![x](http://a/b.png) for $5 or $6, `![x]`')
     '\\![x](http://a/b.png) for \\$5 or \\$6, `![x]`'
     """
+    text = printable(text.replace('\r\n', '\n'))
     parts = (part if is_code else ''.join(map(_paragraph, _BLANK.split(part))) for is_code, part in _blocks(text))
     return ''.join(parts)
+
+
+def plain_markdown(text: str) -> str:
+    """Text as Markdown that shows just that, on one line."""
+    line = printable(' '.join(text.split()))
+    return ''.join(f'\\{c}' if c in '\\`*_{}[]()<>#+-.!|$:~&@' else c for c in line)
 
 
 def _blocks(text: str) -> list[tuple[bool, str]]:

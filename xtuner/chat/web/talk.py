@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
-
 from xtuner.chat.load import ChatModel
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.conversation import Message
@@ -130,7 +128,7 @@ class Talk:
         try:
             with self._shared.lent(voice, on_wait):
                 answer.text = session.ask(turn.text, grow)
-        except (XTunerError, torch.OutOfMemoryError) as error:
+        except XTunerError as error:
             answer.error = _one_line(error)
         except Exception as error:
             logger.exception('the answer failed')
@@ -166,6 +164,4 @@ class Talk:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return 'the GPU has no memory left for this answer; ask for a shorter one, or clear the conversation'
     return ' '.join(str(error).split())

@@ -11,11 +11,11 @@ import torch
 from mmengine.hooks import Hook
 
 from xtuner.dataset.conversation import Message
-from xtuner.dataset.show import printable
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.engine.lines import append_line, keep_lines
 from xtuner.errors import Interrupted
+from xtuner.escape import printable
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 from xtuner.model.text import whole_characters

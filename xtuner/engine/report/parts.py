@@ -8,6 +8,7 @@ from typing import Any
 
 from xtuner.engine.report.charts import histogram
 from xtuner.engine.report.read import Run
+from xtuner.escape import printable
 
 _MOST_SESSIONS = 20
 _LOSSES = {
@@ -20,8 +21,8 @@ _LOSSES = {
 
 
 def text(value: object) -> str:
-    """A value as HTML text."""
-    return escape(str(value), quote=True)
+    """A value as HTML text, without what would turn the direction of the page's own text around."""
+    return escape(printable(str(value)), quote=True)
 
 
 def samples_part(run: Run) -> str:
