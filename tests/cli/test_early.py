@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -38,6 +39,8 @@ def place(tmp_path: Path) -> Path:
     """A folder with what passes for a model, an adapter, data and a used work folder, by names alone."""
     for folder in ('model', 'adapter', 'used/checkpoint-00000003', 'full'):
         (tmp_path / folder).mkdir(parents=True)
+    manifest = {'run.json': {'bytes': 2, 'sha256': '0'}}  # without one, a folder is no checkpoint
+    (tmp_path / 'used/checkpoint-00000003/manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
     (tmp_path / 'full' / 'file').touch()
     (tmp_path / 'data.jsonl').write_text('{"messages": []}\n', encoding='utf-8')
     return tmp_path

@@ -64,9 +64,9 @@ class Place:
         assert self.listing() == before
 
     def listing(self) -> list[tuple[str, int]]:
-        """All folders, and files with their times; of the cache only what would be wrong there."""
+        """All folders, and files with their times; of the cache only what a builder has begun."""
         files = [p for p in self.folder.rglob('*') if 'cache' not in p.relative_to(self.folder).parts[:1]]
-        torn = [p for p in self.folder.glob('cache/**/*') if p.suffix == '.lock' or '.part-' in p.name]
+        torn = [p for p in self.folder.glob('cache/**/*') if '.part-' in p.name]
         return sorted((str(p), 0 if p.is_dir() else p.stat().st_mtime_ns) for p in [*files, *torn])
 
 

@@ -71,7 +71,6 @@ def test_merge_refuses_what_it_should(place: Place, tmp_path: Path, capsys: pyte
 
     assert 'was trained on another base' in merge(other, adapter, out)
     assert 'no adapter there' in merge(place.model, tmp_path / 'nothing', out)
-    assert 'did you mean' in merge(place.model, place.work_dir, out)
     assert not out.exists()
     out.mkdir()
     (out / 'precious.txt').write_text('mine', encoding='utf-8')

@@ -33,7 +33,22 @@ def test_train_merge_and_out_as_llama(name: str, conversations: Path, tmp_path: 
     settings = json.loads((adapter / 'adapter_config.json').read_text(encoding='utf-8'))
     assert {module.rpartition('.')[2] for module in settings['target_modules']} == LAYERS[name]
 
-    assert main(['convert', 'merge', str(base), str(adapter), str(tmp_path / 'merged'), '--dtype', 'fp32']) == 0
+    assert (
+        main(
+            [
+                'convert',
+                'merge',
+                str(base),
+                str(adapter),
+                str(tmp_path / 'merged'),
+                '--dtype',
+                'fp32',
+                '--base',
+                'original',
+            ]
+        )
+        == 0
+    )
     assert main(['convert', 'to-llama', str(tmp_path / 'merged'), str(tmp_path / 'llama')]) == 0
     llama = LlamaForCausalLM.from_pretrained(tmp_path / 'llama', dtype=torch.float32)
     ids = torch.randint(3, 300, (2, 15), generator=torch.Generator().manual_seed(0))

@@ -36,11 +36,6 @@ def run(args: argparse.Namespace) -> int:
         for example in summary.examples.get(kind, []):
             print(f'{kind.replace("_", " ")}: {printable(example)}')
     print('\n'.join(summary.report()))
-    if summary.kept:
-        num_packs, num_conversations = training.sizes()
-        note = few_steps_note(Plan(num_packs, config.schedule), num_conversations)
-        if note:
-            print(f'training: {note}')
     kinds = ('bad', 'without_target', *(('too_long',) if data.on_long == 'error' else ()))
     if wrong := sum(summary.counts[kind] for kind in kinds):
         verb = 'is' if wrong == 1 else 'are'
@@ -48,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
             f'{wrong:,} of {counted(summary.records, "record")} {verb} wrong, listed above by file and line'
         )
     check_losses(summary, data)
+    num_packs, num_conversations = training.sizes()
+    if note := few_steps_note(Plan(num_packs, config.schedule), num_conversations):
+        print(f'training: {note}')
     dropped = counted(summary.dropped, 'conversation')
     print(f'{dropped} would be dropped' if summary.dropped else 'every record can be used')
     return 0

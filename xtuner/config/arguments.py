@@ -11,7 +11,7 @@ from xtuner.fields import Field, shown
 _LARGEST = 1e30  # torch keeps optimizer settings in float32, which ends at 3.4e38
 _PATTERNS = ('target_modules', 'exclude_modules')  # of peft: text is a regular expression, but for 'all-linear'
 _FIELDS = {
-    'optimizer.lr': Field(float, minimum=0, maximum=1000),
+    'optimizer.lr': Field(float, minimum=0, maximum=10**9),
     'adapter.r': Field(int, minimum=1, maximum=2**16),
     'adapter.lora_alpha': Field(float, minimum=-_LARGEST, maximum=_LARGEST),
     'adapter.lora_dropout': Field(float, minimum=0, maximum=1),
