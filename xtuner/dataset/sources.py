@@ -79,7 +79,7 @@ def check_local(spec: Any) -> None:
 
 def _is_local(path: str) -> bool:
     """Whether a path is here; else it is a hub id, or raises DataError where it can be none."""
-    local = _local(path)
+    local = expanded(path)
     if local.exists() or local.is_symlink():
         return True
     # A hub id has at most one slash and no suffix of a data file.
@@ -109,7 +109,7 @@ def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
 def _open(path: str, options: Mapping[str, Any]) -> Source:
     if path.startswith('modelscope:'):
         return _modelscope(path.removeprefix('modelscope:'), options)
-    local = _local(path)
+    local = expanded(path)
     if local.is_dir():
         return _saved(local) if _is_saved(local) else _files(path, *data_files(local))
     if not _is_local(path):
@@ -117,17 +117,6 @@ def _open(path: str, options: Mapping[str, Any]) -> Source:
     check_regular(local)
     kind_of_file(local)
     return _files(path, [local], [])
-
-
-def _local(path: str) -> Path:
-    """The path with `~` as the user's folder, but for a file that is called so itself."""
-    local = Path(path)
-    if path.startswith('~') and not local.exists():
-        try:
-            return local.expanduser()
-        except RuntimeError:
-            raise DataError(f'{path}: there is no such file, and no user of that name') from None
-    return local
 
 
 def _files(name: str, files: list[Path], notes: list[str]) -> Source:

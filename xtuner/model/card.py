@@ -121,9 +121,10 @@ def _what(provenance: Provenance, kind: str, sources: list[str], training: Mappi
     if not note and provenance.quantization:
         note = f'the base was held {held(provenance.quantization)} while it was trained'
     how = f' {note[0].upper()}{note[1:]}.' if note else ''
+    fingerprint = _code(str(provenance.base_fingerprint)[:16])
     return (
         f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is known by '
-        f'the fingerprint of its weights, {_code(str(provenance.base_fingerprint)[:16])}: xtuner refuses another.{how}\n'
+        f'the fingerprint of its weights, {fingerprint}: xtuner refuses another.{how}\n'
     )
 
 
