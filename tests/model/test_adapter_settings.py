@@ -70,6 +70,15 @@ def test_names_of_code_and_models_are_dropped(changed: Any) -> None:
     assert not hasattr(settings, 'unknown')
 
 
+def test_cut_weights_are_damaged_and_no_misfit(world: Path, changed: Any) -> None:
+    folder = changed()
+    whole = (folder / 'adapter_model.safetensors').read_bytes()
+    (folder / 'adapter_model.safetensors').unlink()
+    (folder / 'adapter_model.safetensors').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match='adapter_model.safetensors is damaged or cut off'):
+        load_adapter(load_model(world / 'base', dtype=torch.float32), folder)
+
+
 SLOW = '(.*.*.*.*.*.*.*.*.*.*.*.*.*)*x'
 
 

@@ -40,7 +40,8 @@ def told(work_dir: Path, facts: dict[str, Any] | None, *, from_step: int) -> Ite
         'devices': devices(),
         'git': git_state(),
     }
-    sessions = [*read_about(work_dir).get('sessions', []), session]
+    before = read_about(work_dir).get('sessions')
+    sessions = [*(before if isinstance(before, list) else []), session]
     about = {**facts, 'sessions': sessions}
     _write(work_dir, about)
     try:

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtuner.errors import ModelError, first_line, one_line
-from xtuner.fields import Field, check_fields
+from xtuner.fields import Field, check_fields, shown
 from xtuner.files import check_regular, read_object
 from xtuner.model.places import Place, bin_places, safetensors_places
 
 _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
+_MAX_FILE_NAME = 255
 _INDEX_FIELDS = {'weight_map': Field(dict[str, str])}
 # Buffers that some published checkpoints carry although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
@@ -245,6 +246,9 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     check_fields(content, _INDEX_FIELDS, index, ModelError)
     if 'weight_map' not in content:
         raise ModelError(f'{index} cannot be read: `weight_map` is missing')
+    for file in content['weight_map'].values():
+        if not file.isprintable() or len(file) > _MAX_FILE_NAME:
+            raise ModelError(f'{index}: `weight_map` names {shown(file)}, which is no name of a file')
     files = {name: folder / Path(file).name for name, file in content['weight_map'].items()}
     for path in sorted(set(files.values())):
         expected = [name for name, file in files.items() if file == path]

@@ -14,7 +14,7 @@ from xtuner.engine.report.charts import Line, line_chart
 from xtuner.engine.report.parts import config_part, data_part, samples_part, sessions_part, text
 from xtuner.engine.report.read import Run, read_run
 from xtuner.engine.report.words import compact, duration, state_of
-from xtuner.errors import TrainingError
+from xtuner.errors import CheckpointError, TrainingError, one_line
 
 REPORT_FILE = 'report.html'
 
@@ -23,10 +23,17 @@ def write_report(work_dir: Path) -> Path:
     """Writes the page into the work folder and returns its path.
 
     Raises:
-        CheckpointError: the folder is no work folder.
+        CheckpointError: the folder is no work folder, or holds files of another form.
         TrainingError: it cannot be written.
     """
-    page = render(read_run(work_dir))
+    run = read_run(work_dir)
+    try:
+        page = render(run)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # others changed a file
+        raise CheckpointError(
+            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not of the form that a run writes: '
+            f'{one_line(error)}'
+        ) from error
     path = work_dir / REPORT_FILE
     partial = path.with_name(f'{REPORT_FILE}.partial')
     try:

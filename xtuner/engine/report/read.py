@@ -11,8 +11,13 @@ from typing import Any
 
 from xtuner.engine.hooks.evaluate_chat import SAMPLES_FILE
 from xtuner.engine.hooks.log import METRICS_FILE
-from xtuner.engine.story import read_about
+from xtuner.engine.story import ABOUT_FILE, read_about
 from xtuner.errors import CheckpointError
+from xtuner.fields import Field, check_fields
+from xtuner.files import check_regular
+
+_DICT = Field(dict[str, Any] | None)
+_ABOUT_FIELDS = {'sessions': Field(list[dict[str, Any]] | None), 'plan': _DICT, 'parameters': _DICT, 'dataset': _DICT}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def read_run(work_dir: Path) -> Run:
     metrics, torn_metrics = _lines(work_dir / METRICS_FILE)
     samples, torn_samples = _lines(work_dir / SAMPLES_FILE)
     about = read_about(work_dir)
+    check_fields(about, _ABOUT_FIELDS, work_dir / ABOUT_FILE, CheckpointError)
     if not work_dir.is_dir() or not (metrics or samples or about):
         raise CheckpointError(f'{work_dir} is no work folder of a run: neither {METRICS_FILE} nor about.json is there')
     try:
@@ -95,15 +101,15 @@ def read_run(work_dir: Path) -> Run:
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a JSON lines file with a step, and how many lines are none."""
-    try:
-        raw = path.read_bytes().splitlines()
-    except OSError:
+    if not path.exists():
         return [], 0
+    check_regular(path, CheckpointError)
+    raw = path.read_bytes().splitlines()
     records = []
     for line in raw:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get('step'), int):
             records.append(record)
