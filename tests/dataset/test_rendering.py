@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.conftest import ROOT
 from tests.dataset.conftest import all_markers, make_tokenizer
@@ -20,6 +21,7 @@ from xtuner.dataset import rendering, worker_pool
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, render_chats
+from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import TEMPLATES, get_template
 from xtuner.errors import ConfigError, DataError
 
@@ -324,3 +326,22 @@ def test_however_a_process_ends_its_renderers_end(how):
         time.sleep(0.1)
     if how == 'fork':
         os.kill(words['fork'][0], signal.SIGKILL)
+
+
+def test_workers_of_a_data_loader_render_while_their_parent_does(tmp_path):
+    tokenizer = make_tokenizer(['<|end|>'])
+    tokenizer.chat_template = PLAIN
+    template = get_template('from_tokenizer', tokenizer)  # rendered here before the workers are forked
+    lines = [f'{{"messages": [{{"role": "user", "content": "q{n}"}}, {{"role": "assistant", "content": "a{n}"}}]}}'
+             for n in range(300)]  # fmt: skip
+    (tmp_path / 'data.jsonl').write_text('\n'.join(lines))
+    config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), max_length=256)
+    found = {}
+    for workers in (0, 2):
+        stream = PackStream(config, tokenizer=tokenizer, template=template, window=50)
+        packs = []
+        for pack in DataLoader(stream, batch_size=None, num_workers=workers, timeout=120 * bool(workers)):
+            packs.append(tuple(pack['input_ids'].flatten().tolist()))
+            assert shown(PLAIN, 'Hi') == ['user: Hi<|end|>']
+        found[workers] = sorted(packs)
+    assert found[0] == found[2] and len(found[0]) > 10
