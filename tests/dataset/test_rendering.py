@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import ROOT
 from tests.dataset.conftest import all_markers, make_tokenizer
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset import rendering, worker_pool
+from xtuner.dataset import rendering, tokenize, worker_pool
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, render_chats
@@ -236,6 +236,26 @@ def test_one_record_on_which_the_template_loops_is_bad_and_the_others_are_used(s
         prepare_dataset(DatasetConfig(source=config.source, max_length=64), tokenizer=tokenizer, template=template)
     assert time.monotonic() - began < 30
     assert_idle()
+
+
+def test_many_such_records_end_the_preparation_and_nothing_behind_the_first_is_rendered_where_it_stops(
+    short, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokenize, '_MOST_OVER_BOUND', 3)
+    tokenizer = make_tokenizer(['<|end|>'])
+    tokenizer.chat_template = TRAP
+    template = get_template('from_tokenizer', tokenizer)
+    line = '{"messages": [{"role": "user", "content": "loop"}, {"role": "assistant", "content": "a"}]}'
+    (tmp_path / 'data.jsonl').write_text('\n'.join([line] * 200))
+    ran = []
+    run = worker_pool.POOL.run
+    monkeypatch.setattr(worker_pool.POOL, 'run', lambda *args: ran.append(1) or run(*args))
+    for policy, message, most in (('error', 'data.jsonl:1: the chat template of', 1), ('skip', 'no more are tried', 3)):
+        ran.clear()
+        config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), max_length=64, on_bad_record=policy)
+        with pytest.raises(DataError, match=message):
+            prepare_dataset(config, tokenizer=tokenizer, template=template)
+        assert len(ran) == most
 
 
 def test_a_template_that_always_loops_is_refused_as_it_is_chosen(short):

@@ -69,7 +69,7 @@ class Summary:
                 lines.append(f'{self.counts[kind]} {text}: {shown}{more}')
         if self.spelt:
             names = sorted(self.spelt, key=lambda name: -self.spelt[name])
-            shown = ', '.join(f'{name} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
+            shown = ', '.join(f'{name!r} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
             lines.append(f'answers spell special tokens of the tokenizer, which are trained as text: {shown}'
                          f'{", …" if len(names) > 5 else ""}; dataset.special_tokens_in_answers=True trains them as '
                          'the tokens')  # fmt: skip
