@@ -108,7 +108,7 @@ def test_without_the_choice_a_note_counts_them(tmp_path):
     lines = [json.dumps({'messages': turns('a <|call|>', text)}) for text in (CALL, 'plain <eoa>', '<|call|>' * 3)]
     (tmp_path / 'data.jsonl').write_text('\n'.join(lines))
     template = get_template('internlm_chat', tokenizer)
-    for choice, note in ((None, ['<|call|> (2 conversations)', '<|/call|> (1 conversation)']), (True, [])):
+    for choice, note in ((None, ["'<|call|>' (2 conversations)", "'<|/call|>' (1 conversation)"]), (True, [])):
         config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), special_tokens_in_answers=choice)
         summary = check_dataset(config, tokenizer=tokenizer, template=template)
         found = [line for line in summary.lines() if 'special_tokens_in_answers=True' in line]

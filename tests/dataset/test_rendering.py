@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.conftest import ROOT
 from tests.dataset.conftest import all_markers, make_tokenizer
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset import rendering, worker_pool
+from xtuner.dataset import rendering, tokenize, worker_pool
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.pipeline import prepare_dataset
 from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, render_chats
+from xtuner.dataset.stream import PackStream
 from xtuner.dataset.template import TEMPLATES, get_template
 from xtuner.errors import ConfigError, DataError
 
@@ -236,6 +238,26 @@ def test_one_record_on_which_the_template_loops_is_bad_and_the_others_are_used(s
     assert_idle()
 
 
+def test_many_such_records_end_the_preparation_and_nothing_behind_the_first_is_rendered_where_it_stops(
+    short, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokenize, '_MOST_OVER_BOUND', 3)
+    tokenizer = make_tokenizer(['<|end|>'])
+    tokenizer.chat_template = TRAP
+    template = get_template('from_tokenizer', tokenizer)
+    line = '{"messages": [{"role": "user", "content": "loop"}, {"role": "assistant", "content": "a"}]}'
+    (tmp_path / 'data.jsonl').write_text('\n'.join([line] * 200))
+    ran = []
+    run = worker_pool.POOL.run
+    monkeypatch.setattr(worker_pool.POOL, 'run', lambda *args: ran.append(1) or run(*args))
+    for policy, message, most in (('error', 'data.jsonl:1: the chat template of', 1), ('skip', 'no more are tried', 3)):
+        ran.clear()
+        config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), max_length=64, on_bad_record=policy)
+        with pytest.raises(DataError, match=message):
+            prepare_dataset(config, tokenizer=tokenizer, template=template)
+        assert len(ran) == most
+
+
 def test_a_template_that_always_loops_is_refused_as_it_is_chosen(short):
     tokenizer = make_tokenizer(['<|end|>'])
     tokenizer.chat_template = LOOP
@@ -338,3 +360,22 @@ def test_however_a_process_ends_its_renderers_end(how):
         time.sleep(0.1)
     if how == 'fork':
         os.kill(words['fork'][0], signal.SIGKILL)
+
+
+def test_workers_of_a_data_loader_render_while_their_parent_does(tmp_path):
+    tokenizer = make_tokenizer(['<|end|>'])
+    tokenizer.chat_template = PLAIN
+    template = get_template('from_tokenizer', tokenizer)  # rendered here before the workers are forked
+    lines = [f'{{"messages": [{{"role": "user", "content": "q{n}"}}, {{"role": "assistant", "content": "a{n}"}}]}}'
+             for n in range(300)]  # fmt: skip
+    (tmp_path / 'data.jsonl').write_text('\n'.join(lines))
+    config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), max_length=256)
+    found = {}
+    for workers in (0, 2):
+        stream = PackStream(config, tokenizer=tokenizer, template=template, window=50)
+        packs = []
+        for pack in DataLoader(stream, batch_size=None, num_workers=workers, timeout=120 * bool(workers)):
+            packs.append(tuple(pack['input_ids'].flatten().tolist()))
+            assert shown(PLAIN, 'Hi') == ['user: Hi<|end|>']
+        found[workers] = sorted(packs)
+    assert found[0] == found[2] and len(found[0]) > 10

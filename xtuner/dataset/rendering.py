@@ -113,15 +113,24 @@ def _seconds(chat: Chat) -> float:
 def _rendered(template: ChatTemplate, batch: Sequence[tuple[Chat, bytes]]) -> Iterator[list[str] | DataError]:
     head = {'template': template.text, 'variables': template.variables, 'seconds': SECONDS}
     sent = [(chat, frame) for chat, frame in batch if frame]
-    answers = iter(
-        POOL.run(head, [frame for _, frame in sent], [_PATIENCE * (SECONDS + _seconds(chat)) for chat, _ in sent])
-    )
+    answers = _answers(head, sent)
     for chat, frame in batch:
         if not frame:
             yield DataError(f'{chat.origin}: the conversation is nested too deeply, or holds a key that is not text')
             continue
         answer = next(answers)
         yield _views(answer['texts']) if 'texts' in answer else _error(template, chat, frame, answer)
+
+
+def _answers(head: dict[str, Any], sent: Sequence[tuple[Chat, bytes]]) -> Iterator[dict[str, Any]]:
+    """Yields the answers; what stands behind one that reached a bound is rendered once it is asked for."""
+    done = 0
+    while done < len(sent):
+        rest = sent[done:]
+        patience = [_PATIENCE * (SECONDS + _seconds(chat)) for chat, _ in rest]
+        answers = POOL.run(head, [frame for _, frame in rest], patience)
+        yield from answers
+        done += len(answers)
 
 
 def _views(texts: list[Any]) -> list[str]:

@@ -95,7 +95,7 @@ class Summary:
         if not self.spelt:
             return []
         names = sorted(self.spelt, key=lambda name: -self.spelt[name])
-        shown = ', '.join(f'{name} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
+        shown = ', '.join(f'{name!r} ({counted(self.spelt[name], "conversation")})' for name in names[:5])
         more = ', …' if len(names) > 5 else ''
         return [printable(f'answers spell special tokens of the tokenizer, which are trained as text: {shown}{more}; '
                           'dataset.special_tokens_in_answers=True trains them as the tokens')]  # fmt: skip

@@ -61,6 +61,9 @@ def _confine(memory: int) -> None:
         importlib.import_module(name)
     time.localtime()  # reads the time zone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    if hasattr(signal, 'SIGPROF'):  # may have been ignored or blocked there
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     try:
         import resource
     except ImportError:  # Windows; there, who waits ends it

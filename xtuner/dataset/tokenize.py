@@ -21,11 +21,13 @@ import numpy as np
 
 from xtuner.dataset.conversation import MODEL_ROLES, Conversation, Message, to_prompt
 from xtuner.dataset.prompt import Piece, Template
+from xtuner.dataset.rendering import TemplateBoundError
 from xtuner.dataset.text_encoder import MIDDLE, START, Run, TextEncoder
 from xtuner.errors import DataError
 
 IGNORE_INDEX = -100
 _MOST_PLANS = 1024  # kinds of conversations whose rendering is kept
+_MOST_OVER_BOUND = 20  # conversations on which a chat template may take too much before preparation fails
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Encoder:
         controls = self.texts.controls
         named = {name: controls[text] for name, text in self._strings.items() if text in controls}
         self._controls = {**controls, **named}
+        self._num_over_bound = 0
         self._meant = _pattern(template.answer_tokens)
         self._spellable = _pattern(set(template.allowable(tokenizer)) - set(template.answer_tokens))
         self._plans: dict[tuple, list[tuple[Run, tuple[str, ...]]]] = {}
@@ -118,6 +121,7 @@ class Encoder:
         results: list[list[Run] | DataError] = []
         for runs in self._runs_of_each(conversations):
             results.append(runs)
+            self._count_bounds(runs)
             if stop and isinstance(runs, DataError):
                 break
         good = [runs for runs in results if not isinstance(runs, DataError)]
@@ -126,6 +130,13 @@ class Encoder:
         except DataError:  # of one of them; which one, each alone tells
             samples = map(self._sample, good)
         return [runs if isinstance(runs, DataError) else next(samples) for runs in results]
+
+    def _count_bounds(self, runs: list[Run] | DataError) -> None:
+        """Raises DataError once so many conversations cost seconds each that this will not end."""
+        self._num_over_bound += isinstance(runs, TemplateBoundError)
+        if self._num_over_bound >= _MOST_OVER_BOUND:
+            raise DataError(f'{runs}; {self._num_over_bound} conversations have met a bound of the template, and no '
+                            'more are tried')  # fmt: skip
 
     def spelt(self, conversation: Conversation) -> set[str]:
         """Returns the special tokens that answers spell and that are text to the model, though they could be ids."""

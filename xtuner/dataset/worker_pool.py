@@ -180,26 +180,31 @@ class Pool:
             seconds: How long each may take by the clock.
 
         Returns:
-            The answers. One that did not come is `{'error': reason, 'message': detail}`; its process is gone.
+            The answers, up to the first one that cost its process. One that did not come at all is
+            `{'error': reason, 'message': detail}`.
         """
         answers: list[dict[str, Any]] = []
-        crashed = -1  # the job that ended its process once: that may have been somebody else's doing
+        retried = False  # a process that crashed may have been ended by somebody else
         with _Place(self._quick, self._slow, self._waiting) as place:
             while len(answers) < len(frames):
-                worker, evicted = self._take(), False
+                try:
+                    worker = self._take()
+                except OSError as error:
+                    return [*answers, {'error': 'start', 'message': error.strerror or str(error)}]
+                done, evicted = len(answers), False
                 try:
                     self._fill(answers, worker, place, head, frames, seconds)
+                    break
                 except _Evicted:
                     evicted = True
                 except Died as died:
-                    if died.reason == 'crash' and crashed != len(answers):
-                        crashed = len(answers)
-                    else:
-                        answers.append({'error': died.reason, 'message': died.detail})
+                    retried = died.reason == 'crash' and (not retried or len(answers) > done)
+                    if not retried:
+                        return [*answers, {'error': died.reason, 'message': died.detail}]
                 finally:
                     self._give_back(worker)  # which ends one that owes an answer, before anything else is waited for
                 if evicted and not place.wait():
-                    answers.append({'error': 'busy'})
+                    return [*answers, {'error': 'busy'}]
         return answers
 
     def close(self) -> None:
