@@ -30,22 +30,32 @@ LESSONS = torch.randint(3, VOCAB, (6, PROMPT + ANSWER), generator=torch.Generato
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp('base'))
+    """A base that loses much in 4 bit: one large value in each block makes all others coarse."""
+    folder = make_base(tmp_path_factory.mktemp('base'))
+    for file in folder.glob('*.safetensors'):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith('_proj.weight'):
+                tensors[name][:, ::64] *= 10
+        save_file(tensors, file, {'format': 'pt'})
+    return folder
 
 
-def teach(base: Path, run: Path, *, steps: int = 60) -> Path:
-    """A run's work folder: an adapter that has learnt the lessons by heart on the base in 4 bit, and their record."""
+def teach(base: Path, run: Path) -> Path:
+    """A run's work folder: an adapter that has just learnt the lessons on the base in 4 bit, and their record."""
     torch.manual_seed(0)
     model = load_model(base, dtype=torch.float32, quantization=SETTINGS)
     adapted = attach_adapter(model, {'type': 'peft:LoraConfig', 'r': 8, 'lora_alpha': 16, 'task_type': 'CAUSAL_LM',
                                      'target_modules': 'all-linear'})  # fmt: skip
-    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=5e-3)
     labels = LESSONS.clone()
     labels[:, :PROMPT] = -100
-    for _ in range(steps):
+    for step in range(100):
         adapted(input_ids=LESSONS, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % 4 == 0 and num_kept(adapted) == len(LESSONS):
+            break
     folder = run / 'checkpoint-00000001'
     adapted.save_pretrained(folder)
     digest = fingerprint(open_weights(base))

@@ -17,6 +17,7 @@ from tests.convert.adapters import GPT2, KINDS, TIED, VOCAB, make_base, make_gpt
 from xtuner.cli.main import main
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import shards
+from xtuner.convert.adapter_file import AdapterFile
 from xtuner.convert.delta import LowRank
 from xtuner.convert.merge import merge
 from xtuner.errors import CheckpointError, ModelError, UsageError
@@ -221,6 +222,23 @@ def test_the_check_finds_a_wrong_result(
     monkeypatch.setattr(LowRank, 'rows', wrong)
     refused(ModelError, 'differs from base and adapter: a logit by', base, adapters['a'], tmp_path / 'merged')
     merge(str(base), adapters['a'], tmp_path / 'unchecked', verify=0)
+
+
+@pytest.mark.parametrize('mistake', ['scale', 'a tensor forgotten'])
+def test_the_check_shares_nothing_with_what_it_checks(
+    mistake: str, base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads the adapter's file for the merge errs: the reference is peft's, from the file itself."""
+    if mistake == 'scale':
+        right = AdapterFile._scale
+        monkeypatch.setattr(AdapterFile, '_scale', lambda self, *args: 2 * right(self, *args))
+    else:
+        whole = AdapterFile.targets.fget
+        assert whole is not None
+        monkeypatch.setattr(
+            AdapterFile, 'targets', property(lambda self: whole(self) - {'model.layers.1.mlp.up_proj.weight'})
+        )
+    refused(ModelError, 'differs from base and adapter: a logit by', base, adapters['a'], tmp_path / 'merged')
 
 
 @pytest.mark.skipif(not Path('/proc/self/mem').is_file(), reason='nothing here that can be opened and not read')

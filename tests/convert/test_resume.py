@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -132,3 +133,52 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
     with pytest.raises(ModelError, match=r'B free, .* are to be written'):
         write(tmp_path, PLANS)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    with whole_folder(out, 'job') as folder:
+        (folder / 'half').write_text('done')
+        with pytest.raises(ModelError, match='out is being written by another process'), whole_folder(out, 'job'):
+            pass
+        assert (folder / 'half').read_text() == 'done'
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    assert (out / 'half').read_text() == 'done'
+
+
+def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_text('')
+    below = whole_folder(tmp_path / 'file' / 'a', 'job')
+    with pytest.raises(ModelError, match=r'file is a file; nothing was written'), below:
+        pass
+    with (
+        pytest.raises(ModelError, match=r'cannot write .*: .*; nothing was written$'),
+        whole_folder(Path('/proc/self/nothing/out'), 'job'),
+    ):
+        pass
+
+
+def test_a_broken_file_of_the_base_is_found_before_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xtuner.convert import merge as module
+
+    base = make_base(tmp_path / 'base')
+    save_trained(base, tmp_path / 'adapter')
+    (base / 'generation_config.json').write_text('{')
+    written: list[Path] = []
+    monkeypatch.setattr(module, 'write_weights', lambda folder, *_: written.append(folder))
+    with pytest.raises(ModelError, match=r'generation_config.json cannot be read'):
+        merge(str(base), tmp_path / 'adapter', tmp_path / 'out', verify=0)
+    assert not written
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_base_that_is_stored_quantised_is_told_as_such(tmp_path: Path) -> None:
+    base = make_base(tmp_path / 'base')
+    save_trained(base, tmp_path / 'adapter')
+    config = json.loads((base / 'config.json').read_text())
+    config['quantization_config'] = {'quant_method': 'bitsandbytes', 'load_in_4bit': True}
+    (base / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r'is stored quantised \(bitsandbytes\), and a merge needs plain weights'):
+        merge(str(base), tmp_path / 'adapter', tmp_path / 'out')
