@@ -7,7 +7,7 @@ Each class also inherits the built-in exception that callers of a library would 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class XTunerError(Exception):
@@ -54,6 +54,11 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Returns a hint such as `; did you mean 'a' or 'b'?` for a misspelt `name`, or '' where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
     return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names and how many there are beside it: "'a'", "'a' (and 2 more)"."""
+    return repr(names[0]) + (f' (and {len(names) - 1} more)' if len(names) > 1 else '')
 
 
 def one_line(error: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from xtuner.cli.options import given_path
 
@@ -15,12 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file, never over an existing one, and prints its path."""
-    from xtuner.config.find import find_config
     from xtuner.config.flatten import flatten
     from xtuner.config.load import load_config
     from xtuner.errors import ConfigError
 
-    name = find_config(args.config).stem
+    name = Path(args.config).stem  # as it was called: the next command of a tutorial counts on it
     source = flatten(load_config(args.config), title=f'A copy of {name}.')
     target = args.folder / f'{name}_copy.py'
     try:

@@ -68,9 +68,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks the config, trains, and prints the last checkpoint's folder on stdout."""
+    """Checks the config, trains, and prints the last checkpoint's folder on stdout, for scripts."""
     from xtuner.cli.log import start_logging
-    from xtuner.config.find import find_config
 
     _take_config_from_resume(args)
     overrides: dict[str, Any] = {}
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         overrides['parallel.strategy'] = args.strategy or args.deepspeed
     config = read_config(args, overrides)
     start_logging()
-    work_dir = args.work_dir or Path('work_dirs') / find_config(args.config).stem
+    work_dir = args.work_dir or Path('work_dirs') / Path(args.config).stem
     start = _checked_start(args, config, work_dir)
     say_loading()
     if args.launcher == 'none' and _needs_launcher(args, config.parallel.strategy):
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.ranks import is_first_process
 
     last = train(config, work_dir=work_dir, start=start, launcher=args.launcher)
-    if is_first_process():
+    if is_first_process() and not (sys.stdout.isatty() and sys.stderr.isatty()):  # there the log's last line says it
         print(last)
     return 0
 

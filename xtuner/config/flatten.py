@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,15 +39,18 @@ def _section(field: dataclasses.Field[Any], value: Any, imports: set[tuple[str, 
 
 
 def _comment(field: dataclasses.Field[Any]) -> str:
-    allowed = field.metadata['allowed']
-    return field.metadata['text'] + (f' ({", ".join(map(str, allowed))})' if allowed else '')
+    text, allowed = field.metadata['text'], field.metadata['allowed']
+    others = [str(value) for value in allowed if str(value) not in text]  # the text explains some, or all
+    also = 'also ' if len(others) < len(allowed) else ''
+    return f'{text} ({also}{", ".join(others)})' if others else text
 
 
 def _row(code: str, comment: str) -> str:
     if not comment:
         return code
     if len(code) > _COMMENT_COLUMN - 2 or _COMMENT_COLUMN + len(comment) + 2 > _WIDTH:
-        return f'    # {comment}\n{code}'
+        lines = textwrap.wrap(comment, _WIDTH - len('    # '))
+        return '\n'.join([*(f'    # {line}' for line in lines), code])
     return f'{code:{_COMMENT_COLUMN}}# {comment}'
 
 

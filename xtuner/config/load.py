@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.classical import is_classical, translate
-from xtuner.config.find import find_config
+from xtuner.config.find import find_config, split_epochs
 from xtuner.config.schema import TrainConfig
 from xtuner.config.short_types import with_full_types
 from xtuner.errors import ConfigError, UsageError, nearest
@@ -39,6 +39,9 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     values = read_file(path)
     if is_classical(values):
         values = _from_classical(values, path)
+    epochs = split_epochs(name)[1]
+    if epochs and path.stem != Path(name).stem:  # a shipped config by its classical name
+        _override(values, 'schedule.max_epochs', epochs)
     own = copy.deepcopy(values)
     for key, value in (overrides or {}).items():
         _override(values, key, value)

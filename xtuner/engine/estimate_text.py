@@ -145,6 +145,8 @@ def _time(estimate: Estimate, card: Card | None, step_seconds: float | None) -> 
     speed = tokens_per_second(estimate.setup, card) * world
     seconds = (estimate.num_tokens or 0) / speed
     on = f'{world} x {card.name}' if world > 1 else card.name
+    if seconds < 60:
+        return [f'time: below a minute of computing on {on}; loading, samples and checkpoints take longer']
     return [
         f'time: about {clock(seconds)} on {on}, at {speed:,.0f} tokens/s; the share of the peak is the one '
         'measured on an H200'

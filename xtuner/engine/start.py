@@ -76,6 +76,10 @@ def check_start(work_dir: Path, start: Start) -> None:
         raise CheckpointError(f'--start-from {start.weights}: no such folder{_offer(start.weights.parent)}')
     if isinstance(start.resume, Path) or start.resume not in (None, NEWEST):
         folder = Path(start.resume or '')
+        if folder.suffix == '.pth':
+            raise CheckpointError(f'--resume {folder}: a checkpoint of classical xtuner holds no state to go on from '
+                                  'here; `xtuner convert pth_to_hf CONFIG FILE OUT` makes an adapter of it, and '
+                                  '--start-from OUT begins a new run with that')  # fmt: skip
         if not folder.is_dir():
             raise CheckpointError(f'--resume {folder}: no such folder{_offer(work_dir)}')
         if list_checkpoints(folder):

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.config.schema import QuantizationConfig
-from xtuner.errors import ModelError, one_line
+from xtuner.errors import ModelError, first_of, one_line
 from xtuner.fields import Field, check_fields, shown
 from xtuner.model.check import check_weights
 from xtuner.model.config_file import make_config
@@ -206,10 +206,8 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
     surplus = sorted(name for name in report.get('unexpected_keys') or () if not name.endswith('inv_freq'))
     errors = report.get('error_msgs') or ()
     if missing:
-        raise ModelError(f'{folder}: tensor {missing[0]!r} is missing, and {len(missing) - 1} more')
+        raise ModelError(f'{folder}: tensor {first_of(missing)} is missing')
     if surplus:
-        raise ModelError(
-            f'{folder}: tensor {surplus[0]!r} belongs to no part of the model, and {len(surplus) - 1} more'
-        )
+        raise ModelError(f'{folder}: tensor {first_of(surplus)} belongs to no part of the model')
     if errors:
         raise ModelError(f'{folder}: {one_line(errors[0])}')

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xtuner.errors import ModelError, first_line, one_line
+from xtuner.errors import ModelError, first_line, first_of, one_line
 from xtuner.fields import Field, check_fields, shown
 from xtuner.files import check_regular, read_object
 from xtuner.model.places import Place, bin_places, safetensors_places
@@ -255,9 +255,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
         try:
             held = file_names(open_file(path))
         except ModelError as error:
-            raise ModelError(
-                f'{error}; {index.name} says it holds {expected[0]!r} and {len(expected) - 1} more'
-            ) from error
+            raise ModelError(f'{error}; {index.name} says it holds {first_of(expected)}') from error
         if missing := sorted(set(expected) - set(held)):
             raise ModelError(f'{path} lacks tensor {missing[0]!r}, which {index.name} says it holds')
         files |= dict.fromkeys((name for name in held if name not in files), path)

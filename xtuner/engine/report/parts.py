@@ -70,12 +70,16 @@ def data_part(run: Run) -> str:
 
 def _data_card(name: str, summary: Mapping[str, Any]) -> str:
     title = {'train': 'Training data', 'val': 'Validation data'}.get(name, name)
+    shown = dict(summary)
+    for part, whole in (('part_conversations', 'kept'), ('part_tokens', 'tokens')):
+        if shown.get(part) == shown.get(whole):
+            del shown[part]  # all that was kept is in this part
     rows: list[tuple[str, object]] = [
-        (label, f'{summary[key]:,}') for key, label in (
-            ('records', 'records read'), ('conversations', 'conversations made of them'),
-            ('kept', 'kept'), ('tokens', 'tokens in them'), ('part_conversations', 'conversations in this part'),
-            ('part_tokens', 'tokens in them'), ('packs', 'packs'),
-        ) if isinstance(summary.get(key), int)
+        (label, f'{shown[key]:,}') for key, label in (
+            ('records', 'records'), ('conversations', 'conversations'), ('kept', 'conversations kept'),
+            ('tokens', 'tokens in all of them'), ('part_conversations', 'conversations of this part'),
+            ('part_tokens', 'tokens of this part'), ('packs', 'packs'),
+        ) if isinstance(shown.get(key), int)
     ]  # fmt: skip
     if isinstance(summary.get('fill'), float):
         rows.append(('packs are full', f'{summary["fill"]:.1%}'))
