@@ -15,7 +15,7 @@ from xtuner.dataset.show import printable
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.engine.lines import append_line, keep_lines
-from xtuner.errors import Interrupted
+from xtuner.errors import Interrupted, TrainingError, one_line
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 
@@ -28,7 +28,7 @@ class EvaluateChatHook(Hook):
     """Prints greedy answers and appends them to `work_dir/samples.jsonl`.
 
     It never changes the run: the loop seeds every step anew, the model's mode is put back, and an error in generating
-    is reported and left behind.
+    is reported and left behind; but one of a single rank where all compute the answer ends the run.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -83,27 +83,53 @@ class EvaluateChatHook(Hook):
         try:
             with runner.strategy.whole():
                 for prompt in self._prompts:
-                    self._answer(model.llm, prompt, step, Path(runner.work_dir))
-        except Interrupted:
+                    self._sample(runner, prompt, step)
+        except (Interrupted, TrainingError):
             raise
         except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
-            reason = ' '.join(str(error).split())
-            logger.warning('no sample at step %d, training goes on: %s: %s', step, type(error).__name__, reason)
+            logger.warning('no sample at step %d, training goes on: %s', step, _words(error))
         finally:
             release(model.llm)
             model.train(training)
 
-    def _answer(self, llm: Any, prompt: str, step: int, work_dir: Path) -> None:
+    def _sample(self, runner: Any, prompt: str, step: int) -> None:
+        """Generates one answer, by all ranks where they hold the weights together, and prints it on the first.
+
+        Raises:
+            TrainingError: the ranks do not agree on how it ended, so that they could not go on together.
+        """
+        together = runner.strategy.together and runner.watch is not None
+        failure: Exception | None = None
+        answer: list[int] = []
+        try:
+            answer = self._generate(runner.bare_model.llm, prompt, synced=together)
+        except Interrupted:
+            raise
+        except Exception as error:
+            failure = error
+        if together:
+            runner.watch.agree_on_success(f'the sample at step {step}', '' if failure is None else _words(failure))
+        if failure is not None:
+            raise failure
+        if self._prints:
+            self._print(prompt, answer, step, Path(runner.work_dir))
+
+    def _generate(self, llm: Any, prompt: str, *, synced: bool) -> list[int]:
         system = [Message('system', self._system)] if self._system else []
         ids = encode_prompt([*system, Message('user', prompt)], self._tokenizer, self._template)
         stop_ids = self._template.stop_ids(self._tokenizer)
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
-        if not self._prints:
-            return
+            return generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling, synced=synced)
+
+    def _print(self, prompt: str, answer_ids: list[int], step: int, work_dir: Path) -> None:
+        stop_ids = self._template.stop_ids(self._tokenizer)
         answer = self._tokenizer.decode(
             [i for i in answer_ids if i not in stop_ids], clean_up_tokenization_spaces=False
         )
         logger.info('sample at step %d\n  > %s\n  %s', step, printable(prompt), printable(answer.strip()))
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
         append_line(work_dir / SAMPLES_FILE, record)
+
+
+def _words(error: Exception) -> str:
+    return f'{type(error).__name__}: {one_line(error)}'
