@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.model.families import MIXING, SEPARATE, make_model
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, ModelError
+from xtuner.model.batching import BatchDecoder
 from xtuner.model.family_checks import check_family
 from xtuner.model.logits import LogitRule
 from xtuner.model.sft import SupervisedFinetune
+from xtuner.model.shape import model_shape
 
 FAMILIES = SEPARATE + MIXING
 LENGTHS = (9, 5, 14)
@@ -128,3 +130,46 @@ def test_angles_that_depend_on_the_longest_sample_are_told(
     with caplog.at_level(logging.WARNING, logger='xtuner'):
         check_family(SupervisedFinetune(llm), packed=packed, max_length=max_length)
     assert ('one of more than 32 tokens changes the others' in caplog.text) is warned
+
+
+@pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text', 'mistral', 'bloom'])
+def test_other_families_are_generated_by_transformers(kind: str) -> None:
+    """`hidden_activation` is what Gemma calls its activation."""
+    from xtuner.model.decode.layers import obstacle
+    from xtuner.model.generate import Sampling, generate
+
+    llm = make_model(kind)
+    assert obstacle(llm) is not None
+    ids = samples()[0].tolist()
+    answer = generate(llm, ids, stop_ids=[2], sampling=Sampling(max_new_tokens=4, temperature=0))
+    expected = llm.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=2)
+    assert answer == expected[0, len(ids) :].tolist()
+
+
+def test_a_composite_config_has_its_heads_in_its_text_model() -> None:
+    from transformers import AutoConfig
+
+    from xtuner.model.fast import check_heads
+
+    composite = AutoConfig.for_model('gemma3')
+    check_heads(composite, 1)
+    check_heads(composite, composite.text_config.num_key_value_heads)
+    with pytest.raises(ConfigError, match='does not divide'):
+        check_heads(composite, 7)
+    check_heads(AutoConfig.for_model('mamba'), 1)
+    with pytest.raises(ConfigError, match='has no attention heads'):
+        check_heads(AutoConfig.for_model('mamba'), 2)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'bloom', 'falcon', 'mpt', 'opt', 'mamba', 'gemma2', 'llama'])
+def test_the_shape_of_any_family_is_counted(kind: str) -> None:
+    llm = make_model(kind)
+    shape = model_shape(llm.config, None)
+    assert shape.num_layers == 2
+    assert shape.num_base == sum(p.numel() for p in llm.parameters())
+
+
+def test_bloom_is_refused_for_batches_in_a_line() -> None:
+    with pytest.raises(ModelError, match="a model of type 'bloom' cannot be decoded in batches") as caught:
+        BatchDecoder(make_model('bloom'), num_rows=2, max_length=32)
+    assert '\n' not in str(caught.value)
