@@ -105,6 +105,27 @@ class Signal(At):
             os.kill(os.getpid(), number)
 
 
+class SlowStep(At):
+    """Each micro-batch of a step takes its time; after one of them, counted from 1, a signal comes to one rank.
+
+    The work folder's `micro-batches-RANK` tells how many were computed in that step.
+    """
+
+    def strike(self, runner: Any) -> None:
+        values, told = self.values, Path(runner.work_dir) / f'micro-batches-{runner.rank}'
+        count = 0
+
+        def wait(*_: Any) -> None:
+            nonlocal count
+            count += 1
+            told.write_text(str(count), encoding='utf-8')
+            time.sleep(values['seconds'][runner.rank])
+            if count == values['micro_batch'] and runner.rank == values['rank']:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        runner.bare_model.register_forward_hook(wait)
+
+
 class JumpClock(Hook):
     """Moves the wall clock by a day at every step, forth and back."""
 

@@ -32,6 +32,26 @@ class Hangs(Hook):
             time.sleep(600)
 
 
+class FailsToSample(Hook):
+    """Generating fails on some ranks, in a layer of the model, as where memory runs out."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, failing: list[int], after: int = 2) -> None:
+        self._failing, self._left = failing, after
+
+    def before_train(self, runner: Any) -> None:
+        def fail(module: Any, *_: Any) -> None:
+            if module.training or runner.rank not in self._failing:
+                return
+            self._left -= 1
+            if self._left < 0:
+                raise RuntimeError('no memory for the sample')
+
+        base = runner.bare_model.llm.get_base_model()
+        base.get_decoder().layers[1].self_attn.register_forward_pre_hook(fail)
+
+
 def slow_map(record: dict[str, Any]) -> dict[str, Any]:
     """The OpenAI form, at a second a record."""
     time.sleep(1)

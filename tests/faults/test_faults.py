@@ -19,7 +19,7 @@ import torch
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
 from xtuner.engine.lines import append_line
-from xtuner.engine.trainer_state import read_state
+from xtuner.engine.trainer_state import read_state, validation_loss
 from xtuner.errors import TrainingError
 
 STEPS = 5
@@ -220,10 +220,47 @@ def test_the_clock_jumps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_saves_once_and_ends_the_run(number: int, place: Place, error: Any) -> None:
     before = signal.getsignal(number)
     assert place.train(fault('Signal', numbers=[int(number)]), 'checkpoint.interval=100') == 128 + number
-    assert 'stopped at step 3, saved; the same command with --resume goes on' in error()
-    assert place.checkpoints() == [3]
+    assert 'stopped at step 2, saved; the same command with --resume goes on' in error()
+    assert place.checkpoints() == [2]
     assert signal.getsignal(number) is before
     place.goes_on()
+
+
+LONG = ('schedule.accumulative_counts=12', 'checkpoint.interval=100')
+
+
+@pytest.mark.parametrize('micro_batch', [1, 4, 11])
+def test_a_signal_within_a_long_step_is_followed_before_the_next_micro_batch(
+    micro_batch: int, place: Place, error: Any
+) -> None:
+    run = place.folder / 'run'
+    slow = fault('SlowStep', step=2, micro_batch=micro_batch, rank=0, seconds=[0.02])
+    assert place.train(slow, *LONG, steps=2) == 143
+    assert 'stopped at step 1, saved; the same command with --resume goes on' in error()
+    assert (run / 'micro-batches-0').read_text(encoding='utf-8') == str(micro_batch)
+    assert place.checkpoints() == [1]
+    assert [entry['step'] for entry in metrics(run)] == [1]
+    assert place.train(*LONG, words=('--allow-changes',), steps=2) == 0  # the hook is gone
+    resumed = result(run)
+    shutil.rmtree(run)
+    assert place.train(*LONG, steps=2) == 0  # never interrupted
+    assert resumed == result(run)
+
+
+def test_a_signal_within_the_first_step_saves_nothing(place: Place, error: Any) -> None:
+    slow = fault('SlowStep', step=1, micro_batch=3, rank=0, seconds=[0.02])
+    assert place.train(slow, 'schedule.accumulative_counts=64') == 143
+    assert 'stopped in the first step; nothing is trained yet, and nothing saved' in error()
+    assert (place.folder / 'run' / 'micro-batches-0').read_text(encoding='utf-8') == '3'
+    assert place.checkpoints() == []
+
+
+def test_a_signal_in_a_long_step_after_a_saved_one_does_not_save_it_again(place: Place, error: Any) -> None:
+    options = ('schedule.accumulative_counts=3', 'checkpoint.interval=1', 'dataset.val_ratio=0.1')
+    assert place.train(fault('SlowStep', step=2, micro_batch=2, rank=0, seconds=[0.02]), *options) == 143
+    assert 'stopped at step 1, saved' in error()
+    loss = validation_loss(place.folder / 'run' / 'checkpoint-00000001')
+    assert loss is not None and metrics(place.folder / 'run')[-1]['val_loss'] == loss
 
 
 def test_a_second_signal_stops_at_once(place: Place, error: Any) -> None:

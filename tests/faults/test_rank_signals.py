@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lives import Life, metrics, steps_done, wait_for, words_for
+from tests.faults.lives import Life, metrics, result, steps_done, wait_for, words_for
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -26,6 +26,29 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(
     assert metrics(work_dir)[-1]['step'] == stopped
     text = log.read_text(encoding='utf-8')
     assert text.count(f'xtuner: error: stopped at step {stopped}, saved') == 1, text  # one of them tells
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_signal_within_a_long_step_stops_both_within_it(
+    rank: int, tiny_internlm: Path, forty_conversations: Path, tmp_path: Path
+) -> None:
+    """The signalled rank is the slower or the faster one; resumed, the run ends as one that was never stopped."""
+    log, work_dir, whole = tmp_path / 'log', tmp_path / 'run', tmp_path / 'whole'
+    options = ['schedule.accumulative_counts=16', 'checkpoint.interval=1000']
+    slow = {'type': 'tests.faults.hooks:SlowStep', 'step': 2, 'micro_batch': 4, 'rank': rank, 'seconds': [0.05, 0.1]}
+    words = words_for(tiny_internlm, forty_conversations, work_dir, *options, steps=2)
+    life = Life([*words, f'hooks={[slow]!r}'], log, ranks=2)
+    assert life.end() == [143, 143], log.read_text(encoding='utf-8')
+    text = log.read_text(encoding='utf-8')
+    assert text.count('xtuner: error: stopped at step 1, saved') == 1, text
+    counts = [int((work_dir / f'micro-batches-{r}').read_text(encoding='utf-8')) for r in range(2)]
+    assert counts[0] == counts[1] < 16  # those that the foremost rank had begun
+    assert Life([words[0], '--allow-changes', *words[1:]], log, ranks=2).end() == [0, 0], log.read_text(
+        encoding='utf-8'
+    )
+    words = words_for(tiny_internlm, forty_conversations, whole, *options, steps=2)
+    assert Life(words, log, ranks=2).end() == [0, 0], log.read_text(encoding='utf-8')
+    assert result(work_dir) == result(whole)
 
 
 @pytest.mark.slow

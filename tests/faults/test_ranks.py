@@ -92,4 +92,29 @@ def test_ranks_wait_for_the_one_that_prepares(tiny_internlm: Path, conversations
     result = run([*words, *more, '--nproc-per-node', '2'])
     assert result.returncode == 0, result.stderr
     prepared = 'prepared in' in result.stderr  # by rank 0, who speaks for all; by rank 1 as it happens
-    assert result.stderr.count('1 of') == 0 and (prepared or 'waiting for process' in result.stderr)
+    assert result.stderr.count('1 of') == 0 and (prepared or 'waiting for another process' in result.stderr)
+
+
+SAMPLES = ('parallel.strategy=fsdp', 'samples.prompts=["Say 1."]', 'samples.max_new_tokens=5', 'samples.interval=1')
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_a_rank_that_alone_fails_to_sample_ends_all(
+    failing: int, tiny_internlm: Path, forty_conversations: Path, tmp_path: Path
+) -> None:
+    """The other one waits in a collective that cannot end."""
+    log = tmp_path / 'log'
+    hook = {'type': 'tests.faults.rank_hooks:FailsToSample', 'failing': [failing]}
+    words = life_words(tiny_internlm, forty_conversations, tmp_path / 'run', *SAMPLES, f'hooks={[hook]!r}', steps=2)
+    assert Life(words, log, ranks=2).end() == [1, 1], log.read_text(encoding='utf-8')  # in time, neither hangs
+    assert len(errors(log)) == 1, errors(log)
+    assert f'rank {failing} alone failed in the sample at step 0: RuntimeError: no memory' in errors(log)[0]
+
+
+def test_ranks_that_fail_to_sample_alike_go_on(tiny_internlm: Path, forty_conversations: Path, tmp_path: Path) -> None:
+    log = tmp_path / 'log'
+    hook = {'type': 'tests.faults.rank_hooks:FailsToSample', 'failing': [0, 1]}
+    words = life_words(tiny_internlm, forty_conversations, tmp_path / 'run', *SAMPLES, f'hooks={[hook]!r}', steps=2)
+    assert Life(words, log, ranks=2).end() == [0, 0], log.read_text(encoding='utf-8')
+    assert 'no sample at step 0, training goes on: RuntimeError: no memory for the sample' in log.read_text('utf-8')
+    assert steps_done(tmp_path / 'run') == 2

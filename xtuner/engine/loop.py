@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from xtuner.engine.step_checks import (
     is_dead_worker,
     next_batch,
 )
-from xtuner.errors import TrainingError
+from xtuner.engine.step_result import Skips, StepResult
+from xtuner.errors import Interrupted, TrainingError
 from xtuner.model.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
@@ -36,46 +37,11 @@ logger = logging.getLogger('xtuner')
 Origins = Callable[[int, int], Sequence[str]]
 
 
-@dataclass
-class Skips:
-    """Steps whose gradient was not finite, so far; part of a checkpoint, so that a resumed run counts on."""
+class _Stopped(Exception):
+    """A signal ends the run within a step, which is given up."""
 
-    total: int = 0
-    in_a_row: int = 0
-
-    def note(self, skipped: bool) -> None:
-        """Counts a step."""
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-    def state(self) -> dict[str, int]:
-        """What `Skips(**state)` takes."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, over all ranks. Hooks get it as the dict `outputs`.
-
-    Attributes:
-        loss: Mean negative log-likelihood, in nats a target token.
-        grad_norm: L2 norm of the gradient before clipping.
-        lr: Learning rate of the first parameter group.
-        num_targets: Target tokens.
-        num_tokens: Tokens computed, padding included.
-        seconds: Wall time, data loading included.
-        skipped: The gradient was not finite, so no weight was changed.
-        num_skipped: Steps skipped so far, this one included.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    num_targets: int
-    num_tokens: int
-    seconds: float
-    skipped: bool
-    num_skipped: int
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
 
 
 class TrainLoop(BaseLoop):
@@ -83,6 +49,9 @@ class TrainLoop(BaseLoop):
 
     The gradient of a step is that of `sum of losses / number of targets`, both over all its micro-batches and ranks,
     so it does not depend on how the same samples are split into micro-batches.
+
+    A signal to stop is followed before the next micro-batch, on all ranks before the same one: the step is given up, so
+    that weights and optimizer are those after the last whole step, from which a resumed run does it again.
 
     Args:
         runner: The mmengine runner; gives model, optimizer and hooks.
@@ -190,6 +159,8 @@ class TrainLoop(BaseLoop):
             self.runner.call_hook(
                 'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
             )
+        except _Stopped as stopped:
+            self._give_up(stopped.signal_number)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 where = '; '.join(self._describe(range(len(micro_batches))))
@@ -204,16 +175,16 @@ class TrainLoop(BaseLoop):
     def _optimize(self, micro_batches: list[dict[str, Tensor]], start: float) -> StepResult:
         draw = self.step * self.strategy.world_size + self.strategy.rank
         torch.manual_seed(int(np.random.SeedSequence([self._seed, draw]).generate_state(1, np.uint64)[0]))
-        optimizer = self.runner.optim_wrapper.optimizer
-        factor = self.plan.lr_factor(self.step)
-        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
-            group['lr'] = base * factor
         for number, batch in enumerate(micro_batches):
             check_targets(batch['labels'], self.step, partial(self._rows, number))
         self._note('waiting for the others')
         num_targets, num_tokens = self._count(micro_batches)
         self._note('computing')
         loss, losses = self._backward(micro_batches, num_targets)
+        optimizer = self.runner.optim_wrapper.optimizer
+        factor = self.plan.lr_factor(self.step)
+        for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
+            group['lr'] = base * factor
         max_norm = self.plan.schedule.max_norm
         grad_norm = self.strategy.clip(self.scaler, math.inf if max_norm is None else max_norm)
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
@@ -249,9 +220,14 @@ class TrainLoop(BaseLoop):
 
         Returns:
             The step's mean loss over all ranks, and this rank's sum of each micro-batch.
+
+        Raises:
+            _Stopped: a signal came to one of the ranks.
         """
         losses: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
+            if number > 1 and (signal_number := self._agreed_stop()):
+                raise _Stopped(signal_number)
             with self.strategy.synchronised(number == len(micro_batches)):
                 with self.autocast():
                     loss_sum = self.runner.model(**batch)
@@ -259,6 +235,20 @@ class TrainLoop(BaseLoop):
                 self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
             losses.append(loss_sum.detach())
         return self._over_ranks(torch.stack(losses).sum()).item() / num_targets, losses
+
+    def _agreed_stop(self) -> int | None:
+        """The signal for which all ranks stop here; None: they go on."""
+        if self._watch is not None:
+            return self._watch.agree_on_stop(self._stop.signal_number)
+        return self._stop.signal_number if self.strategy.world_size == 1 else None
+
+    def _give_up(self, signal_number: int) -> NoReturn:
+        """Forgets the step under way, lets hooks save the state before it, and ends the run."""
+        if self._watch is not None:
+            self._watch.pause()
+        self.strategy.forget()
+        self.runner.call_hook('after_stop', signal_number=signal_number)
+        raise Interrupted(signal_number, f'stopped in step {self.step + 1}')
 
     def _note(self, what: str) -> None:
         """Tells the other ranks where this one is, so that they can name it should it hang."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted while training, acted on between two steps."""
+"""SIGTERM and Ctrl-C: noted while training, acted on between two micro-batches."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ class StopRequest:
         if self.signal_number is not None:
             raise Interrupted(number, 'stopped at once; the last checkpoint is kept')
         self.signal_number = number
-        logger.warning('%s: saving after this step; once more stops at once', signal.Signals(number).name)
+        logger.warning('%s: saving before the next micro-batch; once more stops at once', signal.Signals(number).name)

@@ -43,6 +43,7 @@ from xtuner.engine.story import told
 from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
 from xtuner.engine.work_folder import alone_in
 from xtuner.errors import ConfigError, XTunerError
+from xtuner.model.family_checks import check_family
 from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
@@ -140,6 +141,8 @@ def _run(
 
     with StopRequest() as stop:
         strategy = _make_strategy(config, model, plan, name, group)
+        with strategy.whole():
+            check_family(model, packed=config.dataset.packing != 'none', max_length=config.dataset.max_length)
         runner = _make_runner(config, data, strategy, plan, dtype, stop, write, work_dir, launcher, group)
         if checkpoint is not None:
             runner.restore(checkpoint)

@@ -30,7 +30,9 @@ logger = logging.getLogger('xtuner')
 _BEAT_S = 1.0
 _LINGER_S = 2.0  # the one who tells must be the first to end: launchers look at the first
 _WORD_S = 30.0  # between two words about who is waited for
+_PATIENCE_S = 10.0  # for ranks that may be in a collective which cannot end without this one
 _CLAIM, _STATUS = 'xtuner/failed', 1
+_GOING_ON = 'xtuner/going on'
 
 
 class Watch:
@@ -48,7 +50,8 @@ class Watch:
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._place = 'starting'
         self._since: float | None = None  # None: not in a part of the run that is timed
-        self._count = 0
+        self._count = self._outcomes = 0
+        self._passed = 0  # times that this rank was told to go on
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name='watch', daemon=True)
         self._neighbours: dict[int, str] | None = None
@@ -97,6 +100,54 @@ class Watch:
                 said = time.monotonic()
                 missing = [r for r in range(self._world_size) if not self._store.check([f'xtuner/{what}/{r}'])]
                 logger.info('waiting for %s of rank %s for %.0f s', what, _some(missing), said - began)
+
+    def agree_on_stop(self, asked: int | None) -> int | None:
+        """Decides with all ranks whether each goes on; they call it in the same places, and stop in the same one.
+
+        The store holds how many times the foremost rank was told to go on, 'N', or once one of them asks to stop,
+        'N SIGNAL': all go on N times in all, and then stop. Whoever is first to change it decides; no rank waits.
+
+        Args:
+            asked: The signal that came to this rank; None: none did.
+
+        Returns:
+            The signal to stop for; None: go on.
+        """
+        passed, foremost = self._passed, self._passed
+        self._passed += 1
+        while True:
+            before = str(foremost) if foremost else ''
+            wanted = f'{foremost + 1}' if asked is None else f'{foremost} {asked}'
+            num, _, signal_number = self._store.compare_set(_GOING_ON, before, wanted).decode().partition(' ')
+            if signal_number:
+                return int(signal_number) if passed >= int(num) else None
+            if asked is None:
+                return None
+            foremost = int(num)  # another rank has gone on meanwhile: stop where it is
+
+    def agree_on_success(self, what: str, error: str) -> None:
+        """Called by every rank after something that all did together; returns where all succeeded, or failed alike.
+
+        Args:
+            what: Names it, for the message.
+            error: This rank's; '' for none.
+
+        Raises:
+            TrainingError: some ranks failed and others did not, or wait in a collective for this one, which failed.
+        """
+        self._outcomes += 1
+        keys = [f'xtuner/outcome/{self._outcomes}/{rank}' for rank in range(self._world_size)]
+        self._store.set(keys[self._rank], error)
+        latest = time.monotonic() + _PATIENCE_S
+        while not self._store.check(keys):
+            if error and time.monotonic() > latest:
+                raise TrainingError(f'rank {self._rank} alone failed in {what}: {error}')
+            time.sleep(0.02)
+        errors = [self._store.get(key).decode() for key in keys]
+        self._store.delete_key(f'xtuner/outcome/{self._outcomes - 2}/{self._rank}')  # all ranks have read that one
+        if len(set(errors)) > 1:
+            rank, text = next((rank, text) for rank, text in enumerate(errors) if text)
+            raise TrainingError(f'rank {rank} failed in {what}, and not all others did: {text}')
 
     def claim(self, text: str) -> bool:
         """Whether this process is the first to fail, and so tells; called with the error's line."""

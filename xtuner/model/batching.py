@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from xtuner.errors import ModelError
+from xtuner.errors import ModelError, one_line
 from xtuner.model.batch_graphs import StepGraphs
 
 _KINDS = {'full_attention', 'sliding_attention'}
@@ -123,7 +123,19 @@ class BatchDecoder:
         self._graphs: StepGraphs | None = None
         layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
         self._cache = _Slots(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
-        self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
+        try:
+            self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
+            made = all(layer.is_initialized for layer in layers)
+        except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+            raise ModelError(
+                f'a model of type {config.model_type!r} cannot be decoded in batches, its attention takes no cache of '
+                f'ours ({one_line(error)}); `xtuner chat` answers with it'
+            ) from error
+        if not made:
+            raise ModelError(
+                f'a model of type {config.model_type!r} cannot be decoded in batches: some of its layers share their '
+                'cache; `xtuner chat` answers with it'
+            )
         if model.device.type == 'cuda':
             self._graphs = StepGraphs(self._pass, num_rows=num_rows, max_length=max_length, device=model.device)
 

@@ -200,7 +200,15 @@ def _refuse_fp8(reason: str | None) -> None:
 
 def check_heads(config: Any, size: int) -> None:
     """Raises ConfigError where a model's heads cannot be shared out evenly over `size` ranks."""
-    heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    if size == 1:
+        return
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, 'num_key_value_heads', None) or getattr(text, 'num_attention_heads', None)
+    if not isinstance(heads, int):
+        raise ConfigError(
+            f'`parallel.sequence_parallel_size` is {size}, and a model of type {config.model_type!r} has no attention '
+            'heads to share out; leave it at 1'
+        )
     if heads % size:
         raise ConfigError(
             f"`parallel.sequence_parallel_size` is {size}, which does not divide the model's {heads} heads of keys and "

@@ -48,6 +48,7 @@ def generate(
     stop_ids: Sequence[int],
     sampling: Sampling,
     streamer: TextStream | None = None,
+    synced: bool = False,
 ) -> list[int]:
     """Continues a prompt.
 
@@ -60,12 +61,16 @@ def generate(
         stop_ids: Ids that end the answer.
         sampling: How to draw.
         streamer: Receives the ids as they come, as from transformers: the prompt once, then each id, then `end()`.
+        synced: Whether all ranks of a run, which hold the weights together, do this: each computes as many tokens as
+            the longest of their answers has.
 
     Returns:
         The answer's ids, with the stop id where one was drawn.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
+    if synced:
+        return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer, synced=True)
     decoder = find_decoder(model, len(prompt_ids) + sampling.max_new_tokens)
     reason = decoder if isinstance(decoder, str) else 'there is not enough memory for a cache of fixed size'
     if isinstance(decoder, Decoder):
@@ -138,6 +143,7 @@ def generate_plainly(
     stop_ids: Sequence[int],
     sampling: Sampling,
     streamer: TextStream | None = None,
+    synced: bool = False,
 ) -> list[int]:
     """As `generate`, by transformers' own method; the seed is not looked at."""
     ids = torch.tensor([list(prompt_ids)], device=model.device)
@@ -148,6 +154,7 @@ def generate_plainly(
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
         streamer=streamer,
+        synced_gpus=synced,
         **sampling.arguments(),
     )
     return output[0, len(prompt_ids) :].tolist()

@@ -15,6 +15,9 @@ from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.model.fast import reads_host_positions, share_sequences
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.sequence import SequenceGroup
+from xtuner.model.logits import LogitRule, logit_rule
+
+_PLAIN = LogitRule()
 
 
 class SupervisedFinetune(nn.Module):
@@ -22,6 +25,9 @@ class SupervisedFinetune(nn.Module):
 
     The loss is a sum, not a mean: only the loop knows over how many targets the whole optimizer step (accumulated, on
     all ranks) has to be averaged.
+
+    Attributes:
+        rule: What the model does to its head's logits; None: only its own forward pass knows.
     """
 
     llm: Any
@@ -29,7 +35,13 @@ class SupervisedFinetune(nn.Module):
     def __init__(self, llm: Any) -> None:
         super().__init__()
         self.llm = llm
+        self.rule: LogitRule | None = logit_rule(self.base.config)
         self._sequence: SequenceGroup | None = None
+
+    @property
+    def base(self) -> Any:
+        """The causal language model behind peft's wrapper."""
+        return self.llm.get_base_model() if hasattr(self.llm, 'get_base_model') else self.llm
 
     def share_sequences(self, ranks: SequenceGroup) -> None:
         """From now on each row is spread over these ranks, which get the same batches; the loss is this rank's part."""
@@ -50,7 +62,7 @@ class SupervisedFinetune(nn.Module):
         Returns:
             float32 scalar; 0 with a gradient where there is no target.
         """
-        base = self.llm.get_base_model() if hasattr(self.llm, 'get_base_model') else self.llm
+        base = self.base
         if str(base.config._attn_implementation).startswith('flash'):
             # It tells samples apart by their positions in a batch of one row only.
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
@@ -64,9 +76,12 @@ class SupervisedFinetune(nn.Module):
         input_ids, targets_N, rows = (t.to(device, non_blocking=True) for t in (input_ids, targets_N, rows))
         if not reads_host_positions(decoder):
             position_ids = position_ids.to(device)
+        if self.rule is None:
+            logits = base(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return functional.cross_entropy(logits.flatten(0, 1)[rows].float(), targets_N[rows], reduction='sum')
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden_NH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])
-        return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N, rows=rows)
+        return next_token_loss(hidden_NH, base.get_output_embeddings(), targets_N, rows=rows, rule=self.rule)
 
     def train_step(self, *args: object) -> None:
         """Present because mmengine's runner asks for the name; `TrainLoop` does the step."""
@@ -82,8 +97,10 @@ def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Ten
     return ranks.own(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
 
 
-def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Tensor | None = None) -> Tensor:
-    """Sum over targets of `-log softmax(head(hidden))[target]`, computed for the target positions only.
+def next_token_loss(
+    hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Tensor | None = None, rule: LogitRule = _PLAIN
+) -> Tensor:
+    """Sum over targets of `-log softmax(rule(head(hidden)))[target]`, computed for the target positions only.
 
     A plain linear head goes through the fused loss, which never holds all logits; a head that is quantised or carries
     an adapter is called as it is.
@@ -93,6 +110,7 @@ def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Te
         head: The output projection, H to V.
         targets_N: int64; -100 is left out.
         rows: Positions of the targets, where they are known already.
+        rule: What comes behind the head.
 
     Returns:
         float32 scalar.
@@ -102,9 +120,11 @@ def next_token_loss(hidden_NH: Tensor, head: Any, targets_N: Tensor, *, rows: Te
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
         # Put together for this call alone: gradients by the hidden states are computed here and now, too.
         weight, bias = _whole(head.weight), _whole(head.bias)
-        return fused_linear_cross_entropy(hidden_NH.to(dtype), weight, bias, targets_N, rows=rows)
+        if rule.scale != 1:
+            hidden_NH, bias = hidden_NH * rule.scale, None if bias is None else bias * rule.scale
+        return fused_linear_cross_entropy(hidden_NH.to(dtype), weight, bias, targets_N, rows=rows, cap=rule.cap)
     kept = target_rows(targets_N) if rows is None else rows
-    logits = head(hidden_NH[kept]).float()
+    logits = rule.apply(head(hidden_NH[kept]).float())
     return functional.cross_entropy(logits, targets_N[kept], reduction='sum')
 
 

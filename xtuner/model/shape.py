@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
+from xtuner.errors import ModelError
 from xtuner.model.adapter import attach_adapter
 from xtuner.model.check import build_on_meta
 from xtuner.model.kernels.decoder import FastDecoder
@@ -103,26 +104,39 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
             model = attach_adapter(model, adapter)
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     decoder = causal.get_decoder()
-    projections = [p for name, p in decoder.layers[0].named_modules() if name.rsplit('.', 1)[-1] in _NAMES]
+    layers = _layers(decoder, config.model_type)
+    projections = [p for name, p in layers[0].named_modules() if name.rsplit('.', 1)[-1] in _NAMES]
     obstacle = static_obstacle(decoder) or next(filter(None, map(adapter_obstacle, projections)), None)
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, 'num_attention_heads', None) or 1
     return ModelShape(
         hidden=text.hidden_size,
         inner=getattr(text, 'intermediate_size', None) or 4 * text.hidden_size,
-        num_layers=len(decoder.layers),
+        num_layers=len(layers),
         heads=heads,
         kv_heads=getattr(text, 'num_key_value_heads', None) or heads,
         head_size=getattr(text, 'head_dim', None) or text.hidden_size // heads,
         vocabulary=text.vocab_size,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        ranks=_ranks(decoder.layers[0]),
+        ranks=_ranks(layers[0]),
         dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
         obstacle=obstacle or '',
         kind=config.model_type,
         parts=None if obstacle else FastDecoder(decoder, PLAIN, folded=True).layers[0],
         **base,
     )
+
+
+def _layers(decoder: nn.Module, kind: str) -> nn.ModuleList:
+    """A decoder's layers, whatever it calls them: its longest list.
+
+    Raises:
+        ModelError: it has none.
+    """
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(f'a model of type {kind!r} has no list of layers, so its memory cannot be estimated')
+    return max(lists, key=len)
 
 
 def _count_base(model: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ logger = logging.getLogger('xtuner')
 
 
 class CheckpointHook(Hook):
-    """Saves through the runner; a request to stop saves once, after the step under way, and ends the run.
+    """Saves through the runner; a request to stop saves the last whole step, unless it is saved, and ends the run.
 
     Args:
         interval: Optimizer steps between two checkpoints.
@@ -31,6 +31,11 @@ class CheckpointHook(Hook):
 
     def __init__(self, interval: int, max_keep: int, *, keep_best: bool = True) -> None:
         self._interval, self._max_keep, self._keep_best = interval, max_keep, keep_best
+        self._saved = 0
+
+    def before_train(self, runner: Any) -> None:
+        """A resumed run begins with a step that is saved."""
+        self._saved = runner.iter
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Saves when it is time.
@@ -44,7 +49,25 @@ class CheckpointHook(Hook):
         if signal_number is not None or step % self._interval == 0 or step == runner.max_iters:
             self._save(runner, step)
         if signal_number is not None:
-            raise Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume goes on')
+            raise self._interrupted(signal_number, step)
+
+    def after_stop(self, runner: Any, signal_number: int) -> None:
+        """Saves the last whole step, where a signal ended the run within one.
+
+        Raises:
+            Interrupted: always.
+            CheckpointError: as `after_train_iter`.
+        """
+        step = runner.iter
+        if step == 0:
+            raise Interrupted(signal_number, 'stopped in the first step; nothing is trained yet, and nothing saved')
+        if step != self._saved:
+            self._save(runner, step)
+        raise self._interrupted(signal_number, step)
+
+    @staticmethod
+    def _interrupted(signal_number: int, step: int) -> Interrupted:
+        return Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume goes on')
 
     def _save(self, runner: Any, step: int) -> None:
         state, weights = runner.trainer_state(step), runner.strategy.weights()  # every rank has a part in these
@@ -61,4 +84,5 @@ class CheckpointHook(Hook):
                 keep_best=self._keep_best,
             )
             logger.info('saved %s', folder)
+        self._saved = step
         barrier()

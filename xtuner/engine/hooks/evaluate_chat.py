@@ -14,7 +14,7 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.engine.lines import append_line, keep_lines
-from xtuner.errors import Interrupted
+from xtuner.errors import Interrupted, TrainingError, one_line
 from xtuner.escape import printable
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
@@ -30,7 +30,7 @@ class EvaluateChatHook(Hook):
     """Prints greedy answers and appends them to `work_dir/samples.jsonl`.
 
     It never changes the run: the loop seeds every step anew, the model's mode is put back, and an error in generating
-    is reported and left behind.
+    is reported and left behind; but one of a single rank where all compute the answer ends the run.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -84,28 +84,48 @@ class EvaluateChatHook(Hook):
         model.eval()
         try:
             with runner.strategy.whole():
-                for number, prompt in enumerate(self._prompts, 1):
-                    self._answer(runner, prompt, number, step)
-        except Interrupted:
+                for number, messages in enumerate(self._prompts, 1):
+                    self._sample(runner, messages, number, step)
+        except (Interrupted, TrainingError):
             raise
         except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
-            reason = ' '.join(str(error).split())
-            logger.warning('no sample at step %d, training goes on: %s: %s', step, type(error).__name__, reason)
+            logger.warning('no sample at step %d, training goes on: %s', step, _words(error))
         finally:
             release(model.llm)
             model.train(training)
 
-    def _answer(self, runner: Any, messages: Sequence[Message], number: int, step: int) -> None:
-        llm = runner.bare_model.llm
+    def _sample(self, runner: Any, messages: Sequence[Message], number: int, step: int) -> None:
+        """Generates one answer, by all ranks where they hold the weights together, and prints it on the first.
+
+        Raises:
+            TrainingError: the ranks do not agree on how it ended, so that they could not go on together.
+        """
+        together = runner.strategy.together and runner.watch is not None
+        failure: Exception | None = None
+        answer: list[int] = []
+        try:
+            answer = self._generate(runner.bare_model.llm, messages, synced=together)
+        except Interrupted:
+            raise
+        except Exception as error:
+            failure = error
+        if together:
+            runner.watch.agree_on_success(f'the sample at step {step}', '' if failure is None else _words(failure))
+        if failure is not None:
+            raise failure
+        if self._prints:
+            self._print(runner, messages[-1].content, answer, number, step)
+
+    def _generate(self, llm: Any, messages: Sequence[Message], *, synced: bool) -> list[int]:
         ids = encode_prompt(messages, self._tokenizer, self._template)
         stop_ids = self._template.stop_ids(self._tokenizer)
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            answer_ids = generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling)
-        if not self._prints:
-            return
+            return generate(llm, ids, stop_ids=stop_ids, sampling=self._sampling, synced=synced)
+
+    def _print(self, runner: Any, prompt: str, answer_ids: list[int], number: int, step: int) -> None:
+        stop_ids = self._template.stop_ids(self._tokenizer)
         written = [i for i in answer_ids if i not in stop_ids]
         answer = whole_characters(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
-        prompt = messages[-1].content
         logger.info('sample at step %d\n  > %s\n  %s', step, _shortened(prompt), _shortened(answer))
         record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
         append_line(Path(runner.work_dir) / SAMPLES_FILE, record)
@@ -121,3 +141,7 @@ def _shortened(text: str) -> str:
     """A text as a terminal may show it: one line of it, or a few; the file has all."""
     text = printable(text.strip())
     return text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]} … ({len(text):,} characters)'
+
+
+def _words(error: Exception) -> str:
+    return f'{type(error).__name__}: {one_line(error)}'

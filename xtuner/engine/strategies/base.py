@@ -78,9 +78,10 @@ class Strategy:
             scaler.step(self.optimizer)
         if scaler.is_enabled():  # lowers its scale where a gradient was not finite
             scaler.update()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops the gradients that were added up so far."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> AbstractContextManager[Any]:

@@ -86,6 +86,10 @@ class ZeRO(Strategy):
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
         """Done already."""
 
+    def forget(self) -> None:
+        """Drops the gradients that the engine holds."""
+        self.optimizer.zero_grad()
+
     def weights(self) -> dict[str, Tensor] | None:
         """Trained tensors put together one by one where weights are sharded, kept on rank 0 only."""
         if not self._shards_weights:

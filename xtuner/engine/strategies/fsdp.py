@@ -88,7 +88,8 @@ class FullyShard(Strategy):
             torch._foreach_mul_(grads, factor)
         return norm
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops gradients, of whole parameters and of this rank's rows."""
         for parameter in [*trainable_parameters(self.bare).values(), *self._local.values()]:
             parameter.grad = None
 

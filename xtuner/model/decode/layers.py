@@ -121,14 +121,14 @@ def obstacle(causal: Any) -> str | None:
     layers = getattr(decoder, 'layers', None)
     if decoder is None or not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
         return f'{type(causal).__name__} is not built like Llama'
-    if decoder.config.hidden_act not in ('silu', 'swish'):
-        return f'its activation is {decoder.config.hidden_act}, not silu'
     if getattr(decoder.rotary_emb, 'rope_type', 'default') == 'longrope':
         return 'its rotary positions depend on the length of the text'
     for layer in layers:
         reason = _layer_obstacle(layer)
         if reason:
             return reason
+    if decoder.config.hidden_act not in ('silu', 'swish'):  # a field of the layers above; others call it otherwise
+        return f'its activation is {decoder.config.hidden_act}, not silu'
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:
         return 'its weights lie on several devices'

@@ -40,6 +40,7 @@ def fused_linear_cross_entropy(
     *,
     rows: Tensor | None = None,
     slice_tokens: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Sums `-log softmax(hidden @ weight.T + bias)[label]` over the targets.
 
@@ -50,6 +51,7 @@ def fused_linear_cross_entropy(
         labels_N: int64, already shifted; -100 is left out.
         rows: `target_rows(labels_N)` if already known.
         slice_tokens: Tokens whose logits are held at once; by default as many as fit 256 MiB.
+        cap: Logits x become `cap * tanh(x / cap)` first; None: they stay.
 
     Returns:
         float32 scalar (float64 for float64 inputs); 0, with zero gradients, where there is no target.
@@ -62,13 +64,20 @@ def fused_linear_cross_entropy(
     if slice_tokens is None:
         slice_tokens = slice_tokens_for(weight_VH.shape[0], hidden_NH.element_size())
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, labels_N, rows, slice_tokens)
+        return _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, labels_N, rows, slice_tokens, cap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, slice_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rows: Tensor,
+        slice_tokens: int,
+        cap: float | None,
     ) -> Tensor:
         """The summed loss; gradients of what needs them are made on the way, slice by slice."""
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -86,7 +95,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + slice_tokens)
             x = chosen[part]
             logits = product(x, head.t(), offset)
+            slope = None if cap is None else _cap_(logits, cap)
             total += entropy(logits, targets[part]).sum()
+            if slope is not None:
+                logits *= slope
             if dhidden is not None:
                 product(logits, head, out=dhidden[part])
             if dweight is not None:
@@ -111,4 +123,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _cap_(logits: Tensor, cap: float) -> Tensor:
+    """Turns logits x into `cap * tanh(x / cap)` in place; returns the derivative."""
+    logits.div_(cap).tanh_()
+    slope = 1 - logits.square()
+    logits.mul_(cap)
+    return slope
