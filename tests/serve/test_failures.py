@@ -168,6 +168,18 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
             client.batcher.cancel(answer)
 
 
+def test_rows_that_cannot_be_moved_are_given_up_without_a_move() -> None:
+    decoder = Stub()
+    with asking(decoder) as client:
+        answers = [client.ask(1), client.ask(4), client.ask(5, adapter='a')]
+        client.begun(*answers)
+        decoder.fail['move'] = always(RuntimeError('no copy'))
+        client.batcher.cancel(answers[0])
+        assert [client.end(answer).finish for answer in answers[1:]] == ['error'] * 2
+        assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
+        assert client.batcher.num_failures == 1 and not client.batcher.trouble
+
+
 def test_a_row_without_finite_logits_ends_alone() -> None:
     decoder = Stub()
     decoder.not_finite = {5}
