@@ -149,7 +149,8 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
         client.begun(first)
         behind = client.ask(4, adapter='a')
         client.begun(behind)
-        decoder.fail[where] = once(error)
+        fail = once(error)
+        decoder.fail[where] = (lambda row: fail() if row == 0 else None) if where == 'step' else fail  # that of `first`
         if where == 'prefill':
             lost, kept = [client.ask(5)], [first, behind]
         elif where == 'step':
@@ -166,6 +167,18 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
         for answer in kept:
             assert not answer.finished, 'it took no part in the pass that failed'
             client.batcher.cancel(answer)
+
+
+def test_rows_that_cannot_be_moved_are_given_up_without_a_move() -> None:
+    decoder = Stub()
+    with asking(decoder) as client:
+        answers = [client.ask(1), client.ask(4), client.ask(5, adapter='a')]
+        client.begun(*answers)
+        decoder.fail['move'] = always(RuntimeError('no copy'))
+        client.batcher.cancel(answers[0])
+        assert [client.end(answer).finish for answer in answers[1:]] == ['error'] * 2
+        assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
+        assert client.batcher.num_failures == 1 and not client.batcher.trouble
 
 
 def test_a_row_without_finite_logits_ends_alone() -> None:

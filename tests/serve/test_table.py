@@ -43,3 +43,26 @@ def test_any_order_of_joining_and_leaving(steps: list[tuple[str, int]]) -> None:
             assert [store[first + n] for n in range(len(items))] == items
             assert [table.row(name, item) for item in items] == list(range(first, first + len(items)))
             row += len(items)
+
+
+@given(st.lists(st.tuples(st.sampled_from(GROUPS), st.integers(0, 99)), min_size=1, max_size=30), st.integers(0, 5))
+def test_a_move_that_raises_loses_no_answer(steps: list[tuple[str, int]], good_moves: int) -> None:
+    """Whoever ends the answers of the table then must find all of them."""
+    left = [good_moves]
+
+    def move(source: int, target: int, item: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError
+
+    table: Table[object] = Table(GROUPS, move)
+    held: list[tuple[str, object]] = []
+    for group, choice in steps:
+        going = held.pop(choice % len(held)) if held and (choice % 2 or len(held) == ROWS) else None
+        coming = None if going else (group, object())
+        try:
+            table.remove(*going) if going else table.add(*coming)
+        except RuntimeError:
+            assert {item for _, item in held} <= {item for _, item in table.items()}
+            return
+        held += [coming] if coming else []

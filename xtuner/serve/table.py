@@ -54,14 +54,14 @@ class Table(Generic[T]):
         return self._first(group) + len(self._groups[group]) - 1
 
     def remove(self, group: Hashable, item: T) -> None:
-        """Frees the row of an answer."""
+        """Frees the row of an answer. Where a move raises, no other answer is lost from the table."""
         held, first = self._groups[group], self._first(group)
         at = held.index(item)
         hole = first + len(held) - 1
-        last = held.pop()
-        if at < len(held):
-            self._move(hole, first + at, last)
-            held[at] = last
+        if at < len(held) - 1:
+            self._move(hole, first + at, held[-1])
+            held[at] = held[-1]
+        held.pop()
         for later in self._behind(group):
             held = self._groups[later]
             if held:
