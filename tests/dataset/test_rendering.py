@@ -314,7 +314,8 @@ def test_a_fork_renders_in_processes_of_its_own():
 
 
 SCRIPT = """
-    import os, sys, threading, time
+    import os, signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with `&` ignore it
     from xtuner.dataset.rendering import Chat, ChatTemplate, render_chats
     from xtuner.dataset.worker_pool import POOL
     def show(text):
