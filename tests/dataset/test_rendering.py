@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -327,7 +328,8 @@ def test_a_fork_renders_in_processes_of_its_own():
 
 
 SCRIPT = """
-    import os, sys, threading, time
+    import os, signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with `&` ignore it
     from xtuner.dataset.rendering import Chat, ChatTemplate, render_chats
     from xtuner.dataset.worker_pool import POOL
     def show(text):
@@ -379,3 +381,14 @@ def test_workers_of_a_data_loader_render_while_their_parent_does(tmp_path):
             assert shown(PLAIN, 'Hi') == ['user: Hi<|end|>']
         found[workers] = sorted(packs)
     assert found[0] == found[2] and len(found[0]) > 10
+
+
+def test_nothing_else_renders_a_chat_template():
+    """transformers would run it here, without bounds; its name may stand in a text."""
+    for file in (ROOT / 'xtuner').rglob('*.py'):
+        names = {
+            node.attr
+            for node in ast.walk(ast.parse(file.read_text(encoding='utf-8')))
+            if isinstance(node, ast.Attribute)
+        }
+        assert not names & {'apply_chat_template', 'render_jinja_template', 'encode_message_with_chat_template'}, file
