@@ -31,7 +31,7 @@ def write_report(work_dir: Path) -> Path:
         page = render(run)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # others changed a file
         raise CheckpointError(
-            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not of the form that a run writes: '
+            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not as a run writes it: '
             f'{one_line(error)}'
         ) from error
     path = work_dir / REPORT_FILE
