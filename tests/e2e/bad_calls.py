@@ -205,7 +205,7 @@ BAD_MODELS: dict[str, tuple[dict[str, object], str]] = {
     'an index of missing files': (
         {'model.safetensors.index.json': b'{"weight_map": {"a": "b.safetensors"}}'}, 'b.safetensors'),
     'weights of another shape': ({'config.json': {'intermediate_size': 96}}, 'mlp'),
-    'more layers than weights': ({'config.json': {'num_hidden_layers': 3}}, 'layers.2'),
+    'more layers than weights': ({'config.json': {'num_hidden_layers': 3}}, 'but the weights hold 2 layers'),
     'fewer layers than weights': ({'config.json': {'num_hidden_layers': 1}}, 'layers.1'),
     'a smaller vocabulary than the weights': ({'config.json': {'vocab_size': 700}}, 'embed_tokens'),
     'an unknown kind of model': ({'config.json': {'model_type': 'nonesuch'}}, 'nonesuch'),

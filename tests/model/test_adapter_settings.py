@@ -75,7 +75,7 @@ def test_cut_weights_are_damaged_and_no_misfit(world: Path, changed: Any) -> Non
     whole = (folder / 'adapter_model.safetensors').read_bytes()
     (folder / 'adapter_model.safetensors').unlink()
     (folder / 'adapter_model.safetensors').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r'adapter_model\.safetensors is damaged or cut off'):
+    with pytest.raises(CheckpointError, match='is damaged or cut off'):
         load_adapter(load_model(world / 'base', dtype=torch.float32), folder)
 
 

@@ -31,8 +31,8 @@ def write_report(work_dir: Path) -> Path:
         page = render(run)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # others changed a file
         raise CheckpointError(
-            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not of the form that a run '
-            f'writes: {one_line(error)}'
+            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not as a run writes it: '
+            f'{one_line(error)}'
         ) from error
     path = work_dir / REPORT_FILE
     partial = path.with_name(f'{REPORT_FILE}.partial')
