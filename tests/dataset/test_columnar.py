@@ -99,6 +99,20 @@ def learnt(path, tokenizer, template, **options):
     return samples, summary.unused, summary.counts
 
 
+def calling(**arguments):
+    call = {'type': 'function', 'function': {'name': 'f', 'arguments': arguments}}
+    return {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a', 'tool_calls': [call]}]}
+
+
+def test_missing_arguments_of_a_call_are_no_null(own, tmp_path):
+    files = write_all([calling(city='x'), calling(days=1), {'messages': [{'role': 'user', 'content': 'q'},
+                      {'role': 'assistant', 'content': 'a'}]}], tmp_path)  # fmt: skip
+    found = [learnt(tmp_path / file, *own) for file in files]
+    assert all(one == found[0] for one in found)
+    text = own[0].decode(found[0][0][0][0])
+    assert '"city": "x"' in text and 'null' not in text and 'days' not in text
+
+
 @given(st.lists(record, min_size=1, max_size=4))
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_padding_is_no_data(own, tmp_path_factory, records):

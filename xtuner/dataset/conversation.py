@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,8 +137,7 @@ def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
         if not isinstance(turn, Mapping) or 'output' not in turn:
             raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {shortened(turn)}')
         output = text_field(turn['output'], f'{name}.output', origin, empty=False)
-        loss, flags = training_flag(turn, name, origin)
-        extra = _extra(turn, (*_TURN, *flags))
+        loss, extra = _others(turn, _TURN, name, origin)
         if plain:
             messages.append(Message('text', output, loss, extra))
             continue
@@ -149,13 +148,21 @@ def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-_TURN = ('system', 'input', 'output')
+_TURN, _MESSAGE = frozenset({'system', 'input', 'output'}), frozenset({'role', 'content'})
 
 
-def _extra(fields: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
-    """The fields with content that are not read here. `need_eos_token` of classical turns says what is done anyway."""
-    found = {str(key): value for key, value in fields.items() if key not in read and not is_empty(value)}
-    return {key: value for key, value in found.items() if not (key == 'need_eos_token' and value is True)}
+def _others(
+    fields: Mapping[str, Any], read: frozenset[str], name: str, origin: str
+) -> tuple[bool | None, dict[str, Any]]:
+    """Whether a message is trained, where it says so, and its fields with content that are not read here."""
+    if fields.keys() <= read:  # as nearly all messages are
+        return None, {}
+    loss, flags = training_flag(fields, name, origin)
+    found = {str(key): value for key, value in fields.items()
+             if key not in read and key not in flags and not is_empty(value)}  # fmt: skip
+    if found.get('need_eos_token') is True:  # of classical turns: that is done anyway
+        del found['need_eos_token']
+    return loss, found
 
 
 def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
@@ -172,8 +179,7 @@ def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
         role = ROLES.get(item['role']) if isinstance(item['role'], str) else None
         if role is None:
             raise DataError(f'{origin}: `{name}.role` is {shortened(item["role"])}; known: {", ".join(ROLES)}')
-        loss, flags = training_flag(item, name, origin)
-        extra = _extra(item, ('role', 'content', *flags))
+        loss, extra = _others(item, _MESSAGE, name, origin)
         optional = role in ('system', 'user') or bool(extra.get('tool_calls'))
         content = _parts(item.get('content'), f'{name}.content', origin)
         messages.append(Message(role, text_field(content, f'{name}.content', origin, empty=optional), loss, extra))

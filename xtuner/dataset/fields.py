@@ -136,6 +136,9 @@ class Observed(dict):
         return dict(self)
 
 
+_NESTED = (dict, list)
+
+
 def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bool) -> Any:
     """Returns a value without the fields called `names`, at any depth outside tools and their calls.
 
@@ -145,21 +148,19 @@ def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bo
         removed: Takes the names of fields with content that were left out.
         padding: Whether fields that are None go too: a columnar file has them for every field of any record.
     """
-    if isinstance(value, Mapping):
-        kept = {}
-        for key, item in value.items():
-            if key in names:
-                if not is_empty(item):
-                    removed.add(key)
-            elif item is not None or not padding:
-                inner = frozenset() if names and kind_of(str(key)) == 'tools' else names
-                kept[key] = without(item, inner, removed, padding=padding) if _holds_fields(item) else item
-        return kept
-    return [without(item, names, removed, padding=padding) if _holds_fields(item) else item for item in value]
-
-
-def _holds_fields(value: Any) -> bool:
-    return isinstance(value, (dict, list))
+    if type(value) is list:
+        return [without(item, names, removed, padding=padding) if type(item) in _NESTED else item for item in value]
+    kept = {}
+    for key, item in value.items():
+        if key in names:
+            if not is_empty(item):
+                removed.add(key)
+        elif type(item) in _NESTED:
+            inner = frozenset() if names and kind_of(str(key)) == 'tools' else names
+            kept[key] = without(item, inner, removed, padding=padding)
+        elif item is not None or not padding:
+            kept[key] = item
+    return kept
 
 
 def check_columns(record: Observed, function: str, origin: str, *, own: bool, note: Callable[[str], None]) -> None:

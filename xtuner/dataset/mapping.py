@@ -67,7 +67,7 @@ class _Fields:
         own, name = is_own(function), function_name(function)
         ignored, notes = set[str](), list[str]()
         value = _cleaned(record, self._ignore, ignored, padding=not own, kept=getattr(function, 'columns', ()))
-        observed = _observed(replace(record, value=value))
+        observed = _observed(value, record.origin)
         found = apply_map_fn(function, record, observed)
         if found:
             check_columns(observed, name, record.origin, own=own, note=notes.append)
@@ -105,7 +105,8 @@ def _cleaned(
         value = without(record.value, ignore, removed, padding=padding)
     except RecursionError:
         raise DataError(f'{record.origin}: is nested too deeply to be read') from None
-    return value | {key: None for key in kept if key in record.value and key not in value and key not in ignore}
+    missing = [key for key in kept if key in record.value and key not in value and key not in ignore]
+    return value | dict.fromkeys(missing) if missing else value
 
 
 def visible_fields(record: Record, ignore: Collection[str]) -> Any:
@@ -113,10 +114,10 @@ def visible_fields(record: Record, ignore: Collection[str]) -> Any:
     return _cleaned(record, frozenset(ignore), set(), padding=True)
 
 
-def _observed(record: Record) -> Observed:
-    if not isinstance(record.value, Mapping):
-        raise DataError(f'{record.origin}: a record must be a dict, got {type(record.value).__name__}')
-    return Observed(record.value)
+def _observed(value: Any, origin: str) -> Observed:
+    if not isinstance(value, Mapping):
+        raise DataError(f'{origin}: a record must be a dict, got {type(value).__name__}')
+    return Observed(value)
 
 
 def apply_map_fn(function: MapFn, record: Record, observed: Observed | None = None) -> list[Conversation]:
@@ -130,7 +131,7 @@ def apply_map_fn(function: MapFn, record: Record, observed: Observed | None = No
     Raises:
         DataError: Where the map function fails or returns something else; names the columns of the record.
     """
-    observed = _observed(record) if observed is None else observed
+    observed = _observed(record.value, record.origin) if observed is None else observed
     try:
         found = function(observed)
         results = found if isinstance(found, list) else [found]
