@@ -17,6 +17,7 @@ _WIDTH, _MARGIN, _GAP = 11.0, 0.35, 0.14  # inches, as all below
 _HEAD, _TILE, _CHART, _LINE = 0.85, 0.82, 2.6, 0.17
 _SMOOTH = 9  # steps that the bold line is the mean of
 _MOST_ROWS = 6
+_FIRST_CJK = '\u2e80'  # from here on are the characters that matplotlib's own font has not
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Picture:
         tiles: Numbers: each a name, a value and a line on it.
         runs: Curves: each a title and the work folder of a run.
         answers: Rows of a question, the answer before and the one after. Those that the picture's font cannot show,
-            such as Chinese ones, are left out.
+            Chinese ones, are left out.
     """
 
     title: str
@@ -46,8 +47,8 @@ def draw(picture: Picture, out: Path) -> Path:
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    rows = [tuple(_wrapped(text) for text in row) for row in picture.answers if all(t.isascii() for t in row)]
-    rows = rows[:_MOST_ROWS]
+    drawn = [row for row in picture.answers if all(char < _FIRST_CJK for text in row for char in text)][:_MOST_ROWS]
+    rows = [(_wrapped(question, 28), _wrapped(before), _wrapped(after)) for question, before, after in drawn]
     heights = [0.3 + _LINE * max(text.count('\n') + 1 for text in row) for row in rows]
     height = _HEAD + _TILE + _CHART + sum(heights) + 2 * _MARGIN + (len(rows) + 1) * _GAP
     figure = pyplot.figure(figsize=(_WIDTH, height), facecolor=_PAGE)
@@ -113,7 +114,7 @@ class _Page:
         """Draws a question with what was answered before and after."""
         whole = _WIDTH - 2 * _MARGIN
         self.card(_MARGIN, y, whole, height)
-        self.text(_MARGIN + 0.16, y + 0.18, question, size=10, weight='bold', va='top')
+        self.text(_MARGIN + 0.16, y + 0.18, question, size=10, weight='bold', va='top', linespacing=1.25)
         for left, label, answer, edge in ((0.265, 'before', before, _WASH), (0.63, 'after', after, _MAIN)):
             x, width = _MARGIN + left * whole, 0.355 * whole
             self.card(x, y + 0.08, width, height - 0.16, color=_WASH, edge=edge)
@@ -127,8 +128,8 @@ def _columns(count: int) -> list[tuple[float, float]]:
     return [(_MARGIN + i * (width + _GAP), width) for i in range(count)]
 
 
-def _wrapped(text: str) -> str:
-    lines = textwrap.wrap(' '.join(text.split()), 40) or ['']
+def _wrapped(text: str, width: int = 40) -> str:
+    lines = textwrap.wrap(' '.join(text.split()), width) or ['']
     return '\n'.join(lines[:3]) + (' ...' if len(lines) > 3 else '')
 
 

@@ -61,7 +61,7 @@ def main(words: Sequence[str] = ()) -> int:
         rows = [(question, *columns) for (question, _), *columns in zip([*taught, *GENERAL], *answers, strict=True)]
         print('\n' + format_table(('question', 'base', 'tuned', 'merged'), rows) + '\n')
         counts = count(taught, answers)
-        draw(picture_of(rows, counts, seconds), WORK / PICTURE)
+        draw(picture_of(rows, counts), WORK / PICTURE)
         print(closing_words(counts, seconds))
         check(counts)
     except (DemoError, FetchError) as error:
@@ -105,7 +105,7 @@ def check(counts: dict[str, list[int]]) -> None:
         raise DemoError(f'of {len(GENERAL)} general questions the base knew {before}, and the tuned model {after}')
 
 
-def picture_of(rows: Sequence[tuple[str, ...]], counts: dict[str, list[int]], seconds: float) -> Picture:
+def picture_of(rows: Sequence[tuple[str, ...]], counts: dict[str, list[int]]) -> Picture:
     """What the picture shows."""
     first, last = first_and_last_loss(RUN)
     taught, general, same = counts['taught'], counts['general'], counts['as tuned']
@@ -117,9 +117,9 @@ def picture_of(rows: Sequence[tuple[str, ...]], counts: dict[str, list[int]], se
             ('taught answers', f'{taught[0]} → {taught[1]} of {number}', 'word for word'),
             ('general questions', f'{general[0]} → {general[1]} of {len(GENERAL)}', 'right before and after'),
             ('merged model', f'{same[2]} of {number}', 'taught answers as tuned'),
-            ('time', f'{seconds / 60:.1f} min', f'all steps, on {os.cpu_count()} CPU cores'),
+            ('loss', f'{first:.2f} → {last:.2f}', 'nats per token'),
         ],
-        runs=[(f'QLoRA, from {first:.2f} to {last:.2f}', RUN)],
+        runs=[('QLoRA on demo/identity.jsonl', RUN)],
         answers=[row[:3] for row in (*rows[:3], *rows[number : number + 3])],  # type: ignore[misc]
     )
 

@@ -39,6 +39,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope='session')
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, as `make demo-real` leaves it, or where the variable says."""
+    folder = Path(os.environ.get('XTUNER_REAL_MODEL', ROOT / 'work_dirs' / 'real' / 'model'))
+    if not (folder / 'config.json').is_file():
+        pytest.skip(f'{folder} holds no model: `make demo-real` makes it, or XTUNER_REAL_MODEL names another folder')
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared data goes to the test's own folder, not to the user's cache."""

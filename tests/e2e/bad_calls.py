@@ -27,7 +27,7 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     'unknown option before a command': (['--verbose'], 'unknown command'),
     'unknown command of a group': (['convert', 'mrege'], 'needs one of'),
     'train without a config': (['train'], 'config'),
-    'unknown option': (['train', FLAGSHIP, '--lr', '1'], '--lr'),
+    'unknown option': (['train', FLAGSHIP, '--learning-rate', '1'], '--learning-rate'),
     'abbreviated option': (['train', FLAGSHIP, '--work', 'RUN'], '--work'),
     'two configs': (['train', FLAGSHIP, FLAGSHIP], FLAGSHIP),
     'option without its value': (['train', FLAGSHIP, '--work-dir'], '--work-dir'),

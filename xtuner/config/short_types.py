@@ -34,7 +34,7 @@ def with_full_types(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a name that is neither short for anything nor registered.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for where, names in SHORT_TYPES.items():
         section: Mapping[str, Any] | None = getattr(config, where)
         kind = (section or {}).get('type')

@@ -171,7 +171,7 @@ class Runner(mmengine.runner.Runner):
         """The trackers the config named, writing below the work folder."""
         folders = {name: Path(self.work_dir) / name for name in self._trackers}
         if 'tensorboard' in folders:  # which calls a run by its folder below the one that it was opened with
-            folders['tensorboard'] /= self._experiment_name
+            folders['tensorboard'] /= Path(self.work_dir).resolve().name
         backends = [_TRACKERS[name](save_dir=str(folder)) for name, folder in folders.items()]
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class LoggedProgress:
         **_: Any,
     ) -> None:
         self._items, self._what, self._clock = items, desc, clock
-        self._total = total if total is not None else len(items) if hasattr(items, '__len__') else 0
+        self._total = total if total is not None else len(items) if isinstance(items, Sized) else 0
         self._done = 0
         self._started = self._said = clock()
 
