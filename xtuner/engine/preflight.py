@@ -11,7 +11,7 @@ from xtuner.dataset.stream import PackStream
 from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import gib, knob_texts
 from xtuner.engine.material import Data
-from xtuner.errors import TrainingError, XTunerError
+from xtuner.errors import ModelError, TrainingError, XTunerError
 from xtuner.model.memory import Setup, predict_memory
 from xtuner.model.memory_terms import CONTEXT_BYTES
 
@@ -35,8 +35,12 @@ def check_memory(
     if device.type != 'cuda' or not is_predicted(config, strategy):
         return
     free, total = torch.cuda.mem_get_info(device)
-    setup = _setup(config, data, world_size)
-    memory = predict_memory(setup)
+    try:
+        setup = _setup(config, data, world_size)
+        memory = predict_memory(setup)
+    except ModelError as error:
+        logger.warning('memory is not compared with what is free: %s', error)
+        return
     # The process's own context is there already; a paged optimizer's state goes to the host where it must.
     needed = memory.on_card - CONTEXT_BYTES - memory.beside.get('paged optimizer', 0)
     if needed < free * (1 - _TOLERANCE):
