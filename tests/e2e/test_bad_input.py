@@ -77,7 +77,7 @@ def test_merge_refuses_what_it_should(place: Place, tmp_path: Path, capsys: pyte
     assert 'is not empty; nothing was written' in merge(place.model, adapter, out)
     assert [p.name for p in out.iterdir()] == ['precious.txt']
     cut('run/checkpoint-00000001/adapter_model.safetensors')(place)
-    assert 'cannot be read' in merge(place.model, adapter, tmp_path / 'new')
+    assert 'is damaged or cut off' in merge(place.model, adapter, tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xtuner.config.load import load_config
 from xtuner.config.schema import DatasetConfig, ModelConfig, RuntimeConfig, ScheduleConfig, TrainConfig
 from xtuner.dataset.sampler import LengthGroupedEpochSampler
-from xtuner.engine.batches import MicroBatches, check_sizes, make_plan
+from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.errors import ConfigError
 
 
@@ -21,30 +22,24 @@ def config_of(*, dataset: dict[str, Any] | None = None, runtime: dict[str, Any] 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize('absurd', [10**7, 10**12, 10**30])
-@pytest.mark.parametrize('section', ['batch_size', 'accumulative_counts', 'max_length', 'num_workers'])
-def test_numbers_that_no_machine_could_serve_are_refused(section: str, absurd: int) -> None:
-    if section == 'max_length':
-        config = config_of(dataset={section: absurd * 1000})
-    elif section == 'num_workers':
-        config = config_of(runtime={section: absurd})
-    else:
-        config = config_of(**{section: absurd})
-    with pytest.raises(
-        ConfigError, match=rf'^`[a-z_.]*{section}.*` is \d[\d,]+, and may be [\d,]+ at most: .'
-    ) as caught:
-        check_sizes(config)
+@pytest.mark.parametrize('absurd', [10**8, 10**12, 10**30])
+@pytest.mark.parametrize(
+    'key', ['schedule.batch_size', 'schedule.accumulative_counts', 'dataset.max_length', 'runtime.num_workers']
+)
+def test_numbers_that_no_machine_could_serve_are_refused(key: str, absurd: int) -> None:
+    with pytest.raises(ConfigError, match=rf'`{key}` must be at most \d+.*, got {absurd}$') as caught:
+        load_config('internlm_7b_qlora_oasst1', {key: absurd})
     assert '\n' not in str(caught.value)
 
 
 def test_a_micro_batch_of_too_many_tokens_is_refused_where_each_number_would_do() -> None:
-    with pytest.raises(ConfigError, match=r'^`schedule.batch_size` x `dataset.max_length` is 274,877,906,944, and may'):
-        check_sizes(config_of(batch_size=2**18, dataset={'max_length': 2**20}))
+    with pytest.raises(ConfigError, match=r'^`schedule.batch_size` x `dataset.max_length` is 68,719,476,736 tokens'):
+        config_of(batch_size=2**16, dataset={'max_length': 2**20})
 
 
 def test_large_numbers_that_people_use_are_not() -> None:
-    check_sizes(config_of(batch_size=4096, accumulative_counts=8192, dataset={'max_length': 131_072}))
-    check_sizes(config_of(dataset={'max_length': 10_000_000}, runtime={'num_workers': 4 * (os.cpu_count() or 1)}))
+    config_of(batch_size=4096, accumulative_counts=8192, dataset={'max_length': 131_072})
+    config_of(dataset={'max_length': 10_000_000}, runtime={'num_workers': 4 * (os.cpu_count() or 1)})
 
 
 class _Named:

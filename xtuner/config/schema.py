@@ -16,7 +16,8 @@ from xtuner.config.arguments import argument_faults
 from xtuner.errors import ConfigError
 
 _REQUIRED = object()
-_ALWAYS_ALLOWED_WORKERS = 32  # also on a machine of few cores, where a config for another is only looked at
+_MAX_TOKENS = 2**31  # a micro-batch, padding included
+_ALWAYS_ALLOWED_WORKERS = 64  # also on a machine of few cores, where a config for another is only looked at
 
 
 def option(
@@ -162,7 +163,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         cores = os.cpu_count() or 1
-        if self.num_workers > (most := max(_ALWAYS_ALLOWED_WORKERS, cores)):
+        if self.num_workers > (most := max(_ALWAYS_ALLOWED_WORKERS, 4 * cores)):
             raise ConfigError(f'`runtime.num_workers` must be at most {most} on this machine of {cores} cores, got '
                               f'{self.num_workers}')  # fmt: skip
 
@@ -203,6 +204,10 @@ class TrainConfig:
                 '`quantization` needs an `adapter`: quantised weights cannot be trained; '
                 'set `adapter = dict(type=LoraConfig, ...)` or `quantization = None`'
             )
+        tokens = self.schedule.batch_size * self.dataset.max_length
+        if tokens > _MAX_TOKENS:
+            raise ConfigError(f'`schedule.batch_size` x `dataset.max_length` is {tokens:,} tokens a micro-batch, and may be '
+                              f'{_MAX_TOKENS:,} at most; `schedule.accumulative_counts` makes steps larger')  # fmt: skip
         # torch and peft look at them once data and model are there
         faults = [*argument_faults(self.optimizer, 'optimizer'), *argument_faults(self.adapter, 'adapter')]
         if faults:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -22,8 +21,6 @@ from xtuner.errors import ConfigError, DataError
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
 _UNPACKED_MULTIPLE = 64
-_MOST_ROWS, _MOST_TOKENS = 2**20, 2**31  # of a micro-batch
-_MOST_WORKERS = 64  # or four a core, whichever is more
 _MOST_NAMED = 8  # conversations of a pack, in a message
 
 
@@ -100,26 +97,6 @@ class MicroBatches:
 def _some(names: list[str]) -> str:
     more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
     return ', '.join(names[:_MOST_NAMED]) + more
-
-
-def check_sizes(config: TrainConfig) -> None:
-    """Refuses numbers that no machine can serve, before anything is read.
-
-    Raises:
-        ConfigError: too many rows or tokens a micro-batch, micro-batches a step, or reading processes.
-    """
-    schedule, workers = config.schedule, config.runtime.num_workers
-    most_workers = max(_MOST_WORKERS, 4 * (os.cpu_count() or 1))
-    tokens = schedule.batch_size * config.dataset.max_length
-    for field, value, most, hint in (
-        ('schedule.batch_size', schedule.batch_size, _MOST_ROWS, '`schedule.accumulative_counts` makes steps larger'),
-        ('schedule.accumulative_counts', schedule.accumulative_counts, _MOST_ROWS, 'such a step would never end'),
-        ('dataset.max_length', config.dataset.max_length, _MOST_TOKENS, 'no model reads that many tokens at a time'),
-        ('schedule.batch_size` x `dataset.max_length', tokens, _MOST_TOKENS, 'no device holds that many tokens'),
-        ('runtime.num_workers', workers, most_workers, f'this machine has {counted(os.cpu_count() or 1, "core")}'),
-    ):
-        if value > most:
-            raise ConfigError(f'`{field}` is {value:,}, and may be {most:,} at most: {hint}')
 
 
 def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:

@@ -23,10 +23,11 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.first_prompts import first_prompts
 from xtuner.dataset.probe import write_probe
+from xtuner.dataset.prompt import Template
 from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
 from xtuner.dataset.store import PreparedDataset
-from xtuner.engine.batches import MicroBatches, check_sizes, make_plan
+from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
@@ -66,7 +67,6 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
     Raises:
         XTunerError: anything a user can mend, before or during the run.
     """
-    check_sizes(config)
     _check_open_sections(config)
     with (
         process_group(launcher, timeout_s=config.parallel.timeout_s) as group,
@@ -261,12 +261,12 @@ def _make_runner(
     return runner
 
 
-def _sample_prompts(config: TrainConfig) -> Sequence[str | Sequence[Message]]:
+def _sample_prompts(config: TrainConfig, template: Template) -> Sequence[str | Sequence[Message]]:
     """The config's prompts, or the first of the data. Those stay out of the config, which checkpoints carry."""
     if config.samples.prompts is not None:
         return config.samples.prompts
     try:
-        return first_prompts(config.dataset)
+        return first_prompts(config.dataset, template)
     except XTunerError as error:  # samples are not worth a run
         logger.warning('no samples: the first prompts of the data cannot be read: %s', error)
         return []
@@ -284,7 +284,7 @@ def _hooks(config: TrainConfig, data: Data) -> list[Any]:
         EvaluateChatHook(
             data.tokenizer,
             data.template,
-            _sample_prompts(config),
+            _sample_prompts(config, data.template),
             system=samples.system,
             every_n_iters=samples.interval,
             max_new_tokens=samples.max_new_tokens,
