@@ -206,8 +206,10 @@ class TrainConfig:
             )
         tokens = self.schedule.batch_size * self.dataset.max_length
         if tokens > _MAX_TOKENS:
-            raise ConfigError(f'`schedule.batch_size` x `dataset.max_length` is {tokens:,} tokens a micro-batch, and may be '
-                              f'{_MAX_TOKENS:,} at most; `schedule.accumulative_counts` makes steps larger')  # fmt: skip
+            raise ConfigError(
+                f'`schedule.batch_size` x `dataset.max_length` is {tokens:,} tokens a micro-batch, and may be '
+                f'{_MAX_TOKENS:,} at most; `schedule.accumulative_counts` makes steps larger'
+            )
         # torch and peft look at them once data and model are there
         faults = [*argument_faults(self.optimizer, 'optimizer'), *argument_faults(self.adapter, 'adapter')]
         if faults:
