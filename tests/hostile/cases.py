@@ -59,7 +59,8 @@ ENTRIES = {
     'convert to-llama': Entry(('convert', 'to-llama', 'internlm', 'out'),
                               ('internlm/config.json', 'internlm/tokenizer_config.json')),
     'convert pth_to_hf': Entry(('convert', 'pth_to_hf', 'old.py', 'iter.pth', 'out'),
-                               ('model/tokenizer_config.json', 'model/config.json', 'model/tokenizer.json')),
+                               ('model/tokenizer_config.json', 'model/config.json', 'model/tokenizer.json',
+                                'iter.pth')),
     'check-custom-dataset': Entry(('check-custom-dataset', 'config.py'), ('data.jsonl', 'model/tokenizer_config.json')),
     'log-dataset': Entry(('log-dataset', 'config.py'), ('data.jsonl', 'model/tokenizer_config.json')),
     'preprocess': Entry(('preprocess', 'config.py'), ('data.jsonl', 'model/tokenizer_config.json')),
@@ -119,6 +120,7 @@ def fields_of(file: str) -> list[str]:
         'about.json': lambda: ['sessions', 'plan', 'data', 'config', 'model', 'versions'],
         'metrics.jsonl': lambda: ['step', 'loss', 'lr', 'val_loss', 'tokens', 'seconds'],
         'data.jsonl': lambda: ['messages', 'role', 'content', 'id', 'tools', 'messages.tool_calls', 'loss'],
+        'iter.pth': lambda: [],  # no JSON: it is spoilt as a whole
         'options': _options,
     }[name]()  # fmt: skip
 
