@@ -30,9 +30,8 @@ def first_prompts(config: DatasetConfig, template: Template, *, count: int = 2) 
     Raises:
         XTunerError: as preparation, which has read the same records before.
     """
-    found = list(
-        {tuple(message.content for message in prompt): prompt for prompt in _prompts(config, template)}.values()
-    )
+    prompts = _prompts(config, template)
+    found = list({tuple(message.content for message in prompt): prompt for prompt in prompts}.values())
     short = [prompt for prompt in found if sum(len(message.content) for message in prompt) <= _SHORT]
     return (short or found)[:count]
 
