@@ -107,7 +107,8 @@ def words(hint: Any) -> str:
     """A type in words: 'a whole number or None'."""
     base, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if base in (typing.Union, types.UnionType):
-        return ' or '.join(dict.fromkeys(words(kind) for kind in inner))
+        # typing keeps the order in which a union was first written, anywhere: sorted, a message is always the same.
+        return ' or '.join(sorted({words(kind) for kind in inner}, key=lambda word: (word == 'None', word)))
     if base is typing.Literal:
         return f'one of {", ".join(map(repr, inner))}'
     if base is list and inner and inner[0] is not Any:

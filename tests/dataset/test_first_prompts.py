@@ -8,12 +8,13 @@ from typing import Any
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.first_prompts import first_prompts
+from xtuner.dataset.template import get_template
 
 
 def prompts_of(tmp_path: Path, *records: Any, count: int = 2) -> list[list[tuple[str, str]]]:
     path = tmp_path / 'data.jsonl'
     path.write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
-    found = first_prompts(DatasetConfig(source=str(path)), count=count)
+    found = first_prompts(DatasetConfig(source=str(path)), get_template('internlm_chat'), count=count)
     return [[(message.role, message.content) for message in prompt] for prompt in found]
 
 

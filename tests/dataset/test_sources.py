@@ -209,7 +209,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     for path, text in (('pipe.jsonl', 'is a pipe, not a file'), ('/dev/zero', 'is a device, not a file'),
                        ('broken.jsonl', 'is a link to nowhere, which cannot be followed: No such file'),
                        ('loop.jsonl', 'is a link to loop.jsonl, which cannot be followed: '),
-                       ('~.jsonl', 'there is no such file, and no user of that name')):  # fmt: skip
+                       ('~.jsonl', 'there is no such file or folder')):  # fmt: skip
         with pytest.raises(DataError, match=text):
             open_sources(path)
     (tmp_path / '~.jsonl').write_text(json.dumps(ROWS[0]))

@@ -16,8 +16,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 WRONG = {
-    'a number': (5, r'tokenizer_config.json: `chat_template` is of type int; it must be text'),
-    'a truth': (True, r'`chat_template` is of type bool'),
+    'a number': (5, r'tokenizer_config.json: `chat_template` must be .*text.*, got 5'),
+    'a truth': (True, r'`chat_template` must be .*text.*, got True'),
     'a dict of numbers': ({'default': 5}, r"`chat_template`\['default'\] is of type int"),
     'a list of texts': (['a'], r'`chat_template`\[0\] must have a `name` and a `template`'),
     'a list of others': ([{'name': 'default'}], r'`chat_template`\[0\] must have a `name` and a `template`'),

@@ -294,7 +294,8 @@ def test_the_conversations_named_are_those_of_the_step(place: Place, capsys: pyt
     err = capsys.readouterr().err
     line = next(line for line in err.splitlines() if 'no weight was changed' in line)
     pack = int(line.split('pack ')[1].split()[0])
-    [folder] = (Path(os.environ['XTUNER_CACHE']) / 'datasets').iterdir()
+    prepared = (Path(os.environ['XTUNER_CACHE']) / 'datasets').iterdir()
+    [folder] = [path for path in prepared if path.is_dir()]  # beside it lies the file of its lock
     dataset = PreparedDataset(folder)
     origins = dataset.origins(pack)
     assert all(origin in line for origin in origins)

@@ -106,7 +106,7 @@ def test_a_model_folder_with_an_adapter_in_it_is_refused(changed: Any) -> None:
         ({'tokenizer_class': 'AutoTokenizer'}, "`tokenizer_class` must be a tokenizer's name"),
         ({'fast_tokenizer_files': ['../tokenizer.1.0.0.json']}, '`fast_tokenizer_files` is refused'),
         ({'vocab_file': '/etc/passwd'}, '`vocab_file` is refused'),
-        ({'eos_token': 3}, '`eos_token` must be text or a dict or None, got 3'),
+        ({'eos_token': 3}, '`eos_token` must be a dict or text or None, got 3'),
         ({'auto_map': 'x'}, '`auto_map` must be a dict or a list or None'),
     ],
 )

@@ -32,7 +32,7 @@ from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one
 from xtuner.fields import Field, check_fields, shown
 from xtuner.files import check_regular, read_object
 from xtuner.model.run_folder import ADAPTER_CONFIG
-from xtuner.model.weights import file_names, open_file
+from xtuner.model.weights import WeightReader, file_names, open_file
 
 SETTINGS_FILE = ADAPTER_CONFIG
 WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
@@ -151,8 +151,9 @@ def _shapes(folder: Path) -> Iterator[tuple[int, ...]]:
     path = weights_file(folder)
     check_regular(path, CheckpointError)
     try:
-        source = open_file(path)
-        yield from (tuple(source.get_slice(name).get_shape()) for name in file_names(source))
+        names = file_names(open_file(path))
+        reader = WeightReader(folder, dict.fromkeys(names, path))
+        yield from (reader.shape(name) for name in names)
     except ModelError as error:
         raise CheckpointError(str(error)) from error
 
