@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
@@ -82,8 +83,10 @@ class ChatMixin:
         sampling = Sampling(max_new_tokens, temperature if do_sample else 0, top_p)
         found = get_template(template or self.chat_template_name, tokenizer)
         prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
-        for response in _stream(self, tokenizer, prompt, found.stop_ids(tokenizer), sampling):
-            yield response, [*history, (query, response)]
+        # Closed by hand: not every Python closes an inner generator as its outer one is closed.
+        with closing(_stream(self, tokenizer, prompt, found.stop_ids(tokenizer), sampling)) as responses:
+            for response in responses:
+                yield response, [*history, (query, response)]
 
 
 def chat_prompt(
@@ -141,7 +144,9 @@ class _Responses(BaseStreamer):
         return self._tokenizer.decode(_until(self._ids or [], self._stop_ids), skip_special_tokens=True)
 
 
-def _stream(model: Any, tokenizer: Any, prompt: list[int], stop_ids: list[int], sampling: Sampling) -> Iterator[str]:
+def _stream(
+    model: Any, tokenizer: Any, prompt: list[int], stop_ids: list[int], sampling: Sampling
+) -> Generator[str, None, None]:
     """Generates in a thread of its own; yields the answer so far, each time it differs; raises what the thread raised.
 
     An answer without any text is yielded once, so that there is always a last response.
