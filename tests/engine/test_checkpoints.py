@@ -201,6 +201,15 @@ def test_a_torn_save_and_a_begun_removal_of_ours_go(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_torn_save_of_an_earlier_version_goes(tmp_path: Path) -> None:
+    """It had a prefix that converters have too, but none of them writes a trainer's state."""
+    folder = write(tmp_path)
+    (folder / 'trainer.safetensors').unlink()
+    folder.rename(tmp_path / f'.partial-{folder.name}')
+    recover(tmp_path)
+    assert not list(tmp_path.glob('.partial-*'))
+
+
 @pytest.mark.parametrize('prefix', ['.saving-', '.partial-'])
 def test_a_whole_save_that_lacks_its_name_gets_it(tmp_path: Path, prefix: str) -> None:
     """Also one of an earlier version, which called them otherwise."""

@@ -147,9 +147,11 @@ def clear_leftovers(work_dir: Path) -> None:
 
     Links, files and folders of other names are not touched.
     """
-    for prefix in (_PARTIAL, *_TRASH_ALSO):
-        for stale in _own(work_dir, prefix):
-            shutil.rmtree(stale)
+    stale = [folder for prefix in (_PARTIAL, *_TRASH_ALSO) for folder in _own(work_dir, prefix)]
+    # Of an earlier version, and torn, else it would have been put in place; a converter writes no trainer's state.
+    stale += [folder for folder in _own(work_dir, _PARTIAL_BEFORE) if (folder / STATE_FILE).is_file()]
+    for folder in stale:
+        shutil.rmtree(folder)
 
 
 def _own(work_dir: Path, prefix: str) -> list[Path]:

@@ -170,8 +170,11 @@ class Runner(mmengine.runner.Runner):
     def build_visualizer(self, visualizer: Any = None) -> Visualizer:
         """The trackers the config named, writing below the work folder."""
         folders = {name: Path(self.work_dir) / name for name in self._trackers}
-        if 'tensorboard' in folders:  # which calls a run by its folder below the one that it was opened with
-            folders['tensorboard'] /= Path(self.work_dir).resolve().name
+        board = folders.get('tensorboard')
+        # TensorBoard calls a run by its folder below the one that it was opened with. A run begun by an earlier version
+        # has its events in that folder itself, and goes on there.
+        if board is not None and not any(board.glob('events.out.*')):
+            folders['tensorboard'] = board / Path(self.work_dir).resolve().name
         backends = [_TRACKERS[name](save_dir=str(folder)) for name, folder in folders.items()]
         return Visualizer(name=self._experiment_name, vis_backends=backends if self.rank == 0 else [])
 

@@ -266,7 +266,11 @@ def _sample_prompts(config: TrainConfig, template: Template) -> Sequence[str | S
     if config.samples.prompts is not None:
         return config.samples.prompts
     try:
-        return first_prompts(config.dataset, template)
+        prompts = first_prompts(config.dataset, template)
+        if prompts:
+            logger.info('samples: the first prompts of the data, every %d steps; they stay in the work folder, and '
+                        '`samples.prompts=[]` turns them off', config.samples.interval)  # fmt: skip
+        return prompts
     except XTunerError as error:  # samples are not worth a run
         logger.warning('no samples: the first prompts of the data cannot be read: %s', error)
         return []

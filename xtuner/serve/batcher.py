@@ -269,8 +269,8 @@ class Batcher:
                 held += self._waiting
                 self._waiting.clear()
             if not was_broken:
-                logger.error('the decoder fails on every token (%s): unhealthy until it works again or the service is '
-                             'restarted', type(second).__name__)  # fmt: skip
+                logger.error('the decoder fails on every token (%s); /health is 503 until a probe succeeds, or restart '
+                             'the service', type(second).__name__)  # fmt: skip
         if held or not was_broken:
             self._end([answer for answer in held if not answer.finished], error, events)
 

@@ -113,8 +113,13 @@ class EvaluateChatHook(Hook):
             runner.watch.agree_on_success(f'the sample at step {step}', '' if failure is None else _words(failure))
         if failure is not None:
             raise failure
-        if self._prints:
-            self._print(runner, messages[-1].content, answer, number, step)
+        if self._prints:  # on one rank alone, so what fails here must not end the round that all ranks are in
+            try:
+                self._print(runner, messages[-1].content, answer, number, step)
+            except Interrupted:
+                raise
+            except Exception as error:
+                logger.warning('the sample at step %d is not recorded, training goes on: %s', step, _words(error))
 
     def _generate(self, llm: Any, messages: Sequence[Message], *, synced: bool) -> list[int]:
         ids = encode_prompt(messages, self._tokenizer, self._template)
@@ -127,7 +132,12 @@ class EvaluateChatHook(Hook):
         written = [i for i in answer_ids if i not in stop_ids]
         answer = whole_characters(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
         logger.info('sample at step %d\n  > %s\n  %s', step, _shortened(prompt), _shortened(answer))
-        record = {'step': step, 'prompt': prompt, 'answer': answer, 'finished': answer_ids[-1] in stop_ids}
+        record = {
+            'step': step,
+            'prompt': prompt,
+            'answer': answer,
+            'finished': bool(answer_ids) and answer_ids[-1] in stop_ids,
+        }
         append_line(Path(runner.work_dir) / SAMPLES_FILE, record)
         runner.log_text(f'samples/{number}', f'{prompt}\n\n{answer}', step)
 
