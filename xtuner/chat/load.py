@@ -13,7 +13,7 @@ from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.template import Template, get_template
-from xtuner.model.adapter import read_provenance
+from xtuner.model.adapter import check_template, read_provenance
 from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.generate import Sampling, warm
 from xtuner.model.loading import load_tokenizer, resolve_model
@@ -100,6 +100,8 @@ def open_chat_model(
     if adapter is not None:
         provenance = check_adapter(adapter, fingerprint(open_weights(folder)))
         source = adapter if (adapter / 'tokenizer_config.json').is_file() else folder
+    if template is None:
+        check_template(provenance, adapter or folder)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     name = template or (provenance.template if provenance else 'from_tokenizer')
     choice = BaseChoice(bits, dtype, device)

@@ -18,7 +18,7 @@ from xtuner.convert.combine import Weighted, combine, merged_shape
 from xtuner.convert.delta import Rows
 from xtuner.convert.shards import TensorPlan, row_blocks
 from xtuner.errors import CheckpointError, ModelError
-from xtuner.model.adapter import Provenance
+from xtuner.model.adapter import Provenance, check_template
 from xtuner.model.adapter_load import check_adapter
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.sources import read_json, resolve_model
@@ -115,6 +115,7 @@ def open_source(llm: str, adapters: Sequence[tuple[Path, float]], device: torch.
     for path, weight in adapters:
         path = resolve_checkpoint(path)
         provenance = check_adapter(path, None if force else digest)
+        check_template(provenance, path)
         parts.append(Weighted(AdapterFile(path, device), weight))
     return Source(reader, PublishedBase(reader), tuple(parts), provenance, shared_tensors(folder), device)
 
@@ -127,8 +128,7 @@ def _check_plain(folder: Path) -> None:
         return
     kind = settings.get('quant_method', 'an unknown form') if isinstance(settings, dict) else 'an unknown form'
     raise ModelError(f'{folder} is stored quantised ({str(kind)[:40]}), and a merge needs plain weights; name the '
-                     'unquantised model that it was made from, with --force: it is another base to the '
-                     'adapter')  # fmt: skip
+                     'unquantised model that it was made from')  # fmt: skip
 
 
 def plan_tensors(source: Source, dtype: torch.dtype) -> tuple[list[TensorPlan], dict[str, Any]]:

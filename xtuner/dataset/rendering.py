@@ -143,7 +143,7 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
     kind, detail = answer['error'], printable(answer.get('message', ''))
     if kind == 'syntax':
         raise ConfigError(f'the chat template of {template.name} is no valid Jinja: {detail}; name one of our '
-                          'templates with `model.template`')  # fmt: skip
+                          'templates: `model.template` of a config, --prompt-template of a command')  # fmt: skip
     if kind == 'start':
         raise ConfigError(f'the process that renders chat templates does not start ({detail}); it needs jinja2 3.1.6 '
                           'or newer, and processes to be allowed')  # fmt: skip
@@ -158,8 +158,10 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
         'output': f'wrote more than {_most_output(frame):,} characters',
     }
     why = bounds.get(kind) or {'depth': 'calls itself too deeply', 'crash': f'ended its process: {detail}'}[kind]
-    return TemplateBoundError(f'{chat.origin}: the chat template of {template.name} {why} and was stopped; change the '
-                              'conversation, or name another template with `model.template`')  # fmt: skip
+    return TemplateBoundError(
+        f'{chat.origin}: the chat template of {template.name} {why} and was stopped; change the conversation, or name '
+        'another template (`model.template`, --prompt-template)'
+    )
 
 
 def printable(text: str, most: int = 200) -> str:

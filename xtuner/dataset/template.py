@@ -271,6 +271,10 @@ for _template in _ALL:
     TEMPLATES.register_module(name=_template.name, module=_template)
 
 
+FROM_TOKENIZER = 'from_tokenizer'
+"""The name that stands for the chat template of the tokenizer at hand."""
+
+
 def get_template(name: str | Template, tokenizer: Any = None) -> Template:
     """Returns the template of a name.
 
@@ -283,14 +287,14 @@ def get_template(name: str | Template, tokenizer: Any = None) -> Template:
     """
     if isinstance(name, Template):
         template = name
-    elif name == 'from_tokenizer':
+    elif name == FROM_TOKENIZER:
         from xtuner.dataset.own_template import tokenizer_template
 
         return tokenizer_template(tokenizer)
     else:
         template = registered(TEMPLATES, name)
         if template is None:
-            known = [*TEMPLATES.module_dict, 'from_tokenizer']
+            known = [*TEMPLATES.module_dict, FROM_TOKENIZER]
             raise ConfigError(f'{shown(name)} is no prompt template{nearest(str(name)[:64], known)}; '
                               f'known: {", ".join(sorted(known))}')  # fmt: skip
     if tokenizer is not None:

@@ -18,6 +18,7 @@ from torch import nn
 from xtuner import __version__
 from xtuner.config.load import section_of
 from xtuner.config.schema import QuantizationConfig
+from xtuner.dataset.template import FROM_TOKENIZER, get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError, one_line
 from xtuner.fields import Field, check_fields, shown
 from xtuner.files import read_object
@@ -98,6 +99,20 @@ def read_provenance(folder: Path) -> Provenance | None:
     except ConfigError as error:
         raise CheckpointError(f'{path}: {error}') from error
     return Provenance(**content)
+
+
+def check_template(provenance: Provenance | None, folder: Path) -> None:
+    """Refuses an adapter whose prompt template is none that is known here, before a model is loaded.
+
+    Raises:
+        CheckpointError: it names none; says file, field and value.
+    """
+    if provenance is None or provenance.template == FROM_TOKENIZER:
+        return
+    try:
+        get_template(provenance.template)
+    except ConfigError as error:
+        raise CheckpointError(f'{folder / PROVENANCE_FILE}: `template`: {error}') from error
 
 
 def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from xtuner.dataset.conversation import to_conversation, to_prompt
 from xtuner.dataset.template import Piece, Template, get_template
 from xtuner.dataset.tokenize import encode_conversation, encode_pieces
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
-from xtuner.model.adapter import Provenance, read_provenance
+from xtuner.model.adapter import Provenance, check_template, read_provenance
 from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
@@ -119,6 +119,9 @@ def load_served(
     known = fingerprint(open_weights(folder)) if folders else None
     origins = {name: check_adapter(path, known) for name, path in folders.items()}
     base_origin = read_provenance(folder)
+    if template is None:
+        for origin, path in ((base_origin, folder), *((origins[name], path) for name, path in folders.items())):
+            check_template(origin, path)
     served = [_served(base_name, None, folder, template, base_origin, trust_remote_code)]
     for number, (name, path) in enumerate(folders.items()):
         source = path if (path / 'tokenizer_config.json').is_file() else folder

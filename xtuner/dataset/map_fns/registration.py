@@ -97,6 +97,9 @@ def detect_map_fn(record: Any, origin: str) -> MapFn:
         found = sorted(map(str, record))
     else:
         found = [type(record).__name__]
+    if preference := {'chosen', 'rejected'} & set(found):
+        raise ConfigError(f'{origin}: the column {min(preference)} is of preference data, which is not trained here; '
+                          'give conversations, or a function of your own as `module:function`')  # fmt: skip
     raise ConfigError(f'{origin}: no known format has the columns {", ".join(found)}; {nearest_format(found)}; '
                       'name one with `dataset.map_fn` (`xtuner list-dataset-format` shows them), or a function of '
                       'your own as `module:function`')  # fmt: skip
