@@ -29,7 +29,9 @@ def store() -> Iterator[TCPStore]:
 
 def neighbour(store: TCPStore, space: str) -> tuple[Watch, subprocess.Popen[bytes]]:
     """A watch of rank 0, and a process that says it is rank 1 where process numbers have this meaning."""
-    child = subprocess.Popen([sys.executable, '-c', 'import sys; sys.stdin.read()'], stdin=subprocess.PIPE)
+    program = 'import sys; print(flush=True); sys.stdin.read()'
+    child = subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline()  # it has begun
     name = f'{space} {child.pid} {processes._start_time(child.pid)}'
     store.set('xtuner/process/0', json.dumps(['host', this_process()]))
     store.set('xtuner/process/1', json.dumps(['host', name]))
