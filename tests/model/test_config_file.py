@@ -78,6 +78,7 @@ def test_nothing_of_a_stranger_is_looked_up(changed: Any, monkeypatch: pytest.Mo
         ({'hidden_act': 'evil'}, "no model can be built from it: KeyError: .*'evil'"),
         ({'rope_parameters': {'rope_type': 'evil'}}, 'evil'),
         ({'dtype': 5}, 'dtype'),
+        ({'text_config': 7}, 'its text config must be a dict, got 7'),
         ({'dtype': 'load'}, "`dtype` must be a dtype's name such as 'bfloat16', got 'load'"),
         ({'torch_dtype': 'os.system'}, '`torch_dtype` must be a dtype'),
         ({'model_type': 'vit'}, 'is no causal language model|config.json'),

@@ -109,12 +109,14 @@ def make_config(
         _check_quantization(clean, path)
     try:
         config = cls.from_dict(dict(clean), name_or_path=str(path.parent))
-        text = config.get_text_config()
         _remove_undeclared(config, clean)
+        text = config.get_text_config()
     except Exception as error:  # transformers' code, given a stranger's values
         raise ModelError(f'{path}: {one_line(error)}') from error
     if trust_remote_code and 'auto_map' in content:
         config.auto_map = content['auto_map']
+    if not isinstance(text, PreTrainedConfig):
+        raise ModelError(f'{path}: its text config must be a dict, got {shown(text)}')
     _check_made(text, path)
     return config
 
