@@ -132,15 +132,21 @@ def test_a_pad_token_outside_of_the_vocabulary_is_left_out_with_a_word(changed: 
 
 def test_a_tokenizer_loads_from_a_model_whose_weights_are_quantised(changed: Any) -> None:
     folder = changed(quantization_config={'quant_method': 'fp8', 'scale_dtype': 'ue8m0'})
-    assert len(load_tokenizer(folder)) > 0
     with pytest.raises(ModelError, match='quant'):
         load_config(folder)
+    assert len(load_tokenizer(folder)) > 0
+    _make_plain(folder)
+    assert len(load_tokenizer(folder)) > 0
 
 
 @pytest.mark.parametrize(
     'fields',
     [
-        {'vocab_file': '/etc/passwd', 'tokenizer_file': '/home/one/.cache/x/tokenizer.json', 'merges_file': '/x'},
+        {
+            'vocab_file': '/etc/passwd',
+            'tokenizer_file': '/home/one/.cache/x/tokenizer.json',
+            'merges_file': '/etc/merges',
+        },
         {'padding_side': None, 'truncation_side': None},
         {'model_max_length': math.inf},
         {'model_max_length': 1e30},
@@ -156,8 +162,7 @@ def test_what_published_tokenizers_have_is_taken(changed: Any, base: Path, field
     tokenizer, whole = load_tokenizer(folder), load_tokenizer(base)
     assert tokenizer('Hello, 你好  x')['input_ids'] == whole('Hello, 你好  x')['input_ids']
     assert tokenizer.padding_side in ('left', 'right')
-    assert not {'/etc/passwd', '/x', '/home/one/.cache/x/tokenizer.json'} & set(map(str, vars(tokenizer).values()))
-    assert '/etc/passwd' not in str(tokenizer.init_kwargs)
+    assert '/etc/' not in f'{vars(tokenizer)}' and '/home/one/' not in f'{vars(tokenizer)}'
 
 
 def test_a_list_of_code_without_a_file_of_the_format_is_refused(changed: Any) -> None:
