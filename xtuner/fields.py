@@ -32,12 +32,14 @@ class Field:
         minimum: The least number, in a list of each; None: any.
         maximum: The largest number; None: any.
         allowed: The only values; empty: any.
+        finite: Whether a number must be finite; False: a float may be anything, the range is for whole numbers.
     """
 
     hint: Any
     minimum: float | None = None
     maximum: float | None = None
     allowed: tuple[Any, ...] = ()
+    finite: bool = True
 
     def fault(self, name: str, value: Any) -> str | None:
         """What is wrong with a value, naming it; None where nothing is."""
@@ -48,6 +50,8 @@ class Field:
             return f'`{name}` must be one of {", ".join(map(repr, self.allowed))}, got {shown(value)}'
         for number in values:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if not self.finite and isinstance(number, float):
                 continue
             if self.minimum is not None and number < self.minimum:
                 return f'`{name}` must be at least {self.minimum}, got {shown(number)}'

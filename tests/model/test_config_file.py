@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tests.convert.adapters import make_base
 from xtuner.errors import ModelError
@@ -69,10 +71,14 @@ def test_nothing_of_a_stranger_is_looked_up(changed: Any, monkeypatch: pytest.Mo
         ({'head_dim': -3}, '`head_dim` must be at least 1, got -3'),
         ({'num_key_value_heads': 3}, 'is no multiple of'),
         ({'pad_token_id': 10**12}, '`pad_token_id` must be at most'),
-        ({'pad_token_id': 400}, r'`pad_token_id` must be below `vocab_size` \(320\), got 400'),
+        ({'num_layers': 10**9}, '`num_layers` must be at most 1024'),
+        ({'n_layer': 10**9}, '`n_layer` must be at most 1024'),
+        ({'vocab_size': {'__float__': 'Infinity'}}, '`vocab_size` must be at most'),
+        ({'torch_dtype': 'torch.load'}, '`torch_dtype` must be a dtype'),
         ({'hidden_act': 'evil'}, "no model can be built from it: KeyError: .*'evil'"),
         ({'rope_parameters': {'rope_type': 'evil'}}, 'evil'),
         ({'dtype': 5}, 'dtype'),
+        ({'text_config': 7}, 'its text config must be a dict, got 7'),
         ({'dtype': 'load'}, "`dtype` must be a dtype's name such as 'bfloat16', got 'load'"),
         ({'torch_dtype': 'os.system'}, '`torch_dtype` must be a dtype'),
         ({'model_type': 'vit'}, 'is no causal language model|config.json'),
@@ -100,21 +106,102 @@ def test_a_model_folder_with_an_adapter_in_it_is_refused(changed: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ('fields', 'name', 'value'),
+    [
+        ({'feature_layer': -2}, 'feature_layer', -2),
+        ({'vision_feature_layer': [-2, -5]}, 'vision_feature_layer', None),  # a list of a name that is not declared
+        ({'time_step_limit': [0.0, {'__float__': 'Infinity'}], 'limit': math.inf}, 'limit', math.inf),
+        ({'mask_value': -3.4e38}, 'mask_value', -3.4e38),
+        ({'dtype': 'torch.bfloat16', 'torch_dtype': 'torch.bfloat16'}, 'dtype', torch.bfloat16),
+        ({'pad_token_id': 320}, 'pad_token_id', None),
+        ({'pad_token_id': 400}, 'pad_token_id', None),
+    ],
+)
+def test_what_published_models_have_is_taken(changed: Any, fields: dict[str, Any], name: str, value: Any) -> None:
+    folder = changed(**fields)
+    config = load_config(folder)
+    check_weights(folder, config)
+    assert getattr(config, name, None) == value
+
+
+def test_a_pad_token_outside_of_the_vocabulary_is_left_out_with_a_word(changed: Any, caplog: Any) -> None:
+    model = load_model(changed(pad_token_id=320), dtype=torch.float32)
+    assert model.get_input_embeddings().padding_idx is None
+    assert '`pad_token_id` (320) is not below `vocab_size` (320); it is not used' in caplog.text
+
+
+def test_a_tokenizer_loads_from_a_model_whose_weights_are_quantised(changed: Any) -> None:
+    folder = changed(quantization_config={'quant_method': 'fp8', 'scale_dtype': 'ue8m0'})
+    with pytest.raises(ModelError, match='quant'):
+        load_config(folder)
+    assert len(load_tokenizer(folder)) > 0
+    _make_plain(folder)
+    assert len(load_tokenizer(folder)) > 0
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {
+            'vocab_file': '/etc/passwd',
+            'tokenizer_file': '/home/one/.cache/x/tokenizer.json',
+            'merges_file': '/etc/merges',
+        },
+        {'padding_side': None, 'truncation_side': None},
+        {'model_max_length': math.inf},
+        {'model_max_length': 1e30},
+        {'auto_map': ['a.B', None]},
+    ],
+)
+@pytest.mark.parametrize('plain', [True, False])
+def test_what_published_tokenizers_have_is_taken(changed: Any, base: Path, fields: dict[str, Any], plain: bool) -> None:
+    folder = changed()
+    if plain:
+        _make_plain(folder)
+    _write(folder / 'tokenizer_config.json', fields)
+    tokenizer, whole = load_tokenizer(folder), load_tokenizer(base)
+    assert tokenizer('Hello, 你好  x')['input_ids'] == whole('Hello, 你好  x')['input_ids']
+    assert tokenizer.padding_side in ('left', 'right')
+    assert '/etc/' not in f'{vars(tokenizer)}' and '/home/one/' not in f'{vars(tokenizer)}'
+
+
+def test_a_list_of_code_without_a_file_of_the_format_is_refused(changed: Any) -> None:
+    folder = changed()
+    _make_plain(folder)
+    _write(folder / 'tokenizer_config.json', {'auto_map': ['a.B', None], 'tokenizer_class': 'OwnTokenizer'})
+    (folder / 'tokenizer.json').rename(folder / 'vocab.json')
+    with pytest.raises(ModelError, match='needs code from the model; pass --trust-remote-code'):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
     ('fields', 'message'),
     [
         ({'tokenizer_class': 'AutoModelForCausalLM'}, "`tokenizer_class` must be a tokenizer's name"),
         ({'tokenizer_class': 'AutoTokenizer'}, "`tokenizer_class` must be a tokenizer's name"),
         ({'fast_tokenizer_files': ['../tokenizer.1.0.0.json']}, '`fast_tokenizer_files` is refused'),
-        ({'vocab_file': '/etc/passwd'}, '`vocab_file` is refused'),
+        ({'added_tokens_file': '/etc/passwd'}, '`added_tokens_file` is refused'),
+        ({'padding_side': 'up'}, '`padding_side` must be one of'),
         ({'eos_token': 3}, '`eos_token` must be a dict or text or None, got 3'),
         ({'auto_map': 'x'}, '`auto_map` must be a dict or a list or None'),
     ],
 )
 def test_a_wrong_field_of_a_tokenizer_is_named(changed: Any, fields: dict[str, Any], message: str) -> None:
     folder = changed()
-    path = folder / 'tokenizer_config.json'
+    _write(folder / 'tokenizer_config.json', fields)
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(folder)
+
+
+def _make_plain(folder: Path) -> None:
+    """Puts a `tokenizer.json` in place of the tokenizer, which transformers' own class loads."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder).backend_tokenizer)
+    for name in ('tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json'):
+        (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
     content = json.loads(path.read_text()) | fields
     path.unlink()
     path.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=message):
-        load_tokenizer(folder)

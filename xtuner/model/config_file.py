@@ -13,7 +13,7 @@ some of them (`head_dim`) and they name nothing. What becomes of the rest:
     return_dict, output_*, is_encoder_decoder, ...        dropped: change what a model returns
     _ANYTHING, and an attribute of the class that is no   dropped: would replace it
         field, such as `attribute_map` or `to_dict`
-    dtype, torch_dtype, *_dtype                           looked up in torch: refused unless a dtype
+    dtype, torch_dtype, *_dtype                           looked up in torch: refused unless a dtype ('torch.' is cut)
     quantization_config.quant_method                      refused unless bitsandbytes: others fetch kernels or import
     quantization_config.llm_int8_skip_modules             regular expressions: refused unless plain names
     tokenizer_class                                       looked up in transformers: refused unless a tokenizer's name
@@ -25,8 +25,10 @@ Sizes are bounded before anything is built, and compared with the weights by `xt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,11 +62,12 @@ _SIZES = {
     'max_position_embeddings': Field(Any, minimum=1, maximum=2**31 - 1),
     'bos_token_id': _ID, 'eos_token_id': _ID, 'pad_token_id': _ID,
 }  # fmt: skip
-_OTHER_SIZE = re.compile(r'(num|n)_\w+|\w+_(size|dim|rank|heads|experts|embeddings|positions)|(\w+_)?layers')
+_OTHER_SIZE = re.compile(r'(num|n)_\w+|\w+_(size|dim|rank|heads|experts|embeddings|positions)')
 _OTHER_FIELD = Field(Any, minimum=-1, maximum=2**31 - 1)
-_NUM_LAYERS = re.compile(r'\w*layers?')
+_NUM_LAYERS = re.compile(r'num_\w*layers|n_layers?|((en|de)coder_)?layers')  # counts; `feature_layer` is an index
 _LAYERS_FIELD = Field(Any, minimum=-1, maximum=1024)
-_ANY_NUMBER = Field(Any, minimum=-(2**63), maximum=2**63 - 1)
+_ANY_NUMBER = Field(Any, minimum=-(2**63), maximum=2**63 - 1, finite=False)
+_NON_FINITE = {'Infinity': math.inf, '-Infinity': -math.inf, 'NaN': math.nan}  # as transformers 5 writes them
 _DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _TOKENIZER = re.compile(r'(?!Auto)\w*(Tokenizer|Backend)(Fast)?')
 _QUANTIZATION = {
@@ -79,13 +82,16 @@ _QUANTIZATION = {
 _PLAIN_NAME = re.compile(r'[\w.]{1,256}')
 
 
-def make_config(content: Mapping[str, Any], path: Path, *, trust_remote_code: bool = False) -> Any:
+def make_config(
+    content: Mapping[str, Any], path: Path, *, trust_remote_code: bool = False, weights: bool = True
+) -> Any:
     """transformers' config of a file's content, without what could fetch, import or replace anything.
 
     Args:
         content: The JSON object.
         path: Its file, for messages; its folder becomes the config's `name_or_path`.
         trust_remote_code: Whether weights may be quantised by other packages than bitsandbytes.
+        weights: Whether the weights will be loaded; False leaves out how they are quantised.
 
     Raises:
         ModelError: a field is of a wrong type or size, names what is refused, or does not fit the others.
@@ -94,19 +100,24 @@ def make_config(content: Mapping[str, Any], path: Path, *, trust_remote_code: bo
     if kind == 'mistral' and 'layer_types' in content:  # as transformers' AutoConfig takes it
         kind = 'ministral'
     cls = CONFIG_MAPPING[kind]
-    clean = _without_code(content, cls)
+    clean = _without_code(_decoded(content), cls)
+    if not weights:
+        clean = _without_quantization(clean)
     _warn_of_kernels(content, path)
     _check(clean, cls, path, '')
     if not trust_remote_code:
         _check_quantization(clean, path)
     try:
-        config = cls.from_dict(clean, name_or_path=str(path.parent))
+        config = cls.from_dict(dict(clean), name_or_path=str(path.parent))
         _remove_undeclared(config, clean)
+        text = config.get_text_config()
     except Exception as error:  # transformers' code, given a stranger's values
         raise ModelError(f'{path}: {one_line(error)}') from error
     if trust_remote_code and 'auto_map' in content:
         config.auto_map = content['auto_map']
-    _check_made(config.get_text_config(), path)
+    if not isinstance(text, PreTrainedConfig):
+        raise ModelError(f'{path}: its text config must be a dict, got {shown(text)}')
+    _check_made(text, path)
     return config
 
 
@@ -128,6 +139,25 @@ def _without_code(content: Mapping[str, Any], cls: type[PreTrainedConfig] | None
             continue
         kept[key] = _without_code(value, None) if isinstance(value, dict) else value
     return kept
+
+
+def _decoded(value: Any, name: str = '') -> Any:
+    """The content with numbers for `{"__float__": "Infinity"}`, and dtypes without `torch.` in front."""
+    if isinstance(value, dict):
+        if value.keys() == {'__float__'} and (text := str(value['__float__'])) in _NON_FINITE:
+            return _NON_FINITE[text]
+        return {key: _decoded(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return value.removeprefix('torch.') if isinstance(value, str) and name.endswith('dtype') else value
+
+
+def _without_quantization(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key != 'quantization_config'
+    }
 
 
 def _replaces(cls: type, key: str) -> bool:
@@ -197,27 +227,74 @@ def _check_quantization(content: Mapping[str, Any], path: Path, where: str = '')
 
 
 def _remove_undeclared(config: PreTrainedConfig, content: Mapping[str, Any]) -> None:
-    """Takes texts, lists and objects off a config that its class does not declare."""
+    """Takes texts, lists and objects off a config that its class neither declares nor sets without the file's value.
+
+    Some classes set fields that they do not declare, such as gpt_neo's `attention_layers`, and write them.
+    """
+    found = _undeclared(config, content)
+    if not found:
+        return
+    own = _built(type(config), _without(content, found)) or _built(type(config), {})
+    removed = [keys for keys in found if not _has(own, keys)]
+    for keys in removed:
+        delattr(functools.reduce(getattr, keys[:-1], config), keys[-1])
+    if removed:
+        names = ', '.join(map('.'.join, removed))
+        logger.debug('%s does not know these fields of config.json: %s', type(config).__name__, names)
+
+
+def _built(cls: type[PreTrainedConfig], content: dict[str, Any]) -> PreTrainedConfig | None:
+    try:
+        return cls.from_dict(content)
+    except Exception as error:  # the class may need what was left out
+        logger.debug('%s is not built without undeclared fields: %s', cls.__name__, one_line(error))
+        return None
+
+
+def _undeclared(config: PreTrainedConfig, content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The texts, lists and objects of the file that are on the config undeclared: each as its keys, from the top."""
     declared = {field.name for field in dataclasses.fields(config)} | {'model_type', 'quantization_config'}
-    removed = []
+    found: list[tuple[str, ...]] = []
     for key, value in content.items():
         inner = vars(config).get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(value, dict):
-            _remove_undeclared(inner, value)
+            found += [(key, *keys) for keys in _undeclared(inner, value)]
         elif key in vars(config).keys() - declared and isinstance(value, (str, list, dict)):
-            delattr(config, key)
-            removed.append(key)
-    if removed:
-        logger.debug('%s does not know these fields of config.json: %s', type(config).__name__, ', '.join(removed))
+            found.append((key,))
+    return found
+
+
+def _without(content: Mapping[str, Any], found: list[tuple[str, ...]]) -> dict[str, Any]:
+    """The content without these fields; a new object, since transformers may change what it is given."""
+    kept = {}
+    for key, value in content.items():
+        inner = [keys[1:] for keys in found if keys[0] == key]
+        if () not in inner:
+            kept[key] = _without(value, inner) if isinstance(value, dict) else value
+    return kept
+
+
+def _has(config: Any, keys: tuple[str, ...]) -> bool:
+    for key in keys:
+        if key not in getattr(config, '__dict__', {}):
+            return False
+        config = vars(config)[key]
+    return True
 
 
 def _check_made(text: PreTrainedConfig, path: Path) -> None:
     """Checks across fields what would be an assertion of torch."""
-    heads, kv_heads = (getattr(text, name, None) for name in ('num_attention_heads', 'num_key_value_heads'))
+    heads, kv_heads = (_value(text, name) for name in ('num_attention_heads', 'num_key_value_heads'))
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         raise ModelError(
             f'{path}: `num_attention_heads` ({heads}) is no multiple of `num_key_value_heads` ({kv_heads})'
         )
-    pad, words = getattr(text, 'pad_token_id', None), getattr(text, 'vocab_size', None)
+    pad, words = _value(text, 'pad_token_id'), _value(text, 'vocab_size')
     if isinstance(pad, int) and isinstance(words, int) and not -words <= pad < words:
-        raise ModelError(f'{path}: `pad_token_id` must be below `vocab_size` ({words}), got {pad}')
+        logger.warning('%s: `pad_token_id` (%s) is not below `vocab_size` (%s); it is not used', path, pad, words)
+        text.pad_token_id = None
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """A field as the file has it: a class whose layers differ refuses to be asked for one value."""
+    return vars(config).get(config.attribute_map.get(name, name))

@@ -126,12 +126,13 @@ def load_model(
     return model.eval()
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> Any:
     """The config of a model folder.
 
     Args:
         folder: Holds `config.json`.
         trust_remote_code: Whether a model that transformers does not know may run its own code.
+        weights: Whether the weights will be loaded; False leaves out how they are quantised.
 
     Raises:
         ModelError: there is none, it cannot be read, or it is of a model that is not known here.
@@ -147,7 +148,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             else 'is known neither to xtuner nor to this version of transformers'  # fmt: skip
         raise ModelError(f'{folder}: a model of type {shown(kind)} is not supported natively and {what}')
     if known:
-        return make_config(content, path, trust_remote_code=trust_remote_code)
+        return make_config(content, path, trust_remote_code=trust_remote_code, weights=weights)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
 from xtuner.model.sources import read_json, resolve_model
 
+logger = logging.getLogger('xtuner')
+
 TOKENIZERS = {'internlm': InternLMTokenizer, 'internlm2': InternLM2Tokenizer, 'internlm3': InternLM3Tokenizer}
 _FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 _JSON_FILES = {
@@ -25,8 +28,11 @@ _JSON_FILES = {
     'special_tokens_map.json': MAX_BYTES, 'added_tokens.json': MAX_BYTES, 'chat_template.json': MAX_BYTES,
     'processor_config.json': MAX_BYTES, 'preprocessor_config.json': MAX_BYTES,
 }  # fmt: skip
-# Arguments of tokenizer classes that are paths of files, which transformers finds itself.
-_OTHER_FILES = ('tokenizer_file', 'vocab_file', 'merges_file', 'spm_file', 'added_tokens_file', 'gguf_file')
+# Arguments of tokenizer classes that are paths of files, which transformers finds itself. Older versions of it wrote
+# where the files lay when they were saved.
+_SAVED_PATHS = ('tokenizer_file', 'vocab_file', 'merges_file', 'spm_file')
+_REFUSED = ('init_inputs', 'fast_tokenizer_files', 'added_tokens_file', 'gguf_file')
+_SIDE = Field(str | None, allowed=('left', 'right'))
 _TOKEN = Field(str | dict[str, Any] | None)
 _FIELDS = {
     'tokenizer_config.json': {
@@ -37,10 +43,10 @@ _FIELDS = {
         'additional_special_tokens': Field(list[str | dict[str, Any]] | None),
         'extra_special_tokens': Field(dict[str, Any] | list[Any] | None),
         'chat_template': Field(str | list[Any] | dict[str, Any] | None),
-        'model_max_length': Field(float | None, minimum=1),
+        'model_max_length': Field(float | None, minimum=1, finite=False),
         'add_bos_token': Field(bool | None), 'add_eos_token': Field(bool | None),
         'add_prefix_space': Field(bool | None), 'clean_up_tokenization_spaces': Field(bool | None),
-        'padding_side': Field(str, allowed=('left', 'right')), 'truncation_side': Field(str, allowed=('left', 'right')),
+        'padding_side': _SIDE, 'truncation_side': _SIDE,
         'model_input_names': Field(list[str] | None), 'backend': Field(str | None),
     },
     'tokenizer.json': {
@@ -69,20 +75,21 @@ def load_tokenizer(
         raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_FILES)} is there')
     settings = _read_settings(folder)
     own = _own_tokenizer(folder, settings)
-    foreign = own is None and (settings.get('auto_map') or {}).get('AutoTokenizer')
+    foreign = own is None and _names_code(settings)
     if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
         kind = settings.get('tokenizer_class', 'its tokenizer')
         raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
                          'pass --trust-remote-code to run that code')  # fmt: skip
     check_template_files(folder, settings)
+    instead = _instead(folder, settings)
     try:
         if own is not None:
-            return own.from_pretrained(folder)
+            return own.from_pretrained(folder, **instead)
         from xtuner.model.loading import register  # a config may be of a model that transformers learns of there
 
         register()
         config = _config(folder, trust_remote_code)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code, **instead)
     except ModelError:
         raise
     except Exception as error:
@@ -108,10 +115,25 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / 'tokenizer_config.json'
     settings = read_json(path) if path.is_file() else {}
     check_tokenizer_class(settings.get('tokenizer_class'), path)
-    for name in ('init_inputs', 'fast_tokenizer_files', *_OTHER_FILES):
+    for name in _REFUSED:
         if settings.get(name):
             raise ModelError(f'{path}: `{name}` is refused: it names files outside the format; remove it')
     return settings
+
+
+def _names_code(settings: dict[str, Any]) -> bool:
+    """Whether `auto_map` names a tokenizer's code; once it was a list of the slow and the fast class."""
+    named = settings.get('auto_map') or {}
+    return any(named) if isinstance(named, list) else bool(named.get('AutoTokenizer'))
+
+
+def _instead(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that replace those of `tokenizer_config.json`: no path of a file, and a side where it has none."""
+    paths = [name for name in _SAVED_PATHS if name in settings]
+    if paths:
+        logger.debug('%s: these paths of tokenizer_config.json are not used: %s', folder, ', '.join(paths))
+    sides = [name for name in ('padding_side', 'truncation_side') if settings.get(name, '') is None]
+    return dict.fromkeys(paths) | dict.fromkeys(sides, 'right')
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
@@ -121,7 +143,7 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     if not (folder / 'config.json').exists():
         return PreTrainedConfig()
     try:
-        return load_config(folder)
+        return load_config(folder, weights=False)
     except ModelError:
         if trust_remote_code:
             return None
