@@ -1,11 +1,11 @@
-"""ShareGPT: `conversations` with `from` and `value`; `system` and `tools` beside it where there are some."""
+"""ShareGPT: `conversations` with `from` and `value`; `system` (or `system_prompt`) and `tools` beside it where there are some."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
-from xtuner.dataset.map_fns.turns import message
+from xtuner.dataset.map_fns.turns import message, system_text
 from xtuner.errors import DataError
 
 
@@ -16,7 +16,7 @@ def sharegpt_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(turns, list):
         raise DataError(f'`conversations` must be a list, got {type(turns).__name__}')
     messages = [_message(turn, index) for index, turn in enumerate(turns)]
-    return {'messages': messages, 'system': example.get('system'), 'tools': example.get('tools')}
+    return {'messages': messages, 'system': system_text(example), 'tools': example.get('tools')}
 
 
 def _message(turn: Any, index: int) -> Any:
