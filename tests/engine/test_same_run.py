@@ -204,5 +204,5 @@ def test_why_the_data_of_an_earlier_release_differs_is_said_as_a_possibility() -
     told = same_run._changes({'data': 'a'}, now)
     assert told['data'].startswith('the conversations or their packs are not the same')
     assert told['dataset.ignore'].startswith('this may be because the run began with an earlier release')
-    assert all(word in told['dataset.ignore'] for word in ('`dataset.ignore`', 'test*, val* and hidden'))
+    assert all(word in told['dataset.ignore'] for word in ('`dataset.ignore`', 'test*, val*, hidden'))
     assert same_run._changes({'data': 'b'}, now) == {}
