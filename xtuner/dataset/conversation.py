@@ -196,9 +196,7 @@ def _parts(content: Any, name: str, origin: str) -> Any:
     for part in content:
         is_text = isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
         if not is_text or any(kind_of(str(key)) and not is_empty(value) for key, value in part.items()):
-            raise DataError(
-                f'{origin}: `{name}` holds a part that is not text: {shown(part)}; only text is trained'
-            )
+            raise DataError(f'{origin}: `{name}` holds a part that is not text: {shown(part)}; only text is trained')
         texts.append(part['text'])
     return ''.join(texts)
 

@@ -1,4 +1,4 @@
-"""ShareGPT: `conversations` with `from` and `value`; `system` (or `system_prompt`) and `tools` beside it where there are some."""
+"""ShareGPT: `conversations` with `from` and `value`, and `system` (`system_prompt`) and `tools` if any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from xtuner.dataset.map_fns.registration import map_fn
 from xtuner.dataset.map_fns.turns import message, system_text
 from xtuner.errors import DataError
+from xtuner.fields import shown
 
 
 @map_fn('conversations')
@@ -22,4 +23,5 @@ def sharegpt_map_fn(example: dict[str, Any]) -> dict[str, Any]:
 def _message(turn: Any, index: int) -> Any:
     if isinstance(turn, dict) and ('role' in turn or {'from', 'value'} <= turn.keys()):
         return message(turn)
-    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {str(turn)[:60]}')
+    way = '; texts alone do not say who speaks: map them with a function of your own' if isinstance(turn, str) else ''
+    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {shown(turn)}{way}')

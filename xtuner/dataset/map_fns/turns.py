@@ -36,15 +36,16 @@ def system_text(example: Mapping[str, Any]) -> str:
     Raises:
         DataError: Where one of them is not text, or they differ.
     """
-    found = {key: example.get(key) for key in ('system', 'system_prompt')}
-    found = {key: value for key, value in found.items() if not is_empty(value)}
-    for key, value in found.items():
-        if not isinstance(value, str):
+    found: list[str] = []
+    for key in ('system', 'system_prompt'):
+        if isinstance(value := example.get(key), str):
+            found += [value] if value else []
+        elif not is_empty(value):
             raise DataError(f'`{key}` must be text, got {type(value).__name__} {shown(value)}')
-    if len(set(found.values())) > 1:
+    if len(set(found)) > 1:
         raise DataError("`system` and `system_prompt` are different texts; leave one of them out with "
                         "dataset.ignore=['system_prompt'] or ['system']")  # fmt: skip
-    return next(iter(found.values()), '')
+    return found[0] if found else ''
 
 
 def join(question: Any, context: Any) -> Any:
