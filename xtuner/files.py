@@ -71,15 +71,21 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def check_regular(path: Path, error: type[XTunerError]) -> None:
-    """Raises `error` for what is no regular file, before it is opened: a named pipe would block for good."""
+def check_regular(path: Path, error: type[XTunerError], advice: str = '') -> os.stat_result:
+    """Returns the stat of a file; raises `error`, with `advice`, for what is no regular file.
+
+    It is called before a file is opened: a named pipe would block for good.
+    """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         reason = getattr(problem, 'strerror', None) or problem
-        raise error(f'{path} cannot be read: {reason}') from problem
-    if not stat.S_ISREG(mode):
-        raise error(f'{path} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), "no regular file")}')
+        link = f'it is a link to {os.readlink(path)}, which cannot be followed: ' if os.path.islink(path) else ''
+        raise error(f'{path} cannot be read: {link}{reason}') from problem
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')
+        raise error(f'{path} cannot be read: it is {kind}{advice}')
+    return found
 
 
 _KINDS = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.dataset.test_map_fns import RECORDS
+from tests.dataset.test_map_fns import RECORDS, TURN
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.fields import _KINDS, Observed, is_empty, kind_of, training_flag
@@ -21,12 +22,12 @@ from xtuner.dataset.sources import Source
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.template import get_template
 from xtuner.dataset.tokenize import Encoder
-from xtuner.errors import DataError
+from xtuner.errors import ConfigError, DataError
 
 NAMES = sorted(
     {*_KINDS, 'system_prompt', 'chat_history', 'toolCalls', 'tool-calls', 'function_call', 'Reasoning_Content',
      'images', 'reasoning_content', 'image_url', 'audio', 'video_path', 'output_with_loss', 'need_loss', 'train_on',
-     'loss_mask', 'is_masked', 'need_eos_token'}
+     'loss_mask', 'is_masked', 'need_eos_token', 'image_id', 'videoIds'}
 )  # fmt: skip
 OTHERS = ['id', 'source', 'score', 'category', 'lang', 'url', 'name', 'markdown']
 VALUES = st.sampled_from(
@@ -100,14 +101,32 @@ def test_a_field_that_is_put_into_a_record_is_used_refused_or_noted(name, data, 
     if error:
         assert error.startswith('memory[0]: ') and '\n' not in error, error
     elif after == before and place == 0:
-        says_it_is_trained = kind_of(field) == 'training flag' and summary.unused
-        assert says_it_is_trained or not kind_of(field) or isinstance(value, (bool, int, float)), 'silent'
+        assert may_be_a_note(field, value), 'silent'
         assert summary.unused == {field: 1}
     elif after == before:  # in a message: a flag that says what is done anyway is used
         noted = any(key.endswith(f'.{field}') for key in summary.unused)
         flag = _flag_says(field, value)
         own_metadata = not kind_of(field) and name.startswith(('oasst_tree', 'moss', 'msagent'))
         assert noted or flag is not None or (field, value) == ('need_eos_token', True) or own_metadata, 'silent'
+
+
+# As text, these columns label a record.
+LABELS = ('developer', 'tool', 'turns', 'image_id', 'videoIds')
+FLAGS = (True, False, 0, 1, 'true', 'False', '0', [True, False])
+
+
+def may_be_a_note(field: str, value: object) -> bool:
+    """Whether a column that nothing reads changes nothing of what is learnt."""
+    kind = kind_of(field)
+    if kind == 'training flag':  # one that says that the record is trained, and what is no flag at all
+        return value not in FLAGS or _flag_says(field, value) is True
+    if isinstance(value, (bool, int, float)) or not kind:
+        return True
+    if field.lower().endswith(('id', 'ids')):
+        return True
+    return isinstance(value, str) and (
+        field in LABELS or (kind == 'reasoning' and value in ('False', 'true', '0', 'no'))
+    )
 
 
 def _flag_says(field: str, value: object) -> bool | None:
@@ -264,3 +283,117 @@ def test_reasoning_goes_to_a_chat_template_that_renders_it(field):
     source = Source('memory', lambda: iter([Record('memory[0]', {**record, 'tools': [{'name': 'f'}]})]), lambda: '')
     with pytest.raises(DataError, match=r'memory\[0\]: template `from_tokenizer` has no place for `tools`'):
         list(encode_source(source, config, encoder=Encoder(tokenizer, template), summary=Summary()))
+
+
+QA = {'instruction': 'q', 'output': 'a'}
+OTHER_TURN = [TURN[0], {'from': 'gpt', 'value': 'b'}]
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        ('loss', 1.23), ('train', 'train'), ('weight', 0.5), ('video_id', 'dQw4'), ('image_ids', ['a']),
+        ('reasoning', 'on'), ('thinking', True), ('turns', '2'), ('developer', 'OpenAI'), ('tool', 'chatgpt'),
+        ('loss', True), ('is_masked', 'False'), ('loss_mask', {'x': 'y'}), ('messages', []),
+        ('messages', [ASK, CALL]), ('conversations', TURN),
+    ],
+)  # fmt: skip
+def test_a_column_whose_value_shows_that_it_changes_nothing_is_a_note(field, value, learn):
+    samples, error, summary = learn('alpaca', {**QA, field: value})
+    assert not error and samples == learn('alpaca', QA)[0]
+    assert summary.unused == ({field: 1} if value else {})
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'text'),
+    [
+        ('loss', 0, r'`loss` is 0 \(training flag\), but `alpaca_map_fn` .* write `loss`: false into each message'),
+        ('is_masked', 'True', "`is_masked` is 'True' "),
+        ('loss_mask', [0, 1], r'`loss_mask` is \[0, 1\] '),
+        ('reasoning', 'on 2 + 2', 'reasoning'), ('rationale', 'so', 'reasoning'),
+        ('tool', [{'name': 'f'}], 'tools'), ('tool', '[{"name": "f"}]', 'tools'), ('tool_calls', 'f()', 'tools'),
+        ('developer', ['Be brief.'], 'system text'), ('sys_prompt', 'on', 'system text'),
+        ('turns', [['q', 'a']], 'earlier turns'), ('image', 'a.png', 'image'), ('video_path', 'a', 'image'),
+        ('messages', [ASK, {**CALL, 'content': 'b'}], 'earlier turns'),
+        ('messages', [ASK, {**CALL, 'reasoning_content': 'so'}], 'earlier turns'),
+        ('messages', [ASK, {**CALL, 'loss': False}], 'earlier turns'),
+        ('messages', [{'role': 'system', 'content': 's'}, ASK, CALL], 'earlier turns'),
+    ],
+)  # fmt: skip
+def test_a_column_that_changes_what_is_learnt_stays_an_error(field, value, text, learn):
+    _, error, _ = learn('alpaca', {**QA, field: value})
+    assert re.search(text, error) and f"dataset.ignore=['{field}']" in error, error
+
+
+@pytest.mark.parametrize('name', ['openai', 'sharegpt', None])
+def test_messages_beside_conversations(name, learn):
+    used, other = ('conversations', 'messages') if name == 'sharegpt' else ('messages', 'conversations')
+    record = {'messages': [ASK, CALL], 'conversations': TURN}
+    samples, error, summary = learn(name, record)
+    assert not error and summary.unused == {other: 1}
+    for empty in ([], '', None):
+        assert learn(None, {**record, 'messages': empty})[:2] == (samples, '')
+        assert learn(None, {**record, 'conversations': empty})[:2] == (samples, '')
+    _, error, _ = learn(name, {**record, 'conversations': OTHER_TURN})
+    assert f'which uses `{used}`, and the two differ' in error and f'use {other} instead with' in error
+
+
+def test_a_field_that_a_template_has_no_place_for_says_what_to_do(learn):
+    def of(**fields):
+        return learn('openai', {'messages': [ASK, {**CALL, **fields}]})[1]
+
+    assert "set model.template='from_tokenizer' where the tokenizer's chat template reads it" in of(reasoning='so')
+    assert 'write `loss` as true or false into each message' in of(mask=[1])
+    assert 'only text is trained: remove such records' in of(image='a.png')
+    assert "where it is no flag, leave it out with dataset.ignore=['loss']" in of(loss=1.23)
+
+
+HUMAN, GPT = {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}
+PUBLISHED = {
+    'OpenHermes-2.5': ({
+        'conversations': [HUMAN, GPT], 'source': 'glaive', 'category': 'coding', 'skip_prompt_formatting': False,
+        'system_prompt': None, 'model': 'gpt-4', 'title': 't', 'topic': 'x', 'id': '1', 'hash': 123, 'idx': '4',
+        'language': 'en', 'views': 7.0, 'custom_instruction': False, 'avatarUrl': 'https://x/y.png',
+        'model_name': 'gpt-4'}, 'sharegpt'),
+    'UltraChat': ({'prompt': 'q', 'prompt_id': 'f0', 'messages': [ASK, CALL]}, 'openai'),
+    'no_robots': ({'prompt': 'q', 'prompt_id': 'f0', 'messages': [ASK, CALL], 'category': 'Chat'}, 'openai'),
+    'Dolly': ({'instruction': 'q', 'context': '', 'response': 'a', 'category': 'open_qa'}, 'instruction_response'),
+    'WizardLM evol': ({'instruction': 'q', 'output': 'a'}, 'alpaca'),
+    'SlimOrca': ({'conversations': [{**HUMAN, 'weight': 0.0}, {**GPT, 'weight': 1.0}]}, 'sharegpt'),
+    'Alpaca-GPT4': ({'instruction': 'q', 'input': '', 'output': 'a', 'text': '### Instruction:\nq'}, 'alpaca'),
+    'CodeAlpaca': ({'prompt': 'q', 'completion': 'a'}, 'prompt_completion'),
+    'OASST guanaco': ({'text': '### Human: q### Assistant: a'}, 'oasst1'),
+    'OASST trees': ({**RECORDS['oasst_tree'], 'message_tree_id': 't', 'tree_state': 'ready_for_export'}, 'oasst_tree'),
+    'LIMA': ({'conversations': ['q', 'a'], 'source': 'stackexchange'},
+             "`conversations[0]` must be a dict with `from` and `value`, got 'q'; texts alone do not say who speaks"),
+    'MetaMath': ({'query': 'q', 'response': 'a', 'type': 'GSM_Rephrased', 'original_question': 'q'},
+                 'no known format has the columns original_question, query, response, type; the nearest is '),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('title', PUBLISHED)
+def test_columns_of_published_data_sets(title, learn):
+    """Each is read as question and answer, with a note for each other column, or is an error that says what to do."""
+    record, expected = PUBLISHED[title]
+    plain = learn('default', {'input': 'q', 'output': 'a'})[0]
+    if expected not in formats():
+        try:
+            error = learn(None, record)[1]
+        except ConfigError as caught:
+            error = str(caught)
+        assert expected in error and 'of your own' in error
+        return
+    samples, error, summary = learn(None, record)
+    assert (samples, error) == (plain, '')
+    assert summary.formats == {'memory': f'detected as {expected}'}
+    read = {'conversations', 'messages', 'text', *formats()[expected].columns} - (
+        {'text'} if 'input' in record else set()
+    )
+    assert set(summary.unused) == {key for key, value in record.items() if not is_empty(value)} - read - {'context'}
+
+
+def test_the_system_prompt_of_openhermes_is_used(learn):
+    record = {**PUBLISHED['OpenHermes-2.5'][0], 'system_prompt': 'Be brief.'}
+    samples, error, summary = learn(None, record)
+    assert not error and 'system_prompt' not in summary.unused
+    assert samples == learn('default', {'input': 'q', 'output': 'a', 'system': 'Be brief.'})[0]

@@ -150,6 +150,31 @@ def test_what_a_map_function_raises_is_named_with_the_records_columns():
         apply_map_fn(lambda example: {}, Record('f:2', 'text'))
 
 
+@pytest.mark.parametrize('name', ['alpaca', 'sharegpt', 'openai', 'conversation'])
+def test_a_system_text_may_be_called_system_prompt(name):
+    record = {key: value for key, value in RECORDS[name].items() if key not in ('system', 'tools')}
+    if name == 'conversation':
+        record = {'conversation': [{'input': 'q', 'output': 'a'}]}
+    expected = texts(name, {**record, 'system': 'Be brief.'})
+    assert expected[0][0] == ('system', 'Be brief.')
+    assert texts(name, {**record, 'system_prompt': 'Be brief.'}) == expected
+    assert texts(name, {**record, 'system': 'Be brief.', 'system_prompt': 'Be brief.'}) == expected
+    assert texts(name, {**record, 'system': '', 'system_prompt': 'Be brief.'}) == expected
+    with pytest.raises(DataError, match=r'file:1: `system` and `system_prompt` are different texts; leave one'):
+        texts(name, {**record, 'system': 'Be long.', 'system_prompt': 'Be brief.'})
+    with pytest.raises(DataError, match=r'file:1: `system_prompt` must be text, got list'):
+        texts(name, {**record, 'system_prompt': ['x']})
+
+
+@pytest.mark.parametrize('extra', [{}, {'loss': False}, {'weight': 0}, {'name': 'x'}])
+def test_a_system_text_that_the_conversation_begins_with_is_not_doubled(extra):
+    turns = [{'from': 'system', 'value': 'Be brief.', **extra}, *TURN]
+    [found] = texts('sharegpt', {'conversations': turns, 'system_prompt': 'Be brief.'})
+    assert found == [('system', 'Be brief.'), ('user', 'q'), ('assistant', 'a')]
+    messages = [{'role': 'system', 'content': 'Be brief.', **extra}, *RECORDS['openai']['messages']]
+    assert texts('openai', {'messages': messages, 'system_prompt': 'Be brief.'}) == [found]
+
+
 @pytest.mark.parametrize('left_out', [None, {'conversation': []}, []])
 def test_a_map_function_may_leave_a_record_out(left_out):
     assert apply_map_fn(lambda example: left_out, Record('f:2', {'x': 1})) == []

@@ -144,7 +144,7 @@ def test_a_broken_parquet_file_is_one_bad_record(tmp_path):
 def test_a_file_of_no_known_kind_or_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"unknown kind of file '\.jsnl'; did you mean '\.jsonl'"):
         list(read_file(tmp_path / 'a.jsnl'))
-    with pytest.raises(DataError, match=r'a\.jsonl: cannot be read: No such file'):
+    with pytest.raises(DataError, match=r'a\.jsonl cannot be read: No such file'):
         list(read_file(tmp_path / 'a.jsonl'))
 
 

@@ -206,7 +206,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / 'broken.jsonl').symlink_to('nowhere')
     (tmp_path / 'loop.jsonl').symlink_to('loop.jsonl')
     monkeypatch.chdir(tmp_path)
-    for path, text in (('pipe.jsonl', 'is a pipe, not a file'), ('/dev/zero', 'is a device, not a file'),
+    for path, text in (('pipe.jsonl', 'is a named pipe; data is read'), ('/dev/zero', 'is a device; data is read'),
                        ('broken.jsonl', 'is a link to nowhere, which cannot be followed: No such file'),
                        ('loop.jsonl', 'is a link to loop.jsonl, which cannot be followed: '),
                        ('~.jsonl', 'there is no such file or folder')):  # fmt: skip

@@ -197,3 +197,12 @@ def test_a_run_begun_when_rounding_errors_counted_resumes_exactly(
     assert train('new', *options, steps=25) == 0
     assert metrics(tmp_path / 'new')[0]['lr'] == pytest.approx(0.01 / 7)
     assert same_run.format_of_run(newest(tmp_path / 'new')) == same_run.FORMAT
+
+
+def test_why_the_data_of_an_earlier_release_differs_is_said_as_a_possibility() -> None:
+    now = {'data': 'b', 'dataset.ignore': []}
+    told = same_run._changes({'data': 'a'}, now)
+    assert told['data'].startswith('the conversations or their packs are not the same')
+    assert told['dataset.ignore'].startswith('this may be because the run began with an earlier release')
+    assert all(word in told['dataset.ignore'] for word in ('`dataset.ignore`', 'test*, val*, hidden'))
+    assert same_run._changes({'data': 'b'}, now) == {}

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.dataset.fields import is_empty, kind_of, shortened, training_flag
+from xtuner.dataset.fields import is_empty, kind_of, training_flag
 from xtuner.errors import DataError
+from xtuner.fields import shown
 
 # Names under which data sets write the roles.
 ROLES = {
@@ -112,7 +113,7 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
     if value is None and empty:
         return ''
     if not isinstance(value, str):
-        raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {shortened(value)}')
+        raise DataError(f'{origin}: `{name}` must be text, got {type(value).__name__} {shown(value)}')
     if not empty and not value.strip():
         raise DataError(f'{origin}: `{name}` is empty')
     try:
@@ -124,18 +125,19 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
 
 def _with_system(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
     """Puts a system text first, unless the conversation begins with that very text."""
-    return messages if messages[0] == Message('system', text) else (Message('system', text), *messages)
+    first = messages[0]
+    return messages if (first.role, first.content) == ('system', text) else (Message('system', text), *messages)
 
 
 def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
     """Reads the input/output form. An empty `output` is only allowed in the last turn: a prompt without answer."""
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {shortened(turns)}')
+        raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {shown(turns)}')
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         name = f'conversation[{index}]'
         if not isinstance(turn, Mapping) or 'output' not in turn:
-            raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {shortened(turn)}')
+            raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {shown(turn)}')
         output = text_field(turn['output'], f'{name}.output', origin, empty=False)
         loss, extra = _others(turn, _TURN, name, origin)
         if plain:
@@ -167,7 +169,7 @@ def _others(
 
 def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
     if not isinstance(raw, (list, tuple)) or not raw:
-        raise DataError(f'{origin}: `messages` must be a list with at least one message, got {shortened(raw)}')
+        raise DataError(f'{origin}: `messages` must be a list with at least one message, got {shown(raw)}')
     messages = []
     for index, item in enumerate(raw):
         name = f'messages[{index}]'
@@ -175,10 +177,10 @@ def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
             messages.append(item)
             continue
         if not isinstance(item, Mapping) or 'role' not in item:
-            raise DataError(f'{origin}: `{name}` must be a dict with `role` and `content`, got {shortened(item)}')
+            raise DataError(f'{origin}: `{name}` must be a dict with `role` and `content`, got {shown(item)}')
         role = ROLES.get(item['role']) if isinstance(item['role'], str) else None
         if role is None:
-            raise DataError(f'{origin}: `{name}.role` is {shortened(item["role"])}; known: {", ".join(ROLES)}')
+            raise DataError(f'{origin}: `{name}.role` is {shown(item["role"])}; known: {", ".join(ROLES)}')
         loss, extra = _others(item, _MESSAGE, name, origin)
         optional = role in ('system', 'user') or bool(extra.get('tool_calls'))
         content = _parts(item.get('content'), f'{name}.content', origin)
@@ -194,9 +196,7 @@ def _parts(content: Any, name: str, origin: str) -> Any:
     for part in content:
         is_text = isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
         if not is_text or any(kind_of(str(key)) and not is_empty(value) for key, value in part.items()):
-            raise DataError(
-                f'{origin}: `{name}` holds a part that is not text: {shortened(part)}; only text is trained'
-            )
+            raise DataError(f'{origin}: `{name}` holds a part that is not text: {shown(part)}; only text is trained')
         texts.append(part['text'])
     return ''.join(texts)
 
@@ -206,7 +206,7 @@ def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise DataError(f'{origin}: `tools` is text that is not JSON: {shortened(tools)}') from None
+            raise DataError(f'{origin}: `tools` is text that is not JSON: {shown(tools)}') from None
     if is_empty(tools):
         return ()
     if not isinstance(tools, (list, tuple)):

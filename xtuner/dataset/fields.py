@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from xtuner.errors import DataError
+from xtuner.fields import shown
 
 # Names as other tools write them, in lower case and without `_`, `-` and spaces: `toolCalls` and `tool_calls` are one.
 _NAMES = {
@@ -72,7 +73,7 @@ def training_flag(fields: Mapping[str, Any], name: str, origin: str) -> tuple[bo
     """
     found = {}
     for key, value in fields.items():
-        sense = _SENSE.get(_squeezed(key)) if isinstance(key, str) else None
+        sense = trained_by(key) if isinstance(key, str) else None
         if sense is not None and not is_empty(value):
             found[key] = _flag(value, f'{name}.{key}', origin) is sense
     if len(set(found.values())) > 1:
@@ -81,18 +82,23 @@ def training_flag(fields: Mapping[str, Any], name: str, origin: str) -> tuple[bo
 
 
 def _flag(value: Any, name: str, origin: str) -> bool:
+    if (flag := flag_of(value)) is None:
+        raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {shown(value)}; a message is trained '
+                        'whole or not at all; where it is no flag, leave it out with '
+                        f'dataset.ignore=[{name.rpartition(".")[2]!r}]')  # fmt: skip
+    return flag
+
+
+def flag_of(value: Any) -> bool | None:
+    """Returns a flag as data may write it (a bool, 0 or 1, or such a word); None for any other value."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    if isinstance(value, str) and value.strip().lower() in _WORDS:
-        return _WORDS[value.strip().lower()]
-    raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {shortened(value)}; a message is trained '
-                    'whole or not at all')  # fmt: skip
+    return _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def shortened(value: Any, most: int = 60) -> str:
-    """Returns the representation of a value, cut to `most` characters."""
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + '…'
+def trained_by(name: str) -> bool | None:
+    """Which value of a flag of this name means that something is trained: True of `loss`, None of an unknown sense."""
+    return _SENSE.get(_squeezed(name))
 
 
 class Observed(dict):
@@ -163,41 +169,10 @@ def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bo
     return kept
 
 
-def check_columns(record: Observed, function: str, origin: str, *, own: bool, note: Callable[[str], None]) -> None:
-    """Reports the columns of a record that its map function did not read.
-
-    Args:
-        record: What the map function was given.
-        function: The name of the map function.
-        origin: Where the record came from.
-        own: Whether the map function is the user's, who may leave out what he likes: notes only.
-        note: Called with the name of each unused column.
-
-    Raises:
-        DataError: For a column that would change what is learnt.
-    """
-    for key, value in zip(dict.keys(record), dict.values(record), strict=True):
-        if key in record.read or is_empty(value):
-            continue
-        kind = '' if own else _kind(str(key), value)
-        if kind and not _says_nothing(str(key), value):
-            raise unused(f'{origin}: `{key}` ({kind}) is not read by `{function}`',
-                         'name a map function that uses it with `dataset.map_fn`', str(key))  # fmt: skip
-        note(str(key))
-
-
 def _kind(key: str, value: Any) -> str:
     """`kind_of`, but for numbers under another name than that of a flag: those count or label something."""
     kind = kind_of(key)
     return '' if isinstance(value, (bool, int, float)) and kind != 'training flag' else kind
-
-
-def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a flag of a whole record says that it is trained, which it is anyway."""
-    try:
-        return training_flag({key: value}, '', '')[0] is True
-    except DataError:
-        return False
 
 
 def check_extras(
@@ -225,7 +200,7 @@ def check_extras(
             kept[read] = value
         elif kind:
             raise unused(f'{origin}: `{name}.{key}` ({kind}) has no place in the template `{template.name}`',
-                         'use `from_tokenizer` where the chat template has a place for it', key)  # fmt: skip
+                         _REMEDIES.get(kind) or from_tokenizer(template, 'write it into `content`'), key)  # fmt: skip
         else:
             note(f'{name.partition("[")[0]}[].{key}')
     return kept
@@ -236,6 +211,19 @@ _REASONING = ('reasoning_content', 'reasoning', 'thinking', 'thought')
 
 def _synonym(kind: str, template: Any) -> str:
     return next(filter(template.reads, _REASONING), '') if kind == 'reasoning' else ''
+
+
+_REMEDIES = {
+    'training flag': 'write `loss` as true or false into each message',
+    'image, audio or video': 'only text is trained: remove such records',
+}
+
+
+def from_tokenizer(template: Any, otherwise: str) -> str:
+    """What to do about a field that a template has no place for."""
+    if template.name == 'from_tokenizer':
+        return otherwise
+    return f"set model.template='from_tokenizer' where the tokenizer's chat template reads it, {otherwise}"
 
 
 def unused(what: str, way: str, key: str) -> DataError:

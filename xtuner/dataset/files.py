@@ -7,7 +7,6 @@ import gzip
 import io
 import lzma
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from xtuner.errors import DataError, nearest, one_line
+from xtuner.files import check_regular
 
 TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
 KINDS = (*TEXT_KINDS, '.parquet')
@@ -53,24 +53,13 @@ def is_data_file(path: Path) -> bool:
     return bool(suffixes) and suffixes[-1] in KINDS
 
 
-def check_regular(path: Path) -> os.stat_result:
+def check_data_file(path: Path) -> os.stat_result:
     """Returns the stat of a file, which must be one that ends and can be read twice.
 
     Raises:
         DataError: Where it is a pipe, a device, a folder or a link to nothing, or cannot be looked at.
     """
-    try:
-        found = path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            raise DataError(f'{path}: is a link to {os.readlink(path)}, which cannot be followed: '
-                            f'{error.strerror}') from None  # fmt: skip
-        raise DataError(f'{path}: cannot be read: {error.strerror or error}') from None
-    if not stat.S_ISREG(found.st_mode):
-        kinds = ((stat.S_ISFIFO, 'a pipe'), (stat.S_ISDIR, 'a folder'), (stat.S_ISSOCK, 'a socket'))
-        kind = next((name for test, name in kinds if test(found.st_mode)), 'a device')
-        raise DataError(f'{path}: is {kind}, not a file; data is read more than once, so write it into a file first')
-    return found
+    return check_regular(path, DataError, '; data is read more than once, so write it into a file first')
 
 
 @contextmanager
@@ -104,9 +93,9 @@ def _open(path: Path) -> BinaryIO:
 @contextmanager
 def unchanging(path: Path) -> Iterator[None]:
     """Checks a file before it is read, and that it is the same afterwards; DataError where it is not."""
-    before = check_regular(path)
+    before = check_data_file(path)
     yield
-    after = check_regular(path)
+    after = check_data_file(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f'{path}: changed while it was read (from {before.st_size:,} to {after.st_size:,} bytes); '
                         'start again once it is complete')  # fmt: skip

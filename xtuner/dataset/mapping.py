@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.columns import check_columns
 from xtuner.dataset.conversation import Conversation, to_conversation
-from xtuner.dataset.fields import Observed, check_columns, check_extras, unused, without
+from xtuner.dataset.fields import Observed, check_extras, from_tokenizer, unused, without
 from xtuner.dataset.map_fns import detect_map_fn, nearest_format, resolve_map_fn
 from xtuner.dataset.map_fns.registration import MapFn
 from xtuner.dataset.prompt import Template
@@ -70,7 +71,7 @@ class _Fields:
         observed = _observed(value, record.origin)
         found = apply_map_fn(function, record, observed)
         if found:
-            check_columns(observed, name, record.origin, own=own, note=notes.append)
+            check_columns(observed, found, name, own=own, note=notes.append)
         found = [self._checked(conversation, notes.append) for conversation in found]
         self._summary.add_ignored(ignored)
         self._summary.add_unused(dict.fromkeys(notes))
@@ -81,8 +82,7 @@ class _Fields:
         template, origin = self._template, conversation.origin
         if conversation.tools and not template.reads('tools'):
             raise unused(f'{origin}: template `{template.name}` has no place for `tools`',
-                         'use `from_tokenizer` where the chat template has one, or write them into the system message',
-                         'tools')  # fmt: skip
+                         from_tokenizer(template, 'write them into the system message'), 'tools')  # fmt: skip
         if not any(message.extra for message in conversation.messages):
             return conversation
         messages = [

@@ -17,7 +17,7 @@ from xtuner.dataset.conversation import Conversation, Message
 from xtuner.dataset.fingerprint import digest
 from xtuner.dataset.hidden_tokens import HiddenTokens
 from xtuner.dataset.prompt import Piece, Template, Turn
-from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, printable, render_chats
+from xtuner.dataset.rendering import Chat, ChatTemplate, TemplateBoundError, excerpt, render_chats
 from xtuner.dataset.template_probe import check_chat_template, common_length, probe, source_name
 from xtuner.errors import ConfigError, DataError
 
@@ -237,7 +237,7 @@ def _shown_otherwise(shown: _Shown, index: int, before: str, upto: str) -> DataE
     if index + 1 < len(messages):
         return DataError(f'{origin}: the chat template shows answer {index + 1} in another '
                          "way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
-    opening = printable(repr(before[common_length(before, upto) :]))
+    opening = excerpt(repr(before[common_length(before, upto) :]))
     return DataError(f'{origin}: the generation prompt of the chat template ends with {opening}, and the answer in '
                      f'message {index + 1} is not shown behind it; begin that answer with it')  # fmt: skip
 

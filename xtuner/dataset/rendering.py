@@ -140,7 +140,7 @@ def _views(texts: list[Any]) -> list[str]:
 
 def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str, str]) -> DataError:
     """The error for an answer without texts; raises ConfigError where no conversation would have one."""
-    kind, detail = answer['error'], printable(answer.get('message', ''))
+    kind, detail = answer['error'], excerpt(answer.get('message', ''))
     if kind == 'syntax':
         raise ConfigError(f'the chat template of {template.name} is no valid Jinja: {detail}; name one of our '
                           'templates: `model.template` of a config, --prompt-template of a command')  # fmt: skip
@@ -164,6 +164,6 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
     )
 
 
-def printable(text: str, most: int = 200) -> str:
-    """Text that a stranger chose, for a message: on one line, with escapes for what moves a terminal's cursor."""
+def excerpt(text: str, most: int = 200) -> str:
+    """Text that a stranger chose, for a message: cut, on one line, with escapes for what moves a terminal's cursor."""
     return escape.printable(one_line(text)[:most])

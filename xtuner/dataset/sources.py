@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xtuner.dataset.files import check_regular, is_data_file, kind_of_file
+from xtuner.dataset.files import check_data_file, is_data_file, kind_of_file
 from xtuner.dataset.folder import data_files
 from xtuner.dataset.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest, one_line
@@ -115,7 +115,7 @@ def _open(path: str, options: Mapping[str, Any]) -> Source:
         return _saved(local) if _is_saved(local) else _files(path, *data_files(local))
     if not _is_local(path):
         return _hub(path, options)
-    check_regular(local)
+    check_data_file(local)
     kind_of_file(local)
     return _files(path, [local], [])
 
@@ -134,7 +134,7 @@ _hashes: dict[tuple[str, int, int], bytes] = {}
 
 def hash_file(file: Path) -> bytes:
     """Returns a hash of a file's name and content; a file that did not change is read only once a process."""
-    stat = check_regular(file)
+    stat = check_data_file(file)
     key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
         digest = hashlib.blake2b(file.name.encode(), digest_size=16)

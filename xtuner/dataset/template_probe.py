@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xtuner.dataset.conversation import Message
-from xtuner.dataset.rendering import MOST_TEMPLATE, Chat, ChatTemplate, printable, render_chats
+from xtuner.dataset.rendering import MOST_TEMPLATE, Chat, ChatTemplate, excerpt, render_chats
 from xtuner.errors import ConfigError, DataError, ModelError
 
 
@@ -51,7 +51,7 @@ def template_fault(value: Any, where: str) -> str:
                 return f'{where}[{number}] must have a `name` and a `template`, both text'
         value = {item['name']: item['template'] for item in value}
     for name, text in (value if isinstance(value, dict) else {'': value}).items():
-        what = f'{where}[{printable(repr(name))}]' if name else where
+        what = f'{where}[{excerpt(repr(name))}]' if name else where
         if not isinstance(name, str) or not isinstance(text, str):
             return f'{what} is of type {type(text).__name__}; it must be text: a Jinja template'
         if len(text) > MOST_TEMPLATE:
@@ -65,7 +65,7 @@ def _file_fault(file: Path) -> str:
     try:
         file.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        return f'{file} cannot be read as UTF-8: {printable(str(error))}'
+        return f'{file} cannot be read as UTF-8: {excerpt(str(error))}'
     return ''
 
 

@@ -165,8 +165,9 @@ def _difference(name: str, then: Any, now: Any) -> str:
         fate = 'left out' if now > then else 'read again'
         return f'the {name} were {then} and are now {now}: {abs(now - then)} for each step done are {fate}'
     if name == 'dataset.ignore' and then is None:
-        return ('the run began with a release that passed over fields which are used now, such as `system` and '
-                '`history`: `dataset.ignore` leaves them out again')  # fmt: skip
+        return ('this may be because the run began with an earlier release, which did not read fields that are used '
+                'now, such as `system` and `history` (`dataset.ignore` leaves them out), but did read files of a '
+                'folder that are left out now: test*, val*, hidden ones (name them in `dataset.source`)')  # fmt: skip
     shown = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
     return f'{shown} was {_short(then)} and is now {_short(now)}'
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.turns import system_text
 
 
 @map_fn('conversation')
 def conversation_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """Passes the turns on as they are; `system` may stand in any of them, `loss` beside an `output`."""
-    return {'conversation': example['conversation'], 'system': example.get('system'), 'tools': example.get('tools')}
+    return {'conversation': example['conversation'], 'system': system_text(example), 'tools': example.get('tools')}

@@ -1,13 +1,14 @@
-"""OpenAI: `messages` with `role` and `content`, and `system` and `tools` where there are some."""
+"""OpenAI: `messages` with `role` and `content`, and `system` (or `system_prompt`) and `tools` where there are some."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
+from xtuner.dataset.map_fns.turns import system_text
 
 
 @map_fn('messages')
 def openai_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     """Passes messages, system text and tools on as they are."""
-    return {'messages': example['messages'], 'system': example.get('system'), 'tools': example.get('tools')}
+    return {'messages': example['messages'], 'system': system_text(example), 'tools': example.get('tools')}

@@ -6,11 +6,14 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from xtuner.dataset.fields import is_empty
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import MAP_FUNC, imported
 
 MapFn = Callable[[dict[str, Any]], Any]
 _SUFFIX = '_map_fn'
+TURNS = ('messages', 'conversations', 'conversation')
+"""Columns of whole conversations; an empty one beside another does not tell the format."""
 
 
 def map_fn(*columns: str, detect: Callable[[Mapping[str, Any]], bool] | None = None) -> Callable[[MapFn], MapFn]:
@@ -91,8 +94,10 @@ def detect_map_fn(record: Any, origin: str) -> MapFn:
         ConfigError: Where none or a record of no known format is found; names the columns found and the nearest format.
     """
     if isinstance(record, Mapping):
+        full = {key for key in TURNS if not is_empty(record.get(key))}
+        told = {key: value for key, value in record.items() if not full or key in full or key not in TURNS}
         for function in formats().values():
-            if getattr(function, 'detect', never)(record):
+            if getattr(function, 'detect', never)(told):
                 return function
         found = sorted(map(str, record))
     else:

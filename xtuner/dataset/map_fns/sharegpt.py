@@ -1,12 +1,13 @@
-"""ShareGPT: `conversations` with `from` and `value`; `system` and `tools` beside it where there are some."""
+"""ShareGPT: `conversations` with `from` and `value`, and `system` (`system_prompt`) and `tools` if any."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
-from xtuner.dataset.map_fns.turns import message
+from xtuner.dataset.map_fns.turns import message, system_text
 from xtuner.errors import DataError
+from xtuner.fields import shown
 
 
 @map_fn('conversations')
@@ -16,10 +17,11 @@ def sharegpt_map_fn(example: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(turns, list):
         raise DataError(f'`conversations` must be a list, got {type(turns).__name__}')
     messages = [_message(turn, index) for index, turn in enumerate(turns)]
-    return {'messages': messages, 'system': example.get('system'), 'tools': example.get('tools')}
+    return {'messages': messages, 'system': system_text(example), 'tools': example.get('tools')}
 
 
 def _message(turn: Any, index: int) -> Any:
     if isinstance(turn, dict) and ('role' in turn or {'from', 'value'} <= turn.keys()):
         return message(turn)
-    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {str(turn)[:60]}')
+    way = '; texts alone do not say who speaks: map them with a function of your own' if isinstance(turn, str) else ''
+    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {shown(turn)}{way}')

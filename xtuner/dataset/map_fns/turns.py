@@ -8,6 +8,7 @@ from typing import Any
 
 from xtuner.dataset.fields import is_empty, kind_of
 from xtuner.errors import DataError
+from xtuner.fields import shown
 
 
 def one_turn(example: Mapping[str, Any], question: Any, answer: Any, *, system: str = '') -> dict[str, Any]:
@@ -20,15 +21,31 @@ def one_turn(example: Mapping[str, Any], question: Any, answer: Any, *, system: 
         system: The system text where the record has none.
 
     Raises:
-        DataError: Where `history` is in no known form.
+        DataError: Where `history` is in no known form, or as `system_text` does.
     """
-    own = example.get('system')
-    own = example.get('system_prompt') if is_empty(own) else own
-    found = {'system': system if is_empty(own) else own, 'tools': example.get('tools')}
+    found = {'system': system_text(example) or system, 'tools': example.get('tools')}
     if history := _history(example.get('history')):
         last = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
         return {'messages': history + last, **found}
     return {'conversation': [{'input': question, 'output': answer}], **found}
+
+
+def system_text(example: Mapping[str, Any]) -> str:
+    """Returns the system text of a record: its `system` or `system_prompt`; '' where it has neither.
+
+    Raises:
+        DataError: Where one of them is not text, or they differ.
+    """
+    found: list[str] = []
+    for key in ('system', 'system_prompt'):
+        if isinstance(value := example.get(key), str):
+            found += [value] if value else []
+        elif not is_empty(value):
+            raise DataError(f'`{key}` must be text, got {type(value).__name__} {shown(value)}')
+    if len(set(found)) > 1:
+        raise DataError("`system` and `system_prompt` are different texts; leave one of them out with "
+                        "dataset.ignore=['system_prompt'] or ['system']")  # fmt: skip
+    return found[0] if found else ''
 
 
 def join(question: Any, context: Any) -> Any:
