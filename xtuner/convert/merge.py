@@ -24,7 +24,6 @@ from xtuner.model.weights import fingerprint
 
 logger = logging.getLogger('xtuner')
 
-BASES = ('auto', 'original', 'dequantized')
 CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
 """Sizes of models that are measured and verified without being asked for."""
 
