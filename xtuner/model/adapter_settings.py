@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.arguments import PATTERNS
 from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one_line
 from xtuner.fields import Field, check_fields, shown
 from xtuner.files import check_regular, read_object
@@ -50,8 +51,6 @@ _SIZES = (
 )  # fmt: skip
 _MAX_LAYERS = 1024
 _LEAST_SIZE = 4096  # sizes up to here take no memory that matters, whatever the weights hold
-_PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',
-             'rank_pattern', 'alpha_pattern', 'target_parameters')  # fmt: skip
 _REPEATS = re.compile(r'[*+{?]')
 _PISSA = re.compile('pissa_niter_[0-9]{1,3}')  # each iteration takes time for each layer
 _CPU_SECONDS = 2
@@ -85,8 +84,12 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     return settings | ({'prompt_tuning_init': 'RANDOM'} if 'prompt_tuning_init' in declared else {})
 
 
-def adapter_settings(folder: Path) -> Any:
-    """peft's config of a saved adapter, its sizes compared with the weights beside it.
+def adapter_settings(folder: Path, shapes: Iterable[tuple[int, ...]] | None = None) -> Any:
+    """peft's config of a saved adapter, its sizes compared with those of its weights.
+
+    Args:
+        folder: Holds the adapter's files.
+        shapes: The shapes of its tensors; None reads them.
 
     Raises:
         CheckpointError: as `read_adapter_settings`; or the weights cannot be read, or are of other sizes.
@@ -94,7 +97,7 @@ def adapter_settings(folder: Path) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     path, settings = folder / SETTINGS_FILE, read_adapter_settings(folder)
-    largest = max([_LEAST_SIZE, *(size for shape in _shapes(folder) for size in shape)])
+    largest = max([_LEAST_SIZE, *(size for shape in (_shapes(folder) if shapes is None else shapes) for size in shape)])
     for name in _SIZES:
         check_fields(settings, {name: Field(Any, minimum=0, maximum=largest)}, path, CheckpointError)
     ranks = settings.get('rank_pattern') or {}
@@ -192,7 +195,7 @@ def _replicated(settings: Mapping[str, Any]) -> int:
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the texts of a peft config that it matches as regular expressions, by field."""
-    for name in _PATTERNS:
+    for name in PATTERNS:
         value = settings.get(name)
         texts: Iterable[Any] = [value] if isinstance(value, str) else value or ()
         for i, text in enumerate(texts):
