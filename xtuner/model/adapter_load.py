@@ -135,6 +135,10 @@ def load_adapter(
     if weights.wrappers:
         logger.info('%s: %s, which torch.compile, FSDP or peft put into the names of its tensors, is left out',
                     weights.path, ' and '.join(weights.wrappers))  # fmt: skip
+    if 'pissa_niter' in str(getattr(config, 'init_lora_weights', '')):
+        logger.warning('%s: %r splits the base by a randomised decomposition, and the file does not hold that split: '
+                       "the loaded model can differ from the trained one; train with 'pissa', which is exact",
+                       folder, config.init_lora_weights)  # fmt: skip
     check_patterns(vars(config), module_names(model), str(folder / SETTINGS_FILE))
     config.base_model_name_or_path = getattr(getattr(model, 'config', None), 'name_or_path', None)
     with _explained(folder, name):
