@@ -114,7 +114,7 @@ def words(hint: Any) -> str:
         # typing keeps the order in which a union was first written, anywhere: sorted, a message is always the same.
         return ' or '.join(sorted({words(kind) for kind in inner}, key=lambda word: (word == 'None', word)))
     if base is typing.Literal:
-        return f'one of {", ".join(map(repr, inner))}'
+        return ('one of ' if len(inner) > 1 else '') + ', '.join(map(repr, inner))
     if base is list and inner and inner[0] is not Any:
         return f'a list of {words(inner[0]).removeprefix("a ")}'
     if isinstance(base, type) and issubclass(base, enum.Enum):

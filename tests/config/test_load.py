@@ -91,6 +91,7 @@ def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
         ('adapter.r', 10**10, '`adapter.r` must be at most 65536, got 10000000000'),
         ('adapter.target_modules', '[', '`adapter.target_modules` is no regular expression (unterminated character'),
         ('adapter.lora_alpha', float('nan'), '`adapter.lora_alpha` must be a finite number'),
+        ('optimizer.lr', None, '`optimizer.lr` needs a number, got None'),
         ('optimizer.lr', 'nan', "`optimizer.lr` must be a number, got 'nan'"),
         ('optimizer.lr', float('nan'), '`optimizer.lr` must be a finite number, got nan'),
         ('optimizer.lr', 1e300, '`optimizer.lr` must be at most 1000000000, got 1e+300'),
@@ -110,6 +111,11 @@ def test_a_wrong_value_is_named(key: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(FLAGSHIP, {key: value})
     assert message in str(caught.value)
+
+
+def test_names_of_modules_and_texts_may_look_like_numbers() -> None:
+    names = {'target_modules': ['0', '2'], 'exclude_modules': '1', 'prompt_tuning_init_text': '2024'}
+    assert load_config(FLAGSHIP, {f'adapter.{key}': value for key, value in names.items()}).adapter is not None
 
 
 def test_all_faults_come_at_once() -> None:

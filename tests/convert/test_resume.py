@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.convert.adapters import make_base, save_trained
-from xtuner.convert import shards
+from xtuner.convert import output, shards
 from xtuner.convert.merge import merge
 from xtuner.convert.output import whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.source import Source
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.weights import open_weights
 
@@ -65,6 +70,33 @@ def test_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before, 'a finished shard was written again'
     assert files(out) == files(tmp_path / 'whole')
     assert not partial.exists()
+
+
+def test_what_an_interrupted_merge_wrote_is_not_counted_as_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = make_base(tmp_path / 'base')
+    save_trained(base, tmp_path / 'adapter')
+    merged = Source.merged
+
+    def refused(source: Source, plan: TensorPlan) -> Iterator[torch.Tensor]:
+        if plan.name.startswith('model.norm'):  # the last one in the base's files
+            raise OSError('no space left')
+        return merged(source, plan)
+
+    for number, blocks in enumerate((refused, merged)):
+        monkeypatch.setattr(Source, 'merged', blocks)
+        with (
+            caplog.at_level('INFO', logger='xtuner'),
+            nullcontext() if number else pytest.raises(ModelError, match='goes on with it'),
+        ):
+            merge(str(base), tmp_path / 'adapter', tmp_path / 'out', max_shard_bytes=30_000, verify=0)
+    found = re.search(r'wrote (\d+) of the 14 .* changed is not known; of the other (\d+), (\d+) changed', caplog.text)
+    assert found
+    before, written, changed = map(int, found.groups())
+    assert before > 0
+    assert written == changed == 14 - before
+    assert ' tensors of 29 changed' not in caplog.text
 
 
 def content(plan: TensorPlan) -> torch.Tensor:
@@ -144,6 +176,24 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         assert (folder / 'half').read_text() == 'done'
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert (out / 'half').read_text() == 'done'
+
+
+def test_the_lock_is_closed_before_it_is_removed_where_open_files_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def unlink_as_windows(path: Path, missing_ok: bool = False) -> None:
+        links = list(Path('/proc/self/fd').iterdir())
+        if any(os.path.realpath(link) == str(path) for link in links):
+            raise PermissionError(13, 'in use', str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(output, 'fcntl', None)
+    monkeypatch.setattr(Path, 'unlink', unlink_as_windows)
+    with whole_folder(tmp_path / 'out', 'job') as folder:
+        (folder / 'file').write_text('done')
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
 def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(tmp_path: Path) -> None:

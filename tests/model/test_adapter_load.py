@@ -16,6 +16,7 @@ from tests.convert.adapters import VOCAB, make_base, save_trained
 from xtuner.cli.main import main
 from xtuner.convert.base import skeleton
 from xtuner.errors import CheckpointError
+from xtuner.model import adapter_load, adapter_settings
 from xtuner.model.adapter_load import load_adapter
 from xtuner.model.loading import load_model
 
@@ -121,8 +122,27 @@ def test_names_of_compiled_and_sharded_modules_are_known(
     with caplog.at_level('INFO', logger='xtuner'):
         loaded = load_adapter(load_model(base, dtype=torch.float32), folder)
     torch.testing.assert_close(logits(loaded), saved[1])
-    assert '_fsdp_wrapped_module and _orig_mod and default, which torch.compile, FSDP or peft put' in caplog.text
+    assert caplog.text.count('_fsdp_wrapped_module and _orig_mod and default, which torch.compile, FSDP or peft') == 1
     assert main(['convert', 'merge', str(base), str(folder), str(tmp_path / 'merged')]) == 0
+
+
+def test_settings_and_weights_are_opened_once(
+    base: Path, saved: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    for module in (adapter_load, adapter_settings):
+        for name in {'open_file', 'read_object'} & vars(module).keys():
+            monkeypatch.setattr(module, name, noted(getattr(module, name), opened))
+    load_adapter(skeleton(base), saved[0])
+    assert sorted(opened) == ['adapter_config.json', FILE]
+
+
+def noted(read: Callable[..., Any], opened: list[str]) -> Callable[..., Any]:
+    def reading(path: Path, *rest: Any) -> Any:
+        opened.append(path.name)
+        return read(path, *rest)
+
+    return reading
 
 
 def test_two_tensors_of_one_name_are_refused(base: Path, saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from tests.convert.adapters import make_base, save_trained
 from xtuner.errors import CheckpointError, ConfigError
-from xtuner.model.adapter import attach_adapter, load_adapter, read_provenance
-from xtuner.model.adapter_settings import adapter_settings
+from xtuner.model.adapter import attach_adapter, read_provenance
+from xtuner.model.adapter_load import load_adapter
+from xtuner.model.adapter_settings import adapter_settings, check_patterns
 from xtuner.model.loading import load_model
 
 
@@ -45,8 +46,12 @@ def changed(world: Path, tmp_path: Path) -> Any:
         ({'layer_replication': [[0, 10**9]]}, 'more than 1024 layers'),
         ({'peft_type': 'EVIL'}, "`peft_type` is 'EVIL'"),
         ({'peft_type': 'XLORA'}, "`peft_type` is 'XLORA'"),
-        ({'peft_type': None}, '`peft_type` is None'),
-        ({'task_type': 'SEQ_CLS'}, "`task_type` must be one of 'CAUSAL_LM'"),
+        ({'peft_type': None}, '`peft_type` is missing$'),
+        ({'task_type': 'SEQ_CLS'}, "`task_type` must be 'CAUSAL_LM' or None, got 'SEQ_CLS'"),
+        ({'init_lora_weights': 'evil'}, r"must be True, False, 'gaussian', .* or 'pissa_niter_N' with .*, got 'evil'"),
+        ({'init_lora_weights': 'pissa_niter_[number of iters]'}, '`init_lora_weights` must be True, False'),
+        ({'init_lora_weights': 'pissa_niter_1000000'}, '`init_lora_weights` must be True, False'),
+        ({'peft_type': 'ADALORA', 'rank_pattern': {'q': [10**9]}}, '`q` must be a list of True or False'),
         ({'bias': 'evil'}, '`bias` must be one of'),
         ({'megatron_config': {'a': 1}, 'megatron_core': 'this.s'}, '`megatron_config` is refused'),
         ({'lora_dropout': float('nan')}, '`lora_dropout` must be a finite number'),
@@ -58,6 +63,60 @@ def test_a_wrong_field_is_named(changed: Any, fields: dict[str, Any], message: s
     with pytest.raises(CheckpointError, match=message) as caught:
         adapter_settings(folder)
     assert str(folder / 'adapter_config.json') in str(caught.value)
+
+
+@pytest.mark.parametrize('init', [False, 'gaussian', 'Gaussian', 'olora', 'pissa', 'pissa_niter_16', 'orthogonal'])
+def test_an_adapter_is_loaded_however_it_was_begun(
+    world: Path, tmp_path: Path, init: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = save_trained(world / 'base', tmp_path, init_lora_weights=init)
+    loaded = load_adapter(load_model(world / 'base', dtype=torch.float32), tmp_path)
+    assert_same_adapter(loaded, saved)
+    assert loaded.peft_config['default'].init_lora_weights == init
+    random = init == 'pissa_niter_16'  # peft splits the base anew, and not as it did before training
+    assert random == ('can differ from the trained one' in caplog.text)
+    ids = torch.tensor([[1, 5, 9, 13]])
+    with torch.no_grad():
+        assert random or torch.equal(loaded(ids).logits, saved(ids).logits)
+
+
+def test_an_adalora_with_ranks_left_out_is_loaded(world: Path, tmp_path: Path) -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=['q_proj'], task_type='CAUSAL_LM')
+    saved: Any = get_peft_model(load_model(world / 'base', dtype=torch.float32), config)
+    names = [name for name, _ in saved.base_model.model.named_parameters() if 'lora_E' in name]
+    saved.peft_config['default'].rank_pattern = {name: [True, False, True, False] for name in names}
+    saved.save_pretrained(tmp_path)
+    loaded = load_adapter(load_model(world / 'base', dtype=torch.float32), tmp_path)
+    ranks = [parameter.shape[0] for name, parameter in loaded.named_parameters() if 'lora_E' in name]
+    assert ranks == [2] * len(names)
+
+
+@pytest.mark.parametrize('kind', ['PromptTuningConfig', 'MultitaskPromptTuningConfig'])
+@pytest.mark.parametrize('trainable', [False, True])
+def test_a_prompt_that_began_as_text_is_loaded_from_its_values(
+    world: Path, tmp_path: Path, kind: str, trainable: bool
+) -> None:
+    import peft
+
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type='CAUSAL_LM')
+    saved = peft.get_peft_model(load_model(world / 'base', dtype=torch.float32), config)
+    saved.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / 'adapter_config.json').read_text())
+    content |= {'prompt_tuning_init': 'TEXT', 'prompt_tuning_init_text': 'a', 'tokenizer_name_or_path': 'evil/evil'}
+    if 'prompt_tuning_init_state_dict_path' in content:
+        content |= {'prompt_tuning_init': 'EXACT_SOURCE_TASK', 'prompt_tuning_init_state_dict_path': '/evil.bin'}
+    (tmp_path / 'adapter_config.json').write_text(json.dumps(content))
+    loaded = load_adapter(load_model(world / 'base', dtype=torch.float32), tmp_path, trainable=trainable)
+    assert_same_adapter(loaded, saved)
+
+
+def assert_same_adapter(loaded: Any, saved: Any) -> None:
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(saved)
+    torch.testing.assert_close(get_peft_model_state_dict(loaded), expected, rtol=0, atol=0)
 
 
 def test_names_of_code_and_models_are_dropped(changed: Any) -> None:
@@ -88,6 +147,13 @@ def test_a_pattern_without_end_is_refused(world: Path, changed: Any, fields: dic
     with pytest.raises(CheckpointError, match='takes too long to match'):
         load_adapter(model, changed(**fields))
     assert time.process_time() - began < 2  # of this process; the trial has a limit of its own
+
+
+def test_patterns_that_begin_alike_are_all_tried() -> None:
+    begin = 'x' * 32
+    ranks = {f'{begin}(a+)+$': 4, f'{begin}(ok)?': 4}
+    with pytest.raises(CheckpointError, match=rf'`rank_pattern\[{begin}\]` takes too long to match .*\(a\+\)\+\$'):
+        check_patterns({'rank_pattern': ranks}, [begin + 'a' * 40 + '!'], 'here')
 
 
 def test_a_sound_pattern_is_taken(world: Path, changed: Any) -> None:

@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xtuner.fields import Field, shown
+from xtuner.fields import Field, shown, words
 
 _LARGEST = 1e30  # torch keeps optimizer settings in float32, which ends at 3.4e38
-_PATTERNS = ('target_modules', 'exclude_modules')  # of peft: text is a regular expression, but for 'all-linear'
+PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',
+            'rank_pattern', 'alpha_pattern', 'target_parameters')  # fmt: skip
+"""The fields of peft's configs that hold names of modules, or regular expressions that match them."""
+_TEXTS = (*PATTERNS, 'prompt_tuning_init_text', 'tokenizer_name_or_path')  # may look like a number, as layer '0' does
 _FIELDS = {
     'optimizer.lr': Field(float, minimum=0, maximum=10**9),
     'adapter.r': Field(int, minimum=1, maximum=2**16),
@@ -28,11 +31,14 @@ def argument_faults(section: Mapping[str, Any] | None, where: str) -> Iterator[s
     for name, value in (section or {}).items():
         path = f'{where}.{name}'
         if path in _FIELDS:
-            fault = _FIELDS[path].fault(path, value)
+            field = _FIELDS[path]
+            fault = field.fault(path, value) if value is not None else f'`{path}` needs {words(field.hint)}, got None'
         elif name == 'type' or not isinstance(name, str):
             continue
+        elif name in _TEXTS:
+            fault = _pattern_fault(path, value) if name in PATTERNS else None
         else:
-            fault = _number_fault(path, value) or (name in _PATTERNS and _pattern_fault(path, value)) or None
+            fault = _number_fault(path, value)
         if fault:
             yield fault
 

@@ -24,7 +24,6 @@ from xtuner.model.weights import fingerprint
 
 logger = logging.getLogger('xtuner')
 
-BASES = ('auto', 'original', 'dequantized')
 CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
 """Sizes of models that are measured and verified without being asked for."""
 
@@ -89,8 +88,7 @@ def merge(
         example = write_model_files(folder, source.reader.folder, parts[-1][0], source.provenance,
                           changes | {'dtype': short(DTYPES[dtype])})  # fmt: skip
         write_weights(folder, plans, max_shard_bytes, source.merged)
-        check_changed(source, DTYPES[dtype])
-        logger.info('%d tensors of %d changed', len(source.targets) - len(source.unchanged), len(plans))
+        check_changed(source, DTYPES[dtype], len(plans))
         found = None
         if verifier is not None:
             written = verifier.check(folder, source.base, DTYPES[dtype])

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,10 @@ def _alone(partial: Path, out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            if fcntl is None:  # Windows removes no open file; elsewhere the lock must last until the file is gone
+                file.close()
+            with suppress(OSError):  # another process has it open; a file that stays locks nothing
+                lock.unlink(missing_ok=True)
 
 
 def _prepare(partial: Path, digest: str) -> None:

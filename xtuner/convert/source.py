@@ -40,7 +40,8 @@ class Source:
         provenance: What the last adapter's `xtuner.json` says, or None.
         ties: For each tensor that the model shares, the name under which its values are stored.
         device: Where blocks are computed.
-        unchanged: Tensors that adapters name and that were written as they were; filled by `merged`.
+        written: Tensors that adapters name and that `merged` has given whole, so none of an earlier, interrupted run.
+        unchanged: Those of them that are as they were.
     """
 
     reader: WeightReader
@@ -49,6 +50,7 @@ class Source:
     provenance: Provenance | None
     ties: dict[str, str]
     device: torch.device
+    written: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +98,7 @@ class Source:
             block = merged.clone() if merged.dtype == plan.dtype else plan.cast(merged)
             changed = changed or before.shape != block.shape or not torch.equal(block, before.to(block))
             yield block.cpu()
+        self.written.append(plan.name)
         if not changed:
             self.unchanged.append(plan.name)
 
@@ -177,19 +180,25 @@ def _check_trained(adapter: AdapterFile) -> None:
                        len(zero), len(adapter.targets), _some(zero))  # fmt: skip
 
 
-def check_changed(source: Source, dtype: torch.dtype) -> None:
-    """Warns of tensors that adapters name and that were written as they were.
+def check_changed(source: Source, dtype: torch.dtype, num_tensors: int) -> None:
+    """Says how many tensors changed, and warns of those that adapters name and that were written as they were.
 
     Raises:
         CheckpointError: none of them changed.
     """
-    same = sorted(source.unchanged)
+    same, before = sorted(source.unchanged), len(source.targets) - len(source.written)
+    if before:
+        logger.warning('an interrupted run wrote %d of the %d tensors that adapters name: whether they changed is not '
+                       'known; of the other %d, %d changed', before, len(source.targets), len(source.written),
+                       len(source.written) - len(same))  # fmt: skip
+        return
     if len(same) == len(source.targets):
         raise CheckpointError(f'in {short(dtype)} no value of {_some(same)} changes, so the result would be the base; '
                               'the adapter was trained too little, or not at all')  # fmt: skip
     if same:
         logger.warning('in %s no value changes in %d of the %d tensors that adapters name: %s', short(dtype), len(same),
                        len(source.targets), _some(same))  # fmt: skip
+    logger.info('%d tensors of %d changed', len(source.targets) - len(same), num_tensors)
 
 
 def short(dtype: torch.dtype) -> str:

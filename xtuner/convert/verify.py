@@ -105,7 +105,7 @@ class Verifier:
 
     def compare_merged(self, trained: QuantizedBase) -> Comparison:
         """How far a merge on the base that the adapters were trained on would be from them, before it is written."""
-        source = replace(self._source, base=trained, unchanged=[])
+        source = replace(self._source, base=trained, written=[], unchanged=[])
 
         def open_merged(name: str) -> Rows:
             whole = torch.cat(list(source.merged(self._plans[name])))

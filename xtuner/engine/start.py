@@ -127,13 +127,13 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
     if config.adapter is None:
         return
     from xtuner.model.adapter_load import check_adapter
-    from xtuner.model.adapter_settings import adapter_settings
+    from xtuner.model.adapter_settings import PROMPT_INIT, adapter_settings
 
     check_adapter(folder, base_fingerprint)
     saved, wanted = adapter_settings(folder).to_dict(), build(config.adapter, 'adapter').to_dict()
     # 'all-linear' has become a list of names where it was used.
     named = [key for key in config.adapter if key != 'type' and config.adapter[key] != 'all-linear']
-    for key in ('peft_type', *named):
+    for key in ('peft_type', *(key for key in named if key not in PROMPT_INIT)):
         if _plain(saved.get(key)) != _plain(wanted.get(key)):
             raise ConfigError(
                 f'`adapter.{key}` is {wanted.get(key)!r}, and {folder} was trained with {saved.get(key)!r}; '

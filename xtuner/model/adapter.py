@@ -182,12 +182,3 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if wrong is not None:
         raise ModelError(f'trainable parameter {wrong} is {trained[wrong].dtype}, must be float32')
     return trained
-
-
-def __getattr__(name: str) -> Any:
-    """`check_adapter` and `load_adapter`, which were here: `adapter_load` has them, and needs this module."""
-    if name in ('check_adapter', 'load_adapter'):
-        from xtuner.model import adapter_load
-
-        return getattr(adapter_load, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

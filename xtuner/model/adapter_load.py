@@ -43,6 +43,7 @@ class AdapterWeights:
         path: The file.
         keys: For each of peft's names the name in the file; copies that peft saves of some are left out.
         reader: Reads them by their names in the file.
+        wrappers: What torch.compile, FSDP or peft put into the names in the file.
 
     Raises:
         CheckpointError: no such file, a damaged one, one that holds anything but tensors, or none at all.
@@ -59,16 +60,20 @@ class AdapterWeights:
         names = {_WRAPPERS.sub('', key): key for key in stored}
         if len(names) < len(stored):
             raise CheckpointError(f'{self.path}: two of its tensors have one name, {_twice(stored)!r}')
-        wrapped = sorted({match[0].strip('.') for key in stored for match in _WRAPPERS.finditer(key)})
-        if wrapped:
-            logger.info('%s: %s, which torch.compile, FSDP or peft put into the names of its tensors, is left out',
-                        self.path, ' and '.join(wrapped))  # fmt: skip
+        self.wrappers = sorted({match[0].strip('.') for key in stored for match in _WRAPPERS.finditer(key)})
         self.keys = {name: key for name, key in names.items() if not _is_copy(name, names)}
         self.reader = WeightReader(folder, dict.fromkeys(stored, self.path))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by peft's names, on the CPU, memory-mapped where the file allows it."""
         return {name: self.reader.read(key) for name, key in self.keys.items()}
+
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        """Yields the shape of each tensor in the file; raises CheckpointError where one cannot be read."""
+        try:
+            yield from (self.reader.shape(key) for key in self.reader.names())
+        except ModelError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | None:
@@ -81,18 +86,23 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
     Raises:
         CheckpointError: a file is missing or cannot be read, or the fingerprints differ.
     """
+    return _checked(folder, base_fingerprint)[2]
+
+
+def _checked(folder: Path, base_fingerprint: str | None) -> tuple[AdapterWeights, Any, Provenance | None]:
+    """The weights, peft's config and the provenance of an adapter, checked as `check_adapter` says."""
     if not (folder / SETTINGS_FILE).is_file():
         what = f'{SETTINGS_FILE} is missing' if folder.is_dir() else 'no such folder'
         raise CheckpointError(f'{folder}: no adapter there ({what})')
-    AdapterWeights(folder)
-    adapter_settings(folder)
+    weights = AdapterWeights(folder)
+    config = adapter_settings(folder, weights.shapes())
     provenance = read_provenance(folder)
     if provenance and base_fingerprint and provenance.base_fingerprint != base_fingerprint:
         raise CheckpointError(
             f'{folder} was trained on another base: {provenance.base} with weights {provenance.base_fingerprint[:12]}, '
             f'these are {base_fingerprint[:12]}; give the base it was trained on'
         )
-    return provenance
+    return weights, config, provenance
 
 
 def load_adapter(
@@ -121,8 +131,14 @@ def load_adapter(
             place in this base, or another shape.
     """
     folder = resolve_checkpoint(folder)
-    check_adapter(folder, base_fingerprint)
-    weights, config = AdapterWeights(folder), adapter_settings(folder)
+    weights, config, _ = _checked(folder, base_fingerprint)
+    if weights.wrappers:
+        logger.info('%s: %s, which torch.compile, FSDP or peft put into the names of its tensors, is left out',
+                    weights.path, ' and '.join(weights.wrappers))  # fmt: skip
+    if 'pissa_niter' in str(getattr(config, 'init_lora_weights', '')):
+        logger.warning('%s: %r splits the base by a randomised decomposition, and the file does not hold that split: '
+                       "the loaded model can differ from the trained one; train with 'pissa', which is exact",
+                       folder, config.init_lora_weights)  # fmt: skip
     check_patterns(vars(config), module_names(model), str(folder / SETTINGS_FILE))
     config.base_model_name_or_path = getattr(getattr(model, 'config', None), 'name_or_path', None)
     with _explained(folder, name):

@@ -6,9 +6,9 @@ looked up as names of code, files, models or addresses, or matched as regular ex
     auto_mapping, revision                        dropped: name a module to import, a revision of the hub
     base_model_name_or_path                       dropped: fetched when an adapter is saved; the caller knows the base
     megatron_core, megatron_config                refused where set: the first is imported
-    tokenizer_name_or_path, tokenizer_kwargs,     dropped: a tokenizer to fetch, with trust_remote_code among its
-        prompt_tuning_init_text                       arguments; only what begins an adapter needs it
-    prompt_tuning_init_state_dict_path            refused where set: a file to load
+    tokenizer_name_or_path, tokenizer_kwargs,     dropped, and prompt_tuning_init set to RANDOM: a tokenizer to fetch,
+        prompt_tuning_init_text,                      with trust_remote_code among its arguments, or a file to load;
+        prompt_tuning_init_state_dict_path            only a new adapter needs them
     adapters (XLORA), shadow_model (SHADOW)       those kinds are refused: they load further models by name
     peft_type, task_type, bias, init_lora_weights looked up in peft's own tables
     target_modules, exclude_modules, layers_pattern, rank_pattern, alpha_pattern, modules_to_save, ...
@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.arguments import PATTERNS
 from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one_line
 from xtuner.fields import Field, check_fields, shown
 from xtuner.files import check_regular, read_object
@@ -36,9 +37,12 @@ from xtuner.model.weights import WeightReader, file_names, open_file
 
 SETTINGS_FILE = ADAPTER_CONFIG
 WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
-_DROPPED = ('auto_mapping', 'revision', 'base_model_name_or_path', 'tokenizer_name_or_path', 'tokenizer_kwargs',
-            'prompt_tuning_init_text', 'megatron_core', 'runtime_config', 'peft_version')  # fmt: skip
-_REFUSED = ('megatron_config', 'prompt_tuning_init_state_dict_path', 'arrow_config')
+PROMPT_INIT = ('prompt_tuning_init', 'prompt_tuning_init_text', 'prompt_tuning_init_state_dict_path',
+               'tokenizer_name_or_path', 'tokenizer_kwargs')  # fmt: skip
+"""The fields that only say how a new prompt begins; a saved one has its values in the file."""
+_DROPPED = ('auto_mapping', 'revision', 'base_model_name_or_path', 'megatron_core', 'runtime_config', 'peft_version',
+            *PROMPT_INIT)  # fmt: skip
+_REFUSED = ('megatron_config', 'arrow_config')
 _REFUSED_KINDS = ('XLORA', 'SHADOW')
 _SIZES = (
     'r', 'init_r', 'target_r', 'hybrid_r', 'num_virtual_tokens', 'token_dim', 'encoder_hidden_size', 'adapter_len',
@@ -47,9 +51,8 @@ _SIZES = (
 )  # fmt: skip
 _MAX_LAYERS = 1024
 _LEAST_SIZE = 4096  # sizes up to here take no memory that matters, whatever the weights hold
-_PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',
-             'rank_pattern', 'alpha_pattern', 'target_parameters')  # fmt: skip
 _REPEATS = re.compile(r'[*+{?]')
+_PISSA = re.compile('pissa_niter_[0-9]{1,3}')  # each iteration takes time for each layer
 _CPU_SECONDS = 2
 
 
@@ -66,6 +69,8 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     allowed = tuple(kind for kind in kinds if kind not in _REFUSED_KINDS)
     kind = content.get('peft_type')
+    if kind is None:
+        raise CheckpointError(f'{path}: `peft_type` is missing')
     if kind not in allowed:
         raise CheckpointError(f'{path}: `peft_type` is {shown(kind)}, which is no kind of adapter that is read here'
                               f'{nearest(str(kind)[:64], allowed)}')  # fmt: skip
@@ -73,11 +78,18 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path}: `{named}` is refused: it names code or files; remove it')
     declared = _declared(kinds[kind])
     check_fields(content, declared, path, CheckpointError)
-    return {name: value for name, value in content.items() if name in declared and name not in _DROPPED}
+    if 'init_lora_weights' in content and 'init_lora_weights' in declared:
+        _check_init(content['init_lora_weights'], typing.get_type_hints(kinds[kind])['init_lora_weights'], path)
+    settings = {name: value for name, value in content.items() if name in declared and name not in _DROPPED}
+    return settings | ({'prompt_tuning_init': 'RANDOM'} if 'prompt_tuning_init' in declared else {})
 
 
-def adapter_settings(folder: Path) -> Any:
-    """peft's config of a saved adapter, its sizes compared with the weights beside it.
+def adapter_settings(folder: Path, shapes: Iterable[tuple[int, ...]] | None = None) -> Any:
+    """peft's config of a saved adapter, its sizes compared with those of its weights.
+
+    Args:
+        folder: Holds the adapter's files.
+        shapes: The shapes of its tensors; None reads them.
 
     Raises:
         CheckpointError: as `read_adapter_settings`; or the weights cannot be read, or are of other sizes.
@@ -85,11 +97,12 @@ def adapter_settings(folder: Path) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     path, settings = folder / SETTINGS_FILE, read_adapter_settings(folder)
-    largest = max([_LEAST_SIZE, *(size for shape in _shapes(folder) for size in shape)])
+    largest = max([_LEAST_SIZE, *(size for shape in (_shapes(folder) if shapes is None else shapes) for size in shape)])
     for name in _SIZES:
         check_fields(settings, {name: Field(Any, minimum=0, maximum=largest)}, path, CheckpointError)
     ranks = settings.get('rank_pattern') or {}
-    rank = Field(float, minimum=1, maximum=largest)
+    # AdaLoRA says of each rank whether it is kept.
+    rank = Field(list[bool]) if settings['peft_type'] == 'ADALORA' else Field(float, minimum=1, maximum=largest)
     check_fields(ranks, dict.fromkeys(ranks, rank), f'{path}: in `rank_pattern`', CheckpointError)
     if _replicated(settings) > _MAX_LAYERS:
         raise CheckpointError(f'{path}: `layer_replication` makes more than {_MAX_LAYERS} layers')
@@ -124,27 +137,44 @@ def check_patterns(
     Raises:
         XTunerError: of the given class: a pattern is none, or matching takes too long.
     """
-    patterns = dict(_patterns(settings))
-    for name, pattern in patterns.items():
+    patterns = list(_patterns(settings))
+    for name, pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as problem:
             raise error(f'{where}: `{name}` is no regular expression ({problem}), got {shown(pattern)}') from problem
-    risky = {name: pattern for name, pattern in patterns.items() if _REPEATS.search(pattern)}
-    if risky and (slow := _slow_pattern(risky, list(names))):
-        raise error(f'{where}: `{slow}` takes too long to match with the names of the modules, got '
-                    f'{shown(risky[slow])}; simplify it, or list the names')  # fmt: skip
+    risky = [(name, pattern) for name, pattern in patterns if _REPEATS.search(pattern)]
+    slow = _slow_pattern([pattern for _, pattern in risky], list(names)) if risky else None
+    if slow is not None:
+        name, pattern = risky[slow]
+        raise error(f'{where}: `{name}` takes too long to match with the names of the modules, got {shown(pattern)}; '
+                    'simplify it, or list the names')  # fmt: skip
 
 
 def _declared(cls: type) -> dict[str, Field]:
     hints = typing.get_type_hints(cls)
     own = {'lora_alpha': Field(float, minimum=-1e30, maximum=1e30),
-           'task_type': Field(str | None, allowed=('CAUSAL_LM',))}  # fmt: skip
+           'task_type': Field(typing.Literal['CAUSAL_LM'] | None),
+           'init_lora_weights': Field(Any)}  # fmt: skip
     fields = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name] | None if field.default is None else hints[field.name]
         fields[field.name] = Field(hint, -(2**63), 2**63)
     return fields | {name: field for name, field in own.items() if name in fields}
+
+
+def _check_init(value: Any, hint: Any, path: Path) -> None:
+    """Checks `init_lora_weights`; peft's hint holds a placeholder, `pissa_niter_[number of iters]`, and no 'lora_ga'.
+
+    Raises:
+        CheckpointError: it is none of the values that peft takes.
+    """
+    literals = [text for kind in typing.get_args(hint) for text in typing.get_args(kind)]
+    names = [text for text in literals if '[' not in text] + ['lora_ga']
+    if isinstance(value, bool) or (isinstance(value, str) and (value.lower() in names or _PISSA.fullmatch(value))):
+        return
+    raise CheckpointError(f'{path}: `init_lora_weights` must be True, False, {", ".join(map(repr, names))} or '
+                          f"'pissa_niter_N' with N up to 999, got {shown(value)}")  # fmt: skip
 
 
 def _shapes(folder: Path) -> Iterator[tuple[int, ...]]:
@@ -165,7 +195,7 @@ def _replicated(settings: Mapping[str, Any]) -> int:
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the texts of a peft config that it matches as regular expressions, by field."""
-    for name in _PATTERNS:
+    for name in PATTERNS:
         value = settings.get(name)
         texts: Iterable[Any] = [value] if isinstance(value, str) else value or ()
         for i, text in enumerate(texts):
@@ -184,8 +214,8 @@ try:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 except ImportError:
     pass  # not on Windows, where the caller's time-out has to do
-for field, pattern in patterns.items():
-    print(field, flush=True)
+for index, pattern in enumerate(patterns):
+    print(index, flush=True)
     for form in (pattern, r'(.*\\.)?(' + pattern + r')$', r'(^|.*\\.)' + pattern + r'($|\\..*)'):
         try:
             found = re.compile(form)
@@ -197,12 +227,12 @@ for field, pattern in patterns.items():
 """
 
 
-def _slow_pattern(patterns: Mapping[str, str], names: list[str]) -> str | None:
-    """The field whose pattern was being matched when the time was over; None where all were in time."""
-    given = json.dumps([_CPU_SECONDS, dict(patterns), names])
+def _slow_pattern(patterns: list[str], names: list[str]) -> int | None:
+    """The index of the pattern that was being matched when the time was over; None where all were in time."""
+    given = json.dumps([_CPU_SECONDS, patterns, names])
     try:
         done = subprocess.run([sys.executable, '-I', '-S', '-c', _TRY], input=given, capture_output=True, text=True,
                               timeout=30 * _CPU_SECONDS)  # fmt: skip
     except subprocess.TimeoutExpired:
-        return next(iter(patterns))
-    return (done.stdout.splitlines() or [next(iter(patterns))])[-1] if done.returncode else None
+        return 0
+    return int((done.stdout.split() or ['0'])[-1]) if done.returncode else None
