@@ -127,7 +127,7 @@ def test_the_process_has_no_files_and_no_environment_of_ours(monkeypatch):
     assert sorted(os.listdir(f'/proc/{pid}/fd')) == ['0', '1', '2']
     limits = Path(f'/proc/{pid}/limits').read_text()
     assert [line.split()[-3] for line in limits.splitlines() if line.startswith('Max open files')] == ['3']
-    assert b'torch' not in Path(f'/proc/{pid}/maps').read_bytes()
+    assert b'libtorch' not in Path(f'/proc/{pid}/maps').read_bytes()
     file.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xtuner.model.out_of_memory import is_out_of_memory
 
-BROKEN = 'the model fails on every token; ask again later, or have the service restarted'
+BROKEN = 'the model failed, and fails again on every token; ask again later, or have the service restarted'
 _FAILED = 'the model failed on this answer; try again'
 _NOT_FINITE = 'the model computed NaN or infinity in place of logits; its weights or its adapter are damaged'
 _OUT_OF_MEMORY = 'the service ran out of memory during this answer; try again later, or ask for a shorter one'
