@@ -12,7 +12,7 @@ from xtuner.chat.web.app import MIDDLEWARE, PAGE, share_model
 from xtuner.cli.chat import add_arguments, load_shared_model
 from xtuner.cli.log import start_logging
 from xtuner.errors import XTunerError
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 parser = argparse.ArgumentParser(prog='streamlit run web_demo.py --', description=__doc__, allow_abbrev=False)
 add_arguments(parser)

@@ -21,7 +21,7 @@ from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 from xtuner.errors import ConfigError, nearest, one_line
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 BUILDER = Registry('builder')
 MAP_FUNC = Registry('map function', locations=['xtuner.dataset.map_fns'])

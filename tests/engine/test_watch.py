@@ -13,11 +13,11 @@ from contextlib import nullcontext
 import pytest
 from torch.distributed import TCPStore
 
-from xtuner import processes
 from xtuner.engine import watch as watch_module
 from xtuner.engine.watch import Watch
 from xtuner.errors import TrainingError
-from xtuner.processes import this_process
+from xtuner.utils import processes
+from xtuner.utils.processes import this_process
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 

@@ -18,9 +18,9 @@ import torch
 
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
-from xtuner.engine.lines import append_line
 from xtuner.engine.trainer_state import read_state, validation_loss
 from xtuner.errors import TrainingError
+from xtuner.utils.jsonl import append_line
 
 STEPS = 5
 SAMPLES = ['samples.prompts=["Say 1.", "Say 2."]', 'samples.interval=1', 'samples.max_new_tokens=3']

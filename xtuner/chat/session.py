@@ -15,8 +15,8 @@ from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
 from xtuner.errors import DataError, ModelError
 from xtuner.model.generate import Sampling, generate
-from xtuner.model.out_of_memory import is_out_of_memory
 from xtuner.model.text import TextStream, whole_characters
+from xtuner.utils.out_of_memory import is_out_of_memory
 
 
 class ChatSession:

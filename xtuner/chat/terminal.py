@@ -12,7 +12,7 @@ from xtuner.chat.lines import line_editing, read_message
 from xtuner.chat.moss import Call
 from xtuner.chat.session import ChatSession
 from xtuner.errors import DataError, XTunerError
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 _PROMPT = 'you > '
 _GREETING = '/help lists commands · Ctrl-C stops an answer · Ctrl-D ends'

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtuner.cli.early import check_config
 from xtuner.cli.options import add_config_arguments, positive_float, positive_int, read_config
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 if TYPE_CHECKING:
     from xtuner.engine.estimate import DataSize

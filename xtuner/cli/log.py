@@ -8,8 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
-from xtuner.escape import PrintableFormatter
 from xtuner.ranks import is_first_process
+from xtuner.utils.escape import PrintableFormatter
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -25,8 +25,8 @@ from xtuner.cli.process import (
     write_what_the_locale_lacks,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
-from xtuner.escape import printable
 from xtuner.ranks import leave_group, tells_error
+from xtuner.utils.escape import printable
 
 
 @dataclass(frozen=True)

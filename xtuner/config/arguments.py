@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xtuner.fields import Field, shown, words
+from xtuner.utils.fields import Field, shown, words
 
 _LARGEST = 1e30  # torch keeps optimizer settings in float32, which ends at 3.4e38
 PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',

@@ -19,9 +19,9 @@ from xtuner.config.find import find_config, split_epochs
 from xtuner.config.schema import TrainConfig
 from xtuner.config.short_types import with_full_types
 from xtuner.errors import ConfigError, UsageError, nearest
-from xtuner.escape import printable
-from xtuner.fields import Field, shown
 from xtuner.ranks import is_first_process
+from xtuner.utils.escape import printable
+from xtuner.utils.fields import Field, shown
 
 # Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
 OPEN_SECTIONS = ('optimizer', 'adapter')

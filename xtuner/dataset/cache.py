@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from xtuner.files import expanded
+from xtuner.utils.files import expanded
 
 logger = logging.getLogger('xtuner')
 

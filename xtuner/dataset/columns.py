@@ -14,7 +14,7 @@ from xtuner.dataset.fields import Observed, flag_of, is_empty, kind_of, trained_
 from xtuner.dataset.map_fns.registration import TURNS
 from xtuner.dataset.map_fns.turns import message
 from xtuner.errors import DataError
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 # As text these label a record: `developer: "OpenAI"`, `tool: "chatgpt"`, `turns: "2"`; unless it is JSON.
 _LABELS = frozenset({'developer', 'tool', 'turns'})

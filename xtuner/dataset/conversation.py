@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.dataset.fields import is_empty, kind_of, training_flag
 from xtuner.errors import DataError
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 # Names under which data sets write the roles.
 ROLES = {

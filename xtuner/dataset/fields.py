@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from xtuner.errors import DataError
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 # Names as other tools write them, in lower case and without `_`, `-` and spaces: `toolCalls` and `tool_calls` are one.
 _NAMES = {

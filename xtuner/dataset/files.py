@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from xtuner.errors import DataError, nearest, one_line
-from xtuner.files import check_regular
+from xtuner.utils.files import check_regular
 
 TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
 KINDS = (*TEXT_KINDS, '.parquet')

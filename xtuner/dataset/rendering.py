@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from xtuner import escape
 from xtuner.dataset.worker_pool import MEMORY, POOL
 from xtuner.errors import ConfigError, DataError, one_line
+from xtuner.utils import escape
 
 SECONDS = 2.0  # processor time of compiling a template, and of showing a conversation
 _SECONDS_A_VIEW = 0.02  # and so much more for each further view of it

@@ -12,7 +12,7 @@ from xtuner.dataset.files import check_data_file, is_data_file, kind_of_file
 from xtuner.dataset.folder import data_files
 from xtuner.dataset.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest, one_line
-from xtuner.files import expanded
+from xtuner.utils.files import expanded
 
 _FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
 

@@ -7,8 +7,8 @@ from typing import Any
 from xtuner.dataset.internlm_template import FirstReleaseTemplate
 from xtuner.dataset.prompt import TRAIN_ON, Piece, Template, Turn, token_id
 from xtuner.errors import ConfigError, nearest
-from xtuner.fields import shown
 from xtuner.registry import TEMPLATES, registered
+from xtuner.utils.fields import shown
 
 __all__ = ['TEMPLATES', 'TRAIN_ON', 'Piece', 'Template', 'Turn', 'get_template', 'token_id']
 

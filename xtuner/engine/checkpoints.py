@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 
 from xtuner.engine.trainer_state import STATE_FILE, validation_loss, write_state
 from xtuner.errors import CheckpointError, one_line
-from xtuner.files import read_object
 from xtuner.model.run_folder import BEST_FILE, LAST_FILE
+from xtuner.utils.files import read_object
 
 logger = logging.getLogger('xtuner')
 

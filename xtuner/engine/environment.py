@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from xtuner import __version__
-from xtuner.host_memory import total_bytes
+from xtuner.utils.host_memory import total_bytes
 
 PACKAGES = (
     'torch', 'transformers', 'peft', 'bitsandbytes', 'mmengine', 'datasets', 'safetensors', 'tokenizers',

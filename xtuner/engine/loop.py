@@ -29,7 +29,7 @@ from xtuner.engine.step_checks import (
 )
 from xtuner.engine.step_result import Skips, StepResult
 from xtuner.errors import Interrupted, TrainingError
-from xtuner.model.out_of_memory import is_out_of_memory
+from xtuner.utils.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
 

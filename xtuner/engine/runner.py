@@ -20,10 +20,10 @@ from xtuner.engine.strategies import Strategy
 from xtuner.engine.trainer_state import STATE_FILE, read_state
 from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError, one_line
-from xtuner.fields import Field, check_fields
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room
-from xtuner.model.out_of_memory import is_out_of_memory
+from xtuner.utils.fields import Field, check_fields
+from xtuner.utils.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')
 

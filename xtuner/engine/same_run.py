@@ -17,8 +17,8 @@ from typing import Any
 from xtuner import __version__
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import CheckpointError
-from xtuner.files import read_object
 from xtuner.registry import reference
+from xtuner.utils.files import read_object
 
 RUN_FILE = 'run.json'
 FORMAT = 2

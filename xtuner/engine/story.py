@@ -13,7 +13,7 @@ from typing import Any
 
 from xtuner.engine.environment import devices, git_state, versions
 from xtuner.errors import CheckpointError, Interrupted
-from xtuner.files import read_object
+from xtuner.utils.files import read_object
 
 logger = logging.getLogger('xtuner')
 

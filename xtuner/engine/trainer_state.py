@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from xtuner.errors import CheckpointError, one_line
-from xtuner.files import read_object
+from xtuner.utils.files import read_object
 
 if TYPE_CHECKING:
     import torch  # imported where tensors are met: which checkpoints there are is asked before

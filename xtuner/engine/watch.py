@@ -22,8 +22,8 @@ from torch import distributed
 
 from xtuner import ranks
 from xtuner.errors import TrainingError
-from xtuner.escape import printable
-from xtuner.processes import has_ended, is_visible, this_process
+from xtuner.utils.escape import printable
+from xtuner.utils.processes import has_ended, is_visible, this_process
 
 logger = logging.getLogger('xtuner')
 

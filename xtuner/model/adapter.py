@@ -20,9 +20,9 @@ from xtuner.config.load import section_of
 from xtuner.config.schema import QuantizationConfig
 from xtuner.dataset.template import FROM_TOKENIZER, get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError, one_line
-from xtuner.fields import Field, check_fields, shown
-from xtuner.files import read_object
 from xtuner.model.adapter_settings import check_patterns
+from xtuner.utils.fields import Field, check_fields, shown
+from xtuner.utils.files import read_object
 
 PROVENANCE_FILE = 'xtuner.json'
 _TEXT = Field(str)

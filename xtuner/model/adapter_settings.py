@@ -30,10 +30,10 @@ from typing import Any
 
 from xtuner.config.arguments import PATTERNS
 from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one_line
-from xtuner.fields import Field, check_fields, shown
-from xtuner.files import check_regular, read_object
 from xtuner.model.run_folder import ADAPTER_CONFIG
 from xtuner.model.weights import WeightReader, file_names, open_file
+from xtuner.utils.fields import Field, check_fields, shown
+from xtuner.utils.files import check_regular, read_object
 
 SETTINGS_FILE = ADAPTER_CONFIG
 WEIGHT_FILES = ('adapter_model.safetensors', 'adapter_model.bin')

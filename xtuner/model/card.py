@@ -15,9 +15,9 @@ from huggingface_hub import ModelCardData
 
 from xtuner.dataset.own_template import prompt_text
 from xtuner.errors import ConfigError, DataError
-from xtuner.escape import printable
 from xtuner.model.adapter import Provenance
 from xtuner.model.trained_base import held, merged_note
+from xtuner.utils.escape import printable
 
 CARD_FILE = 'README.md'
 _ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')

@@ -39,7 +39,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.errors import ModelError, one_line
-from xtuner.fields import Field, check_fields, shown
+from xtuner.utils.fields import Field, check_fields, shown
 
 logger = logging.getLogger('xtuner')
 

@@ -25,7 +25,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError, first_of, one_line
-from xtuner.fields import Field, check_fields, shown
 from xtuner.model.check import check_weights
 from xtuner.model.config_file import make_config
 from xtuner.model.internlm.configuration import InternLMConfig
@@ -37,11 +36,12 @@ from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.internlm3.configuration import InternLM3Config
 from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
 from xtuner.model.internlm3.tokenization import InternLM3Tokenizer
-from xtuner.model.progress import progress_as_lines
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.shares import Share, cut_while_loading
 from xtuner.model.sources import read_json, resolve_model
 from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
+from xtuner.utils.fields import Field, check_fields, shown
+from xtuner.utils.progress import progress_as_lines
 
 __all__ = ['load_config', 'load_model', 'load_tokenizer', 'read_json', 'register', 'resolve_model']
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from xtuner.errors import CheckpointError, ModelError
-from xtuner.files import read_object
+from xtuner.utils.files import read_object
 
 logger = logging.getLogger('xtuner')
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.errors import ModelError
-from xtuner.files import read_object
 from xtuner.model.run_folder import model_folder
+from xtuner.utils.files import read_object
 
 logger = logging.getLogger('xtuner')
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xtuner.model.out_of_memory import is_out_of_memory
+from xtuner.utils.out_of_memory import is_out_of_memory
 
 BROKEN = 'the model failed, and fails again on every token; ask again later, or have the service restarted'
 _FAILED = 'the model failed on this answer; try again'

@@ -17,7 +17,7 @@ from xtuner.cli.main import main
 from xtuner.engine.report.page import render, write_report
 from xtuner.engine.report.read import read_run
 from xtuner.engine.report.words import compact, duration
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 EVIL = '"></p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\'`&' + COMMANDS
 

@@ -15,8 +15,8 @@ import streamlit as st
 from xtuner.chat.web.app import shared_model
 from xtuner.chat.web.prose import plain_markdown, safe_markdown
 from xtuner.chat.web.talk import ADAPTER, BASE, Answer, SharedModel, Talk, Turn
-from xtuner.escape import printable
 from xtuner.model.generate import Sampling
+from xtuner.utils.escape import printable
 
 ICON = Path(__file__).with_name('icon.svg')
 LABELS = {BASE: ':material/foundation: Base', ADAPTER: ':material/tune: With the adapter'}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 _FENCE = re.compile(r'(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<mark>`{3,}|~{3,})(?P<info>.*)')
 _BLANK = re.compile(r'(\n[ \t]*\n)')  # what ends a paragraph, and a piece of code in it

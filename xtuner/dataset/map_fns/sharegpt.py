@@ -7,7 +7,7 @@ from typing import Any
 from xtuner.dataset.map_fns.registration import map_fn
 from xtuner.dataset.map_fns.turns import message, system_text
 from xtuner.errors import DataError
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 
 @map_fn('conversations')

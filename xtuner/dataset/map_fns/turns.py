@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.dataset.fields import is_empty, kind_of
 from xtuner.errors import DataError
-from xtuner.fields import shown
+from xtuner.utils.fields import shown
 
 
 def one_turn(example: Mapping[str, Any], question: Any, answer: Any, *, system: str = '') -> dict[str, Any]:

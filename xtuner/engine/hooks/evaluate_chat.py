@@ -13,12 +13,12 @@ from mmengine.hooks import Hook
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.template import Template
 from xtuner.dataset.tokenize import encode_prompt
-from xtuner.engine.lines import append_line, keep_lines
 from xtuner.errors import Interrupted, TrainingError, one_line
-from xtuner.escape import printable
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate
 from xtuner.model.text import whole_characters
+from xtuner.utils.escape import printable
+from xtuner.utils.jsonl import append_line, keep_lines
 
 logger = logging.getLogger('xtuner')
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 
-from xtuner.engine.lines import append_line, keep_lines
 from xtuner.engine.loop import StepResult
+from xtuner.utils.jsonl import append_line, keep_lines
 
 logger = logging.getLogger('xtuner')
 

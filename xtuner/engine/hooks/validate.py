@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from xtuner.dataset.collate import collate, count_targets
 from xtuner.dataset.tokenize import IGNORE_INDEX
 from xtuner.engine.hooks.log import METRICS_FILE
-from xtuner.engine.lines import append_line
+from xtuner.utils.jsonl import append_line
 
 logger = logging.getLogger('xtuner')
 

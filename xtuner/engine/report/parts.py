@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.engine.report.charts import histogram
 from xtuner.engine.report.read import Run
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 _MOST_SESSIONS = 20
 _LOSSES = {

@@ -13,8 +13,8 @@ from xtuner.engine.hooks.evaluate_chat import SAMPLES_FILE
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.engine.story import ABOUT_FILE, read_about
 from xtuner.errors import CheckpointError
-from xtuner.fields import Field, check_fields
-from xtuner.files import check_regular
+from xtuner.utils.fields import Field, check_fields
+from xtuner.utils.files import check_regular
 
 _DICT = Field(dict[str, Any] | None)
 _ABOUT_FIELDS = {'sessions': Field(list[dict[str, Any]] | None), 'plan': _DICT, 'parameters': _DICT, 'dataset': _DICT}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner import ranks
-from xtuner.host_memory import available_bytes
+from xtuner.utils.host_memory import available_bytes
 
 _PREFETCH_EVERY = 64
 

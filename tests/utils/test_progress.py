@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xtuner.model.loading import load_model
-from xtuner.model.progress import LoggedProgress
+from xtuner.utils.progress import LoggedProgress
 
 
 def test_a_line_every_few_seconds_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture) -> None:
@@ -36,7 +36,7 @@ def test_loading_draws_no_bar(
 ) -> None:
     caplog.set_level(logging.INFO, 'xtuner')
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    monkeypatch.setattr('xtuner.model.progress._EVERY_S', 0)
+    monkeypatch.setattr('xtuner.utils.progress._EVERY_S', 0)
     load_model(tiny_internlm, dtype=torch.float32)
     err = capsys.readouterr().err  # lines of the log, where an earlier test has begun one
     assert '\r' not in err and 'it/s' not in err

@@ -17,7 +17,7 @@ from xtuner.cli.log import start_logging
 from xtuner.dataset.show import show_sample
 from xtuner.dataset.tokenize import Sample
 from xtuner.errors import DataError, UsageError
-from xtuner.escape import printable
+from xtuner.utils.escape import printable
 
 
 def test_nothing_obeyed_is_left_and_the_rest_is_as_it_was() -> None:

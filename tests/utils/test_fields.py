@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional, Union
 import pytest
 
 from xtuner.errors import ModelError
-from xtuner.fields import Field, check_fields, fits, words
+from xtuner.utils.fields import Field, check_fields, fits, words
 
 
 class Kind(str, enum.Enum):

@@ -1,7 +1,7 @@
 """JSON files that others wrote, read within bounds.
 
 A file may be a named pipe, larger than the memory, nested deeper than Python's stack, or hold the same key twice: each
-is one line of error that names the file. What its fields may hold is checked by `xtuner.fields`.
+is one line of error that names the file. What its fields may hold is checked by `xtuner.utils.fields`.
 """
 
 from __future__ import annotations

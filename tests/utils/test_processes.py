@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from xtuner import processes
-from xtuner.processes import has_ended, is_visible, this_process
+from xtuner.utils import processes
+from xtuner.utils.processes import has_ended, is_visible, this_process
 
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 

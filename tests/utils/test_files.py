@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.errors import ModelError
-from xtuner.files import expanded, read_object
+from xtuner.utils.files import expanded, read_object
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from xtuner import ranks
-from xtuner.host_memory import available_bytes, total_bytes
+from xtuner.utils.host_memory import available_bytes, total_bytes
 
 GIB = 2**30
 V2_MOUNT = '30 23 0:26 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate'
