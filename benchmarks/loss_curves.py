@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.internlm_7b import TOKENIZER
 from benchmarks.qlora_model import add_adapter
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.collate import collate
-from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.template import get_template
+from xtuner.dataset.packing.collate import collate
+from xtuner.dataset.prepare import prepare_dataset
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.loading import load_tokenizer
 from xtuner.model.sft import SupervisedFinetune

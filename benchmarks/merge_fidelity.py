@@ -28,7 +28,7 @@ from xtuner.convert.merge import merge
 from xtuner.convert.prompts import choose_prompts
 from xtuner.convert.verify import compare
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.tokenize import IGNORE_INDEX, Encoder
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX, Encoder
 from xtuner.model.generate import Sampling
 
 NUM_SAMPLES = 16

@@ -34,7 +34,7 @@ def main() -> None:
     if args.once:
         print(json.dumps(measure_memory(args)))
         return
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
@@ -106,7 +106,7 @@ def warm_way(tokenizer, template, data: Path, folder: Path) -> Callable[[], None
 
 def prepare(tokenizer, template, data: Path, folder: Path):
     from xtuner.config.schema import DatasetConfig
-    from xtuner.dataset.pipeline import prepare_dataset
+    from xtuner.dataset.prepare import prepare_dataset
 
     config = DatasetConfig(source=str(data), max_length=MAX_LENGTH, cache_dir=str(folder / 'cache'))
     return prepare_dataset(config, tokenizer=tokenizer, template=template)
@@ -188,7 +188,7 @@ def slow_tokenizer(model_file: Path):
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)

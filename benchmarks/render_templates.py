@@ -29,11 +29,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset import rendering
-from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.rendering import Chat, ChatTemplate, render_chats
-from xtuner.dataset.template import get_template
-from xtuner.dataset.worker_pool import POOL
+from xtuner.dataset.prepare import prepare_dataset
+from xtuner.dataset.templates import rendering
+from xtuner.dataset.templates.builtin import get_template
+from xtuner.dataset.templates.rendering import Chat, ChatTemplate, render_chats
+from xtuner.dataset.templates.worker_pool import POOL
 
 VIEWS = [(2, False), (1, True), (2, False)]
 

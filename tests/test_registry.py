@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ConfigError
 from xtuner.registry import BUILDER, TEMPLATES, registered, resolve
 

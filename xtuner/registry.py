@@ -2,7 +2,7 @@
 
 - `BUILDER` holds short names for anything that a `dict(type=...)` may build.
 - `MAP_FUNC` holds the functions that turn a raw record into a conversation (`xtuner.dataset.map_fns`).
-- `TEMPLATES` holds the prompt formats (`xtuner.dataset.template`).
+- `TEMPLATES` holds the prompt formats (`xtuner.dataset.templates.builtin`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xtuner.utils.fields import shown
 
 BUILDER = Registry('builder')
 MAP_FUNC = Registry('map function', locations=['xtuner.dataset.map_fns'])
-TEMPLATES = Registry('template', locations=['xtuner.dataset.template'])
+TEMPLATES = Registry('template', locations=['xtuner.dataset.templates.builtin'])
 
 
 def registered(registry: Registry, name: Any) -> Any:

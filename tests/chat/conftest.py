@@ -13,7 +13,7 @@ import sentencepiece as spm
 import torch
 
 from xtuner.chat.session import ChatSession
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.model.generate import Sampling
 from xtuner.model.loading import load_tokenizer
 

@@ -15,7 +15,7 @@ from tests.model.published import pieces, write_model, write_tokenizer
 from xtuner.cli.main import main
 from xtuner.convert.ollama import go_template, modelfile
 from xtuner.dataset.conversation import Conversation, Message
-from xtuner.dataset.template import TEMPLATES, get_template
+from xtuner.dataset.templates.builtin import TEMPLATES, get_template
 from xtuner.errors import UsageError
 from xtuner.model.loading import load_tokenizer
 

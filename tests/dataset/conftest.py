@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from xtuner.dataset.template import TEMPLATES
+from xtuner.dataset.templates.builtin import TEMPLATES
 
 _TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
           'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick fox', '你好'] * 4  # fmt: skip

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.dataset.conftest import all_markers
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.template import TEMPLATES, get_template
-from xtuner.dataset.tokenize import encode_conversation
+from xtuner.dataset.encode.conversation_encoder import encode_conversation
+from xtuner.dataset.templates.builtin import TEMPLATES, get_template
 
 FOLDER = Path(__file__).parent / 'golden'
 _ASK = {'role': 'user', 'content': 'Who are you?'}

@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from tests.conftest import ROOT
 from tests.dataset.conftest import all_markers, make_tokenizer
-from tests.dataset.test_template_probe import CHATML
+from tests.dataset.templates.test_template_probe import CHATML
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.check import check_dataset
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.pipeline import encoder_of, prepared_folder
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
+from xtuner.dataset.prepare import encoder_of, prepared_folder
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ConfigError, DataError
 
 CASES = ROOT.parent / 'shared' / 'cases'

@@ -11,7 +11,7 @@ from xtuner.dataset import ConcatDataset, MOSSSFTDataset, process_hf_dataset
 from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.dataset.map_fns import alpaca_map_fn, template_map_fn_factory
 from xtuner.dataset.samplers import LengthGroupedSampler
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ConfigError
 from xtuner.utils import PROMPT_TEMPLATE, SYSTEM_TEMPLATE
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tests.dataset.conftest import make_tokenizer
 from tests.dataset.test_map_fns import RECORDS
 from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.encode.conversation_encoder import Encoder
 from xtuner.dataset.map_fns import formats
-from xtuner.dataset.pipeline import encode_source
-from xtuner.dataset.sources import open_sources
+from xtuner.dataset.prepare import encode_source
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import Encoder
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import DataError
 
 # Renders everything that it is given, as JSON, so that any difference of a message or a tool is one of the ids.

@@ -12,9 +12,9 @@ from demo.tokenizer import train_tokenizer
 from tests.conftest import ROOT
 from tests.dataset.conftest import make_tokenizer
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.fingerprint import fingerprint_tokenizer
-from xtuner.dataset.pipeline import prepared_folder
-from xtuner.dataset.template import get_template
+from xtuner.dataset.cache.fingerprint import fingerprint_tokenizer
+from xtuner.dataset.prepare import prepared_folder
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.model.loading import load_tokenizer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.first_prompts import first_prompts
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 
 
 def prompts_of(tmp_path: Path, *records: Any, count: int = 2) -> list[list[tuple[str, str]]]:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tests.dataset.test_map_fns import RECORDS
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import MODEL_ROLES
+from xtuner.dataset.encode.conversation_encoder import Encoder
 from xtuner.dataset.map_fns import formats, resolve_map_fn
-from xtuner.dataset.pipeline import encode_source
-from xtuner.dataset.sources import open_sources
+from xtuner.dataset.prepare import encode_source
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import Encoder
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import DataError
 
 LONG = {'messages': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'},

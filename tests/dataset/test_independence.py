@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_tokenizer
 from xtuner.dataset.conversation import Conversation, Message
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import Encoder
+from xtuner.dataset.encode.conversation_encoder import Encoder
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import DataError
 
 # A template that shows what it is given beside the texts, refuses one role, and writes its answers between tokens.

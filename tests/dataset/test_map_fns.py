@@ -8,8 +8,8 @@ import pytest
 import xtuner.dataset.map_fns as map_fns
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.map_fns import detect_map_fn, formats, resolve_map_fn
-from xtuner.dataset.mapping import apply_map_fn
-from xtuner.dataset.readers import Record
+from xtuner.dataset.mapping.map_records import apply_map_fn
+from xtuner.dataset.sources.readers import Record
 from xtuner.errors import ConfigError, DataError
 
 ISSUE_NAMES = {

@@ -12,8 +12,8 @@ _PREPARE = """
 import resource, sys
 from tests.dataset.conftest import make_tokenizer
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.template import get_template
+from xtuner.dataset.prepare import prepare_dataset
+from xtuner.dataset.templates.builtin import get_template
 
 tokenizer = make_tokenizer(['<eoh>', '<eoa>'])
 config = DatasetConfig(source=sys.argv[1], max_length=512, cache_dir=sys.argv[2])
@@ -40,8 +40,8 @@ _SCALE = """
 import json, resource, sys, time
 from tests.dataset.conftest import make_tokenizer
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.template import get_template
+from xtuner.dataset.prepare import prepare_dataset
+from xtuner.dataset.templates.builtin import get_template
 
 tokenizer = make_tokenizer(['<eoh>', '<eoa>'])
 template = get_template('internlm_chat', tokenizer)

@@ -11,11 +11,11 @@ import pytest
 from tests.conftest import ROOT
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.check import check_dataset
-from xtuner.dataset.pipeline import encode_source
-from xtuner.dataset.sources import open_sources
+from xtuner.dataset.encode.conversation_encoder import Encoder
+from xtuner.dataset.prepare import encode_source
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import Encoder
+from xtuner.dataset.templates.builtin import get_template
 
 PAIR = {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}
 CASES = ROOT.parent / 'shared' / 'cases'

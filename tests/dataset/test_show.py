@@ -5,10 +5,10 @@ import re
 import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
+from xtuner.dataset.encode.conversation_encoder import encode_conversation
 from xtuner.dataset.show import counted, histogram, printable, show_sample
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import encode_conversation
+from xtuner.dataset.templates.builtin import get_template
 
 
 def test_trained_tokens_stand_apart(internlm_like):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from xtuner.config.schema import DatasetConfig, ModelConfig, ScheduleConfig, TrainConfig
-from xtuner.dataset.readers import Record
-from xtuner.dataset.sources import Source
+from xtuner.dataset.sources.readers import Record
+from xtuner.dataset.sources.source import Source
 from xtuner.dataset.stream import PackStream
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.errors import ConfigError, DataError
 

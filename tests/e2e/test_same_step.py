@@ -76,8 +76,8 @@ def result(folder: Path, name: str) -> tuple[dict, torch.Tensor]:
 
 def number_of_packs(config: Path, data: Path, packing: str) -> int:
     from xtuner.config.load import load_config
-    from xtuner.dataset.pipeline import prepare_dataset
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.prepare import prepare_dataset
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.model.loading import load_tokenizer
 
     loaded = load_config(str(config), {'dataset.packing': packing})

@@ -10,7 +10,7 @@ import pytest
 
 from xtuner.config.load import load_config
 from xtuner.config.schema import DatasetConfig, ModelConfig, RuntimeConfig, ScheduleConfig, TrainConfig
-from xtuner.dataset.sampler import LengthGroupedEpochSampler
+from xtuner.dataset.packing.sampler import LengthGroupedEpochSampler
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.errors import ConfigError
 

@@ -11,7 +11,7 @@ import pytest
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.stream import PackStream
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.engine.hooks.dataset_info import DatasetInfoHook
 from xtuner.errors import DataError
 from xtuner.model.loading import load_tokenizer

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xtuner.config.schema import ScheduleConfig
-from xtuner.dataset.collate import collate
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.packing.collate import collate
+from xtuner.dataset.packing.sampler import EpochSampler
 from xtuner.engine.checkpoints import write_checkpoint
 from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.plan import Plan, StepSampler

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner.config.schema import ScheduleConfig
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.packing.sampler import EpochSampler
 from xtuner.engine.plan import FEW_STEPS, Plan, StepSampler, few_steps_note
 
 

@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_a_number_is_skipped_and_named(place: Place, capsys: 
 
 def test_the_conversations_named_are_those_of_the_step(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """The message's pack, looked up in the prepared data, holds the ids that the step was given."""
-    from xtuner.dataset.store import PreparedDataset
+    from xtuner.dataset.cache.store import PreparedDataset
 
     assert place.train(fault('Poison', step=3), steps=3) == 0
     err = capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_an_adapter_without_a_story_has_a_card_too(tmp_path: Path) -> None:
 
 
 def test_prompt_example_is_the_template_s(tiny_internlm: Path) -> None:
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.model.loading import load_tokenizer
 
     tokenizer: Any = load_tokenizer(tiny_internlm)

@@ -159,7 +159,7 @@ def _loss_and_gradient(model: Any, batches: list[dict[str, Tensor]], dtype: torc
 
 def check_model(attention: str, dtype: torch.dtype, *, fast: bool = False) -> Result:
     """Loss and gradient of one pack beside those of its samples one by one, on the stock or on the fast path."""
-    from xtuner.dataset.collate import collate
+    from xtuner.dataset.packing.collate import collate
     from xtuner.model.fast import enable_fast_path
     from xtuner.model.sft import SupervisedFinetune
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from xtuner.dataset.conversation import to_conversation
+from xtuner.dataset.encode.conversation_encoder import Encoder, encode_prompt
 from xtuner.dataset.map_fns import oasst_tree_all_map_fn
-from xtuner.dataset.pack import pack_samples
-from xtuner.dataset.template import get_template
-from xtuner.dataset.tokenize import Encoder, encode_prompt
+from xtuner.dataset.packing.pack import pack_samples
+from xtuner.dataset.templates.builtin import get_template
 
 pytestmark = pytest.mark.real
 EOH, EOA = 103027, 103028

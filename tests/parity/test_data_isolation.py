@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xtuner.dataset.collate import collate
-from xtuner.dataset.pack import pack_samples
+from xtuner.dataset.packing.collate import collate
+from xtuner.dataset.packing.pack import pack_samples
 
 TOLERANCE = 2e-5  # float32, two layers: other shapes sum in another order
 LENGTHS = [7, 1, 12, 5, 9, 3, 2, 16]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.model.internlm.original import OriginalTokenizer
 from tests.model.published import pieces, write_tokenizer
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.model.chat import chat_prompt
 from xtuner.model.loading import load_tokenizer
 

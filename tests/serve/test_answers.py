@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from tests.serve.conftest import TEMPLATE, Running, serving
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.model.generate import Sampling, generate
 from xtuner.model.text import whole_characters
 

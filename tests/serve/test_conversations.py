@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 from tests.serve.conftest import Running
 from tests.serve.test_guards import chat, post
 from xtuner.dataset.conversation import to_conversation
-from xtuner.dataset.template import TEMPLATES, get_template
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
+from xtuner.dataset.templates.builtin import TEMPLATES, get_template
 from xtuner.errors import DataError
 
 ODD: dict[str, list[dict[str, Any]]] = {

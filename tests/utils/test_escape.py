@@ -14,8 +14,8 @@ import pytest
 from tests.hostile_text import COMMANDS, HOSTILE, obeyed
 from xtuner.cli import main as cli
 from xtuner.cli.log import start_logging
+from xtuner.dataset.encode.conversation_encoder import Sample
 from xtuner.dataset.show import show_sample
-from xtuner.dataset.tokenize import Sample
 from xtuner.errors import DataError, UsageError
 from xtuner.utils.escape import printable
 

@@ -12,7 +12,7 @@ from xtuner.chat.base import BaseChoice, load_base, log_base_notes
 from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
-from xtuner.dataset.template import Template, get_template
+from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.model.adapter import check_template, read_provenance
 from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.generate import Sampling, warm

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from xtuner.dataset.conversation import Message
-from xtuner.dataset.template import Template
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
+from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import DataError, ModelError
 from xtuner.model.generate import Sampling, generate
 from xtuner.model.text import TextStream, whole_characters

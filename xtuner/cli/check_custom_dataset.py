@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer, template = load_data_config(args)
 
     from xtuner.dataset.check import TrainingPart, check_dataset
-    from xtuner.dataset.pipeline import check_losses
+    from xtuner.dataset.prepare import check_losses
     from xtuner.dataset.show import counted, printable
     from xtuner.engine.plan import Plan, few_steps_note
     from xtuner.errors import DataError

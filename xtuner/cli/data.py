@@ -17,7 +17,7 @@ def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     start_logging()
     check_config(config)
 
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.model.loading import load_tokenizer
 
     model = config.model

@@ -49,7 +49,7 @@ def check_config(config: TrainConfig, *, data: bool = True) -> None:
         ModelError: there is no such model.
         DataError: there is no such file or folder of data.
     """
-    from xtuner.dataset.sources import check_local
+    from xtuner.dataset.sources.source import check_local
 
     model = config.model
     check_model(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _size_of_data(config: Any, folder: Any) -> DataSize | None:
     """Prepares the data, or takes it from the cache; what keeps it from being had is said and left."""
-    from xtuner.dataset.pipeline import prepare_dataset
-    from xtuner.dataset.template import get_template
+    from xtuner.dataset.prepare import prepare_dataset
+    from xtuner.dataset.templates.builtin import get_template
     from xtuner.engine.estimate import data_size
     from xtuner.errors import XTunerError
     from xtuner.model.loading import load_tokenizer

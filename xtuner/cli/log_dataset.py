@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
 
     config, tokenizer, template = load_data_config(args)
 
-    from xtuner.dataset.length import num_targets
-    from xtuner.dataset.pipeline import prepare_dataset
+    from xtuner.dataset.encode.length import num_targets
+    from xtuner.dataset.prepare import prepare_dataset
     from xtuner.dataset.show import counted, histogram, show_sample
     from xtuner.errors import ConfigError
 

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, tokenizer, template = load_data_config(args)
 
-    from xtuner.dataset.pipeline import prepare_dataset
+    from xtuner.dataset.prepare import prepare_dataset
 
     folders = []
     for part in ('train', 'val'):

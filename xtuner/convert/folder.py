@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
 from xtuner.model.card import prompt_example, write_card

@@ -20,7 +20,7 @@ from xtuner.convert.folder import write_model_files
 from xtuner.convert.old_checkpoint import read_old_checkpoint
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
-from xtuner.dataset.template import get_template
+from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError
 from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.pack import pack_samples
-from xtuner.dataset.pipeline import encode_source, encoder_of
-from xtuner.dataset.prompt import Template
-from xtuner.dataset.sources import open_sources
-from xtuner.dataset.split import content_hash, split_samples
+from xtuner.dataset.encode.conversation_encoder import Sample
+from xtuner.dataset.packing.pack import pack_samples
+from xtuner.dataset.packing.split import content_hash, split_samples
+from xtuner.dataset.prepare import encode_source, encoder_of
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.tokenize import Sample
+from xtuner.dataset.templates.template import Template
 
 
 class TrainingPart:

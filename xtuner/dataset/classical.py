@@ -14,11 +14,11 @@ from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import Dataset
 
 from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.cache.store import PreparedDataset
 from xtuner.dataset.map_fns import resolve_map_fn
-from xtuner.dataset.pipeline import prepare_dataset
-from xtuner.dataset.prompt import Template
-from xtuner.dataset.store import PreparedDataset
-from xtuner.dataset.template import get_template
+from xtuner.dataset.prepare import prepare_dataset
+from xtuner.dataset.templates.builtin import get_template
+from xtuner.dataset.templates.template import Template
 from xtuner.errors import ConfigError
 from xtuner.registry import BUILDER
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.dataset.fields import is_empty, kind_of, training_flag
+from xtuner.dataset.mapping.unread_fields import is_empty, kind_of, training_flag
 from xtuner.errors import DataError
 from xtuner.utils.fields import shown
 

@@ -7,10 +7,10 @@ from itertools import islice, takewhile
 
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import Conversation, Message
-from xtuner.dataset.mapping import map_records
-from xtuner.dataset.prompt import Template
-from xtuner.dataset.sources import open_sources
+from xtuner.dataset.mapping.map_records import map_records
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
+from xtuner.dataset.templates.template import Template
 
 _SEEN = 200  # conversations among which short prompts are looked for
 _SHORT = 1000  # characters

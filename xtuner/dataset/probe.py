@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 
 PROBE_FILE = 'probe.json'
 _MOST_SAMPLES, _MOST_TOKENS = 16, 256

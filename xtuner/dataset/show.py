@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from xtuner.dataset.tokenize import IGNORE_INDEX, Sample
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX, Sample
 from xtuner.utils.escape import printable
 
 _GREEN, _GREY, _RESET = '\x1b[32m', '\x1b[90m', '\x1b[0m'

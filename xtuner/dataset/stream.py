@@ -10,14 +10,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from xtuner.config.schema import DatasetConfig
-from xtuner.dataset.fingerprint import digest
-from xtuner.dataset.pack import pack_samples
-from xtuner.dataset.pipeline import encode_source, encoder_of
-from xtuner.dataset.prompt import Template
-from xtuner.dataset.sources import open_sources
-from xtuner.dataset.store import join_samples
+from xtuner.dataset.cache.fingerprint import digest
+from xtuner.dataset.cache.store import join_samples
+from xtuner.dataset.encode.conversation_encoder import Sample
+from xtuner.dataset.packing.pack import pack_samples
+from xtuner.dataset.prepare import encode_source, encoder_of
+from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
-from xtuner.dataset.tokenize import Sample
+from xtuner.dataset.templates.template import Template
 from xtuner.errors import ConfigError
 
 

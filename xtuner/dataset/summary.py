@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from xtuner.dataset.fields import kind_of
+from xtuner.dataset.mapping.unread_fields import kind_of
 from xtuner.dataset.show import counted, printable
 from xtuner.errors import one_line
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xtuner.config.schema import TrainConfig
-from xtuner.dataset.collate import collate
-from xtuner.dataset.sampler import EpochSampler, LengthGroupedEpochSampler
+from xtuner.dataset.packing.collate import collate
+from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.plan import Plan, StepSampler

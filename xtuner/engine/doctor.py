@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from xtuner.dataset.cache import cache_root
+from xtuner.dataset.cache.build_once import cache_root
 from xtuner.engine.environment import devices, versions
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.kernels.quantized import take_apart

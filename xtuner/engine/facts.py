@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from xtuner.config.schema import TrainConfig
-from xtuner.dataset.store import PreparedDataset
+from xtuner.dataset.cache.store import PreparedDataset
 from xtuner.engine.environment import versions
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.engine.material import Data

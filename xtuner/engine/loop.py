@@ -16,7 +16,7 @@ from mmengine.dist import all_reduce
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
-from xtuner.dataset.collate import count_targets
+from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.memory_error import memory_message
 from xtuner.engine.plan import Plan
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest

@@ -13,9 +13,9 @@ from torch import nn
 
 from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import RuntimeConfig, TrainConfig
-from xtuner.dataset.pipeline import prepare_dataset
+from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
-from xtuner.dataset.template import Template, get_template
+from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.engine.launch import Group
 from xtuner.model.adapter import (
     Provenance,

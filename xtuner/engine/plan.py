@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch.utils.data import Sampler
 
 from xtuner.config.schema import ScheduleConfig
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.packing.sampler import EpochSampler
 from xtuner.dataset.show import counted
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.errors import DataError, TrainingError
 from xtuner.model.adapter import trainable_parameters
 

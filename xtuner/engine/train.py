@@ -20,13 +20,13 @@ from mmengine.runner import set_random_seed
 from torch import nn
 
 from xtuner.config.schema import TrainConfig
+from xtuner.dataset.cache.store import PreparedDataset
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.first_prompts import first_prompts
+from xtuner.dataset.mapping.recorded_formats import with_recorded_formats
 from xtuner.dataset.probe import write_probe
-from xtuner.dataset.prompt import Template
-from xtuner.dataset.recorded import with_recorded_formats
 from xtuner.dataset.show import counted
-from xtuner.dataset.store import PreparedDataset
+from xtuner.dataset.templates.template import Template
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.checkpoints import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.facts import about_run, latest_losses, training_facts

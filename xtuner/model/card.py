@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from xtuner.dataset.own_template import prompt_text
+from xtuner.dataset.templates.from_tokenizer import prompt_text
 from xtuner.errors import ConfigError, DataError
 from xtuner.model.adapter import Provenance
 from xtuner.model.trained_base import held, merged_note

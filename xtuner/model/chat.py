@@ -11,8 +11,8 @@ from typing import Any
 from transformers.generation.streamers import BaseStreamer
 
 from xtuner.dataset.conversation import Message
-from xtuner.dataset.template import Template, get_template
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
+from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.model.generate import Sampling, generate
 from xtuner.model.text import UNFINISHED, whole_characters
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.model.fast import reads_host_positions, share_sequences
 from xtuner.model.kernels.loss import fused_linear_cross_entropy, target_rows
 from xtuner.model.kernels.sequence import SequenceGroup

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from xtuner.dataset.template_probe import check_template_files
+from xtuner.dataset.templates.template_probe import check_template_files
 from xtuner.errors import ModelError, one_line
 from xtuner.model.config_file import check_tokenizer_class
 from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer

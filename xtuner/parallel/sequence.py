@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import distributed
 
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.packing.sampler import EpochSampler
 
 
 class SequenceParallelSampler(EpochSampler):

@@ -24,7 +24,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from xtuner.dataset.rendering import TemplateBusyError
+from xtuner.dataset.templates.rendering import TemplateBusyError
 from xtuner.errors import XTunerError
 from xtuner.model.generate import Sampling
 from xtuner.model.text import AnswerText

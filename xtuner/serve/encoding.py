@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from xtuner.serve.problems import Problem
 
-THREADS = 32  # more than slow chat templates may keep waiting: see the places of `xtuner.dataset.worker_pool`
+THREADS = 32  # more than slow chat templates may keep waiting: see the places of `xtuner.dataset.templates.worker_pool`
 WAIT_S = 30.0  # seconds that a request waits for a thread
 STUCK_S = 120.0  # seconds after which an encoding counts as stuck
 

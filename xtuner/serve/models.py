@@ -9,8 +9,8 @@ from typing import Any
 
 from xtuner.chat.base import AS_TRAINED, BaseChoice, load_base, log_base_notes
 from xtuner.dataset.conversation import to_conversation, to_prompt
-from xtuner.dataset.template import Piece, Template, get_template
-from xtuner.dataset.tokenize import encode_conversation, encode_pieces
+from xtuner.dataset.encode.conversation_encoder import encode_conversation, encode_pieces
+from xtuner.dataset.templates.builtin import Piece, Template, get_template
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
 from xtuner.model.adapter import Provenance, check_template, read_provenance
 from xtuner.model.adapter_load import check_adapter, load_adapter

@@ -13,7 +13,7 @@ class _Names:
 
     def _values(self) -> dict[str, Any]:
         if self._kind == 'prompt':
-            from xtuner.dataset.template import TEMPLATES
+            from xtuner.dataset.templates.builtin import TEMPLATES
 
             return TEMPLATES.module_dict
         from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE as SYSTEMS

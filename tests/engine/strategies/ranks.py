@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.faults.lives import CONTEXT
 from tests.model.published import write_model
 from xtuner.config.schema import QuantizationConfig, ScheduleConfig
-from xtuner.dataset.collate import collate
-from xtuner.dataset.sampler import EpochSampler
+from xtuner.dataset.packing.collate import collate
+from xtuner.dataset.packing.sampler import EpochSampler
 from xtuner.engine.launch import process_group, sequence_group
 from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtuner.dataset.collate import collate
+from xtuner.dataset.packing.collate import collate
 
 
 def default_collate_fn(
@@ -14,7 +14,7 @@ def default_collate_fn(
     return_hf_format: bool = False,
     use_varlen_attn: bool = False,
 ) -> dict[str, Any]:
-    """Joins items into a batch; see `xtuner.dataset.collate.collate`.
+    """Joins items into a batch; see `xtuner.dataset.packing.collate.collate`.
 
     Args:
         instances: Items of a prepared data set.

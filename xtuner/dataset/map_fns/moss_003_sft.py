@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from xtuner.dataset.fields import is_empty
 from xtuner.dataset.map_fns.registration import map_fn
 from xtuner.dataset.map_fns.turns import learnt
+from xtuner.dataset.mapping.unread_fields import is_empty
 from xtuner.errors import DataError
 
 _PARTS = (('Human', 'user'), ('Inner Thoughts', 'thoughts'), ('Commands', 'commands'), ('Tool Responses', 'tool'),

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from xtuner.dataset.fields import is_empty
+from xtuner.dataset.mapping.unread_fields import is_empty
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import MAP_FUNC, imported
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from xtuner.dataset.fields import is_empty, kind_of
+from xtuner.dataset.mapping.unread_fields import is_empty, kind_of
 from xtuner.errors import DataError
 from xtuner.utils.fields import shown
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import distributed
 
-from xtuner.dataset.sampler import LengthGroupedEpochSampler
+from xtuner.dataset.packing.sampler import LengthGroupedEpochSampler
 
 
 class LengthGroupedSampler(LengthGroupedEpochSampler):

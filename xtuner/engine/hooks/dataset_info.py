@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from mmengine.hooks import Hook
 
+from xtuner.dataset.encode.conversation_encoder import Sample
 from xtuner.dataset.show import show_sample
 from xtuner.dataset.stream import PackStream
-from xtuner.dataset.tokenize import Sample
 from xtuner.errors import DataError
 
 logger = logging.getLogger('xtuner')

@@ -11,8 +11,8 @@ import torch
 from mmengine.hooks import Hook
 
 from xtuner.dataset.conversation import Message
-from xtuner.dataset.template import Template
-from xtuner.dataset.tokenize import encode_prompt
+from xtuner.dataset.encode.conversation_encoder import encode_prompt
+from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import Interrupted, TrainingError, one_line
 from xtuner.model.decode.decoder import release
 from xtuner.model.generate import Sampling, generate

@@ -12,8 +12,8 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 
-from xtuner.dataset.collate import collate, count_targets
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
+from xtuner.dataset.packing.collate import collate, count_targets
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.utils.jsonl import append_line
 

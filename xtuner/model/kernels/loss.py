@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.dataset.tokenize import IGNORE_INDEX
+from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.model.kernels.dispatch import kernels_for
 from xtuner.model.kernels.onednn import product, sum_of_products
 

@@ -1,0 +1,89 @@
+"""The data files of a folder, and a note for each kind of file that is left out of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from xtuner.dataset.sources.files import COMPRESSED, is_data_file, known_kinds
+from xtuner.errors import DataError
+
+_HELD_OUT = frozenset({'test', 'tests', 'testing', 'valid', 'validation', 'val', 'dev', 'eval', 'evaluation'})
+_MOST_NAMED = 5
+
+
+def data_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns the files of a folder to train on, by name, and what to say of those that are left out.
+
+    Hidden files and folders are no data. A test or validation split beside other data is not trained; where it is all
+    that the folder holds, it was meant.
+
+    Raises:
+        DataError: Where nothing is left, or a folder cannot be listed.
+    """
+    visible, hidden = _walk(folder)
+    found = [file for file in visible if is_data_file(file) and file.is_file()]
+    names = set(found)
+    twins = [file for file in found if file.suffix.lower() in COMPRESSED and file.with_suffix('') in names]
+    single = sorted(names.difference(twins))
+    train = [file for file in single if not is_held_out(file.relative_to(folder))]
+    alone = [] if train else single
+    train = train or single
+    if not train:
+        raise DataError(
+            f'{folder}: the folder holds no data file; known: {known_kinds()}{_but(folder, visible + hidden)}'
+        )
+    held_out = sorted(names.difference(train, twins))
+    others = sorted(set(visible) - names)
+    notes = [
+        _note(folder, held_out, 'not trained as {} a test or validation split; name {} as a source to train on {}'),
+        _note(folder, alone, 'used though {} a test or validation split, since the folder holds nothing else'),
+        _note(folder, twins, 'not read as {} there uncompressed too'),
+        _note(folder, others, 'not read as {} no data file of a known kind'),
+        _note(folder, hidden, 'not read as {} hidden'),
+    ]
+    return train, [note for note in notes if note]
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a file, by its name or that of a folder above it, is a test or validation split."""
+    parts = [re.split(r'[^a-z]+', part.lower()) for part in (*path.parts[:-1], path.name.partition('.')[0])]
+    return any(
+        not {'train', 'training'} & set(words) and bool({words[0], next(filter(None, reversed(words)), '')} & _HELD_OUT)
+        for words in parts
+    )
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the visible files below a folder, and the hidden files and folders, into which nobody looks."""
+    visible: list[Path] = []
+    hidden: list[Path] = []
+    for where, folders, files in os.walk(folder, onerror=_refuse):
+        for names, is_folder in ((folders, True), (files, False)):
+            hidden += [Path(where, name) for name in names if name.startswith('.')]
+            names[:] = [name for name in names if not name.startswith('.')]
+            links = [name for name in names if is_folder and Path(where, name).is_symlink()]  # not walked into
+            visible += [Path(where, name) for name in (links if is_folder else names)]
+    return sorted(visible), sorted(hidden)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f'{error.filename}: the folder cannot be listed: {error.strerror}')
+
+
+def _note(folder: Path, files: list[Path], text: str) -> str:
+    if not files:
+        return ''
+    one = len(files) == 1
+    shown = text.format('it is' if one else 'they are', 'it' if one else 'them', 'it' if one else 'them')
+    return f'{folder}: {len(files):,} file{"" if one else "s"} {shown}: {_names(folder, files)}'
+
+
+def _but(folder: Path, files: list[Path]) -> str:
+    return f'; it holds {_names(folder, files)}' if files else ''
+
+
+def _names(folder: Path, files: list[Path]) -> str:
+    names = [str(file.relative_to(folder)) for file in files[:_MOST_NAMED]]
+    return ', '.join(names) + (f' and {len(files) - _MOST_NAMED:,} more' if len(files) > _MOST_NAMED else '')

@@ -1,0 +1,225 @@
+"""What a config calls a source -> where its records come from, and a fingerprint of what they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xtuner.dataset.sources.files import check_data_file, is_data_file, kind_of_file
+from xtuner.dataset.sources.folder import data_files
+from xtuner.dataset.sources.readers import Record, read_file
+from xtuner.errors import ConfigError, DataError, nearest, one_line
+from xtuner.utils.files import expanded
+
+_FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of records.
+
+    Attributes:
+        name: What it is called in messages.
+        records: Opens it and yields its records, from the beginning at every call.
+        fingerprint: Changes when the records change.
+        map_fn: This source's own map function; None takes the config's.
+        weight: How often it counts: 0.5 takes half of its conversations, 2 takes each twice.
+        notes: What to say of it, such as files of a folder that are left out.
+    """
+
+    name: str
+    records: Callable[[], Iterator[Record]]
+    fingerprint: Callable[[], str]
+    map_fn: Any = None
+    weight: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
+    """Returns the sources that a config names.
+
+    Args:
+        spec: A file, a folder, a hub id, `modelscope:OWNER/NAME`; a dict with `path` and, where wanted, `name`,
+            `split`, `revision`, `data_files`, `streaming`, `map_fn`, `weight`; a loaded data set; or a list of these.
+        field: The config's field, for messages.
+
+    Raises:
+        ConfigError: For a value of another form.
+        DataError: For a file or folder that does not exist or holds nothing readable.
+    """
+    if isinstance(spec, (list, tuple)):
+        if not spec:
+            raise ConfigError(f'`{field}` is an empty list; name at least one source')
+        return [source for item in spec for source in open_sources(item, field=field)]
+    if isinstance(spec, (str, Path)):
+        return [_open(str(spec), {})]
+    if isinstance(spec, Mapping):
+        return [_from_mapping(spec, field)]
+    if hasattr(spec, '__iter__') and not isinstance(spec, (bytes, int, float)):
+        return [_loaded(spec, type(spec).__name__)]
+    raise ConfigError(f'`{field}` must be a file, a folder, a hub id, a dict or a list of these, got {spec!r}')
+
+
+def check_local(spec: Any) -> None:
+    """Looks for the files and folders that a config names, without opening them; what the hub holds is not asked for.
+
+    Raises:
+        DataError: one of them does not exist.
+    """
+    if isinstance(spec, (list, tuple)):
+        for item in spec:
+            check_local(item)
+    elif isinstance(spec, Mapping) and 'type' not in spec:
+        check_local(spec.get('path'))
+    elif isinstance(spec, (str, Path)) and not str(spec).startswith('modelscope:'):
+        _is_local(str(spec))
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is here; else it is a hub id, or raises DataError where it can be none."""
+    local = expanded(path)
+    if local.exists() or local.is_symlink():
+        return True
+    # A hub id has at most one slash and no suffix of a data file.
+    if local.is_absolute() or path.startswith(('.', '~')) or is_data_file(local) or path.count('/') > 1:
+        beside = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
+        raise DataError(f'{path}: there is no such file or folder{nearest(str(local), beside, most=1)}')
+    return False
+
+
+def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
+    if 'type' in spec:  # the classical form: dict(type=load_dataset, path=...)
+        from xtuner.registry import BUILDER
+
+        found = BUILDER.build(dict(spec))
+        return _loaded(found['train'] if isinstance(found, Mapping) else found, str(spec.get('path', 'data set')))
+    unknown = sorted(set(spec) - set(_FIELDS))
+    if unknown or 'path' not in spec:
+        raise ConfigError(f'`{field}` must be a dict with `path` and perhaps {", ".join(_FIELDS[1:])}; got '
+                          f'{", ".join(map(str, spec))}{nearest(unknown[0], _FIELDS) if unknown else ""}')  # fmt: skip
+    weight = spec.get('weight', 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float('inf'):
+        raise ConfigError(f'`{field}`: `weight` must be a number above 0, got {weight!r}')
+    source = _open(str(spec['path']), spec)
+    return replace(source, map_fn=spec.get('map_fn'), weight=float(weight))
+
+
+def _open(path: str, options: Mapping[str, Any]) -> Source:
+    if path.startswith('modelscope:'):
+        return _modelscope(path.removeprefix('modelscope:'), options)
+    local = expanded(path)
+    if local.is_dir():
+        return _saved(local) if _is_saved(local) else _files(path, *data_files(local))
+    if not _is_local(path):
+        return _hub(path, options)
+    check_data_file(local)
+    kind_of_file(local)
+    return _files(path, [local], [])
+
+
+def _files(name: str, files: list[Path], notes: list[str]) -> Source:
+    return Source(
+        name,
+        lambda: (record for file in files for record in read_file(file)),
+        lambda: hashlib.blake2b(b''.join(map(hash_file, files)), digest_size=16).hexdigest(),
+        notes=tuple(notes),
+    )
+
+
+_hashes: dict[tuple[str, int, int], bytes] = {}
+
+
+def hash_file(file: Path) -> bytes:
+    """Returns a hash of a file's name and content; a file that did not change is read only once a process."""
+    stat = check_data_file(file)
+    key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        digest = hashlib.blake2b(file.name.encode(), digest_size=16)
+        try:
+            with file.open('rb') as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f'{file}: cannot be read: {error.strerror or error}') from None
+        _hashes[key] = digest.digest()
+    return _hashes[key]
+
+
+def _loaded(dataset: Any, name: str) -> Source:
+    """A data set that is in memory, or memory-mapped, already."""
+
+    def fingerprint() -> str:
+        """The library's own fingerprint of the data, or a hash over all rows."""
+        known = getattr(dataset, '_fingerprint', None)
+        if known:
+            return str(known)
+        digest = hashlib.blake2b(digest_size=16)
+        for row in dataset:
+            digest.update(repr(row).encode('utf-8', 'surrogatepass'))
+        return digest.hexdigest()
+
+    return Source(name, lambda: (Record(f'{name}[{i}]', row) for i, row in enumerate(dataset)), fingerprint)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / 'state.json').is_file() or (folder / 'dataset_dict.json').is_file()
+
+
+def _saved(folder: Path) -> Source:
+    from datasets import load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # the library raises a dozen kinds
+        raise DataError(f'{folder}: the saved data set cannot be read: {one_line(error)}') from None
+    source = _loaded(_split(found, 'train', str(folder)), str(folder))
+    others = [str(name) for name in found if name != 'train'] if isinstance(found, Mapping) else []
+    notes = [f'{folder}: of the saved data set, the split train is trained, and not {", ".join(others)}']
+    return replace(source, notes=tuple(notes if others else ()))
+
+
+def _hub(path: str, options: Mapping[str, Any]) -> Source:
+    from datasets import load_dataset
+
+    wanted = {key: options[key] for key in ('name', 'revision', 'data_files', 'streaming') if options.get(key)}
+    split = options.get('split', 'train')
+    try:
+        found = load_dataset(path, split=split, **wanted)
+    except Exception as error:  # the library raises a dozen kinds, some of them long
+        reason = (str(error).splitlines() or [''])[0][:200]
+        raise DataError(f'{path}: neither a local file or folder nor a data set that the hub gave us '
+                        f'({type(error).__name__}: {reason}); check the spelling, the network and HF_TOKEN, or '
+                        'download it and name the folder') from None  # fmt: skip
+    name = f'{path}:{split}'
+    loaded = _loaded(found, name)
+    if not options.get('streaming'):
+        return loaded
+    # A stream has no content to hash before it was read: the id, split and revision stand for it.
+    return Source(name, loaded.records, lambda: f'{path}:{split}:{sorted(wanted.items())!r}')
+
+
+def _split(found: Any, split: str, name: str) -> Any:
+    if not isinstance(found, Mapping):
+        return found
+    if split not in found:
+        raise DataError(f'{name}: has no split {split!r}; it has {", ".join(map(str, found))}')
+    return found[split]
+
+
+def _modelscope(path: str, options: Mapping[str, Any]) -> Source:
+    try:
+        from modelscope.msdatasets import MsDataset
+    except ImportError:
+        raise ConfigError(
+            f'`modelscope:{path}` needs the package modelscope: pip install "xtuner[modelscope]"'
+        ) from None
+    split = options.get('split', 'train')
+    wanted = {to: options[of] for of, to in (('name', 'subset_name'), ('revision', 'version')) if options.get(of)}
+    try:
+        found = MsDataset.load(path, split=split, **wanted)
+    except Exception as error:
+        raise DataError(f'modelscope:{path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]})') from None
+    return _loaded(found.to_hf_dataset() if hasattr(found, 'to_hf_dataset') else found, f'modelscope:{path}:{split}')
