@@ -55,7 +55,7 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
     from torch.distributed.tensor import DTensor
 
     from xtuner.config.schema import QuantizationConfig
-    from xtuner.engine.strategies.fsdp import FullyShard
+    from xtuner.engine.distributed.fsdp import FullyShard
     from xtuner.model.adapter import attach_adapter
     from xtuner.model.loading import load_model
     from xtuner.model.sft import SupervisedFinetune
@@ -86,7 +86,7 @@ def work(rank: int, world_size: int, port: int, folder: Path, bits: int, cut: bo
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}  # fmt: skip
     import torch
 
-    from xtuner.engine.launch import process_group
+    from xtuner.engine.distributed.launch import process_group
 
     torch.set_num_threads(1)
     with process_group('pytorch'):

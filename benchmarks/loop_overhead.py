@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler
+from xtuner.engine.distributed import Single
 from xtuner.engine.hooks import CheckpointHook, LogHook
-from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
-from xtuner.engine.strategies import Single
+from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.model.sft import SupervisedFinetune
 
 

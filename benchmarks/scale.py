@@ -43,7 +43,7 @@ def report(**result: Any) -> None:
 
 # What a rank does.
 def worker(parts: list[str], tiny: bool) -> None:
-    from xtuner.engine.launch import process_group
+    from xtuner.engine.distributed.launch import process_group
 
     with process_group('pytorch') as group:
         if group.rank == 0:
@@ -188,9 +188,9 @@ def alone_on_rank_0(group: Any, act: Callable[[], dict[str, Any]], name: str) ->
 def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
     from torch import distributed
 
-    from xtuner.engine.launch import sequence_group
-    from xtuner.engine.strategies import Single
-    from xtuner.engine.strategies.ddp import DataParallel
+    from xtuner.engine.distributed import Single
+    from xtuner.engine.distributed.ddp import DataParallel
+    from xtuner.engine.distributed.launch import sequence_group
     from xtuner.model.fast import enable_fast_path
 
     started = time.perf_counter()
@@ -238,9 +238,9 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
 def measure_20b(group: Any, tiny: bool) -> None:
     import gc
 
-    from xtuner.engine.strategies import Single
-    from xtuner.engine.strategies.ddp import DataParallel
-    from xtuner.engine.strategies.fsdp import FullyShard
+    from xtuner.engine.distributed import Single
+    from xtuner.engine.distributed.ddp import DataParallel
+    from xtuner.engine.distributed.fsdp import FullyShard
     from xtuner.model.fast import enable_fast_path
 
     started = time.perf_counter()

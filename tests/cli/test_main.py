@@ -99,7 +99,7 @@ def test_a_wrong_call_is_one_line(
     ],
 )
 def test_a_config_may_stand_anywhere(words: list[str], resume: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xtuner.engine import train as engine
+    from xtuner.engine import run as engine
 
     called = {}
 
@@ -109,7 +109,7 @@ def test_a_config_may_stand_anywhere(words: list[str], resume: str | None, monke
 
     monkeypatch.setattr(engine, 'train', train)
     monkeypatch.setattr('xtuner.cli.train.check_config', lambda config: None)  # neither model nor data is here
-    monkeypatch.setattr('xtuner.engine.start.check_start', lambda *_: None)
+    monkeypatch.setattr('xtuner.engine.checkpoint.resume.check_start', lambda *_: None)
     assert main(['train', *(word.replace('NAME', 'internlm_7b_qlora_oasst1') for word in words)]) == 0
     assert called['config'].schedule.max_steps == 5
     assert called['config'].schedule.batch_size == (2 if 'schedule.batch_size=2' in words else 1)
@@ -126,7 +126,7 @@ def test_a_checkpoint_alone_is_no_config(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_newest_checkpoint_has_one_name() -> None:
     from xtuner.cli import train
-    from xtuner.engine.start import NEWEST
+    from xtuner.engine.checkpoint.resume import NEWEST
 
     assert train._NEWEST == NEWEST
 

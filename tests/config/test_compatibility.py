@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from xtuner.config.compatibility import METHODS, RULES, STRATEGIES, Combination, broken_rule, check, table
 from xtuner.config.deepspeed import read_deepspeed_config, shipped_deepspeed_configs, stage_of
 from xtuner.config.load import load_config
-from xtuner.engine.strategies import choose_strategy
+from xtuner.engine.distributed import choose_strategy
 from xtuner.errors import ConfigError
 
 

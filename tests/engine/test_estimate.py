@@ -15,9 +15,9 @@ from benchmarks.internlm_7b import SHAPE
 from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.engine import preflight
+from xtuner.engine.build import Data
 from xtuner.engine.cards import CARDS, find_card, flops_per_token
 from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
-from xtuner.engine.material import Data
 from xtuner.errors import TrainingError, UsageError
 from xtuner.model.memory import predict_memory
 

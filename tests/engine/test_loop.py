@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler
-from xtuner.engine.checkpoints import write_checkpoint
+from xtuner.engine.checkpoint.store import write_checkpoint
+from xtuner.engine.distributed import Single
 from xtuner.engine.hooks import CheckpointHook, LogHook
-from xtuner.engine.plan import Plan, StepSampler
 from xtuner.engine.runner import Runner
-from xtuner.engine.strategies import Single
+from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.errors import CheckpointError, TrainingError
 from xtuner.model.sft import SupervisedFinetune
 

@@ -14,7 +14,7 @@ from tests.faults.lives import Life
 from tests.faults.lives import words_for as life_words
 from tests.faults.test_ranks import STEADY, assert_same_weights, uninterrupted
 from xtuner.config.load import load_config
-from xtuner.engine.strategies import make_strategy
+from xtuner.engine.distributed import make_strategy
 from xtuner.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ import torch
 
 from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
-from xtuner.engine.trainer_state import read_state, validation_loss
+from xtuner.engine.checkpoint.trainer_state import read_state, validation_loss
 from xtuner.errors import TrainingError
 from xtuner.utils.jsonl import append_line
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.faults.lives import CONTEXT, Life, result, steps_done, wait_for, words_for
-from xtuner.engine.checkpoints import newest_checkpoint, recover, verify_checkpoint, write_checkpoint
-from xtuner.engine.trainer_state import read_state
+from xtuner.engine.checkpoint.store import newest_checkpoint, recover, verify_checkpoint, write_checkpoint
+from xtuner.engine.checkpoint.trainer_state import read_state
 
 OPTIONS = ['dataset.val_ratio=0.1']  # so that `best` is written as well
 

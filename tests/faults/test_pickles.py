@@ -136,13 +136,13 @@ def test_in_each_file_of_a_checkpoint_whose_manifest_fits(
     """Whoever can put a bomb there can write a manifest."""
     words = words_for(place / 'model', forty_conversations, place / 'run', steps=3)
     folder = place / 'run' / 'checkpoint-00000002'
-    from xtuner.engine import checkpoints
+    from xtuner.engine.checkpoint import store
 
     for name in files_of(place, 'run/checkpoint-00000002'):
         before = (place / name).read_bytes()
         (place / name).write_bytes(in_torch_file(bomb))
         (folder / 'manifest.json').unlink()
-        checkpoints._write_manifest(folder)
+        store._write_manifest(folder)
         assert main(words) in (0, 1), name
         assert not bomb.marker.exists(), f'{name} was executed'
         (place / name).write_bytes(before)

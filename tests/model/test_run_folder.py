@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.engine.start import Start
+from xtuner.engine.checkpoint.resume import Start
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.run_folder import resolve_checkpoint, work_folder
 from xtuner.model.sources import resolve_model

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.dataset.check import TrainingPart, check_dataset
     from xtuner.dataset.prepare import check_losses
     from xtuner.dataset.show import counted, printable
-    from xtuner.engine.plan import Plan, few_steps_note
+    from xtuner.engine.schedule import Plan, few_steps_note
     from xtuner.errors import DataError
 
     data = config.dataset

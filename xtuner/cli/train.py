@@ -14,9 +14,9 @@ from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
-    from xtuner.engine.start import Start
+    from xtuner.engine.checkpoint.resume import Start
 
-_NEWEST = 'newest'  # `xtuner.engine.start.NEWEST`, which imports torch
+_NEWEST = 'newest'  # `xtuner.engine.checkpoint.resume.NEWEST`, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.launcher == 'none' and _needs_launcher(args, config.parallel.strategy):
         return _launch(args, config)
 
-    from xtuner.engine.train import train
+    from xtuner.engine.run import train
     from xtuner.ranks import is_first_process
 
     last = train(config, work_dir=work_dir, start=start, launcher=args.launcher)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked_start(args: argparse.Namespace, config: TrainConfig, work_dir: Path) -> Start:
     """Where the run begins, and whether the paths of the command allow it, before anything heavy is imported."""
-    from xtuner.engine.start import Start, check_start, check_work_dir
+    from xtuner.engine.checkpoint.resume import Start, check_start, check_work_dir
     from xtuner.ranks import is_first_process
 
     start = Start(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
@@ -129,8 +129,8 @@ def _needs_launcher(args: argparse.Namespace, strategy: str) -> bool:
 
 def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
     """Starts the processes of this machine and waits for them."""
-    from xtuner.engine.launch import Nodes, run_on_devices
-    from xtuner.engine.strategies.choose import choose_strategy
+    from xtuner.engine.distributed.choose import choose_strategy
+    from xtuner.engine.distributed.launch import Nodes, run_on_devices
 
     num_nodes = _count(args.nnodes, 'NNODES')
     port = args.master_port or os.environ.get('MASTER_PORT', os.environ.get('PORT'))

@@ -16,7 +16,7 @@ from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
-from xtuner.engine.plan import Plan, StepSampler
+from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.errors import ConfigError, DataError
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.plan import Plan
-from xtuner.engine.space import OVERHEAD_BYTES
+from xtuner.engine.checkpoint.disk_space import OVERHEAD_BYTES
+from xtuner.engine.schedule import Plan
 from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
 from xtuner.model.loading import load_config
 from xtuner.model.memory import Prediction, Setup, predict_memory

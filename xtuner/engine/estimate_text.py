@@ -8,7 +8,7 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.show import counted
 from xtuner.engine.cards import CARDS, Card, tokens_per_second
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
-from xtuner.engine.plan import few_steps_note
+from xtuner.engine.schedule import few_steps_note
 from xtuner.model.memory import Prediction, Setup
 
 GIB = 2**30

@@ -12,10 +12,10 @@ import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.cache.store import PreparedDataset
+from xtuner.engine.build import Data
 from xtuner.engine.environment import versions
 from xtuner.engine.hooks.log import METRICS_FILE
-from xtuner.engine.material import Data
-from xtuner.engine.plan import Plan
+from xtuner.engine.schedule import Plan
 from xtuner.model.card import public_name
 from xtuner.model.precision import dtype_name
 from xtuner.model.sft import SupervisedFinetune

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.memory_error import memory_message
-from xtuner.engine.plan import Plan
+from xtuner.engine.schedule import Plan
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
 from xtuner.engine.step_checks import (
     check_gradients,

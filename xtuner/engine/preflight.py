@@ -8,9 +8,9 @@ import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.stream import PackStream
+from xtuner.engine.build import Data
 from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import gib, knob_texts
-from xtuner.engine.material import Data
 from xtuner.errors import ModelError, TrainingError, XTunerError
 from xtuner.model.memory import Setup, predict_memory
 from xtuner.model.memory_terms import CONTEXT_BYTES

@@ -15,10 +15,10 @@ from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
+from xtuner.engine.checkpoint.trainer_state import STATE_FILE, read_state
+from xtuner.engine.distributed import Strategy
+from xtuner.engine.distributed.watchdog import Watch
 from xtuner.engine.loop import Skips, TrainLoop
-from xtuner.engine.strategies import Strategy
-from xtuner.engine.trainer_state import STATE_FILE, read_state
-from xtuner.engine.watch import Watch
 from xtuner.errors import CheckpointError, one_line
 from xtuner.model.adapter import trainable_parameters
 from xtuner.model.fast import activation_room, set_activation_room

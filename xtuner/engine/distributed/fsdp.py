@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from xtuner.engine.strategies.base import Strategy, leaves, nested
-from xtuner.engine.strategies.shards import (
+from xtuner.engine.distributed.base import Strategy, leaves, nested
+from xtuner.engine.distributed.shards import (
     keep_quantisation_states,
     put_rows_back,
     read_scales_from_parameters,

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 import pytest
 from torch.distributed import TCPStore
 
-from xtuner.engine import watch as watch_module
-from xtuner.engine.watch import Watch
+from xtuner.engine.distributed import watchdog as watch_module
+from xtuner.engine.distributed.watchdog import Watch
 from xtuner.errors import TrainingError
 from xtuner.utils import processes
 from xtuner.utils.processes import this_process

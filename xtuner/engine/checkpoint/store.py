@@ -33,7 +33,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from xtuner.engine.trainer_state import STATE_FILE, validation_loss, write_state
+from xtuner.engine.checkpoint.trainer_state import STATE_FILE, validation_loss, write_state
 from xtuner.errors import CheckpointError, one_line
 from xtuner.model.run_folder import BEST_FILE, LAST_FILE
 from xtuner.utils.files import read_object

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from xtuner.engine.strategies.deepspeed import ZeRO
+from xtuner.engine.distributed.deepspeed import ZeRO
 
 
 def test_an_optimizer_without_state_is_saved_and_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

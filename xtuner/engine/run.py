@@ -28,21 +28,28 @@ from xtuner.dataset.probe import write_probe
 from xtuner.dataset.show import counted
 from xtuner.dataset.templates.template import Template
 from xtuner.engine.batches import MicroBatches, make_plan
-from xtuner.engine.checkpoints import checkpoint_folder, has_checkpoint, list_checkpoints
+from xtuner.engine.build import Data, load_data, load_for_training, write_model
+from xtuner.engine.checkpoint.disk_space import check_space, checkpoint_bytes
+from xtuner.engine.checkpoint.resume import (
+    NEW_RUN,
+    Start,
+    check_resumable,
+    check_weights_folder,
+    find_checkpoint,
+    open_work_dir,
+)
+from xtuner.engine.checkpoint.run_lock import alone_in
+from xtuner.engine.checkpoint.run_manifest import describe_run, format_of_run, recorded_formats, write_run
+from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, list_checkpoints
+from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
+from xtuner.engine.distributed.launch import Group, process_group, sequence_group
 from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
-from xtuner.engine.launch import Group, process_group, sequence_group
-from xtuner.engine.material import Data, load_data, load_for_training, write_model
-from xtuner.engine.plan import Plan, few_steps_note
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
-from xtuner.engine.same_run import describe_run, format_of_run, recorded_formats, write_run
+from xtuner.engine.schedule import Plan, few_steps_note
 from xtuner.engine.signals import StopRequest
-from xtuner.engine.space import check_space, checkpoint_bytes
-from xtuner.engine.start import NEW_RUN, Start, check_resumable, check_weights_folder, find_checkpoint, open_work_dir
 from xtuner.engine.story import told
-from xtuner.engine.strategies import Strategy, choose_strategy, make_strategy
-from xtuner.engine.work_folder import alone_in
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.model.family_checks import check_family
 from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step

@@ -23,11 +23,11 @@ from tests.model.published import write_model
 from xtuner.config.schema import QuantizationConfig, ScheduleConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler
-from xtuner.engine.launch import process_group, sequence_group
-from xtuner.engine.plan import Plan, StepSampler
+from xtuner.engine.distributed.base import Single, Strategy
+from xtuner.engine.distributed.fsdp import FullyShard
+from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
-from xtuner.engine.strategies.base import Single, Strategy
-from xtuner.engine.strategies.fsdp import FullyShard
+from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.model.adapter import attach_adapter, trainable_parameters
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.kernels.quantized import state_of
@@ -117,7 +117,7 @@ def quantise(llm: Any, storage: torch.dtype) -> None:
 
 
 def make(case: Case, rank: int, world_size: int) -> Strategy:
-    from xtuner.engine.strategies.ddp import DataParallel
+    from xtuner.engine.distributed.ddp import DataParallel
 
     kinds = {'single': Single, 'ddp': DataParallel, 'fsdp': FullyShard}
     return kinds[case.strategy](rank, world_size)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.engine import work_folder
-from xtuner.engine.work_folder import LOCK_FILE, alone_in
+from xtuner.engine.checkpoint import run_lock
+from xtuner.engine.checkpoint.run_lock import LOCK_FILE, alone_in
 from xtuner.errors import CheckpointError
 
 HOLD = """
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_and_the_first_one_left_alone(tmp_path: Path) ->
 
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run before may end, and remove its file, between our opening and our locking it."""
-    lock, locked = work_folder._lock, []
+    lock, locked = run_lock._lock, []
 
     def late(descriptor: int, path: Path) -> None:
         lock(descriptor, path)
@@ -61,7 +61,7 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pyte
         if len(locked) == 1:
             path.unlink()
 
-    monkeypatch.setattr(work_folder, '_lock', late)
+    monkeypatch.setattr(run_lock, '_lock', late)
     with alone_in(tmp_path):
         assert (tmp_path / LOCK_FILE).is_file()
     assert len(locked) == 2

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xtuner.engine.strategies.base import Strategy
+from xtuner.engine.distributed.base import Strategy
 
 # An adapter of rank 64 on InternLM-7B is 640 MB: two messages, the first of which goes while earlier layers are
 # computed. A message slows the products beside it, so that on cards with a direct link five were slower than two.

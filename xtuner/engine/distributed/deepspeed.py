@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xtuner.config.deepspeed import read_deepspeed_config
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.strategies.base import MakeOptimizer, Strategy, leaves
+from xtuner.engine.distributed.base import MakeOptimizer, Strategy, leaves
 from xtuner.errors import ConfigError
 from xtuner.model.adapter import trainable_parameters
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from xtuner.engine import checkpoints
-from xtuner.engine.checkpoints import (
+from xtuner.engine.checkpoint import store
+from xtuner.engine.checkpoint.store import (
     clear_leftovers,
     list_checkpoints,
     newest_checkpoint,
@@ -21,7 +21,7 @@ from xtuner.engine.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from xtuner.engine.trainer_state import VALIDATION_LOSS, read_state
+from xtuner.engine.checkpoint.trainer_state import VALIDATION_LOSS, read_state
 from xtuner.errors import CheckpointError
 
 STATE: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_later_checkpoints_are_left_alone(tmp_path: Path) -> None:
 def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file, then its folder, then the rename, then the folder that holds the name."""
     order: list[str] = []
-    flush, rename = checkpoints._flush, Path.rename
+    flush, rename = store._flush, Path.rename
 
     def noted_flush(path: Path) -> None:
         order.append(f'flush {path.name}')
@@ -101,7 +101,7 @@ def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pyt
         order.append(f'rename {path.name}')
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoints, '_flush', noted_flush)
+    monkeypatch.setattr(store, '_flush', noted_flush)
     monkeypatch.setattr(Path, 'rename', noted_rename)
     folder = write(tmp_path)
     named = order.index(f'rename .saving-{folder.name}')
@@ -117,7 +117,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoints, '_write_manifest', full)
+    monkeypatch.setattr(store, '_write_manifest', full)
     with pytest.raises(CheckpointError, match=r'No space left.*earlier checkpoints are untouched'):
         write(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
@@ -280,7 +280,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
 def test_windows_flushes_files_that_it_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
     real = os.open
-    monkeypatch.setattr(checkpoints, '_POSIX', False)
+    monkeypatch.setattr(store, '_POSIX', False)
     monkeypatch.setattr(os, 'open', lambda path, flags, *more: opened.append(flags) or real(path, flags, *more))
     write(tmp_path)
     assert opened.count(os.O_RDWR) >= 4 and os.O_RDONLY not in opened

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xtuner.config import compatibility
 from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.strategies.base import Single, Strategy
+from xtuner.engine.distributed.base import Single, Strategy
 from xtuner.errors import ConfigError
 
 
@@ -40,13 +40,13 @@ def make_strategy(config: TrainConfig, name: str, rank: int, world_size: int) ->
     if name == 'single':
         return Single(rank, world_size)
     if name == 'ddp':
-        from xtuner.engine.strategies.ddp import DataParallel
+        from xtuner.engine.distributed.ddp import DataParallel
 
         return DataParallel(rank, world_size)
     if name == 'fsdp':
-        from xtuner.engine.strategies.fsdp import FullyShard
+        from xtuner.engine.distributed.fsdp import FullyShard
 
         return FullyShard(rank, world_size)
-    from xtuner.engine.strategies.deepspeed import ZeRO
+    from xtuner.engine.distributed.deepspeed import ZeRO
 
     return ZeRO(config, name, rank, world_size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.convert.adapters import make_base
-from xtuner.engine.start import Start, check_start, check_weights_folder, find_checkpoint
+from xtuner.engine.checkpoint.resume import Start, check_start, check_weights_folder, find_checkpoint
 from xtuner.errors import CheckpointError, ConfigError
 from xtuner.model.adapter import attach_adapter
 from xtuner.model.loading import load_model

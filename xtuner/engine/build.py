@@ -16,7 +16,7 @@ from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.engine.launch import Group
+from xtuner.engine.distributed.launch import Group
 from xtuner.model.adapter import (
     Provenance,
     attach_adapter,

@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 from xtuner import ranks
-from xtuner.engine import launch
-from xtuner.engine.launch import Nodes
+from xtuner.engine.distributed import launch
+from xtuner.engine.distributed.launch import Nodes
 from xtuner.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.strategies.ranks import Case, alone, cases, items, model_of, run_ranks
+from tests.engine.distributed.ranks import Case, alone, cases, items, model_of, run_ranks
 
 # In float32 a sum of some hundred terms in another order moves by a few units in the last place.
 TOLERANCE = 1e-5

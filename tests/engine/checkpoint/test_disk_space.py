@@ -10,8 +10,8 @@ import torch
 
 from tests.faults.lives import newest, words_for
 from xtuner.cli.main import main
-from xtuner.engine import space
-from xtuner.engine.space import check_space, checkpoint_bytes
+from xtuner.engine.checkpoint import disk_space
+from xtuner.engine.checkpoint.disk_space import check_space, checkpoint_bytes
 from xtuner.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ def test_a_folder_that_is_not_there_yet_is_asked_of_its_parent(tmp_path: Path, m
         asked.append(path)
         return SimpleNamespace(free=2**30)
 
-    monkeypatch.setattr(space.shutil, 'disk_usage', usage)
+    monkeypatch.setattr(disk_space.shutil, 'disk_usage', usage)
     check_space(tmp_path / 'a' / 'b', 2**30, 'checkpoints')
     assert asked == [tmp_path]
     with pytest.raises(CheckpointError, match=r'has 1.0 GiB free, and 3 checkpoints need up to 1.5 GiB; free some'):

@@ -17,9 +17,10 @@ from tests.faults.lives import metrics, newest, result, words_for
 from xtuner.cli.main import main
 from xtuner.dataset.map_fns import formats
 from xtuner.dataset.map_fns.registration import never
-from xtuner.engine import batches, same_run
-from xtuner.engine import train as training
-from xtuner.engine.checkpoints import MANIFEST_FILE
+from xtuner.engine import batches
+from xtuner.engine import run as training
+from xtuner.engine.checkpoint import run_manifest
+from xtuner.engine.checkpoint.store import MANIFEST_FILE
 
 Train = Callable[..., int]
 
@@ -181,7 +182,7 @@ def test_a_run_begun_when_rounding_errors_counted_resumes_exactly(
     options = ['schedule.warmup_ratio=0.28', 'checkpoint.max_keep=-1', 'checkpoint.interval=20']
 
     def of_then(*args: Any, **named: Any) -> dict[str, Any]:
-        return {key: value for key, value in same_run.describe_run(*args, **named).items() if key != 'format'}
+        return {key: value for key, value in run_manifest.describe_run(*args, **named).items() if key != 'format'}
 
     with monkeypatch.context() as then:
         then.setattr(training, 'describe_run', of_then)
@@ -193,16 +194,16 @@ def test_a_run_begun_when_rounding_errors_counted_resumes_exactly(
     shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000025')
     assert train('run', *options, steps=25) == 0
     assert result(tmp_path / 'run') == expected
-    assert same_run.format_of_run(newest(tmp_path / 'run')) == 1
+    assert run_manifest.format_of_run(newest(tmp_path / 'run')) == 1
     assert train('new', *options, steps=25) == 0
     assert metrics(tmp_path / 'new')[0]['lr'] == pytest.approx(0.01 / 7)
-    assert same_run.format_of_run(newest(tmp_path / 'new')) == same_run.FORMAT
+    assert run_manifest.format_of_run(newest(tmp_path / 'new')) == run_manifest.FORMAT
 
 
 def test_why_the_data_of_an_earlier_release_differs_is_said_as_a_possibility() -> None:
     now = {'data': 'b', 'dataset.ignore': []}
-    told = same_run._changes({'data': 'a'}, now)
+    told = run_manifest._changes({'data': 'a'}, now)
     assert told['data'].startswith('the conversations or their packs are not the same')
     assert told['dataset.ignore'].startswith('this may be because the run began with an earlier release')
     assert all(word in told['dataset.ignore'] for word in ('`dataset.ignore`', 'test*, val*, hidden'))
-    assert same_run._changes({'data': 'b'}, now) == {}
+    assert run_manifest._changes({'data': 'b'}, now) == {}

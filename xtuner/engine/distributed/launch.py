@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from xtuner.engine.watch import Watch, watch_group
+from xtuner.engine.distributed.watchdog import Watch, watch_group
 from xtuner.errors import Interrupted, TrainingError, UsageError, one_line
 from xtuner.model.kernels.sequence import SequenceGroup
 from xtuner.ranks import CHILD

@@ -10,7 +10,9 @@ from typing import Any
 
 from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.checkpoints import (
+from xtuner.engine.checkpoint.run_lock import alone_in
+from xtuner.engine.checkpoint.run_manifest import check_same_run
+from xtuner.engine.checkpoint.store import (
     MANIFEST_FILE,
     clear_leftovers,
     list_checkpoints,
@@ -20,8 +22,6 @@ from xtuner.engine.checkpoints import (
     step_of,
     verify_checkpoint,
 )
-from xtuner.engine.same_run import check_same_run
-from xtuner.engine.work_folder import alone_in
 from xtuner.errors import CheckpointError, ConfigError, UsageError
 from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint
 from xtuner.registry import build

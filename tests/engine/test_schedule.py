@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.packing.sampler import EpochSampler
-from xtuner.engine.plan import FEW_STEPS, Plan, StepSampler, few_steps_note
+from xtuner.engine.schedule import FEW_STEPS, Plan, StepSampler, few_steps_note
 
 
 def plan(num_items: int, *, world_size: int = 1, **schedule: object) -> Plan:
