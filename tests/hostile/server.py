@@ -33,7 +33,7 @@ def import_everything() -> None:
         importlib.import_module(command.module)
     for name in ('xtuner.engine.run', 'xtuner.engine.estimate_text', 'xtuner.chat.terminal', 'xtuner.serve.run',
                  'xtuner.convert.merge', 'xtuner.convert.verify', 'xtuner.convert.ollama', 'xtuner.convert.pth_to_hf',
-                 'xtuner.convert.split', 'xtuner.dataset.check', 'xtuner.dataset.show', 'xtuner.engine.report.page',
+                 'xtuner.convert.split', 'xtuner.dataset.check', 'xtuner.dataset.show', 'xtuner.tracking.report.page',
                  'xtuner.engine.doctor', 'tensorboard', 'peft', 'bitsandbytes', 'datasets', 'sympy'):  # fmt: skip
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

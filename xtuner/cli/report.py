@@ -18,8 +18,8 @@ def run(args: argparse.Namespace) -> int:
 
     start_logging()
 
-    from xtuner.engine.report.page import write_report
     from xtuner.model.run_folder import work_folder
+    from xtuner.tracking.report.page import write_report
 
     print(write_report(work_folder(args.work_dir)))
     return 0

@@ -11,10 +11,10 @@ from typing import Any
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ModelError
 from xtuner.model.adapter import PROVENANCE_FILE, Provenance
-from xtuner.model.card import prompt_example, write_card
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.sources import read_json
 from xtuner.model.tokenizer import load_tokenizer
+from xtuner.tracking.model_card import prompt_example, write_card
 
 # Files of a tokenizer in any of its published forms, and the terms under which a model may be used.
 _COMPANIONS = (

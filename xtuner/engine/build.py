@@ -24,7 +24,6 @@ from xtuner.model.adapter import (
     trainable_parameters,
 )
 from xtuner.model.adapter_load import load_adapter
-from xtuner.model.card import prompt_example, write_card
 from xtuner.model.check import check_vocabulary
 from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
@@ -35,6 +34,7 @@ from xtuner.model.shares import Share, num_parameters
 from xtuner.model.tensor_files import apply_umask
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights import fingerprint, open_weights
+from xtuner.tracking.model_card import prompt_example, write_card
 
 logger = logging.getLogger('xtuner')
 

@@ -17,9 +17,9 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from xtuner.dataset.cache.build_once import cache_root
-from xtuner.engine.environment import devices, versions
 from xtuner.model.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.kernels.quantized import take_apart
+from xtuner.tracking.environment import devices, versions
 
 OK, FAILED, ABSENT, NOTE = 'ok', 'FAILED', 'absent', 'note'
 _OPTIONAL = ('triton', 'wandb', 'modelscope', 'deepspeed', 'flash-attn', 'tensorboard')

@@ -43,13 +43,11 @@ from xtuner.engine.checkpoint.run_manifest import describe_run, format_of_run, r
 from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
 from xtuner.engine.distributed.launch import Group, process_group, sequence_group
-from xtuner.engine.facts import about_run, latest_losses, training_facts
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, few_steps_note
 from xtuner.engine.signals import StopRequest
-from xtuner.engine.story import told
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.model.family_checks import check_family
 from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step
@@ -58,6 +56,8 @@ from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share, num_parameters
 from xtuner.registry import build, check_arguments
+from xtuner.tracking.metadata import about_run, latest_losses, training_facts
+from xtuner.tracking.sessions import told
 
 logger = logging.getLogger('xtuner')
 

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from xtuner.engine.report.charts import Axis, Line, histogram, line_chart, log_ticks, smoothed, thinned, ticks
-from xtuner.engine.report.read import Series
+from xtuner.tracking.report.charts import Axis, Line, histogram, line_chart, log_ticks, smoothed, thinned, ticks
+from xtuner.tracking.report.read import Series
 
 
 def chart(values: list[float], **options: object) -> ElementTree.Element:

@@ -11,8 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from xtuner.engine.environment import devices, git_state, versions
 from xtuner.errors import CheckpointError, Interrupted
+from xtuner.tracking.environment import devices, git_state, versions
 from xtuner.utils.files import read_object
 
 logger = logging.getLogger('xtuner')
@@ -66,7 +66,7 @@ def read_about(work_dir: Path) -> dict[str, Any]:
 
 def try_to_report(work_dir: Path) -> None:
     """Writes `report.html`; what stands in the way is told and left."""
-    from xtuner.engine.report.page import write_report
+    from xtuner.tracking.report.page import write_report
 
     try:
         path = write_report(work_dir)

@@ -13,14 +13,14 @@ import torch
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.cache.store import PreparedDataset
 from xtuner.engine.build import Data
-from xtuner.engine.environment import versions
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.engine.schedule import Plan
-from xtuner.model.card import public_name
 from xtuner.model.precision import dtype_name
 from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import num_parameters
 from xtuner.registry import reference
+from xtuner.tracking.environment import versions
+from xtuner.tracking.model_card import public_name
 
 _BINS = 24
 _TAIL_BYTES = 2**16  # of the metrics: enough for the last steps

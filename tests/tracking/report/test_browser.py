@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.browser import CHROMIUM, MARKS, playwright
-from tests.engine.report.test_page import EVIL, work_dir  # noqa: F401
-from xtuner.engine.report.page import write_report
+from tests.tracking.report.test_page import EVIL, work_dir  # noqa: F401
+from xtuner.tracking.report.page import write_report
 
 pytestmark = MARKS
 

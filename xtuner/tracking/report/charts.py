@@ -10,7 +10,7 @@ from html import escape
 from itertools import accumulate
 from zlib import crc32
 
-from xtuner.engine.report.read import Series
+from xtuner.tracking.report.read import Series
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 26
 _MOST_POINTS = 600  # of a drawn line: more than a screen shows

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from xtuner.engine.report.charts import histogram
-from xtuner.engine.report.read import Run
+from xtuner.tracking.report.charts import histogram
+from xtuner.tracking.report.read import Run
 from xtuner.utils.escape import printable
 
 _MOST_SESSIONS = 20

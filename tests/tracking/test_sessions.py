@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.engine.environment import devices, git_state, versions
-from xtuner.engine.story import read_about, told
 from xtuner.errors import Interrupted, TrainingError
+from xtuner.tracking.environment import devices, git_state, versions
+from xtuner.tracking.sessions import read_about, told
 
 
 def sessions(folder: Path) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xtuner.engine.report.read import Run
+from xtuner.tracking.report.read import Run
 
 
 def compact(number: float) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from tests.hostile_text import COMMANDS, FRONT_MATTER, HOSTILE, obeyed
 from xtuner.model.adapter import Provenance
-from xtuner.model.card import hub_id, prompt_example, public_name, render_card, write_card
+from xtuner.tracking.model_card import hub_id, prompt_example, public_name, render_card, write_card
 
 PROVENANCE = Provenance(
     base='internlm/internlm-7b', base_fingerprint='0123456789abcdef0123', template='internlm_chat',

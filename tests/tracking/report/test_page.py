@@ -14,9 +14,9 @@ import pytest
 
 from tests.hostile_text import COMMANDS, obeyed
 from xtuner.cli.main import main
-from xtuner.engine.report.page import render, write_report
-from xtuner.engine.report.read import read_run
-from xtuner.engine.report.words import compact, duration
+from xtuner.tracking.report.page import render, write_report
+from xtuner.tracking.report.read import read_run
+from xtuner.tracking.report.words import compact, duration
 from xtuner.utils.escape import printable
 
 EVIL = '"></p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\'`&' + COMMANDS

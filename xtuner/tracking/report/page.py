@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xtuner.engine.report.charts import Line, line_chart
-from xtuner.engine.report.parts import config_part, data_part, samples_part, sessions_part, text
-from xtuner.engine.report.read import Run, read_run
-from xtuner.engine.report.words import compact, duration, state_of
 from xtuner.errors import CheckpointError, TrainingError, one_line
+from xtuner.tracking.report.charts import Line, line_chart
+from xtuner.tracking.report.parts import config_part, data_part, samples_part, sessions_part, text
+from xtuner.tracking.report.read import Run, read_run
+from xtuner.tracking.report.words import compact, duration, state_of
 
 REPORT_FILE = 'report.html'
 
