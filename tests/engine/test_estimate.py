@@ -16,10 +16,10 @@ from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.engine import preflight
 from xtuner.engine.build import Data
-from xtuner.engine.cards import CARDS, find_card, flops_per_token
 from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
 from xtuner.errors import TrainingError, UsageError
-from xtuner.model.memory import predict_memory
+from xtuner.memory.gpus import CARDS, find_card, flops_per_token
+from xtuner.memory.predict import predict_memory
 
 GIB = 2**30
 FLAGSHIP = 'internlm_7b_qlora_oasst1'

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from tests.model.families import MIXING, SEPARATE, make_model
 from xtuner.errors import ConfigError, ModelError
+from xtuner.memory.dims import model_shape
 from xtuner.model.batching import BatchDecoder
 from xtuner.model.family_checks import check_family
 from xtuner.model.logits import LogitRule
 from xtuner.model.sft import SupervisedFinetune
-from xtuner.model.shape import model_shape
 
 FAMILIES = SEPARATE + MIXING
 LENGTHS = (9, 5, 14)

@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
     start_logging()
     check_config(config, data=False)  # without its data, the memory is told all the same
 
-    from xtuner.engine.cards import find_card, local_card
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe
+    from xtuner.memory.gpus import find_card, local_card
     from xtuner.model.sources import resolve_model
 
     card = find_card(args.gpu) if args.gpu else local_card()

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.show import counted
-from xtuner.engine.cards import CARDS, Card, tokens_per_second
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.engine.schedule import few_steps_note
-from xtuner.model.memory import Prediction, Setup
+from xtuner.memory.gpus import CARDS, Card, tokens_per_second
+from xtuner.memory.predict import Prediction, Setup
 
 GIB = 2**30
 _WIDTH = 17

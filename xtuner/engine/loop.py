@@ -17,7 +17,6 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from xtuner.dataset.packing.collate import count_targets
-from xtuner.engine.memory_error import memory_message
 from xtuner.engine.schedule import Plan
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
 from xtuner.engine.step_checks import (
@@ -29,6 +28,7 @@ from xtuner.engine.step_checks import (
 )
 from xtuner.engine.step_result import Skips, StepResult
 from xtuner.errors import Interrupted, TrainingError
+from xtuner.memory.oom import memory_message
 from xtuner.utils.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger('xtuner')

@@ -12,8 +12,8 @@ from xtuner.engine.build import Data
 from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import gib, knob_texts
 from xtuner.errors import ModelError, TrainingError, XTunerError
-from xtuner.model.memory import Setup, predict_memory
-from xtuner.model.memory_terms import CONTEXT_BYTES
+from xtuner.memory.predict import Setup, predict_memory
+from xtuner.memory.terms import CONTEXT_BYTES
 
 logger = logging.getLogger('xtuner')
 

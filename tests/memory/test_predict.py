@@ -13,17 +13,17 @@ from torch import Tensor
 
 from benchmarks.internlm_7b import SHAPE
 from benchmarks.qlora_model import add_adapter, build_base
-from tests.model.live import LiveBytes
-from xtuner.model import memory_terms
+from tests.memory.live import LiveBytes
+from xtuner.memory import terms as terms_kernels
+from xtuner.memory.dims import model_shape
+from xtuner.memory.predict import Setup, moments, predict_memory
+from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.fast import enable_fast_path
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.kernels import graphs, plain
 from xtuner.model.kernels.decoder import FastDecoder
 from xtuner.model.kernels.dispatch import PLAIN, Kernels
-from xtuner.model.memory import Setup, moments, predict_memory
-from xtuner.model.memory_terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.sft import SupervisedFinetune
-from xtuner.model.shape import model_shape
 
 SIZES = {'hidden_size': 256, 'intermediate_size': 688, 'num_attention_heads': 4, 'vocab_size': 512}
 TOKENS = 512
@@ -110,8 +110,8 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FastDecoder(model.get_base_model().get_decoder(), PLAIN, folded=False)
-    assert memory_terms._PLACES == graphs._AHEAD
-    assert decoder.offload_from_bytes == memory_terms._OFFLOAD_FROM
+    assert terms_kernels._PLACES == graphs._AHEAD
+    assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner.model.kernels.graphs import MOST_TOKENS
-from xtuner.model.memory_terms import (
+from xtuner.memory.terms import (
     CONTEXT_BYTES,
     FRAGMENTS,
     Setup,
@@ -26,6 +25,7 @@ from xtuner.model.memory_terms import (
     row_bytes,
     trained_weights,
 )
+from xtuner.model.kernels.graphs import MOST_TOKENS
 
 __all__ = ['Prediction', 'Setup', 'moments', 'predict_memory']
 
