@@ -17,7 +17,7 @@ from xtuner import __version__
 from xtuner.config.find import find_config
 from xtuner.config.load import read_file
 from xtuner.convert.folder import write_model_files
-from xtuner.convert.old_checkpoint import read_old_checkpoint
+from xtuner.convert.legacy_checkpoint import read_old_checkpoint
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
 from xtuner.dataset.templates.builtin import get_template

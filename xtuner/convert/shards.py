@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xtuner.convert.placed_file import PlacedFile
+from xtuner.convert.direct_io import PlacedFile
 from xtuner.errors import ModelError
 from xtuner.model.weights import DTYPES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.convert import placed_file
-from xtuner.convert.placed_file import PlacedFile
+from xtuner.convert import direct_io
+from xtuner.convert.direct_io import PlacedFile
 
 SIZES = (5, 4096, 70_001, 9_000_000, 65_536, 4_194_304, 123, 200_000)  # of neighbouring parts, from byte 77 on
 
@@ -48,14 +48,14 @@ def test_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_where_the_file_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placed_file, '_open_direct', lambda path: None)
+    monkeypatch.setattr(direct_io, '_open_direct', lambda path: None)
     assert write(tmp_path / 'a') == (tmp_path / 'a').read_bytes()
     monkeypatch.undo()
 
     def refuse(*arguments: object) -> int:
         raise OSError(errno.EINVAL, 'pages of another size')
 
-    monkeypatch.setattr(placed_file.os, 'pwrite', refuse)
+    monkeypatch.setattr(direct_io.os, 'pwrite', refuse)
     assert write(tmp_path / 'b') == (tmp_path / 'b').read_bytes()
 
 
@@ -63,7 +63,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, 'no space left')
 
-    monkeypatch.setattr(placed_file.os, 'pwrite', refuse)
-    monkeypatch.setattr(placed_file, '_open_direct', lambda path: os.open(path, os.O_WRONLY))
+    monkeypatch.setattr(direct_io.os, 'pwrite', refuse)
+    monkeypatch.setattr(direct_io, '_open_direct', lambda path: os.open(path, os.O_WRONLY))
     with pytest.raises(OSError, match='no space left'):
         write(tmp_path / 'file')
