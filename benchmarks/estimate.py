@@ -24,11 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import SHAPE, add_adapter, build_base, set_dropout
+from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.enable import enable_fast_path, wait_once_a_step
 from xtuner.memory.dims import model_shape
 from xtuner.memory.predict import Setup, predict_memory
-from xtuner.model.fast import enable_fast_path, wait_once_a_step
-from xtuner.model.kernels.graphs import MOST_TOKENS
-from xtuner.model.sft import SupervisedFinetune
+from xtuner.objectives.sft import SupervisedFinetune
 
 GIB = 2**30
 TARGET_SHARE = 0.8

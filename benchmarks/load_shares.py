@@ -58,8 +58,8 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
     from xtuner.engine.distributed.fsdp import FullyShard
     from xtuner.model.adapter import attach_adapter
     from xtuner.model.loading import load_model
-    from xtuner.model.sft import SupervisedFinetune
     from xtuner.model.shares import Share
+    from xtuner.objectives.sft import SupervisedFinetune
 
     started = time.perf_counter()
     with Peak() as peak:

@@ -27,7 +27,7 @@ from xtuner.engine.distributed import Single
 from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, StepSampler
-from xtuner.model.sft import SupervisedFinetune
+from xtuner.objectives.sft import SupervisedFinetune
 
 
 def make_model() -> SupervisedFinetune:

@@ -31,9 +31,9 @@ from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.templates.builtin import get_template
-from xtuner.model.fast import enable_fast_path
+from xtuner.fused.enable import enable_fast_path
 from xtuner.model.loading import load_tokenizer
-from xtuner.model.sft import SupervisedFinetune
+from xtuner.objectives.sft import SupervisedFinetune
 
 LENGTH, WINDOW = 1024, 20
 WAYS = ('stock', 'ours', 'fp8')

@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing, set_dropout
-from xtuner.model.fast import enable_fast_path, fused_linear_cross_entropy
-from xtuner.model.kernels.decoder import FastDecoder
-from xtuner.model.kernels.dispatch import PLAIN, fused_kernels
-from xtuner.model.kernels.quantized import is_4bit, take_apart
+from xtuner.fused.decoder import FastDecoder
+from xtuner.fused.enable import enable_fast_path, fused_linear_cross_entropy
+from xtuner.kernels.dispatch import PLAIN, fused_kernels
+from xtuner.kernels.quantized import is_4bit, take_apart
 
 
 def gradients(

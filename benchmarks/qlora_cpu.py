@@ -25,7 +25,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import add_adapter, build_base
-from xtuner.model.fast import enable_fast_path, fused_linear_cross_entropy
+from xtuner.fused.enable import enable_fast_path, fused_linear_cross_entropy
 from xtuner.model.precision import compute_dtype
 
 

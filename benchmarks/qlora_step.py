@@ -123,7 +123,7 @@ def set_up(impl: str, model: Any, args: argparse.Namespace, row: Row) -> None:
     set_checkpointing(model, row.checkpointing == 'on')
     set_dropout(model, row.dropout)
     if impl == 'ours':
-        from xtuner.model.fast import enable_fast_path
+        from xtuner.fused.enable import enable_fast_path
 
         print(enable_fast_path(model, recompute_by_memory=row.checkpointing == 'auto', fp8=row.fp8), flush=True)
         model.get_base_model().get_decoder().forward.fast.graphs_allowed = not args.no_graphs
@@ -136,7 +136,7 @@ def loss_of(impl: str, model: Any, ids: Any, positions: Any) -> Any:
         with torch.autocast('cuda', dtype=torch.bfloat16, enabled=impl != 'liger'):
             extra = {} if impl == 'unsloth' else {'position_ids': positions}
             return model(input_ids=ids, labels=ids, **extra).loss
-    from xtuner.model.fast import fused_linear_cross_entropy, target_rows
+    from xtuner.fused.enable import fused_linear_cross_entropy, target_rows
 
     base = model.get_base_model()
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
@@ -160,7 +160,7 @@ def run(impl: str, args: argparse.Namespace) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trainable, lr=2e-4)
     if impl == 'ours':
-        from xtuner.model.fast import wait_once_a_step
+        from xtuner.fused.enable import wait_once_a_step
 
         wait_once_a_step(optimizer)
 

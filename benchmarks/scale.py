@@ -84,7 +84,7 @@ def build(shape: dict[str, Any], tiny: bool) -> Any:
     import torch
 
     from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing
-    from xtuner.model.sft import SupervisedFinetune
+    from xtuner.objectives.sft import SupervisedFinetune
 
     device = 'cpu' if tiny else 'cuda'
     dtype = torch.float32 if tiny else torch.bfloat16
@@ -108,7 +108,7 @@ def batch_of(rows: int, length: int, samples: int, rank: int, tiny: bool) -> dic
 def prepared(strategy: Any, model: Any) -> Any:
     from bitsandbytes.optim import PagedAdamW32bit
 
-    from xtuner.model.fast import wait_once_a_step
+    from xtuner.fused.enable import wait_once_a_step
 
     def make_optimizer(parameters: Any) -> Any:
         optimizer = PagedAdamW32bit(parameters, lr=0.0)  # so that losses compare
@@ -191,7 +191,7 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
     from xtuner.engine.distributed import Single
     from xtuner.engine.distributed.ddp import DataParallel
     from xtuner.engine.distributed.launch import sequence_group
-    from xtuner.model.fast import enable_fast_path
+    from xtuner.fused.enable import enable_fast_path
 
     started = time.perf_counter()
     model = build({}, tiny)
@@ -241,7 +241,7 @@ def measure_20b(group: Any, tiny: bool) -> None:
     from xtuner.engine.distributed import Single
     from xtuner.engine.distributed.ddp import DataParallel
     from xtuner.engine.distributed.fsdp import FullyShard
-    from xtuner.model.fast import enable_fast_path
+    from xtuner.fused.enable import enable_fast_path
 
     started = time.perf_counter()
     model = build(B20, tiny)

@@ -14,9 +14,9 @@ from tests.convert.adapters import make_base, make_gpt2
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import base as module
 from xtuner.convert.base import QuantizedBase
-from xtuner.model.kernels.frozen import FrozenLinear
-from xtuner.model.kernels.plain import dequantize_into
-from xtuner.model.kernels.quantized import take_apart
+from xtuner.fused.frozen import FrozenLinear
+from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.reference import dequantize_into
 from xtuner.model.loading import load_model
 from xtuner.model.weights import open_weights
 

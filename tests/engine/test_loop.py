@@ -23,7 +23,7 @@ from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.errors import CheckpointError, TrainingError
-from xtuner.model.sft import SupervisedFinetune
+from xtuner.objectives.sft import SupervisedFinetune
 
 VOCABULARY = 53
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from benchmarks.internlm_7b import SHAPE
 from benchmarks.qlora_model import add_adapter, build_base
 from tests.memory.live import LiveBytes
+from xtuner.fused import cuda_graphs
+from xtuner.fused.decoder import FastDecoder
+from xtuner.fused.enable import enable_fast_path
+from xtuner.kernels import reference
+from xtuner.kernels.dispatch import PLAIN, Kernels
 from xtuner.memory import terms as terms_kernels
 from xtuner.memory.dims import model_shape
 from xtuner.memory.predict import Setup, moments, predict_memory
 from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
-from xtuner.model.fast import enable_fast_path
 from xtuner.model.internlm.configuration import InternLMConfig
-from xtuner.model.kernels import graphs, plain
-from xtuner.model.kernels.decoder import FastDecoder
-from xtuner.model.kernels.dispatch import PLAIN, Kernels
-from xtuner.model.sft import SupervisedFinetune
+from xtuner.objectives.sft import SupervisedFinetune
 
 SIZES = {'hidden_size': 256, 'intermediate_size': 688, 'num_attention_heads': 4, 'vocab_size': 512}
 TOKENS = 512
@@ -40,7 +41,7 @@ def hollow() -> Kernels:
     functions |= {
         'name': 'hollow',
         'rms_norm': lambda x, weight, eps, out: torch.empty(len(x)),
-        'rms_norm_backward': lambda dh, x, rstd, weight, residual, spare=0: plain.roomy(x, spare),
+        'rms_norm_backward': lambda dh, x, rstd, weight, residual, spare=0: reference.roomy(x, spare),
         'dropout_project_weight_grad': _weight_grad,
         'cross_entropy_': lambda logits, targets: torch.empty(len(logits)),
     }
@@ -68,7 +69,7 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
         fast.kernels, fast.folded = hollow(), True  # as on CUDA
         for group in (group for layer in fast.layers for group in layer.groups):
             group.kept = None
-    monkeypatch.setattr('xtuner.model.kernels.loss.kernels_for', lambda device: hollow())
+    monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
     ids = torch.randint(3, 500, (1, TOKENS))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         with torch.autocast('cpu', torch.bfloat16):
@@ -110,7 +111,7 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FastDecoder(model.get_base_model().get_decoder(), PLAIN, folded=False)
-    assert terms_kernels._PLACES == graphs._AHEAD
+    assert terms_kernels._PLACES == cuda_graphs._AHEAD
     assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
 

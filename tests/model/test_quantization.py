@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xtuner.config.schema import QuantizationConfig
-from xtuner.model.kernels.quantized import take_apart
+from xtuner.kernels.quantized import take_apart
 from xtuner.model.loading import load_model
 from xtuner.model.quantization import keep_plain_layout, read_blocks_across_rows
 

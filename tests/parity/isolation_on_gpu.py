@@ -45,7 +45,7 @@ def _alone(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _ours(tensors: list[Tensor]) -> list[Tensor]:
-    from xtuner.model.kernels.attention import attention_for
+    from xtuner.fused.attention import attention_for
 
     q, k, v, cotangent = tensors
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -160,8 +160,8 @@ def _loss_and_gradient(model: Any, batches: list[dict[str, Tensor]], dtype: torc
 def check_model(attention: str, dtype: torch.dtype, *, fast: bool = False) -> Result:
     """Loss and gradient of one pack beside those of its samples one by one, on the stock or on the fast path."""
     from xtuner.dataset.packing.collate import collate
-    from xtuner.model.fast import enable_fast_path
-    from xtuner.model.sft import SupervisedFinetune
+    from xtuner.fused.enable import enable_fast_path
+    from xtuner.objectives.sft import SupervisedFinetune
 
     items = _items()
     pack = {name: torch.cat([item[name] for item in items]) for name in items[0]}

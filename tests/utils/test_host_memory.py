@@ -140,12 +140,12 @@ def test_this_machine_tells_a_plausible_number() -> None:
 def test_ranks_of_a_machine_share_it(name: str, value: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from xtuner.model.kernels import host
+    from xtuner.fused import offload
 
     monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
     monkeypatch.delenv('SLURM_NTASKS_PER_NODE', raising=False)
     monkeypatch.setenv(name, value)
     assert ranks.num_on_this_machine() == count
-    monkeypatch.setattr(host, 'available_bytes', lambda: 800)
-    assert host.free_bytes(torch.device('cpu')) == 800 // count
-    assert host.free_host_bytes() == 800
+    monkeypatch.setattr(offload, 'available_bytes', lambda: 800)
+    assert offload.free_bytes(torch.device('cpu')) == 800 // count
+    assert offload.free_host_bytes() == 800

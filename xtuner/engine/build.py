@@ -17,6 +17,7 @@ from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.engine.distributed.launch import Group
+from xtuner.fused.enable import FastPath, enable_fast_path
 from xtuner.model.adapter import (
     Provenance,
     attach_adapter,
@@ -25,15 +26,14 @@ from xtuner.model.adapter import (
 )
 from xtuner.model.adapter_load import load_adapter
 from xtuner.model.check import check_vocabulary
-from xtuner.model.fast import FastPath, enable_fast_path
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
-from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share, num_parameters
 from xtuner.model.tensor_files import apply_umask
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights import fingerprint, open_weights
+from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.tracking.model_card import prompt_example, write_card
 
 logger = logging.getLogger('xtuner')

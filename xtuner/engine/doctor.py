@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from xtuner.dataset.cache.build_once import cache_root
-from xtuner.model.kernels.dispatch import fused_kernels, has_triton
-from xtuner.model.kernels.quantized import take_apart
+from xtuner.kernels.dispatch import fused_kernels, has_triton
+from xtuner.kernels.quantized import take_apart
 from xtuner.tracking.environment import devices, versions
 
 OK, FAILED, ABSENT, NOTE = 'ok', 'FAILED', 'absent', 'note'
@@ -115,7 +115,7 @@ def check_4bit(device: torch.device) -> Check:
     """A frozen 4-bit layer, forward and backward, against a product with its weights as we turn them into floats."""
     import bitsandbytes as bnb
 
-    from xtuner.model.kernels import plain
+    from xtuner.kernels import reference
 
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == 'cpu' else torch.float16
@@ -125,7 +125,7 @@ def check_4bit(device: torch.device) -> Check:
     out = layer(x)
     out.float().square().sum().backward()
     floats = torch.empty(64, 128, device=device)
-    plain.dequantize_into(floats, take_apart(layer))
+    reference.dequantize_into(floats, take_apart(layer))
     expected = x.detach().float() @ floats.t()
     assert x.grad is not None
     error = max(_error(out, expected), _error(x.grad, 2 * expected @ floats))
@@ -137,13 +137,13 @@ def check_triton(device: torch.device) -> Check:
     name = f'Triton kernels on {_short(device)}'
     if not has_triton():
         return Check(name, ABSENT, 'Triton is not installed', 'pip install triton: training is faster with it')
-    from xtuner.model.kernels import plain
+    from xtuner.kernels import reference
 
     x = torch.randn(64, 256, device=device, dtype=torch.float16)
     weight, out, expected = torch.ones_like(x[0]), torch.empty_like(x), torch.empty_like(x)
     with torch.cuda.device(device):
         fused_kernels().rms_norm(x, weight, 1e-6, out)
-    plain.rms_norm(x, weight, 1e-6, expected)
+    reference.rms_norm(x, weight, 1e-6, expected)
     return _compared(name, _error(out, expected), 'reinstall triton in the version that this torch asks for')
 
 
@@ -155,10 +155,10 @@ def check_attention(device: torch.device) -> Check:
     q, k, v = (torch.randn(1, 4, 64, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=0.125)[0]
     out.float().sum().backward()
-    plain = torch.nn.functional.scaled_dot_product_attention(
+    reference = torch.nn.functional.scaled_dot_product_attention(
         q.detach().float(), k.detach().float(), v.detach().float(), is_causal=True, scale=0.125
     )
-    return _compared(name, _error(out, plain), 'reinstall torch with its own cuDNN (nvidia-cudnn)')
+    return _compared(name, _error(out, reference), 'reinstall torch with its own cuDNN (nvidia-cudnn)')
 
 
 def check_cache() -> Check:

@@ -11,10 +11,10 @@ from typing import Any
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.checkpoint.disk_space import OVERHEAD_BYTES
 from xtuner.engine.schedule import Plan
+from xtuner.fused.recompute import num_layers_again, room_for_activations
 from xtuner.memory.dims import ModelShape, model_shape
 from xtuner.memory.predict import Prediction, Setup, predict_memory
 from xtuner.memory.terms import CONTEXT_BYTES, base_weights, input_embedding, library_space, trained_weights
-from xtuner.model.kernels.recompute import num_layers_again, room_for_activations
 from xtuner.model.loading import load_config
 from xtuner.registry import reference, resolve
 

@@ -49,12 +49,12 @@ from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, few_steps_note
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import ConfigError, XTunerError
-from xtuner.model.family_checks import check_family
-from xtuner.model.fast import check_fp8, check_heads, wait_once_a_step
+from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
-from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share, num_parameters
+from xtuner.objectives.model_checks import check_family
+from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
 from xtuner.tracking.metadata import about_run, latest_losses, training_facts
 from xtuner.tracking.sessions import told

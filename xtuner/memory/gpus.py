@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from xtuner.errors import UsageError, nearest
+from xtuner.fused.cuda_graphs import MOST_TOKENS
 from xtuner.memory.predict import Setup
-from xtuner.model.kernels.graphs import MOST_TOKENS
 
 # Share of the peak that a step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): our path with large and
 # with small micro-batches, and transformers' own. On other cards it is assumed, not measured.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from xtuner.fused.cuda_graphs import MOST_TOKENS
 from xtuner.memory.terms import (
     CONTEXT_BYTES,
     FRAGMENTS,
@@ -25,7 +26,6 @@ from xtuner.memory.terms import (
     row_bytes,
     trained_weights,
 )
-from xtuner.model.kernels.graphs import MOST_TOKENS
 
 __all__ = ['Prediction', 'Setup', 'moments', 'predict_memory']
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.loss import slice_tokens_for
+from xtuner.fused.recompute import kept_bytes
 from xtuner.memory.dims import ModelShape
-from xtuner.model.kernels.graphs import MOST_TOKENS
-from xtuner.model.kernels.loss import slice_tokens_for
-from xtuner.model.kernels.recompute import kept_bytes
 
 _PLACES = 3  # `graphs._AHEAD`: places for layers' inputs beside recorded graphs
 _OFFLOAD_FROM = 2**28  # `FastDecoder.offload_from_bytes`

@@ -14,7 +14,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(
 
 def __getattr__(name: str) -> Any:
     if name == 'SupervisedFinetune':
-        from xtuner.model.sft import SupervisedFinetune
+        from xtuner.objectives.sft import SupervisedFinetune
 
         return SupervisedFinetune
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -46,7 +46,7 @@ class Provenance:
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
-        training: How it was trained: what the model card tables (`xtuner.tracking.metadata.training_facts`); None: unknown.
+        training: How it was trained, as `tracking.metadata.training_facts` writes it for the model card; None: unknown.
         merged: Of a merged model: `base`, on which it was merged ('original' or 'dequantized'), and, where it was
             measured against the trained model, `agreement` (share of the likeliest tokens), `kl` (nats), `positions`.
     """

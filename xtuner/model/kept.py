@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xtuner.model.kernels import onednn
-from xtuner.model.kernels.frozen import FrozenLinear
-from xtuner.model.kernels.host import free_bytes
-from xtuner.model.kernels.quantized import is_4bit
+from xtuner.fused.frozen import FrozenLinear
+from xtuner.fused.offload import free_bytes
+from xtuner.kernels import cpu_gemm
+from xtuner.kernels.quantized import is_4bit
 
 _SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
 _CACHED = 2**24  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
@@ -41,15 +41,15 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
         """In the weight's dtype; the result in that of `x`."""
         return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
-    if not onednn.can_lay_out(weight_NK):
+    if not cpu_gemm.can_lay_out(weight_NK):
         return multiply
-    ordered, plain = onednn.lay_out(weight_NK), multiply if cached else None
+    ordered, plain = cpu_gemm.lay_out(weight_NK), multiply if cached else None
 
     def multiply_ordered(x: Tensor) -> Tensor:
         """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
         if plain is not None and x.numel() == size:
             return plain(x)
-        return onednn.linear(x.to(dtype), ordered, bias).to(x.dtype)
+        return cpu_gemm.linear(x.to(dtype), ordered, bias).to(x.dtype)
 
     return multiply_ordered
 
@@ -80,7 +80,7 @@ def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
 
 
 def _is_worth_it(module: nn.Module) -> bool:
-    return is_4bit(module) or (type(module) is nn.Linear and onednn.can_lay_out(module.weight))
+    return is_4bit(module) or (type(module) is nn.Linear and cpu_gemm.can_lay_out(module.weight))
 
 
 def _size_bytes(layer: Any) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.errors import ModelError
-from xtuner.model.kernels.frozen import FrozenLinear
-from xtuner.model.kernels.quantized import is_4bit, state_of
+from xtuner.fused.frozen import FrozenLinear
+from xtuner.kernels.quantized import is_4bit, state_of
 
 _WIDTH = 64  # of the layer that is tried; one quantisation block
 

@@ -16,8 +16,8 @@ from xtuner.engine.build import Data
 from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.engine.schedule import Plan
 from xtuner.model.precision import dtype_name
-from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import num_parameters
+from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import reference
 from xtuner.tracking.environment import versions
 from xtuner.tracking.model_card import public_name

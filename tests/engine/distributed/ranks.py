@@ -28,12 +28,12 @@ from xtuner.engine.distributed.fsdp import FullyShard
 from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, StepSampler
+from xtuner.fused.enable import enable_fast_path
+from xtuner.kernels.quantized import state_of
 from xtuner.model.adapter import attach_adapter, trainable_parameters
-from xtuner.model.fast import enable_fast_path
-from xtuner.model.kernels.quantized import state_of
 from xtuner.model.loading import load_model
-from xtuner.model.sft import SupervisedFinetune
 from xtuner.model.shares import Share
+from xtuner.objectives.sft import SupervisedFinetune
 
 NUM_ITEMS, VOCABULARY = 8, 61
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.model.kernels.conftest import quantise, tiny_llama
+from tests.tiny_models import quantise, tiny_llama
 from xtuner.model.decode import decoder as decoding
 from xtuner.model.generate import Sampling, generate, generate_plainly
 from xtuner.model.quantization import keep_plain_layout

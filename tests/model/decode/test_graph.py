@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from tests.model.decode.compare import PROMPT, four_bit
-from tests.model.kernels.conftest import dequantised, tiny_llama, triton_obstacle, with_adapter
 from tests.model.published import write_model
+from tests.tiny_models import dequantised, tiny_llama, triton_obstacle, with_adapter
 from xtuner.model.decode.decoder import find_decoder
 from xtuner.model.loading import load_model
 
 if triton_obstacle() or torch.cuda.is_available():
     pytest.skip(triton_obstacle() or 'the GPU tests record the step', allow_module_level=True)
 
+from xtuner.kernels.triton import gemv
 from xtuner.model.decode.graph import TokenStep
-from xtuner.model.kernels import fused_gemv
 
 
 @pytest.fixture(autouse=True)
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's time goes by programs, not by rows; small tiles are tested kernel by kernel."""
-    tile = fused_gemv.Tile
-    monkeypatch.setattr(fused_gemv, 'Tile', lambda rows=64: tile(rows))
+    tile = gemv.Tile
+    monkeypatch.setattr(gemv, 'Tile', lambda rows=64: tile(rows))
 
 
 def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:

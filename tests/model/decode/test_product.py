@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from tests.model.kernels.conftest import DEVICE, quantise, tiny_llama
+from tests.tiny_models import DEVICE, quantise, tiny_llama
+from xtuner.kernels.dispatch import PLAIN
 from xtuner.model.decode.product import Product
-from xtuner.model.kernels.dispatch import PLAIN
 
 
 @torch.inference_mode()

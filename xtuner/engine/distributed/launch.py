@@ -22,7 +22,7 @@ from torch import distributed
 
 from xtuner.engine.distributed.watchdog import Watch, watch_group
 from xtuner.errors import Interrupted, TrainingError, UsageError, one_line
-from xtuner.model.kernels.sequence import SequenceGroup
+from xtuner.fused.ulysses import SequenceGroup
 from xtuner.ranks import CHILD
 
 LAUNCHERS = ('none', 'pytorch', 'slurm')

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from xtuner.model.kernels.quantized import is_4bit
+from xtuner.kernels.quantized import is_4bit
 from xtuner.model.shares import scales_as, whole_shapes
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xtuner.fused.offload import free_bytes
+from xtuner.kernels.dispatch import fused_kernels, has_triton
 from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
 from xtuner.model.decode.layers import (
     adapters_on,
@@ -24,8 +26,6 @@ from xtuner.model.decode.layers import (
     state_of,
 )
 from xtuner.model.decode.sampling import next_token
-from xtuner.model.kernels.dispatch import fused_kernels, has_triton
-from xtuner.model.kernels.host import free_bytes
 
 if TYPE_CHECKING:
     from xtuner.model.decode.graph import Mailbox, TokenStep

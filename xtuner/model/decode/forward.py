@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.kernels.dispatch import Kernels
 from xtuner.model.decode.layers import Heads, Layer
-from xtuner.model.kernels.dispatch import Kernels
 
 LARGEST_CHUNK = 4096  # tokens of a prompt that go through at once; bounds the memory for activations
 
@@ -73,16 +73,16 @@ def _attention(
     end = start + length
     turn = angles[0][start:end], angles[1][start:end]
     if fused:
-        from xtuner.model.kernels import fused_prompt
+        from xtuner.kernels.triton import prefill_attention
 
-        if fused_prompt.takes(x_TH.dtype, heads.size):
+        if prefill_attention.takes(x_TH.dtype, heads.size):
 
             def by_kernels(number: int, qkv: Tensor) -> Tensor:
                 """By Triton."""
                 qkv = qkv.view(length, heads.groups, -1, heads.size)
                 keys, values = cache.all[2 * number, 0], cache.all[2 * number + 1, 0]
-                fused_prompt.turn_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
-                return fused_prompt.attend(qkv, keys, values, start, heads.scale, queries=heads.queries)
+                prefill_attention.turn_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
+                return prefill_attention.attend(qkv, keys, values, start, heads.scale, queries=heads.queries)
 
             return by_kernels
     new, seen = cache.slots(start, end), cache.slots(0, end)
@@ -118,9 +118,9 @@ def _add_norm(x_TH: Tensor, y_TH: Tensor, module: Any, kernels: Kernels | None) 
     """Adds to the first in place; returns the sum's norm."""
     if kernels is None:
         return norm(module, x_TH.add_(y_TH), None)
-    from xtuner.model.kernels import fused_prompt
+    from xtuner.kernels.triton import prefill_attention
 
-    return fused_prompt.add_norm(x_TH, y_TH, module.weight, module.variance_epsilon)
+    return prefill_attention.add_norm(x_TH, y_TH, module.weight, module.variance_epsilon)
 
 
 def _gated(gate_up: Tensor, kernels: Kernels | None) -> Tensor:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.kernels.quantized import QuantizedWeight
+from xtuner.kernels.triton import decode_attention, gemv
+from xtuner.kernels.triton.nf4_lut import in_planes
 from xtuner.model.decode.forward import Cache
 from xtuner.model.decode.layers import Layer
 from xtuner.model.decode.product import Product
-from xtuner.model.kernels import fused_gemv, fused_step
-from xtuner.model.kernels.fused_words import in_planes
-from xtuner.model.kernels.quantized import QuantizedWeight
 
 logger = logging.getLogger('xtuner')
 
@@ -28,9 +28,9 @@ logger = logging.getLogger('xtuner')
 class _Part:
     """A product as its kernel takes it; `down` is where its adapters' inner vector goes."""
 
-    weights: fused_gemv.Weights
+    weights: gemv.Weights
     bias: Tensor | None
-    low_rank: fused_gemv.LowRank | None
+    low_rank: gemv.LowRank | None
     down: Tensor | None
 
     @property
@@ -41,17 +41,17 @@ class _Part:
     def project(self, x: Tensor) -> None:
         """Writes `s A x` of the adapters, where there are any."""
         if self.low_rank is not None and self.down is not None:
-            fused_gemv.project(self.low_rank, x, self.down)
+            gemv.project(self.low_rank, x, self.down)
 
     def multiply(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
         """Writes the product, or adds it to what is there."""
         self.project(x)
-        fused_gemv.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
+        gemv.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
 
     def multiply_gated(self, x: Tensor, out: Tensor, *, planes: int) -> None:
         """Writes the gated product of two layers, in planes."""
         self.project(x)
-        fused_gemv.multiply_gated(
+        gemv.multiply_gated(
             self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, planes=planes
         )
 
@@ -86,7 +86,7 @@ class TokenStep:
         self._query = torch.empty(heads.num_queries, heads.size, device=like.device)
         self._attended = torch.empty(heads.num_queries * heads.size, device=like.device)
         self._gated = torch.empty(layers[0].down.num_in, device=like.device)
-        self._attention = fused_step.Attention(heads.num_queries, like[0, 0])
+        self._attention = decode_attention.Attention(heads.num_queries, like[0, 0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -99,7 +99,7 @@ class TokenStep:
             keys, values = self._cache.all[2 * number, 0], self._cache.all[2 * number + 1, 0]
             self._norm(layer.norm_in, self._normed, qkv.planes)
             qkv.multiply(self._normed, self._qkv)
-            fused_step.turn_and_store(
+            decode_attention.turn_and_store(
                 self._qkv, self._angles, position, self._query, keys, values, queries=heads.queries
             )
             self._attention(self._query, keys, values, position, self._attended, heads.scale, planes=out.planes)
@@ -112,7 +112,7 @@ class TokenStep:
         return self._head(self._last)
 
     def _norm(self, module: Any, out: Tensor, planes: int) -> None:
-        fused_step.norm(self._x, module.weight, module.variance_epsilon, out, planes=planes)
+        decode_attention.norm(self._x, module.weight, module.variance_epsilon, out, planes=planes)
 
     def record(self, free_position: int) -> None:
         """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all.
@@ -169,13 +169,13 @@ class Mailbox:
 def _part(product: Product) -> _Part:
     quantised = [layer.parts() for layer in product.layers]
     if any(part is None for part in quantised):
-        weights = fused_gemv.weights_of([layer.module.weight.detach() for layer in product.layers])
+        weights = gemv.weights_of([layer.module.weight.detach() for layer in product.layers])
     else:
-        weights = fused_gemv.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
+        weights = gemv.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
     if isinstance(weights, str):
         raise ValueError(weights)
     dtype = product.dtype
-    if weights.form == fused_gemv.FLOAT and weights.dtype != dtype:
+    if weights.form == gemv.FLOAT and weights.dtype != dtype:
         raise ValueError(f'a layer has weights in {weights.dtype} among {dtype}')
     low_rank = _low_rank(product, weights.planes)
     down = None
@@ -184,7 +184,7 @@ def _part(product: Product) -> _Part:
     return _Part(weights, product.bias, low_rank, down)
 
 
-def _low_rank(product: Product, planes: int) -> fused_gemv.LowRank | None:
+def _low_rank(product: Product, planes: int) -> gemv.LowRank | None:
     """All of a product's adapters, padded with zeros to one rank; None where it has none."""
     adapters = product.adapters
     if not any(adapters):
@@ -199,4 +199,4 @@ def _low_rank(product: Product, planes: int) -> fused_gemv.LowRank | None:
             down[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
             up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return fused_gemv.LowRank(in_planes(down, planes).contiguous(), up, rank)
+    return gemv.LowRank(in_planes(down, planes).contiguous(), up, rank)

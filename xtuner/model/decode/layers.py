@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.fused.projections import adapter_obstacle, base_of
+from xtuner.kernels.quantized import is_4bit
 from xtuner.model.decode.product import Product
-from xtuner.model.kernels.projections import adapter_obstacle, base_of
-from xtuner.model.kernels.quantized import is_4bit
 
 _LLAMA = {
     'norms': ('input_layernorm', 'post_attention_layernorm'),

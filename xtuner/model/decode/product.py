@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xtuner.model.kernels.dispatch import Kernels
-from xtuner.model.kernels.frozen import Adapter, FrozenLinear
-from xtuner.model.kernels.projections import adapter_of, base_of
-from xtuner.model.kernels.weights import bias_of, stack_a
+from xtuner.fused.frozen import Adapter, FrozenLinear
+from xtuner.fused.projections import adapter_of, base_of
+from xtuner.fused.weights import bias_of, stack_a
+from xtuner.kernels.dispatch import Kernels
 
 
 class Product:

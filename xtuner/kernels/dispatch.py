@@ -1,0 +1,66 @@
+"""Which set of kernels a tensor gets: Triton's on CUDA, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from xtuner.kernels import reference
+
+NAMES = (
+    'dequantize_into', 'dequantize_transposed_into', 'quantize_rows', 'fp8_product', 'copy_rows', 'rms_norm',
+    'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_',
+    'dropout_project', 'dropout_project_weight_grad', 'dropout_project_input_grad_', 'cross_entropy_',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One set of kernels; `plain` documents each function."""
+
+    name: str
+    dequantize_into: Callable
+    dequantize_transposed_into: Callable
+    quantize_rows: Callable
+    fp8_product: Callable
+    copy_rows: Callable
+    rms_norm: Callable
+    rms_norm_backward: Callable
+    rotate: Callable
+    swiglu: Callable
+    swiglu_backward_: Callable
+    dropout_project: Callable
+    dropout_project_weight_grad: Callable
+    dropout_project_input_grad_: Callable
+    cross_entropy_: Callable
+
+
+PLAIN = Kernels('plain', *(getattr(reference, name) for name in NAMES))
+
+
+@lru_cache(maxsize=1)
+def fused_kernels() -> Kernels:
+    """The Triton kernels.
+
+    Raises:
+        ImportError: Triton is not installed.
+
+    """
+    from xtuner.kernels.triton import cross_entropy, dropout, elementwise, fp8, nf4
+
+    rooms = (nf4, fp8, elementwise, dropout, cross_entropy)
+    return Kernels('triton', *(next(getattr(r, n) for r in rooms if n in r.__dict__) for n in NAMES))
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported here."""
+    return importlib.util.find_spec('triton') is not None
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels for tensors on a device."""
+    return fused_kernels() if device.type == 'cuda' and has_triton() else PLAIN
