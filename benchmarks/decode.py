@@ -31,9 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.qlora_model import add_adapter, build_base
-from xtuner.model.decode import decoder as decoding
-from xtuner.model.decode.decoder import find_decoder, release
-from xtuner.model.generate import Sampling, generate, generate_plainly
+from xtuner.inference.decode import decoder as decoding
+from xtuner.inference.decode.decoder import find_decoder, release
+from xtuner.inference.generate import Sampling, generate, generate_plainly
 
 ON_GPU = torch.cuda.is_available()
 STOP = 4  # no model here says it

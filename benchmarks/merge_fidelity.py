@@ -29,7 +29,7 @@ from xtuner.convert.prompts import choose_prompts
 from xtuner.convert.verify import compare
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX, Encoder
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 NUM_SAMPLES = 16
 WINDOW, MOST_TOKENS = 256, 4096  # of the other text

@@ -126,7 +126,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.qlora_model import add_adapter, build_base
-    from xtuner.model.kept import keep_weights
+    from xtuner.inference.weight_cache import keep_weights
 
     began = time.perf_counter()
     if torch.cuda.is_available():
@@ -153,7 +153,7 @@ def decoding_rates(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second; on a GPU memory too, and whether its steps were recorded."""
     import torch
 
-    from xtuner.model.batching import BatchDecoder
+    from xtuner.inference.batching import BatchDecoder
 
     decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
     found = medians(lambda num: streams_alone(decoder, num, args.tokens), args.streams, args.rounds)
@@ -177,10 +177,10 @@ def recorded_differs(decoder: Any) -> float:
 
 def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
     """Tokens a second of some answers that begin together, from the thread that draws them."""
-    from xtuner.model.generate import Sampling
-    from xtuner.model.text import AnswerText
-    from xtuner.serve.answer import Answer, Events
-    from xtuner.serve.batcher import Batcher
+    from xtuner.inference.answer import Answer, Events
+    from xtuner.inference.detokenizer import AnswerText
+    from xtuner.inference.generate import Sampling
+    from xtuner.inference.scheduler import Batcher
 
     finished = threading.Semaphore(0)
 

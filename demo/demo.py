@@ -134,7 +134,7 @@ def ask(
 
     start_logging()
     from xtuner.chat.load import open_session
-    from xtuner.model.generate import Sampling
+    from xtuner.inference.generate import Sampling
 
     sampling = Sampling(max_new_tokens=60, temperature=0.0, top_p=1.0, seed=0)
     session = open_session(str(llm), adapter=adapter, template=template, bits=bits, sampling=sampling)

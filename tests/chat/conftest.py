@@ -14,7 +14,7 @@ import torch
 
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.templates.builtin import get_template
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 from xtuner.model.loading import load_tokenizer
 
 SYMBOLS = ['<eoh>', '<eoa>', '<eot>', '<eoc>', '<eor>', '<eom>']
@@ -36,7 +36,7 @@ class Model:
         self.samplings: list[Sampling] = []
 
     def generate(self, model: Any, prompt_ids: Any, *, stop_ids: Any, sampling: Any, streamer: Any) -> list[int]:
-        """In place of `xtuner.model.generate.generate`."""
+        """In place of `xtuner.inference.generate.generate`."""
         self.prompts.append(self.tokenizer.decode(list(prompt_ids)))
         self.samplings.append(sampling)
         said = self.script.pop(0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from xtuner.chat.commands import COMMANDS, Exit, run_command
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 
 def quiet(_: str) -> None:

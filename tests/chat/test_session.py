@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from xtuner.errors import DataError, ModelError
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 
 def quiet(_: str) -> None:

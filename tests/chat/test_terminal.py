@@ -18,7 +18,7 @@ import pytest
 
 from xtuner.chat import terminal
 from xtuner.errors import DataError
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 
 def talk(session: Any, monkeypatch: pytest.MonkeyPatch, *lines: Any) -> str:

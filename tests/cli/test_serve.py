@@ -88,7 +88,7 @@ def test_a_stream_under_way_is_ended_before_the_process(service: Process, tiny_i
     ('from xtuner.serve.models import ServedModel\n'
      'def loop(self, messages):\n    while True: pass\n'
      'ServedModel.render_chat = loop', 0),
-    ('from xtuner.model.batching import BatchDecoder\nimport threading\n'
+    ('from xtuner.inference.batching import BatchDecoder\nimport threading\n'
      'BatchDecoder.step = lambda *_, **__: threading.Event().wait()', 1),
 ], ids=['a rendering', 'a step of the model'])  # fmt: skip
 def test_a_signal_ends_the_process_whatever_is_stuck(tiny_internlm: Path, stuck: str, status: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from xtuner.chat.load import open_chat_model
 from xtuner.convert.merge import merge
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = Path(os.environ.get('XTUNER_REAL_MODEL') or ROOT / 'work_dirs' / 'real' / 'model')

@@ -72,7 +72,7 @@ def test_we_answer_as_transformers_does(real_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from xtuner.chat.load import open_session
-    from xtuner.model.generate import Sampling
+    from xtuner.inference.generate import Sampling
 
     question = 'What is the capital of France?'
     tokenizer = AutoTokenizer.from_pretrained(real_model)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
+from xtuner.inference.detokenizer import TextStream
+from xtuner.inference.generate import Sampling
 from xtuner.model import chat
-from xtuner.model.generate import Sampling
 from xtuner.model.loading import load_model, load_tokenizer
-from xtuner.model.text import TextStream
 
 
 class Script(torch.nn.Module):

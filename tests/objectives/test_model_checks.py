@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from tests.model.families import MIXING, SEPARATE, make_model
 from xtuner.errors import ConfigError, ModelError
+from xtuner.inference.batching import BatchDecoder
 from xtuner.memory.dims import model_shape
-from xtuner.model.batching import BatchDecoder
 from xtuner.model.logits import LogitRule
 from xtuner.objectives.model_checks import check_family
 from xtuner.objectives.sft import SupervisedFinetune
@@ -135,8 +135,8 @@ def test_angles_that_depend_on_the_longest_sample_are_told(
 @pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text', 'mistral', 'bloom'])
 def test_other_families_are_generated_by_transformers(kind: str) -> None:
     """`hidden_activation` is what Gemma calls its activation."""
-    from xtuner.model.decode.layers import obstacle
-    from xtuner.model.generate import Sampling, generate
+    from xtuner.inference.decode.layers import obstacle
+    from xtuner.inference.generate import Sampling, generate
 
     llm = make_model(kind)
     assert obstacle(llm) is not None

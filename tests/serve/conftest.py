@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xtuner.chat.hosts import LOOPBACK
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 TEMPLATE = 'internlm_chat'
 
@@ -92,7 +92,7 @@ def serving(
     """Serves in a thread of this process; `options` are of Limits, Service or Guard."""
     import uvicorn
 
-    from xtuner.model.batching import BatchDecoder
+    from xtuner.inference.batching import BatchDecoder
     from xtuner.serve.app import Limits, Service
     from xtuner.serve.guard import Guard
     from xtuner.serve.server import listen, make_server
@@ -127,7 +127,7 @@ def server(loaded: Any) -> Iterator[Running]:
 @pytest.fixture
 def endless(loaded: Any) -> Any:
     """A decoder whose answers end at their greatest length only, each step of which takes 5 ms."""
-    from xtuner.model.batching import BatchDecoder
+    from xtuner.inference.batching import BatchDecoder
 
     class Endless(BatchDecoder):
         def prefill(self, *args: Any, **kwargs: Any) -> torch.Tensor:

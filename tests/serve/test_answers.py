@@ -15,8 +15,8 @@ from openai import OpenAI
 
 from tests.serve.conftest import TEMPLATE, Running, serving
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
-from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import whole_characters
+from xtuner.inference.detokenizer import whole_characters
+from xtuner.inference.generate import Sampling, generate
 
 PROMPTS = ['Hello', 'What is the capital of France?', 'Wer bist du?', '你好,请讲一个故事。', 'a', '1 + 1 = ?', 'Sing!']
 
@@ -134,7 +134,7 @@ def test_a_seed_makes_an_answer_repeatable_whoever_else_is_served(client: OpenAI
 
 def test_a_prompt_longer_than_a_pass_is_read_in_pieces(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While others draw, beside them in the store; one leaves in the middle of it."""
-    monkeypatch.setattr('xtuner.serve.batcher.READ_AT_ONCE', 16)
+    monkeypatch.setattr('xtuner.inference.scheduler.READ_AT_ONCE', 16)
     model = loaded.served[0]
     long = 'one two three four five six seven eight nine ten ' * 4
     with serving(loaded, num_rows=4) as running:
@@ -179,7 +179,7 @@ def test_a_client_that_goes_frees_its_row(loaded: Any, endless: Any) -> None:
 
 
 def test_a_failing_model_ends_answers_and_not_the_service(loaded: Any) -> None:
-    from xtuner.model.batching import BatchDecoder
+    from xtuner.inference.batching import BatchDecoder
 
     class Failing(BatchDecoder):
         fail = False

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.serve.conftest import Running, serving
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 JSON = {'Content-Type': 'application/json'}
 

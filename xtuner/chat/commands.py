@@ -9,7 +9,7 @@ from typing import Any
 
 from xtuner.chat.session import ChatSession
 from xtuner.errors import UsageError, XTunerError, nearest
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 
 class Exit(Exception):

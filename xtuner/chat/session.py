@@ -14,8 +14,8 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import DataError, ModelError
-from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import TextStream, whole_characters
+from xtuner.inference.detokenizer import TextStream, whole_characters
+from xtuner.inference.generate import Sampling, generate
 from xtuner.utils.out_of_memory import is_out_of_memory
 
 

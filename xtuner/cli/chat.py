@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     _check_early(args)
     from xtuner.chat.plugins.base import open_plugins
     from xtuner.chat.terminal import chat_interactive, chat_piped, show_call
-    from xtuner.model.generate import Sampling
+    from xtuner.inference.generate import Sampling
 
     plugins = open_plugins(args.with_plugins)  # before anything is loaded
     chat = _open(args)
@@ -91,7 +91,7 @@ def _open(args: argparse.Namespace) -> ChatModel:
 def load_shared_model(args: argparse.Namespace) -> SharedModel:
     """Loads what the page's tabs share."""
     from xtuner.chat.web.talk import SharedModel
-    from xtuner.model.generate import Sampling
+    from xtuner.inference.generate import Sampling
 
     chat = _open(args)
     return SharedModel(

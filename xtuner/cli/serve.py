@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     check_adapters(*folders.values())
     say_loading()
     from xtuner.chat.base import BaseChoice
-    from xtuner.model.generate import Sampling
+    from xtuner.inference.generate import Sampling
     from xtuner.serve.app import Limits
     from xtuner.serve.run import Source, run_service
 

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import UNFINISHED, whole_characters
+from xtuner.inference.detokenizer import UNFINISHED, whole_characters
+from xtuner.inference.generate import Sampling, generate
 
 Turns = Sequence[tuple[str, str]]
 

@@ -158,7 +158,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, weights: bool 
 def read_generation_settings(folder: Path) -> dict[str, Any]:
     """What `generation_config.json` says; empty where there is none.
 
-    Only the ids in it are used here: answers are drawn by `xtuner.model.generate`, which loads no `custom_generate`.
+    Only its ids are used: `xtuner.inference.generate` draws the answers and never loads a `custom_generate`.
 
     Raises:
         ModelError: the file cannot be read, or an id is none.

@@ -26,11 +26,11 @@ from starlette.routing import Route
 
 from xtuner.dataset.templates.rendering import TemplateBusyError
 from xtuner.errors import XTunerError
-from xtuner.model.generate import Sampling
-from xtuner.model.text import AnswerText
-from xtuner.serve.answer import Answer
-from xtuner.serve.batcher import Batcher
-from xtuner.serve.decoder import Decoder
+from xtuner.inference.answer import Answer
+from xtuner.inference.decoder_interface import Decoder
+from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.generate import Sampling
+from xtuner.inference.scheduler import Batcher
 from xtuner.serve.encoding import Encoding
 from xtuner.serve.exchange import Exchange, Post, Stream
 from xtuner.serve.guard import CheckFraming, Guard, Refusal, read_body

@@ -12,8 +12,8 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
-from xtuner.serve.answer import Answer, Events, Piece
-from xtuner.serve.batcher import Batcher, QueueFull
+from xtuner.inference.answer import Answer, Events, Piece
+from xtuner.inference.scheduler import Batcher, QueueFull
 from xtuner.serve.problems import Problem
 from xtuner.serve.responses import DONE, Head, Pieces, event, json_response
 

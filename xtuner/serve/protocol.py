@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 from xtuner.serve.problems import Problem, wrong
 
 # Accepted and without effect: they are about OpenAI's billing, storage and caches.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from xtuner.chat.base import AS_TRAINED, BaseChoice
 from xtuner.chat.hosts import LOOPBACK
-from xtuner.model.batching import BatchDecoder
-from xtuner.model.generate import Sampling
-from xtuner.model.kept import keep_weights
+from xtuner.inference.batching import BatchDecoder
+from xtuner.inference.generate import Sampling
+from xtuner.inference.weight_cache import keep_weights
 from xtuner.serve.address import Address
 from xtuner.serve.app import Limits, Service
 from xtuner.serve.guard import Guard

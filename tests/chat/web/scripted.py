@@ -15,7 +15,7 @@ from xtuner.chat.web.app import run_app
 from xtuner.chat.web.talk import SharedModel
 from xtuner.dataset.conversation import Message
 from xtuner.errors import DataError
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 DANGEROUS = r"""<script>document.title = 'taken over'</script>
 <img src="{outside}/tag.png" onerror="document.title='taken over'">

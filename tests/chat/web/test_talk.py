@@ -14,7 +14,7 @@ import torch
 from tests.chat.web.scripted import Scripted, share
 from xtuner.chat.load import open_chat_model
 from xtuner.chat.web.talk import ADAPTER, BASE, SharedModel, Talk, Turn
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 
 class Stop(BaseException):

@@ -15,7 +15,7 @@ import streamlit as st
 from xtuner.chat.web.app import shared_model
 from xtuner.chat.web.prose import plain_markdown, safe_markdown
 from xtuner.chat.web.talk import ADAPTER, BASE, Answer, SharedModel, Talk, Turn
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 from xtuner.utils.escape import printable
 
 ICON = Path(__file__).with_name('icon.svg')

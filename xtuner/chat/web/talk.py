@@ -13,7 +13,7 @@ from xtuner.chat.load import ChatModel
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.conversation import Message
 from xtuner.errors import XTunerError
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 logger = logging.getLogger('xtuner')
 

@@ -14,9 +14,9 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import Interrupted, TrainingError, one_line
-from xtuner.model.decode.decoder import release
-from xtuner.model.generate import Sampling, generate
-from xtuner.model.text import whole_characters
+from xtuner.inference.decode.decoder import release
+from xtuner.inference.detokenizer import whole_characters
+from xtuner.inference.generate import Sampling, generate
 from xtuner.utils.escape import printable
 from xtuner.utils.jsonl import append_line, keep_lines
 

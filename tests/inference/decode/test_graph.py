@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.decode.compare import PROMPT, four_bit
+from tests.inference.decode.compare import PROMPT, four_bit
 from tests.model.published import write_model
 from tests.tiny_models import dequantised, tiny_llama, triton_obstacle, with_adapter
-from xtuner.model.decode.decoder import find_decoder
+from xtuner.inference.decode.decoder import find_decoder
 from xtuner.model.loading import load_model
 
 if triton_obstacle() or torch.cuda.is_available():
     pytest.skip(triton_obstacle() or 'the GPU tests record the step', allow_module_level=True)
 
+from xtuner.inference.decode.graph import TokenStep
 from xtuner.kernels.triton import gemv
-from xtuner.model.decode.graph import TokenStep
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_internlm(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize('stay', [False, True])
 def test_a_prompt_by_kernels(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
     """In two parts, then again, when weights may have stayed as floats."""
-    monkeypatch.setattr('xtuner.model.decode.decoder._WORTH_COMPILING', 1)
+    monkeypatch.setattr('xtuner.inference.decode.decoder._WORTH_COMPILING', 1)
     model = with_adapter(four_bit(heads=1, kv_heads=1).half()).eval()
     exact = exact_logits(model)
     decoder: Any = find_decoder(model, len(PROMPT))

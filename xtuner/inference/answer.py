@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from xtuner.model.generate import Sampling
-from xtuner.model.text import AnswerText
+from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.generate import Sampling
 
 
 @dataclass(frozen=True)

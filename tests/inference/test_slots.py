@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtuner.serve.table import Table
+from xtuner.inference.slots import Table
 
 ROWS, GROUPS = 6, 'abc'
 

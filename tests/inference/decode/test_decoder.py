@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_decoded, four_bit, plainly
+from tests.inference.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_decoded, four_bit, plainly
 from tests.model.published import CONFIGS, TRAINED, write_model
 from tests.tiny_models import dequantised, tiny_llama, with_adapter
-from xtuner.model.decode import decoder as decoding
-from xtuner.model.generate import Sampling, generate, warm
+from xtuner.inference.decode import decoder as decoding
+from xtuner.inference.generate import Sampling, generate, warm
 from xtuner.model.loading import load_model
 
 if torch.cuda.is_available():

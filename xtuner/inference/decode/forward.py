@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtuner.inference.decode.layers import Heads, Layer
 from xtuner.kernels.dispatch import Kernels
-from xtuner.model.decode.layers import Heads, Layer
 
 LARGEST_CHUNK = 4096  # tokens of a prompt that go through at once; bounds the memory for activations
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.fused.projections import adapter_obstacle, base_of
+from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import is_4bit
-from xtuner.model.decode.product import Product
 
 _LLAMA = {
     'norms': ('input_layernorm', 'post_attention_layernorm'),

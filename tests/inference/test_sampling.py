@@ -9,8 +9,8 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from xtuner.model.generate import Sampling
-from xtuner.serve.draw import draw_tokens
+from xtuner.inference.generate import Sampling
+from xtuner.inference.sampling import draw_tokens
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0, 2.0])
 
@@ -51,7 +51,7 @@ def test_a_large_vocabulary_is_drawn_from_alike(top_p: float, monkeypatch: pytes
     samplings = [Sampling(1, 0.9, top_p)] * 40
     drawn = []
     for few in (1, 30, 256, 500):
-        monkeypatch.setattr('xtuner.serve.draw._FEW', few)
+        monkeypatch.setattr('xtuner.inference.sampling._FEW', few)
         drawn.append(draw_tokens(logits, samplings, [Random(n) for n in range(40)]))
     assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
     assert len(set(drawn[0])) > 20

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tests.tiny_models import quantise, tiny_llama
-from xtuner.model.decode import decoder as decoding
-from xtuner.model.generate import Sampling, generate, generate_plainly
+from xtuner.inference.decode import decoder as decoding
+from xtuner.inference.generate import Sampling, generate, generate_plainly
 from xtuner.model.quantization import keep_plain_layout
 
 PROMPT = [1, 5, 9, 33, 4, 70]

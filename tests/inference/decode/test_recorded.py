@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.model.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_decoded, four_bit
+from tests.inference.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_decoded, four_bit
 from tests.model.published import CONFIGS, write_model
 from tests.tiny_models import dequantised, quantise, tiny_llama, with_adapter
-from xtuner.model.decode import decoder as decoding
-from xtuner.model.generate import Sampling, generate
+from xtuner.inference.decode import decoder as decoding
+from xtuner.inference.generate import Sampling, generate
 from xtuner.model.loading import load_model
 
 pytestmark = pytest.mark.gpu

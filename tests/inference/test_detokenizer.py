@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtuner.inference.detokenizer import AnswerText
 from xtuner.model.loading import load_tokenizer
-from xtuner.model.text import AnswerText
 
 
 @pytest.fixture(scope='module')

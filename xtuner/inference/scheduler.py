@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from xtuner.serve.answer import Answer, Events
-from xtuner.serve.decoder import Decoder
-from xtuner.serve.draw import draw_tokens
-from xtuner.serve.failures import BROKEN, NotFinite, failure_message
-from xtuner.serve.table import Table
+from xtuner.inference.answer import Answer, Events
+from xtuner.inference.decoder_interface import Decoder
+from xtuner.inference.failures import BROKEN, NotFinite, failure_message
+from xtuner.inference.sampling import draw_tokens
+from xtuner.inference.slots import Table
 
 logger = logging.getLogger('xtuner')
 

@@ -13,7 +13,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from xtuner.model.generate import Sampling
+from xtuner.inference.generate import Sampling
 
 _FEW = 256  # words looked at first
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Decoder(Protocol):
-    """What the thread needs of `xtuner.model.batching.BatchDecoder`."""
+    """What the thread needs of `xtuner.inference.batching.BatchDecoder`."""
 
     num_rows: int
 

@@ -17,12 +17,12 @@ import torch
 
 from tests.serve.conftest import Running, serving
 from xtuner.errors import XTunerError
-from xtuner.model.generate import Sampling
-from xtuner.model.text import AnswerText
-from xtuner.serve import batcher as batcher_module
+from xtuner.inference import scheduler as batcher_module
+from xtuner.inference.answer import Answer, Events, Piece
+from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.generate import Sampling
+from xtuner.inference.scheduler import Batcher
 from xtuner.serve import encoding as encoding_module
-from xtuner.serve.answer import Answer, Events, Piece
-from xtuner.serve.batcher import Batcher
 
 WORDS = 8
 

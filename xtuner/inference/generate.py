@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from xtuner.model.decode.decoder import Decoder, find_decoder, release
-from xtuner.model.text import TextStream
+from xtuner.inference.decode.decoder import Decoder, find_decoder, release
+from xtuner.inference.detokenizer import TextStream
 
 logger = logging.getLogger('xtuner')
 _SAID: set[str] = set()  # reasons for the slower way that were logged
@@ -52,8 +52,8 @@ def generate(
 ) -> list[int]:
     """Continues a prompt.
 
-    Models like Llama are decoded by `xtuner.model.decode`, all others, and these where something stands in the way, by
-    transformers' `generate`. Both draw the same tokens from the same seed, as far as logits agree.
+    `inference.decode` decodes Llama-like models; transformers' `generate` decodes all others, and these where the fast
+    decoder is unsupported. Both draw the same tokens from the same seed, as far as their logits agree.
 
     Args:
         model: A transformers or peft causal language model.

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_models import DEVICE, quantise, tiny_llama
+from xtuner.inference.weight_cache import keep_weights
 from xtuner.kernels import cpu_gemm
-from xtuner.model.kept import keep_weights
 from xtuner.model.quantization import keep_plain_layout
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xtuner.fused.offload import free_bytes
-from xtuner.kernels.dispatch import fused_kernels, has_triton
-from xtuner.model.decode.forward import LARGEST_CHUNK, Cache, advance, norm
-from xtuner.model.decode.layers import (
+from xtuner.inference.decode.forward import LARGEST_CHUNK, Cache, advance, norm
+from xtuner.inference.decode.layers import (
     adapters_on,
     all_modules,
     most_tokens,
@@ -25,10 +24,11 @@ from xtuner.model.decode.layers import (
     rotary_table,
     state_of,
 )
-from xtuner.model.decode.sampling import next_token
+from xtuner.inference.decode.sampling import next_token
+from xtuner.kernels.dispatch import fused_kernels, has_triton
 
 if TYPE_CHECKING:
-    from xtuner.model.decode.graph import Mailbox, TokenStep
+    from xtuner.inference.decode.graph import Mailbox, TokenStep
 
 logger = logging.getLogger('xtuner')
 
@@ -167,7 +167,7 @@ class Decoder:
         if not self._fused or self._cache is None:
             return None
         if self._step is None and self._no_step is None:
-            from xtuner.model.decode.graph import Mailbox, TokenStep
+            from xtuner.inference.decode.graph import Mailbox, TokenStep
 
             try:
                 step = TokenStep(self.layers, self._decoder, self._head, self._cache, self._angles)

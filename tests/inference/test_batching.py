@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 
 from xtuner.errors import ModelError
-from xtuner.model.batch_graphs import StepGraphs, distance
-from xtuner.model.batching import BatchDecoder
+from xtuner.inference.batch_graphs import StepGraphs, distance
+from xtuner.inference.batching import BatchDecoder
 from xtuner.model.internlm.configuration import InternLMConfig
 from xtuner.model.internlm.modeling import InternLMForCausalLM
 from xtuner.model.internlm2.configuration import InternLM2Config

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tests.tiny_models import DEVICE, quantise, tiny_llama
+from xtuner.inference.decode.product import Product
 from xtuner.kernels.dispatch import PLAIN
-from xtuner.model.decode.product import Product
 
 
 @torch.inference_mode()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.inference.decode.forward import Cache
+from xtuner.inference.decode.layers import Layer
+from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import QuantizedWeight
 from xtuner.kernels.triton import decode_attention, gemv
 from xtuner.kernels.triton.nf4_lut import in_planes
-from xtuner.model.decode.forward import Cache
-from xtuner.model.decode.layers import Layer
-from xtuner.model.decode.product import Product
 
 logger = logging.getLogger('xtuner')
 

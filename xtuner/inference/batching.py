@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from xtuner.errors import ModelError, one_line
-from xtuner.model.batch_graphs import StepGraphs
+from xtuner.inference.batch_graphs import StepGraphs
 
 _KINDS = {'full_attention', 'sliding_attention'}
 _STRIDE = 32  # a pass looks at a multiple of so many places: attention kernels want aligned masks
