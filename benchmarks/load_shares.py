@@ -54,9 +54,9 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
     from peft import LoraConfig
     from torch.distributed.tensor import DTensor
 
+    from xtuner.adapters.attach import attach_adapter
     from xtuner.config.schema import QuantizationConfig
     from xtuner.engine.distributed.fsdp import FullyShard
-    from xtuner.model.adapter import attach_adapter
     from xtuner.model.loading import load_model
     from xtuner.model.shares import Share
     from xtuner.objectives.sft import SupervisedFinetune

@@ -33,8 +33,8 @@ from memory_limit import MemoryLimit, Usage, forget_pages
 from merge_kills import digest, kill_often
 from safetensors.torch import save_file
 
+from xtuner.adapters.attach import Provenance
 from xtuner.cli.convert.merge import size
-from xtuner.model.adapter import Provenance
 from xtuner.model.weights import fingerprint, open_weights
 
 RANK = 64

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.convert.adapters import VOCAB, make_base
+from xtuner.adapters.attach import Provenance, attach_adapter
+from xtuner.adapters.load import load_adapter
 from xtuner.cli.main import main
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import verify
 from xtuner.convert.base import quantized_weights, requantize, skeleton
 from xtuner.dataset.probe import PROBE_FILE, read_probe, write_probe
-from xtuner.model.adapter import Provenance, attach_adapter
-from xtuner.model.adapter_load import load_adapter
 from xtuner.model.loading import load_model
 from xtuner.model.weights import fingerprint, open_weights
 

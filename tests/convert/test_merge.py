@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.convert.adapters import GPT2, KINDS, TIED, VOCAB, make_base, make_gpt2, save_trained
+from xtuner.adapters.attach import Provenance
+from xtuner.adapters.delta import LowRank
+from xtuner.adapters.file import AdapterFile
+from xtuner.adapters.load import load_adapter
 from xtuner.cli.main import main
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import shards
-from xtuner.convert.adapter_file import AdapterFile
-from xtuner.convert.delta import LowRank
 from xtuner.convert.merge import merge
 from xtuner.errors import CheckpointError, ModelError, UsageError
-from xtuner.model.adapter import Provenance
-from xtuner.model.adapter_load import load_adapter
 from xtuner.model.loading import load_model
 from xtuner.model.weights import fingerprint, open_weights
 

@@ -89,8 +89,8 @@ def fields_of(file: str) -> list[str]:
     import peft
     from transformers import LlamaConfig
 
+    from xtuner.adapters.attach import Provenance
     from xtuner.config.schema import QuantizationConfig
-    from xtuner.model.adapter import Provenance
     from xtuner.model.config_file import _DROPPED
     from xtuner.model.internlm2.configuration import InternLM2Config
     from xtuner.model.tokenizer import _FIELDS

@@ -33,7 +33,7 @@ def make_world(folder: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) ->
 
     from tests.convert.adapters import make_base, save_trained
     from tests.model.published import write_model, write_tokenizer
-    from xtuner.model.adapter import Provenance
+    from xtuner.adapters.attach import Provenance
     from xtuner.model.loading import load_tokenizer
     from xtuner.model.weights import fingerprint, open_weights
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.published import write_model
+from xtuner.adapters.attach import looks_at_the_base
 from xtuner.config.schema import QuantizationConfig
-from xtuner.model.adapter import looks_at_the_base
 from xtuner.model.loading import load_model
 from xtuner.model.shares import Share, cut_while_loading, num_parameters, whole_shapes
 

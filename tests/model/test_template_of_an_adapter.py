@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from xtuner.adapters.attach import Provenance, check_template
 from xtuner.errors import CheckpointError
-from xtuner.model.adapter import Provenance, check_template
 
 
 @pytest.mark.parametrize('name', ['this.s', 'os.system', '', 'internlm_chatt'])

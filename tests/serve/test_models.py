@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from xtuner.adapters.attach import Provenance
 from xtuner.chat.base import BaseChoice
 from xtuner.chat.load import open_chat_model
 from xtuner.errors import CheckpointError, DataError, ModelError, UsageError
-from xtuner.model.adapter import Provenance
 from xtuner.model.weights import fingerprint, open_weights
 from xtuner.serve.address import name_adapters
 from xtuner.serve.models import load_served
@@ -78,7 +78,7 @@ def test_what_cannot_be_served(base: Path, adapters: dict[str, Path], tmp_path: 
 
 
 def test_using_an_adapter_is_having_it_alone(base: Path, adapters: dict[str, Path], loaded: Any) -> None:
-    from xtuner.model.adapter_load import load_adapter
+    from xtuner.adapters.load import load_adapter
     from xtuner.model.loading import load_model
 
     ids = torch.tensor([[1, 5, 9, 13]])

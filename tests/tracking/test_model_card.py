@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.hostile_text import COMMANDS, FRONT_MATTER, HOSTILE, obeyed
-from xtuner.model.adapter import Provenance
+from xtuner.adapters.attach import Provenance
 from xtuner.tracking.model_card import hub_id, prompt_example, public_name, render_card, write_card
 
 PROVENANCE = Provenance(

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from xtuner.adapters.attach import Provenance
+from xtuner.adapters.trained_base import base_note, merged_note
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import UsageError
-from xtuner.model.adapter import Provenance
 from xtuner.model.loading import load_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
-from xtuner.model.trained_base import base_note, merged_note
 
 logger = logging.getLogger('xtuner')
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtuner.adapters.attach import check_template, read_provenance
+from xtuner.adapters.load import check_adapter, load_adapter
 from xtuner.chat.base import BaseChoice, load_base, log_base_notes
 from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.inference.generate import Sampling, warm
-from xtuner.model.adapter import check_template, read_provenance
-from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights import fingerprint, open_weights

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.adapters.delta import Rows
 from xtuner.config.schema import QuantizationConfig
-from xtuner.convert.delta import Rows
 from xtuner.convert.nf4 import BLOCK, quantize_nf4
 from xtuner.convert.shards import row_blocks
 from xtuner.errors import ModelError

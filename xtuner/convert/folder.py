@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xtuner.adapters.attach import PROVENANCE_FILE, Provenance
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ModelError
-from xtuner.model.adapter import PROVENANCE_FILE, Provenance
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.sources import read_json
 from xtuner.model.tokenizer import load_tokenizer

@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from xtuner.adapters.attach import read_provenance
+from xtuner.adapters.trained_base import merged_note
 from xtuner.convert.output import check_above
 from xtuner.convert.to_llama import FAMILIES, to_llama
 from xtuner.errors import ModelError, UsageError
-from xtuner.model.adapter import read_provenance
 from xtuner.model.internlm.tokenization import PREFIX_KEY
 from xtuner.model.loading import load_config, load_tokenizer, read_generation_settings, read_json, resolve_model
-from xtuner.model.trained_base import merged_note
 
 logger = logging.getLogger('xtuner')
 

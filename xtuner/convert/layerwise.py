@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xtuner.adapters.delta import Rows
+from xtuner.adapters.load import AdapterWeights, load_adapter
 from xtuner.convert.base import skeleton
-from xtuner.convert.delta import Rows
 from xtuner.convert.shards import row_blocks
-from xtuner.model.adapter_load import AdapterWeights, load_adapter
 
 _BLOCK_ELEMENTS = 2**20  # of a weight at once; several threads compute on it
 _PREFIX = 'base_model.model.'

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from xtuner import __version__
+from xtuner.adapters.attach import read_provenance
 from xtuner.convert.gguf import to_gguf
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.dataset.templates.template import Template, Turn
 from xtuner.errors import UsageError
-from xtuner.model.adapter import read_provenance
 from xtuner.model.loading import load_tokenizer, resolve_model
 
 _FILE = 'model.gguf'

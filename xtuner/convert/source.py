@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtuner.adapters.attach import Provenance, check_template
+from xtuner.adapters.combine import Weighted, combine, merged_shape
+from xtuner.adapters.delta import Rows
+from xtuner.adapters.file import AdapterFile
+from xtuner.adapters.load import check_adapter
 from xtuner.config.schema import QuantizationConfig
-from xtuner.convert.adapter_file import AdapterFile
 from xtuner.convert.base import PublishedBase, QuantizedBase, shared_tensors
-from xtuner.convert.combine import Weighted, combine, merged_shape
-from xtuner.convert.delta import Rows
 from xtuner.convert.shards import TensorPlan, row_blocks
 from xtuner.errors import CheckpointError, ModelError
-from xtuner.model.adapter import Provenance, check_template
-from xtuner.model.adapter_load import check_adapter
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.sources import read_json, resolve_model
 from xtuner.model.weights import WeightReader, fingerprint, open_weights

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xtuner.adapters.delta import Rows
 from xtuner.convert.base import PublishedBase, QuantizedBase, skeleton
-from xtuner.convert.delta import Rows
 from xtuner.convert.layerwise import Adapted, Layerwise, Opener
 from xtuner.convert.prompts import Prompts
 from xtuner.convert.shards import TensorPlan

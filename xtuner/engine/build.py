@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from xtuner.adapters.attach import (
+    Provenance,
+    attach_adapter,
+    looks_at_the_base,
+    trainable_parameters,
+)
+from xtuner.adapters.load import load_adapter
 from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.prepare import prepare_dataset
@@ -18,13 +25,6 @@ from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.engine.distributed.launch import Group
 from xtuner.fused.enable import FastPath, enable_fast_path
-from xtuner.model.adapter import (
-    Provenance,
-    attach_adapter,
-    looks_at_the_base,
-    trainable_parameters,
-)
-from xtuner.model.adapter_load import load_adapter
 from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model

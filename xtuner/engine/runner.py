@@ -15,13 +15,13 @@ from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBackend
 
+from xtuner.adapters.attach import trainable_parameters
 from xtuner.engine.checkpoint.trainer_state import STATE_FILE, read_state
 from xtuner.engine.distributed import Strategy
 from xtuner.engine.distributed.watchdog import Watch
 from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.errors import CheckpointError, one_line
 from xtuner.fused.enable import activation_room, set_activation_room
-from xtuner.model.adapter import trainable_parameters
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.out_of_memory import is_out_of_memory
 

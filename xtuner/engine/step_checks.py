@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xtuner.adapters.attach import trainable_parameters
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.errors import DataError, TrainingError
-from xtuner.model.adapter import trainable_parameters
 
 logger = logging.getLogger('xtuner')
 

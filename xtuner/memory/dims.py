@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
+from xtuner.adapters.attach import attach_adapter
 from xtuner.errors import ModelError
 from xtuner.fused.context import LayerParts
 from xtuner.fused.decoder import FastDecoder
 from xtuner.fused.projections import adapter_obstacle, base_of, static_obstacle
 from xtuner.kernels.dispatch import PLAIN
-from xtuner.model.adapter import attach_adapter
 from xtuner.model.check import build_on_meta
 
 # A layer's linear layers by what they do; InternLM2's second names, whose q, k and v are one.

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtuner.adapters.attach import Provenance, check_template, read_provenance
+from xtuner.adapters.load import check_adapter, load_adapter
 from xtuner.chat.base import AS_TRAINED, BaseChoice, load_base, log_base_notes
 from xtuner.dataset.conversation import to_conversation, to_prompt
 from xtuner.dataset.encode.conversation_encoder import encode_conversation, encode_pieces
 from xtuner.dataset.templates.builtin import Piece, Template, get_template
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
-from xtuner.model.adapter import Provenance, check_template, read_provenance
-from xtuner.model.adapter_load import check_adapter, load_adapter
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights import fingerprint, open_weights

@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from xtuner.adapters.attach import Provenance
+from xtuner.adapters.trained_base import held, merged_note
 from xtuner.dataset.templates.from_tokenizer import prompt_text
 from xtuner.errors import ConfigError, DataError
-from xtuner.model.adapter import Provenance
-from xtuner.model.trained_base import held, merged_note
 from xtuner.utils.escape import printable
 
 CARD_FILE = 'README.md'

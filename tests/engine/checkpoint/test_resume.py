@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.convert.adapters import make_base
+from xtuner.adapters.attach import attach_adapter
 from xtuner.engine.checkpoint.resume import Start, check_start, check_weights_folder, find_checkpoint
 from xtuner.errors import CheckpointError, ConfigError
-from xtuner.model.adapter import attach_adapter
 from xtuner.model.loading import load_model
 
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.faults.lives import CONTEXT
 from tests.model.published import write_model
+from xtuner.adapters.attach import attach_adapter, trainable_parameters
 from xtuner.config.schema import QuantizationConfig, ScheduleConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler
@@ -30,7 +31,6 @@ from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.fused.enable import enable_fast_path
 from xtuner.kernels.quantized import state_of
-from xtuner.model.adapter import attach_adapter, trainable_parameters
 from xtuner.model.loading import load_model
 from xtuner.model.shares import Share
 from xtuner.objectives.sft import SupervisedFinetune

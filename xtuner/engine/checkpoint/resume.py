@@ -126,8 +126,8 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
         verify_checkpoint(folder)
     if config.adapter is None:
         return
-    from xtuner.model.adapter_load import check_adapter
-    from xtuner.model.adapter_settings import PROMPT_INIT, adapter_settings
+    from xtuner.adapters.load import check_adapter
+    from xtuner.adapters.settings import PROMPT_INIT, adapter_settings
 
     check_adapter(folder, base_fingerprint)
     saved, wanted = adapter_settings(folder).to_dict(), build(config.adapter, 'adapter').to_dict()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.model.adapter import trainable_parameters
+from xtuner.adapters.attach import trainable_parameters
 
 # Makes the config's optimizer over the parameters it is given.
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

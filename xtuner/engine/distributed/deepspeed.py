@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtuner.adapters.attach import trainable_parameters
 from xtuner.config.deepspeed import read_deepspeed_config
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.distributed.base import MakeOptimizer, Strategy, leaves
 from xtuner.errors import ConfigError
-from xtuner.model.adapter import trainable_parameters
 
 
 class ZeRO(Strategy):

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from xtuner.adapters.attach import trainable_parameters
 from xtuner.engine.distributed.base import Strategy, leaves, nested
 from xtuner.engine.distributed.shards import (
     keep_quantisation_states,
@@ -24,7 +25,6 @@ from xtuner.engine.distributed.shards import (
     read_scales_from_parameters,
     set_rows_aside,
 )
-from xtuner.model.adapter import trainable_parameters
 
 
 class FullyShard(Strategy):

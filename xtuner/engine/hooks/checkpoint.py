@@ -9,11 +9,11 @@ from typing import Any
 from mmengine.dist import barrier
 from mmengine.hooks import Hook
 
+from xtuner.adapters.attach import trainable_parameters
 from xtuner.engine.checkpoint.disk_space import check_space, checkpoint_bytes
 from xtuner.engine.checkpoint.store import write_checkpoint
 from xtuner.engine.checkpoint.trainer_state import VALIDATION_LOSS
 from xtuner.errors import Interrupted
-from xtuner.model.adapter import trainable_parameters
 
 logger = logging.getLogger('xtuner')
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xtuner.adapters.attach import Provenance, module_names, read_provenance
+from xtuner.adapters.settings import SETTINGS_FILE, adapter_settings, check_patterns, weights_file
 from xtuner.errors import CheckpointError, ModelError, one_line
-from xtuner.model.adapter import Provenance, module_names, read_provenance
-from xtuner.model.adapter_settings import SETTINGS_FILE, adapter_settings, check_patterns, weights_file
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights import WeightReader, file_names, open_file
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from xtuner import __version__
+from xtuner.adapters.settings import check_patterns
 from xtuner.config.load import section_of
 from xtuner.config.schema import QuantizationConfig
 from xtuner.dataset.templates.builtin import FROM_TOKENIZER, get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError, one_line
-from xtuner.model.adapter_settings import check_patterns
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.files import read_object
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from xtuner.model.adapter import Provenance
-from xtuner.model.trained_base import base_note, merged_note
+from xtuner.adapters.attach import Provenance
+from xtuner.adapters.trained_base import base_note, merged_note
 
 NF4 = {'bits': 4, 'quant_type': 'nf4', 'double_quant': True}
 TRAINED = Provenance('base', '0' * 64, 'internlm_chat', 'bf16', NF4)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.convert.adapters import make_base, save_trained
+from xtuner.adapters.attach import attach_adapter, read_provenance
+from xtuner.adapters.load import load_adapter
+from xtuner.adapters.settings import adapter_settings, check_patterns
 from xtuner.errors import CheckpointError, ConfigError
-from xtuner.model.adapter import attach_adapter, read_provenance
-from xtuner.model.adapter_load import load_adapter
-from xtuner.model.adapter_settings import adapter_settings, check_patterns
 from xtuner.model.loading import load_model
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from xtuner.convert.adapter_file import AdapterFile
-from xtuner.convert.delta import Delta, LowRank, Rows
+from xtuner.adapters.delta import Delta, LowRank, Rows
+from xtuner.adapters.file import AdapterFile
 from xtuner.errors import CheckpointError
 
 

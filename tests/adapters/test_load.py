@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.convert.adapters import VOCAB, make_base, save_trained
+from xtuner.adapters import load, settings
+from xtuner.adapters.load import load_adapter
 from xtuner.cli.main import main
 from xtuner.convert.base import skeleton
 from xtuner.errors import CheckpointError
-from xtuner.model import adapter_load, adapter_settings
-from xtuner.model.adapter_load import load_adapter
 from xtuner.model.loading import load_model
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -130,7 +130,7 @@ def test_settings_and_weights_are_opened_once(
     base: Path, saved: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    for module in (adapter_load, adapter_settings):
+    for module in (load, settings):
         for name in {'open_file', 'read_object'} & vars(module).keys():
             monkeypatch.setattr(module, name, noted(getattr(module, name), opened))
     load_adapter(skeleton(base), saved[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner.model.adapter import Provenance
+from xtuner.adapters.attach import Provenance
 
 
 def base_note(provenance: Provenance | None, quantization: Mapping[str, Any] | None) -> str:

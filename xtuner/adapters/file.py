@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xtuner.convert.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
+from xtuner.adapters.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
+from xtuner.adapters.load import AdapterWeights
+from xtuner.adapters.settings import check_patterns, read_adapter_settings
 from xtuner.convert.shards import row_blocks
 from xtuner.errors import CheckpointError
-from xtuner.model.adapter_load import AdapterWeights
-from xtuner.model.adapter_settings import check_patterns, read_adapter_settings
 from xtuner.model.weights import fingerprint
 
 _PREFIX = 'base_model.model.'
