@@ -58,7 +58,7 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
     from xtuner.config.schema import QuantizationConfig
     from xtuner.engine.distributed.fsdp import FullyShard
     from xtuner.model.loading import load_model
-    from xtuner.model.shares import Share
+    from xtuner.model.sharded_loading import Share
     from xtuner.objectives.sft import SupervisedFinetune
 
     started = time.perf_counter()

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from xtuner.adapters.attach import Provenance
 from xtuner.cli.convert.merge import size
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 RANK = 64
 COMMAND = [sys.executable, '-m', 'xtuner.cli.main', 'convert', 'merge']

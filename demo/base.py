@@ -62,9 +62,9 @@ def write_base_model(folder: str | Path, *, seed: int = 0) -> Path:
     """
     import torch
 
-    from xtuner.model.internlm.configuration import InternLMConfig
-    from xtuner.model.internlm.modeling import InternLMForCausalLM
-    from xtuner.model.tensor_files import write_tensors
+    from xtuner.model.families.internlm.configuration import InternLMConfig
+    from xtuner.model.families.internlm.modeling import InternLMForCausalLM
+    from xtuner.model.weights.files import write_tensors
 
     folder = train_tokenizer([CONVERSATIONS], folder, VOCAB_SIZE)
     with torch.random.fork_rng(devices=[]):

@@ -68,8 +68,8 @@ def write_internlm(folder: Path, *, vocab_size: int, hidden: int = 32, layers: i
     """Random weights in InternLM-7B's published format: its config fields, biases on q, k, v and o, safetensors."""
     import torch
 
-    from xtuner.model.internlm.configuration import InternLMConfig
-    from xtuner.model.internlm.modeling import InternLMForCausalLM
+    from xtuner.model.families.internlm.configuration import InternLMConfig
+    from xtuner.model.families.internlm.modeling import InternLMForCausalLM
 
     torch.manual_seed(seed)
     config = InternLMConfig(

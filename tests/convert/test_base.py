@@ -18,7 +18,7 @@ from xtuner.fused.frozen import FrozenLinear
 from xtuner.kernels.quantized import take_apart
 from xtuner.kernels.reference import dequantize_into
 from xtuner.model.loading import load_model
-from xtuner.model.weights import open_weights
+from xtuner.model.weights.reader import open_weights
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 SETTINGS = {

@@ -21,7 +21,7 @@ from xtuner.convert import verify
 from xtuner.convert.base import quantized_weights, requantize, skeleton
 from xtuner.dataset.probe import PROBE_FILE, read_probe, write_probe
 from xtuner.model.loading import load_model
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 SETTINGS = QuantizationConfig()
 PROMPT, ANSWER = 4, 8  # tokens

@@ -20,11 +20,11 @@ from xtuner.adapters.file import AdapterFile
 from xtuner.adapters.load import load_adapter
 from xtuner.cli.main import main
 from xtuner.config.schema import QuantizationConfig
-from xtuner.convert import shards
 from xtuner.convert.merge import merge
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.loading import load_model
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights import blocks
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 IDS = torch.randint(3, VOCAB, (2, 19), generator=torch.Generator().manual_seed(5))
 
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows in every matrix."""
-    monkeypatch.setattr(shards, 'BLOCK_ELEMENTS', 1000)
+    monkeypatch.setattr(blocks, 'BLOCK_ELEMENTS', 1000)
 
 
 def logits(model: Any) -> torch.Tensor:

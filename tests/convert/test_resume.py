@@ -19,10 +19,12 @@ from tests.convert.adapters import make_base, save_trained
 from xtuner.convert import output, shards
 from xtuner.convert.merge import merge
 from xtuner.convert.output import whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.convert.source import Source
 from xtuner.errors import CheckpointError, ModelError
-from xtuner.model.weights import open_weights
+from xtuner.model.weights import blocks as weight_blocks
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.reader import open_weights
 
 # The merge as the command runs it, with blocks so small and slow that a signal falls between any two of them.
 SLOW = """
@@ -30,7 +32,8 @@ import os
 import sys
 import time
 from xtuner.convert import shards
-shards.BLOCK_ELEMENTS = 2000
+from xtuner.model.weights import blocks
+blocks.BLOCK_ELEMENTS = 2000
 as_bytes = shards._bytes
 def slowly(block):
     os.write(1, b'writing\\n')  # one piece, whatever the other threads write
@@ -51,7 +54,7 @@ def test_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     save_trained(base, tmp_path / 'adapter')
     words = ['convert', 'merge', str(base), str(tmp_path / 'adapter'), '--max-shard-size', '30KB', '--verify', '0']
     command = [sys.executable, '-c', SLOW, *words]
-    monkeypatch.setattr(shards, 'BLOCK_ELEMENTS', 2000)
+    monkeypatch.setattr(weight_blocks, 'BLOCK_ELEMENTS', 2000)
     merge(str(base), tmp_path / 'adapter', tmp_path / 'whole', max_shard_bytes=30_000, verify=0)
     out, partial = tmp_path / 'out', tmp_path / '.partial-out'
     with subprocess.Popen(
@@ -125,7 +128,7 @@ PLANS = [
 def test_shards_are_read_by_others_and_hold_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(shards, 'BLOCK_ELEMENTS', 7)
+    monkeypatch.setattr(weight_blocks, 'BLOCK_ELEMENTS', 7)
     write(tmp_path, PLANS)
     reader = open_weights(tmp_path)
     assert sorted(reader.names()) == ['a', 'b', 'c', 'd', 'none']

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.model.published import write_model, write_tokenizer
 from xtuner.cli.main import main
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 
 def test_each_tensor_in_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def fields_of(file: str) -> list[str]:
     from xtuner.adapters.attach import Provenance
     from xtuner.config.schema import QuantizationConfig
     from xtuner.model.config_file import _DROPPED
-    from xtuner.model.internlm2.configuration import InternLM2Config
+    from xtuner.model.families.internlm2.configuration import InternLM2Config
     from xtuner.model.tokenizer import _FIELDS
 
     def names(cls: type, within: str = '') -> list[str]:

@@ -35,7 +35,7 @@ def make_world(folder: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) ->
     from tests.model.published import write_model, write_tokenizer
     from xtuner.adapters.attach import Provenance
     from xtuner.model.loading import load_tokenizer
-    from xtuner.model.weights import fingerprint, open_weights
+    from xtuner.model.weights.reader import fingerprint, open_weights
 
     folder.mkdir(parents=True)
     base = make_base(folder / 'model')

@@ -14,10 +14,10 @@ from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 from xtuner.errors import ModelError
 from xtuner.inference.batch_graphs import StepGraphs, distance
 from xtuner.inference.batching import BatchDecoder
-from xtuner.model.internlm.configuration import InternLMConfig
-from xtuner.model.internlm.modeling import InternLMForCausalLM
-from xtuner.model.internlm2.configuration import InternLM2Config
-from xtuner.model.internlm2.modeling import InternLM2ForCausalLM
+from xtuner.model.families.internlm.configuration import InternLMConfig
+from xtuner.model.families.internlm.modeling import InternLMForCausalLM
+from xtuner.model.families.internlm2.configuration import InternLM2Config
+from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
 
 SIZE: dict[str, Any] = {
     'vocab_size': 97, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4,

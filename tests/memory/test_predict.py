@@ -23,7 +23,7 @@ from xtuner.memory import terms as terms_kernels
 from xtuner.memory.dims import model_shape
 from xtuner.memory.predict import Setup, moments, predict_memory
 from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
-from xtuner.model.internlm.configuration import InternLMConfig
+from xtuner.model.families.internlm.configuration import InternLMConfig
 from xtuner.objectives.sft import SupervisedFinetune
 
 SIZES = {'hidden_size': 256, 'intermediate_size': 688, 'num_attention_heads': 4, 'vocab_size': 512}

@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece as spm
 import torch
 
-from tests.model.test_weights import write
+from tests.model.weights.test_reader import write
 
 VOCAB, HIDDEN, INTER, LAYERS, HEADS, KEY_HEADS, TRAINED = 320, 32, 48, 2, 4, 2, 24
 
@@ -108,7 +108,7 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write_model(folder: Path, name: str, layout: str = 'bin', *, stray: bool = False) -> Path:
-    """Writes config and weights, in a layout of `tests.model.test_weights.write`, with stray buffers if asked."""
+    """Writes config and weights, in a layout of `test_reader.write`, with stray buffers if asked."""
     config = CONFIGS[name]
     tensors = random_weights(config)
     if stray:

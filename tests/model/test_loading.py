@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.model.published import CONFIGS, LAYERS, VOCAB, random_weights, write_model, write_tokenizer
-from tests.model.test_weights import Payload, write
+from tests.model.weights.test_reader import Payload, write
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError
-from xtuner.model.internlm.modeling import InternLMForCausalLM
-from xtuner.model.internlm.tokenization import InternLMTokenizer
-from xtuner.model.internlm2.modeling import InternLM2Model
+from xtuner.model.families.internlm.modeling import InternLMForCausalLM
+from xtuner.model.families.internlm.tokenization import InternLMTokenizer
+from xtuner.model.families.internlm2.modeling import InternLM2Model
 from xtuner.model.loading import load_model, load_tokenizer, register
 
 FP32 = torch.float32

@@ -9,8 +9,8 @@ import pytest
 
 from xtuner.engine.checkpoint.resume import Start
 from xtuner.errors import CheckpointError, ModelError
+from xtuner.model.hub import resolve_model
 from xtuner.model.run_folder import resolve_checkpoint, work_folder
-from xtuner.model.sources import resolve_model
 
 
 @pytest.fixture

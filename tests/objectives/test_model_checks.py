@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.model.families import MIXING, SEPARATE, make_model
+from tests.model.random_models import MIXING, SEPARATE, make_model
 from xtuner.errors import ConfigError, ModelError
 from xtuner.inference.batching import BatchDecoder
 from xtuner.memory.dims import model_shape

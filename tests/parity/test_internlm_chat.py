@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.model.internlm.original import OriginalTokenizer
+from tests.model.families.internlm.original import OriginalTokenizer
 from tests.model.published import pieces, write_tokenizer
 from xtuner.dataset.templates.builtin import get_template
-from xtuner.model.chat import chat_prompt
+from xtuner.model.families.chat_api import chat_prompt
 from xtuner.model.loading import load_tokenizer
 
 Turns = list[tuple[str, str]]

@@ -15,7 +15,7 @@ from xtuner.adapters.attach import Provenance
 from xtuner.chat.base import BaseChoice
 from xtuner.chat.load import open_chat_model
 from xtuner.errors import CheckpointError, DataError, ModelError, UsageError
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 from xtuner.serve.address import name_adapters
 from xtuner.serve.models import load_served
 

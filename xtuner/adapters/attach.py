@@ -41,12 +41,12 @@ class Provenance:
 
     Attributes:
         base: The base model's path or id, as the config named it.
-        base_fingerprint: `xtuner.model.weights.fingerprint` of its weights.
+        base_fingerprint: `xtuner.model.weights.reader.fingerprint` of its weights.
         template: Name of the prompt template.
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
         quantization: The `quantization` section in force, or None.
         xtuner: The version that wrote the adapter.
-        training: How it was trained, as `tracking.metadata.training_facts` writes it for the model card; None: unknown.
+        training: How it was trained, as `engine.metadata.training_facts` gives it for the model card; None: unknown.
         merged: Of a merged model: `base`, on which it was merged ('original' or 'dequantized'), and, where it was
             measured against the trained model, `agreement` (share of the likeliest tokens), `kl` (nats), `positions`.
     """

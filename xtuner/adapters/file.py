@@ -14,9 +14,9 @@ from torch import Tensor
 from xtuner.adapters.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
 from xtuner.adapters.load import AdapterWeights
 from xtuner.adapters.settings import check_patterns, read_adapter_settings
-from xtuner.convert.shards import row_blocks
 from xtuner.errors import CheckpointError
-from xtuner.model.weights import fingerprint
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.reader import fingerprint
 
 _PREFIX = 'base_model.model.'
 _PARTS = {

@@ -20,7 +20,7 @@ from xtuner.adapters.attach import Provenance, module_names, read_provenance
 from xtuner.adapters.settings import SETTINGS_FILE, adapter_settings, check_patterns, weights_file
 from xtuner.errors import CheckpointError, ModelError, one_line
 from xtuner.model.run_folder import resolve_checkpoint
-from xtuner.model.weights import WeightReader, file_names, open_file
+from xtuner.model.weights.reader import WeightReader, file_names, open_file
 
 logger = logging.getLogger('xtuner')
 
@@ -81,7 +81,7 @@ def check_adapter(folder: Path, base_fingerprint: str | None) -> Provenance | No
 
     Args:
         folder: As `resolve_checkpoint` gives it.
-        base_fingerprint: `xtuner.model.weights.fingerprint` of the base's weights; None skips that comparison.
+        base_fingerprint: `xtuner.model.weights.reader.fingerprint` of the base's weights; None skips that comparison.
 
     Raises:
         CheckpointError: a file is missing or cannot be read, or the fingerprints differ.

@@ -31,7 +31,7 @@ from typing import Any
 from xtuner.config.arguments import PATTERNS
 from xtuner.errors import CheckpointError, ModelError, XTunerError, nearest, one_line
 from xtuner.model.run_folder import ADAPTER_CONFIG
-from xtuner.model.weights import WeightReader, file_names, open_file
+from xtuner.model.weights.reader import WeightReader, file_names, open_file
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.files import check_regular, read_object
 

@@ -18,7 +18,7 @@ from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.inference.generate import Sampling, warm
 from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 

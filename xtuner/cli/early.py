@@ -25,7 +25,7 @@ def check_model(path: str, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         ModelError: nothing there under that name.
     """
-    from xtuner.model.sources import MODELSCOPE, resolve_model
+    from xtuner.model.hub import MODELSCOPE, resolve_model
 
     if not path.startswith(MODELSCOPE) and is_first_process():
         resolve_model(path, revision=revision, trust_remote_code=trust_remote_code, weights=False)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe
     from xtuner.memory.gpus import find_card, local_card
-    from xtuner.model.sources import resolve_model
+    from xtuner.model.hub import resolve_model
 
     card = find_card(args.gpu) if args.gpu else local_card()
     model = config.model

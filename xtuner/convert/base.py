@@ -15,11 +15,11 @@ from torch import Tensor
 
 from xtuner.adapters.delta import Rows
 from xtuner.config.schema import QuantizationConfig
-from xtuner.convert.nf4 import BLOCK, quantize_nf4
-from xtuner.convert.shards import row_blocks
 from xtuner.errors import ModelError
-from xtuner.model.sources import read_json
-from xtuner.model.weights import WeightReader
+from xtuner.model.hub import read_json
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.nf4 import BLOCK, quantize_nf4
+from xtuner.model.weights.reader import WeightReader
 
 logger = logging.getLogger('xtuner')
 

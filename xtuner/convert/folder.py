@@ -12,7 +12,7 @@ from xtuner.adapters.attach import PROVENANCE_FILE, Provenance
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ModelError
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
-from xtuner.model.sources import read_json
+from xtuner.model.hub import read_json
 from xtuner.model.tokenizer import load_tokenizer
 from xtuner.tracking.model_card import prompt_example, write_card
 

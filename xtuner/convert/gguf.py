@@ -16,7 +16,7 @@ from xtuner.adapters.trained_base import merged_note
 from xtuner.convert.output import check_above
 from xtuner.convert.to_llama import FAMILIES, to_llama
 from xtuner.errors import ModelError, UsageError
-from xtuner.model.internlm.tokenization import PREFIX_KEY
+from xtuner.model.families.internlm.tokenization import PREFIX_KEY
 from xtuner.model.loading import load_config, load_tokenizer, read_generation_settings, read_json, resolve_model
 
 logger = logging.getLogger('xtuner')

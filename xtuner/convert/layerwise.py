@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from xtuner.adapters.delta import Rows
 from xtuner.adapters.load import AdapterWeights, load_adapter
 from xtuner.convert.base import skeleton
-from xtuner.convert.shards import row_blocks
+from xtuner.model.weights.blocks import row_blocks
 
 _BLOCK_ELEMENTS = 2**20  # of a weight at once; several threads compute on it
 _PREFIX = 'base_model.model.'

@@ -19,7 +19,7 @@ from xtuner.convert.shards import TensorPlan, size_text, write_weights
 from xtuner.convert.source import DTYPES, Source, check_changed, open_source, plan_tensors, short
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
 from xtuner.errors import CheckpointError, ModelError, UsageError
-from xtuner.model.weights import fingerprint
+from xtuner.model.weights.reader import fingerprint
 from xtuner.tracking.model_card import write_card
 
 logger = logging.getLogger('xtuner')

@@ -19,12 +19,13 @@ from xtuner.config.load import read_file
 from xtuner.convert.folder import write_model_files
 from xtuner.convert.legacy_checkpoint import read_old_checkpoint
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import CheckpointError, ConfigError, ModelError
 from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.run_folder import ADAPTER_CONFIG, resolve_checkpoint
-from xtuner.model.tensor_files import write_tensors
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.files import write_tensors
 from xtuner.registry import build
 
 logger = logging.getLogger('xtuner')

@@ -28,12 +28,10 @@ from torch import Tensor
 
 from xtuner.convert.direct_io import PlacedFile
 from xtuner.errors import ModelError
-from xtuner.model.weights import DTYPES
+from xtuner.model.weights.reader import DTYPES
 
 logger = logging.getLogger('xtuner')
 
-BLOCK_ELEMENTS = 2**18  # of a block: 1 MB in float32, which stays in a core's own cache and in the C library's heap
-_ROWS_AT_ONCE = 16  # a multiple of these: products of matrices then have the bits of the whole matrix's product
 _MOST_THREADS = 4  # keep a disk busy; each takes memory
 _OPEN_SHARDS = 2  # so that no thread waits for the end of a shard
 _REPORT_SECONDS = 5.0
@@ -75,15 +73,6 @@ class TensorPlan:
 
 Blocks = Callable[[TensorPlan], Iterable[Tensor]]
 """Gives a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU. Several threads call it."""
-
-
-def row_blocks(shape: Sequence[int], elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about so many elements, `BLOCK_ELEMENTS` by default; without dimensions it is one row."""
-    num_rows = shape[0] if shape else 1
-    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, math.prod(shape[1:])))
-    step -= step % _ROWS_AT_ONCE if step > _ROWS_AT_ONCE else 0
-    for start in range(0, num_rows, step):
-        yield start, min(start + step, num_rows)
 
 
 def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: int, blocks: Blocks) -> int:

@@ -18,11 +18,12 @@ from xtuner.adapters.file import AdapterFile
 from xtuner.adapters.load import check_adapter
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert.base import PublishedBase, QuantizedBase, shared_tensors
-from xtuner.convert.shards import TensorPlan, row_blocks
+from xtuner.convert.shards import TensorPlan
 from xtuner.errors import CheckpointError, ModelError
+from xtuner.model.hub import read_json, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
-from xtuner.model.sources import read_json, resolve_model
-from xtuner.model.weights import WeightReader, fingerprint, open_weights
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.reader import WeightReader, fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 

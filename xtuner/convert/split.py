@@ -7,9 +7,10 @@ from pathlib import Path
 
 from xtuner import __version__
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.model.loading import resolve_model
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 _WEIGHTS = ('.safetensors', '.bin', '.pth', '.pt', '.gguf', '.h5', '.msgpack', '.onnx')
 

@@ -15,13 +15,14 @@ from transformers import LlamaConfig
 from xtuner import __version__
 from xtuner.convert.folder import copy_companions
 from xtuner.convert.output import check_output, whole_folder
-from xtuner.convert.shards import TensorPlan, row_blocks, write_weights
+from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
+from xtuner.model.families.internlm2.modeling import split_wqkv
 from xtuner.model.generation_settings import GENERATION_FILE, generation_settings, write_generation_settings
-from xtuner.model.internlm2.modeling import split_wqkv
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.blocks import row_blocks
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 logger = logging.getLogger('xtuner')
 

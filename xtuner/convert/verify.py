@@ -23,7 +23,7 @@ from xtuner.convert.prompts import Prompts
 from xtuner.convert.shards import TensorPlan
 from xtuner.convert.source import Source
 from xtuner.errors import ModelError
-from xtuner.model.weights import WeightReader, open_weights
+from xtuner.model.weights.reader import WeightReader, open_weights
 
 logger = logging.getLogger('xtuner')
 

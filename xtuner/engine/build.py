@@ -29,10 +29,10 @@ from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
-from xtuner.model.shares import Share, num_parameters
-from xtuner.model.tensor_files import apply_umask
+from xtuner.model.sharded_loading import Share, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.files import apply_umask
+from xtuner.model.weights.reader import fingerprint, open_weights
 from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.tracking.model_card import prompt_example, write_card
 

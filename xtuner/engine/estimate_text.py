@@ -10,8 +10,8 @@ from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.engine.schedule import few_steps_note
 from xtuner.memory.gpus import CARDS, Card, tokens_per_second
 from xtuner.memory.predict import Prediction, Setup
+from xtuner.utils.units import GIB, clock, gib
 
-GIB = 2**30
 _WIDTH = 17
 _MOST_KNOBS = 3
 
@@ -151,17 +151,3 @@ def _time(estimate: Estimate, card: Card | None, step_seconds: float | None) -> 
         f'time: about {clock(seconds)} on {on}, at {speed:,.0f} tokens/s; the share of the peak is the one '
         'measured on an H200'
     ]
-
-
-def gib(num_bytes: float) -> str:
-    """'1.23 GiB', and small sizes in MiB."""
-    return f'{num_bytes / GIB:.2f} GiB' if num_bytes >= GIB / 10 else f'{num_bytes / 2**20:.0f} MiB'
-
-
-def clock(seconds: float) -> str:
-    """'3 h 20 min' for 12,000 seconds, '45 s' below a minute."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f'{seconds:.0f} s'
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours} h {minutes} min' if hours else f'{minutes} min'

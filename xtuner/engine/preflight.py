@@ -10,10 +10,11 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.build import Data
 from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
-from xtuner.engine.estimate_text import gib, knob_texts
+from xtuner.engine.estimate_text import knob_texts
 from xtuner.errors import ModelError, TrainingError, XTunerError
 from xtuner.memory.predict import Setup, predict_memory
 from xtuner.memory.terms import CONTEXT_BYTES
+from xtuner.utils.units import gib
 
 logger = logging.getLogger('xtuner')
 

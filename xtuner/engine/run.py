@@ -44,6 +44,7 @@ from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, li
 from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
 from xtuner.engine.distributed.launch import Group, process_group, sequence_group
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
+from xtuner.engine.metadata import about_run, training_facts
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import Plan, few_steps_note
@@ -52,11 +53,11 @@ from xtuner.errors import ConfigError, XTunerError
 from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
-from xtuner.model.shares import Share, num_parameters
+from xtuner.model.sharded_loading import Share, num_parameters
 from xtuner.objectives.model_checks import check_family
 from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
-from xtuner.tracking.metadata import about_run, latest_losses, training_facts
+from xtuner.tracking.metadata import latest_losses
 from xtuner.tracking.sessions import told
 
 logger = logging.getLogger('xtuner')

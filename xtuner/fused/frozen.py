@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.kernels import reference
+from xtuner.kernels.dequantize import dequantized
 from xtuner.kernels.dispatch import Kernels
-from xtuner.kernels.quantized import QuantizedWeight, is_4bit, state_of, take_apart
+from xtuner.kernels.quantized import QuantizedWeight, is_4bit, take_apart
 
 _ROWS_TOGETHER = 256  # a piece's rows are a multiple of this, which keeps quantised scales whole for any width
 
@@ -85,18 +85,7 @@ class FrozenLinear:
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight as a float matrix (N, K): the layer's own, or a fresh one."""
-        weight = self.module.weight
-        parts = self.parts()
-        if parts is None:
-            return weight.to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = state_of(self.module)
-        if weight.device.type != 'cpu' or state.shape[1] % state.blocksize == 0:
-            return dequantize_4bit(weight.data, state).to(dtype)
-        out = torch.empty(self.shape, dtype=dtype)
-        reference.dequantize_into(out, parts)
-        return out
+        return dequantized(self.module, dtype, self.parts())
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias, or None."""

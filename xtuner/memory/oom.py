@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.engine.estimate_text import gib
+from xtuner.utils.units import gib
 
 _SHOWN = 3
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from xtuner.errors import ModelError, one_line
-from xtuner.model.weights import WeightReader, open_weights
+from xtuner.model.weights.reader import WeightReader, open_weights
 
 # Families whose published tensors have the names of their modules. What transformers renames while it loads cannot
 # be checked before; its own report is checked after loading.

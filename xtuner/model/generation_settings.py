@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.errors import ModelError, one_line
-from xtuner.model.sources import read_json
+from xtuner.model.hub import read_json
 
 logger = logging.getLogger('xtuner')
 

@@ -27,18 +27,18 @@ from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError, first_of, one_line
 from xtuner.model.check import check_weights
 from xtuner.model.config_file import make_config
-from xtuner.model.internlm.configuration import InternLMConfig
-from xtuner.model.internlm.modeling import InternLMForCausalLM, InternLMModel
-from xtuner.model.internlm.tokenization import InternLMTokenizer
-from xtuner.model.internlm2.configuration import InternLM2Config
-from xtuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
-from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
-from xtuner.model.internlm3.configuration import InternLM3Config
-from xtuner.model.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
-from xtuner.model.internlm3.tokenization import InternLM3Tokenizer
+from xtuner.model.families.internlm.configuration import InternLMConfig
+from xtuner.model.families.internlm.modeling import InternLMForCausalLM, InternLMModel
+from xtuner.model.families.internlm.tokenization import InternLMTokenizer
+from xtuner.model.families.internlm2.configuration import InternLM2Config
+from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
+from xtuner.model.families.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.families.internlm3.configuration import InternLM3Config
+from xtuner.model.families.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
+from xtuner.model.families.internlm3.tokenization import InternLM3Tokenizer
+from xtuner.model.hub import read_json, resolve_model
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
-from xtuner.model.shares import Share, cut_while_loading
-from xtuner.model.sources import read_json, resolve_model
+from xtuner.model.sharded_loading import Share, cut_while_loading
 from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.progress import progress_as_lines

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.errors import ModelError
-from xtuner.fused.frozen import FrozenLinear
+from xtuner.kernels.dequantize import dequantized
 from xtuner.kernels.quantized import is_4bit, state_of
 
 _WIDTH = 64  # of the layer that is tried; one quantisation block
@@ -89,6 +89,6 @@ def read_blocks_across_rows(model: nn.Module) -> int:
 def _forward(self: Any, x: Tensor) -> Tensor:
     if self.weight.device.type != 'cpu':
         return type(self).forward(self, x)
-    weight = FrozenLinear(self).matrix(self.compute_dtype or x.dtype)
+    weight = dequantized(self, self.compute_dtype or x.dtype)
     bias = None if self.bias is None else self.bias.to(weight.dtype)
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

@@ -12,10 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from xtuner.dataset.templates.template_probe import check_template_files
 from xtuner.errors import ModelError, one_line
 from xtuner.model.config_file import check_tokenizer_class
-from xtuner.model.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
-from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
-from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
-from xtuner.model.sources import read_json, resolve_model
+from xtuner.model.families.internlm.tokenization import PREFIX_KEY, InternLMTokenizer
+from xtuner.model.families.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.families.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
+from xtuner.model.hub import read_json, resolve_model
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.files import MAX_BYTES, check_regular, read_object
 

@@ -16,7 +16,7 @@ from xtuner.dataset.templates.builtin import Piece, Template, get_template
 from xtuner.errors import ConfigError, DataError, ModelError, UsageError
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 from xtuner.serve.address import base_name_of, name_adapters
 
 

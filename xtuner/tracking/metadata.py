@@ -1,4 +1,4 @@
-"""What a run is, as JSON values: for `about.json`, and for the card in the adapter's folder."""
+"""Facts about a run as JSON values: its method, data and latest losses."""
 
 from __future__ import annotations
 
@@ -8,54 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.cache.store import PreparedDataset
-from xtuner.engine.build import Data
-from xtuner.engine.hooks.log import METRICS_FILE
-from xtuner.engine.schedule import Plan
-from xtuner.model.precision import dtype_name
-from xtuner.model.shares import num_parameters
-from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import reference
-from xtuner.tracking.environment import versions
+from xtuner.tracking.files import METRICS_FILE
 from xtuner.tracking.model_card import public_name
 
 _BINS = 24
 _TAIL_BYTES = 2**16  # of the metrics: enough for the last steps
-_CARD_VERSIONS = ('xtuner', 'torch', 'transformers', 'peft', 'bitsandbytes')
-
-
-def about_run(
-    config: TrainConfig, data: Data, plan: Plan, model: SupervisedFinetune, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The facts of `about.json`, beside its sessions."""
-    forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
-    return {
-        'base': config.model.path,
-        'base_fingerprint': data.base_fingerprint,
-        'method': method_of(config),
-        'data': ', '.join(sources_of(config)),
-        'template': config.model.template,
-        'compute_dtype': dtype_name(dtype),
-        'fast_path': str(getattr(forward, 'path', '')),
-        'parameters': {'all': num_parameters(model), 'trained': num_parameters(model, trained=True)},
-        'plan': {
-            'num_items': plan.num_items,
-            'items_per_step': plan.largest_step,
-            'num_steps': plan.num_steps,
-            'num_warmup_steps': plan.num_warmup_steps,
-            'world_size': plan.world_size,
-        },
-        'dataset': {
-            name: summary_of(
-                dataset, config.dataset.max_length, share=name == 'val' and data.dataset.summary == dataset.summary
-            )
-            for name, dataset in (('train', data.dataset), ('val', data.validation))
-            if isinstance(dataset, PreparedDataset)
-        },
-    }
 
 
 def method_of(config: TrainConfig) -> str:
@@ -94,42 +55,6 @@ def summary_of(dataset: PreparedDataset, max_length: int, *, share: bool = False
         'fill': dataset.fill(max_length),
         'lengths': {'edges': edges.tolist(), 'counts': counts.tolist()},
     }
-
-
-def training_facts(config: TrainConfig, data: Data, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
-    """How a run trains, for the card: JSON values, the same for the same run whatever machine it is on."""
-    schedule, known = config.schedule, versions()
-    facts: dict[str, Any] = {
-        'method': method_of(config),
-        'data': sources_of(config),
-        'train_on': config.dataset.train_on,
-        'special_tokens_in_answers': list(
-            data.template.allowing(config.dataset.special_tokens_in_answers, data.tokenizer).answer_tokens
-        )
-        or None,
-        'max_length': config.dataset.max_length,
-        'steps': plan.num_steps,
-        'epochs': None if schedule.max_steps else schedule.max_epochs,
-        'tokens_per_step': plan.largest_step * config.dataset.max_length,
-        'learning_rate': config.optimizer.get('lr'),
-        'decay': schedule.decay,
-        'warmup_steps': plan.num_warmup_steps,
-        'optimizer': reference(config.optimizer['type']).rpartition(':')[2],
-        'precision': dtype_name(dtype),
-        'seed': config.runtime.seed,
-        'versions': {name: known[name] for name in _CARD_VERSIONS if name in known},
-    }
-    if config.adapter:
-        named = ('r', 'lora_alpha', 'lora_dropout', 'target_modules')
-        facts['adapter'] = {name: config.adapter[name] for name in named if name in config.adapter}
-    if isinstance(data.dataset, PreparedDataset):
-        summary = data.dataset.summary
-        facts |= {
-            'conversations': summary.kept,
-            'tokens': summary.tokens,
-            'target_tokens': summary.target_tokens,
-        }
-    return facts
 
 
 def latest_losses(work_dir: Path) -> dict[str, Any]:

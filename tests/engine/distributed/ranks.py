@@ -32,7 +32,7 @@ from xtuner.engine.schedule import Plan, StepSampler
 from xtuner.fused.enable import enable_fast_path
 from xtuner.kernels.quantized import state_of
 from xtuner.model.loading import load_model
-from xtuner.model.shares import Share
+from xtuner.model.sharded_loading import Share
 from xtuner.objectives.sft import SupervisedFinetune
 
 NUM_ITEMS, VOCABULARY = 8, 61

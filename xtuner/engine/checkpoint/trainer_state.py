@@ -24,7 +24,7 @@ _VERSION = 1  # of the keys in a state; a state without one was written before t
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes nested dicts and lists of tensors and JSON values."""
-    from xtuner.model.tensor_files import write_tensors
+    from xtuner.model.weights.files import write_tensors
 
     tensors: dict[str, torch.Tensor] = {}
     content = _split({_FORMAT: _VERSION} | state, '', tensors)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from xtuner.kernels.quantized import is_4bit
-from xtuner.model.shares import scales_as, whole_shapes
+from xtuner.model.sharded_loading import scales_as, whole_shapes
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from xtuner.errors import Interrupted, TrainingError, one_line
 from xtuner.inference.decode.decoder import release
 from xtuner.inference.detokenizer import whole_characters
 from xtuner.inference.generate import Sampling, generate
+from xtuner.tracking.files import SAMPLES_FILE
 from xtuner.utils.escape import printable
 from xtuner.utils.jsonl import append_line, keep_lines
 
 logger = logging.getLogger('xtuner')
 
-SAMPLES_FILE = 'samples.jsonl'
 _MOST_SHOWN = 300  # characters of a prompt or an answer on the terminal
 
 

@@ -10,11 +10,11 @@ import torch
 from mmengine.hooks import Hook
 
 from xtuner.engine.loop import StepResult
+from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line, keep_lines
 
 logger = logging.getLogger('xtuner')
 
-METRICS_FILE = 'metrics.jsonl'
 _SMOOTHING = 0.9  # of the step time behind the ETA: about the last ten steps
 
 

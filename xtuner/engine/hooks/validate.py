@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.dataset.packing.collate import collate, count_targets
-from xtuner.engine.hooks.log import METRICS_FILE
+from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line
 
 logger = logging.getLogger('xtuner')

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xtuner.engine.hooks.evaluate_chat import SAMPLES_FILE
-from xtuner.engine.hooks.log import METRICS_FILE
 from xtuner.errors import CheckpointError
+from xtuner.tracking.files import METRICS_FILE, SAMPLES_FILE
 from xtuner.tracking.sessions import ABOUT_FILE, read_about
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.files import check_regular

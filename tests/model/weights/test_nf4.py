@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xtuner.convert.base import _mean
-from xtuner.convert.nf4 import BLOCK, _limits, _number, quantize_nf4
+from xtuner.model.weights.nf4 import BLOCK, _limits, _number, quantize_nf4
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from xtuner.errors import ModelError
-from xtuner.model.weights import fingerprint, open_weights
+from xtuner.model.weights.reader import fingerprint, open_weights
 
 TENSORS = {
     'model.embed.weight': torch.arange(2000 * 3, dtype=torch.float16).reshape(2000, 3),

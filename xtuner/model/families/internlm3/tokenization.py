@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.model.internlm.sentencepiece import SPACE
-from xtuner.model.internlm.tokenization import InternLMTokenizer, clean_up
+from xtuner.model.families.internlm.sentencepiece import SPACE
+from xtuner.model.families.internlm.tokenization import InternLMTokenizer, clean_up
 
 SPACES_KEY = 'spaces_for_interleaved_special_tokens'
 """In `tokenizer_config.json`, it tells InternLM3's tokenizer from its elders'."""

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from xtuner.errors import ModelError
-from xtuner.model.internlm.sentencepiece import SPACE, read_model, to_rust
+from xtuner.model.families.internlm.sentencepiece import SPACE, read_model, to_rust
 
 _BYTE = re.compile(r'<0x([0-9A-F]{2})>')
 # What transformers' `clean_up_tokenization` takes the space out of; the original does so after every decoding.

@@ -13,7 +13,7 @@ import torch
 from tests.model.published import CONFIGS, VOCAB, pieces, write_model, write_tokenizer
 from xtuner.inference.detokenizer import TextStream
 from xtuner.inference.generate import Sampling
-from xtuner.model import chat
+from xtuner.model.families import chat_api
 from xtuner.model.loading import load_model, load_tokenizer
 
 
@@ -90,7 +90,9 @@ def test_an_empty_answer(model: Any, tokenizer: Any) -> None:
 
 def test_the_defaults_of_the_model_card(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr('xtuner.model.chat.generate', lambda *args, **keywords: asked.update(keywords) or [])
+    monkeypatch.setattr(
+        'xtuner.model.families.chat_api.generate', lambda *args, **keywords: asked.update(keywords) or []
+    )
     model.chat(tokenizer, 'hello', history=[])
     assert asked['sampling'] == Sampling(max_new_tokens=1024, temperature=0.8, top_p=0.8)
     assert sorted(asked['stop_ids']) == sorted([2, pieces_id(tokenizer, '<eoa>')])
@@ -110,7 +112,7 @@ def test_max_new_tokens_and_greedy_answers_are_generate_s(model: Any, tokenizer:
 
 def test_closing_a_stream_ends_the_generation(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its next token, however fast the machine: the sixth is not drawn before the stream is closed."""
-    made: list[chat._Responses] = []
+    made: list[chat_api._Responses] = []
 
     class Waiting(Script):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,12 +120,12 @@ def test_closing_a_stream_ends_the_generation(model: Any, tokenizer: Any, monkey
                 assert made[0].closed.wait(60)
             return super().forward(hidden)
 
-    class Kept(chat._Responses):
+    class Kept(chat_api._Responses):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(chat, '_Responses', Kept)
+    monkeypatch.setattr(chat_api, '_Responses', Kept)
     script = model.lm_head = Waiting(say(model, tokenizer, 'the cat sat on the mat ' * 60).ids)
     stream = model.stream_chat(tokenizer, 'Hello')
     next(stream)

@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, rotate_half
 
-from xtuner.model.chat import ChatMixin
-from xtuner.model.internlm.configuration import InternLMConfig
-from xtuner.model.internlm.rotary import DynamicNTKRotaryEmbedding
+from xtuner.model.families.chat_api import ChatMixin
+from xtuner.model.families.internlm.configuration import InternLMConfig
+from xtuner.model.families.internlm.rotary import DynamicNTKRotaryEmbedding
 
 
 class InternLMDynamicAttention(LlamaAttention):

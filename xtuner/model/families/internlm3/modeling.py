@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 
-from xtuner.model.chat import ChatMixin
-from xtuner.model.internlm.rotary import DynamicNTKRotaryEmbedding
-from xtuner.model.internlm3.configuration import InternLM3Config
+from xtuner.model.families.chat_api import ChatMixin
+from xtuner.model.families.internlm.rotary import DynamicNTKRotaryEmbedding
+from xtuner.model.families.internlm3.configuration import InternLM3Config
 
 
 class InternLM3Model(LlamaModel):

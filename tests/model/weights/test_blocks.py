@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xtuner.convert.shards import row_blocks
+from xtuner.model.weights.blocks import row_blocks
 
 
 @pytest.mark.parametrize('shape', [(1000, 3000), (37, 2**18), (5, 3), (0, 8), (40, 7000), (999_999,), (12, 0)])

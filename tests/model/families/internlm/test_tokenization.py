@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.model.internlm.original import OriginalTokenizer
+from tests.model.families.internlm.original import OriginalTokenizer
 from tests.model.published import pieces, write_tokenizer
 from xtuner.errors import ModelError
-from xtuner.model.internlm.tokenization import InternLMTokenizer, utf8
+from xtuner.model.families.internlm.tokenization import InternLMTokenizer, utf8
 from xtuner.model.loading import load_tokenizer
 
 RUNS = ' -=*._#/\\~+:!?a0\t\n\r的'

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtuner.errors import ModelError, first_line, first_of, one_line
-from xtuner.model.places import Place, bin_places, safetensors_places
+from xtuner.model.weights.offsets import Place, bin_places, safetensors_places
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.files import check_regular, read_object
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.model.published import pieces, write_tokenizer
 from xtuner.errors import ModelError
-from xtuner.model.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
+from xtuner.model.families.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
 from xtuner.model.loading import load_tokenizer
 
 PARTS = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xtuner.model.internlm.tokenization import InternLMTokenizer
+from xtuner.model.families.internlm.tokenization import InternLMTokenizer
 
 
 class InternLM2Tokenizer(InternLMTokenizer):

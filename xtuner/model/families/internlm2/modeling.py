@@ -30,9 +30,9 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from xtuner.model.chat import ChatMixin
-from xtuner.model.internlm.rotary import DynamicNTKRotaryEmbedding
-from xtuner.model.internlm2.configuration import InternLM2Config
+from xtuner.model.families.chat_api import ChatMixin
+from xtuner.model.families.internlm.rotary import DynamicNTKRotaryEmbedding
+from xtuner.model.families.internlm2.configuration import InternLM2Config
 
 
 def split_wqkv(wqkv: Tensor, num_key_heads: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from tests.model.published import write_model
 from xtuner.adapters.attach import looks_at_the_base
 from xtuner.config.schema import QuantizationConfig
 from xtuner.model.loading import load_model
-from xtuner.model.shares import Share, cut_while_loading, num_parameters, whole_shapes
+from xtuner.model.sharded_loading import Share, cut_while_loading, num_parameters, whole_shapes
 
 RANKS = 3  # divides few of the sizes
 

@@ -15,8 +15,8 @@ import torch
 
 from tests.model.published import write_model, write_tokenizer
 from xtuner.errors import ModelError
+from xtuner.model.hub import resolve_model
 from xtuner.model.loading import load_model, load_tokenizer
-from xtuner.model.sources import resolve_model
 
 ID = 'Shanghai_AI_Laboratory/internlm-chat-7b'
 

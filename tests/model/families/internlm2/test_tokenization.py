@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.internlm.original import OriginalTokenizer
+from tests.model.families.internlm.original import OriginalTokenizer
 from tests.model.published import pieces, write_tokenizer
-from xtuner.model.internlm2.tokenization import InternLM2Tokenizer
+from xtuner.model.families.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.loading import load_tokenizer
 
 
