@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from xtuner.chat.moss import AnswerFilter, Call, MossSession, find_calls, read_parts, tool_list
-from xtuner.chat.plugins.base import PluginError, open_plugins
+from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.calculate import Calculate
+from xtuner.chat.plugins.find import open_plugins
 from xtuner.errors import UsageError
 
 

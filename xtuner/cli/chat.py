@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     start_logging()
     _check_early(args)
-    from xtuner.chat.plugins.base import open_plugins
+    from xtuner.chat.plugins.find import open_plugins
     from xtuner.chat.terminal import chat_interactive, chat_piped, show_call
     from xtuner.inference.generate import Sampling
 

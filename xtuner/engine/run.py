@@ -58,6 +58,7 @@ from xtuner.objectives.model_checks import check_family
 from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
 from xtuner.tracking.metadata import latest_losses
+from xtuner.tracking.report.page import try_to_report
 from xtuner.tracking.sessions import told
 
 logger = logging.getLogger('xtuner')
@@ -157,7 +158,7 @@ def _run(
             runner.train_loop.dataloader.start_step = runner.iter
             logger.info('resuming from %s at step %d', checkpoint, runner.iter)
         try:
-            with told(work_dir, about, from_step=runner.iter):
+            with told(work_dir, about, from_step=runner.iter, at_end=try_to_report):
                 runner.train()
         finally:
             runner.visualizer.close()

@@ -1,0 +1,1 @@
+"""Answers from a model: decoding one text or many, sampling, scheduling."""

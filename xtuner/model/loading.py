@@ -13,57 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from xtuner.config.schema import QuantizationConfig
 from xtuner.errors import ModelError, first_of, one_line
 from xtuner.model.check import check_weights
-from xtuner.model.config_file import make_config
-from xtuner.model.families.internlm.configuration import InternLMConfig
-from xtuner.model.families.internlm.modeling import InternLMForCausalLM, InternLMModel
-from xtuner.model.families.internlm.tokenization import InternLMTokenizer
-from xtuner.model.families.internlm2.configuration import InternLM2Config
-from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
-from xtuner.model.families.internlm2.tokenization import InternLM2Tokenizer
-from xtuner.model.families.internlm3.configuration import InternLM3Config
-from xtuner.model.families.internlm3.modeling import InternLM3ForCausalLM, InternLM3Model
-from xtuner.model.families.internlm3.tokenization import InternLM3Tokenizer
+from xtuner.model.families.auto import NATIVE, register
 from xtuner.model.hub import read_json, resolve_model
+from xtuner.model.load_config import load_config, read_generation_settings
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.sharded_loading import Share, cut_while_loading
-from xtuner.model.tokenizer import TOKENIZERS, load_tokenizer
-from xtuner.utils.fields import Field, check_fields, shown
+from xtuner.model.tokenizer import load_tokenizer
 from xtuner.utils.progress import progress_as_lines
 
-__all__ = ['load_config', 'load_model', 'load_tokenizer', 'read_json', 'register', 'resolve_model']
+__all__ = [
+    'load_config',
+    'load_model',
+    'load_tokenizer',
+    'read_generation_settings',
+    'read_json',
+    'register',
+    'resolve_model',
+]
 
 logger = logging.getLogger('xtuner')
-
-_IDS = Field(int | list[int] | None, minimum=-(2**31), maximum=2**31 - 1)
-_GENERATION_FIELDS = {'bos_token_id': _IDS, 'eos_token_id': _IDS, 'pad_token_id': _IDS}
-
-
-def register() -> None:
-    """Makes transformers' Auto classes know InternLM, InternLM2 and InternLM3; importing this module calls it."""
-    families: tuple[tuple[Any, Any, Any, Any], ...] = (
-        (InternLMConfig, InternLMModel, InternLMForCausalLM, InternLMTokenizer),
-        (InternLM2Config, InternLM2Model, InternLM2ForCausalLM, InternLM2Tokenizer),
-        (InternLM3Config, InternLM3Model, InternLM3ForCausalLM, InternLM3Tokenizer),
-    )
-    for config, backbone, model, tokenizer in families:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, backbone, exist_ok=True)
-        AutoModelForCausalLM.register(config, model, exist_ok=True)
-        AutoTokenizer.register(config, fast_tokenizer_class=tokenizer, exist_ok=True)
-
 
 register()
 
@@ -99,7 +72,7 @@ def load_model(
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
     device = torch.device(device or 'cpu')
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    native = config.model_type in TOKENIZERS
+    native = config.model_type in NATIVE
     _check_alone(folder)
     read_generation_settings(folder)
     arguments: dict[str, Any] = {
@@ -124,51 +97,6 @@ def load_model(
     keep_plain_layout(model)
     read_blocks_across_rows(model)
     return model.eval()
-
-
-def load_config(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> Any:
-    """The config of a model folder.
-
-    Args:
-        folder: Holds `config.json`.
-        trust_remote_code: Whether a model that transformers does not know may run its own code.
-        weights: Whether the weights will be loaded; False leaves out how they are quantised.
-
-    Raises:
-        ModelError: there is none, it cannot be read, or it is of a model that is not known here.
-    """
-    if not (folder / 'config.json').exists():
-        raise ModelError(f'{folder} is no model folder: config.json is missing')
-    path = folder / 'config.json'
-    content = read_json(path)
-    kind = content.get('model_type')
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    if not known and not trust_remote_code:
-        what = 'needs code that comes with it; pass --trust-remote-code to run that code' if content.get('auto_map') \
-            else 'is known neither to xtuner nor to this version of transformers'  # fmt: skip
-        raise ModelError(f'{folder}: a model of type {shown(kind)} is not supported natively and {what}')
-    if known:
-        return make_config(content, path, trust_remote_code=trust_remote_code, weights=weights)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    except Exception as error:
-        raise ModelError(f'{path}: {one_line(error)}') from error
-
-
-def read_generation_settings(folder: Path) -> dict[str, Any]:
-    """What `generation_config.json` says; empty where there is none.
-
-    Only its ids are used: `xtuner.inference.generate` draws the answers and never loads a `custom_generate`.
-
-    Raises:
-        ModelError: the file cannot be read, or an id is none.
-    """
-    path = folder / 'generation_config.json'
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    check_fields(content, _GENERATION_FIELDS, path, ModelError)
-    return content
 
 
 def _check_alone(folder: Path) -> None:

@@ -16,6 +16,7 @@ from xtuner.model.families.internlm.tokenization import PREFIX_KEY, InternLMToke
 from xtuner.model.families.internlm2.tokenization import InternLM2Tokenizer
 from xtuner.model.families.internlm3.tokenization import SPACES_KEY, InternLM3Tokenizer
 from xtuner.model.hub import read_json, resolve_model
+from xtuner.model.load_config import load_config
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.files import MAX_BYTES, check_regular, read_object
 
@@ -85,7 +86,7 @@ def load_tokenizer(
     try:
         if own is not None:
             return own.from_pretrained(folder, **instead)
-        from xtuner.model.loading import register  # a config may be of a model that transformers learns of there
+        from xtuner.model.families.auto import register  # late: it imports the models' code
 
         register()
         config = _config(folder, trust_remote_code)
@@ -138,8 +139,6 @@ def _instead(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     """The model's config, which transformers would read without its checks; None where it may run its own code."""
-    from xtuner.model.loading import load_config
-
     if not (folder / 'config.json').exists():
         return PreTrainedConfig()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,13 +21,16 @@ ABOUT_FILE = 'about.json'
 
 
 @contextmanager
-def told(work_dir: Path, facts: dict[str, Any] | None, *, from_step: int) -> Iterator[None]:
-    """Notes a start of the run and, when the block ends, how; then writes the report. Nothing here can end a run.
+def told(
+    work_dir: Path, facts: dict[str, Any] | None, *, from_step: int, at_end: Callable[[Path], None]
+) -> Iterator[None]:
+    """Notes a start of the run and, when the block ends, how; then calls `at_end`. Nothing here can end a run.
 
     Args:
         work_dir: The run's folder.
         facts: What the run is: JSON values, such as its plan and the summary of its data. None: another process tells.
         from_step: Optimizer steps that were done before.
+        at_end: Gets the folder once the end is noted, such as `try_to_report`.
     """
     if facts is None:
         yield
@@ -53,7 +56,7 @@ def told(work_dir: Path, facts: dict[str, Any] | None, *, from_step: int) -> Ite
     finally:
         session['ended'] = _now()
         _write(work_dir, about)
-        try_to_report(work_dir)
+        at_end(work_dir)
 
 
 def read_about(work_dir: Path) -> dict[str, Any]:
@@ -62,18 +65,6 @@ def read_about(work_dir: Path) -> dict[str, Any]:
         return read_object(work_dir / ABOUT_FILE, CheckpointError)
     except CheckpointError:
         return {}
-
-
-def try_to_report(work_dir: Path) -> None:
-    """Writes `report.html`; what stands in the way is told and left."""
-    from xtuner.tracking.report.page import write_report
-
-    try:
-        path = write_report(work_dir)
-    except Exception as error:  # a picture of the run is not worth the run
-        logger.warning('no report: %s: %s', type(error).__name__, error)
-    else:
-        logger.info('report: %s', path)
 
 
 def _write(work_dir: Path, about: dict[str, Any]) -> None:

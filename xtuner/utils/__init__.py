@@ -1,40 +1,5 @@
-"""Classical import paths: `PROMPT_TEMPLATE.internlm_chat`, `SYSTEM_TEMPLATE.alpaca`."""
+"""What every package may use: units, files, JSON lines, progress, processes."""
 
-from __future__ import annotations
+from xtuner.aliases import former_names
 
-from typing import Any
-
-
-class _Names:
-    """Looks names up as attributes or as keys, and says which there are where one is missing."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def _values(self) -> dict[str, Any]:
-        if self._kind == 'prompt':
-            from xtuner.dataset.templates.builtin import TEMPLATES
-
-            return TEMPLATES.module_dict
-        from xtuner.dataset.map_fns.systems import SYSTEM_TEMPLATE as SYSTEMS
-
-        return SYSTEMS
-
-    def __getattr__(self, name: str) -> Any:
-        values = self._values()
-        if name.startswith('__') or name not in values:
-            raise AttributeError(f'there is no {self._kind} template {name!r}; known: {", ".join(sorted(values))}')
-        return values[name]
-
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return getattr(self, name)
-        except AttributeError as error:
-            raise KeyError(str(error)) from None
-
-    def __iter__(self) -> Any:
-        return iter(self._values())
-
-
-PROMPT_TEMPLATE = _Names('prompt')
-SYSTEM_TEMPLATE = _Names('system')
+__getattr__ = former_names(__name__)

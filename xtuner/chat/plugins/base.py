@@ -1,13 +1,8 @@
-"""What a plugin is, and how one is found by its name."""
+"""What a plugin is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
-
-from xtuner.errors import UsageError, nearest
-
-NAMES = ('calculate', 'solve', 'search')
 
 
 class Plugin(Protocol):
@@ -26,29 +21,3 @@ class Plugin(Protocol):
 
 class PluginError(Exception):
     """A tool has no result; the text says why, to the model and to the user."""
-
-
-def open_plugins(names: Sequence[str]) -> list[Plugin]:
-    """Plugins by their names on the command line, each once.
-
-    Raises:
-        UsageError: a name is unknown, or a plugin lacks what it needs.
-    """
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f'there is no plugin {name!r}{nearest(name, NAMES)}; known: {", ".join(NAMES)}')
-    return [_open(name) for name in dict.fromkeys(names)]
-
-
-def _open(name: str) -> Plugin:
-    if name == 'calculate':
-        from xtuner.chat.plugins.calculate import Calculate
-
-        return Calculate()
-    if name == 'solve':
-        from xtuner.chat.plugins.solve import Solve
-
-        return Solve()
-    from xtuner.chat.plugins.search import Search
-
-    return Search.from_environment()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
 
+from xtuner.aliases import former_names
 from xtuner.dataset.map_fns.registration import detect_map_fn, formats, map_fn, nearest_format, resolve_map_fn
 
 __all__ = ['detect_map_fn', 'formats', 'map_fn', 'nearest_format', 'resolve_map_fn']
@@ -18,10 +18,4 @@ for _info in pkgutil.iter_modules(__path__):
     _functions = {name: value for name, value in vars(_module).items() if name.endswith('_map_fn') and callable(value)}
     globals().update({name: value for name, value in _functions.items() if value.__module__ == _module.__name__})
 
-
-def __getattr__(name: str) -> Any:
-    if name == 'template_map_fn_factory':  # where classical configs import it from
-        from xtuner.dataset.classical import template_map_fn_factory
-
-        return template_map_fn_factory
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+__getattr__ = former_names(__name__)

@@ -1,0 +1,1 @@
+"""Samples to packs and batches, in the order of an epoch."""

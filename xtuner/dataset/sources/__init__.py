@@ -1,0 +1,5 @@
+"""Where records come from: files, folders and the hub."""
+
+from xtuner.aliases import former_names
+
+__getattr__ = former_names(__name__)

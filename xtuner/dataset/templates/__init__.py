@@ -1,0 +1,1 @@
+"""Prompt formats, and chat templates of tokenizers."""

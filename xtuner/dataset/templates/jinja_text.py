@@ -1,30 +1,45 @@
-"""Writes a prompt template as the Jinja that is saved with a tokenizer."""
+"""The strings around each role's text, and the Jinja that is saved with a tokenizer for them."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from xtuner.dataset.templates.template import Template, Turn
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
-def write_jinja(template: Template, system: Turn) -> str:
+@dataclass(frozen=True)
+class Turn:
+    """What stands around one role's text. `{bos}`, `{eos}` and `{round}` (from 1) may be written in each string.
+
+    Attributes:
+        before: Stands before the text, written by the template; for an answer, this is the generation prompt.
+        lead: Stands before an answer's text and is written by the model, so it is trained.
+        end: Closes the text; written by the model and trained where the text is an answer.
+        after: Separates from what follows; never trained.
+    """
+
+    before: str = ''
+    end: str = ''
+    after: str = ''
+    lead: str = ''
+
+
+def write_jinja(
+    turns: Mapping[str, Turn], *, begin: str = '', default_system: str = '', system_in_user: bool = False
+) -> str:
     """Returns a template as Jinja.
 
-    Args:
-        template: What to write.
-        system: What stands around its system text.
+    The arguments are the fields of `Template`.
     """
-    turns = template.turns
-    lines = [f'{{{{- {_expression(template.begin)} }}}}' if template.begin else '',
+    system = turns.get('system', Turn())
+    lines = [f'{{{{- {_expression(begin)} }}}}' if begin else '',
              "{%- set ns = namespace(round=0, system='') -%}"]  # fmt: skip
-    if template.default_system:
-        shown = _show_system(template, system, json.dumps(template.default_system))
+    if default_system:
+        shown = _show_system(system, json.dumps(default_system), in_user=system_in_user)
         lines.append("{%- if messages[0]['role'] != 'system' -%}" + shown + '{%- endif -%}')
     lines += ['{%- for message in messages -%}', "{%- if message['role'] == 'system' -%}{%- if message['content'] -%}",
-              _show_system(template, system, "message['content']"), '{%- endif -%}']  # fmt: skip
+              _show_system(system, "message['content']", in_user=system_in_user), '{%- endif -%}']  # fmt: skip
     for role, turn in turns.items():
         if role == 'system':
             continue
@@ -43,10 +58,10 @@ def write_jinja(template: Template, system: Turn) -> str:
     return ''.join(lines)
 
 
-def _show_system(template: Template, turn: Turn, content: str) -> str:
+def _show_system(turn: Turn, content: str, *, in_user: bool) -> str:
     parts = [turn.before, content, turn.end, turn.after]
     shown = ' ~ '.join(part if part is content else _expression(part) for part in parts if part)
-    return f'{{%- set ns.system = {shown} -%}}' if template.system_in_user else f'{{{{- {shown} }}}}'
+    return f'{{%- set ns.system = {shown} -%}}' if in_user else f'{{{{- {shown} }}}}'
 
 
 _NAMES = {'{bos}': 'bos_token', '{eos}': 'eos_token', '{round}': 'ns.round'}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from xtuner.dataset.conversation import MODEL_ROLES, Conversation, Message
-from xtuner.dataset.templates.jinja_text import write_jinja
+from xtuner.dataset.templates.jinja_text import Turn, write_jinja
 from xtuner.errors import ConfigError, DataError
 
 TRAIN_ON = ('assistant', 'last_turn', 'all')
@@ -30,23 +30,6 @@ class Piece(NamedTuple):
     control: bool = False
     trained: bool = False
     starts: bool = False
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What stands around one role's text. `{bos}`, `{eos}` and `{round}` (from 1) may be written in each string.
-
-    Attributes:
-        before: Stands before the text, written by the template; for an answer, this is the generation prompt.
-        lead: Stands before an answer's text and is written by the model, so it is trained.
-        end: Closes the text; written by the model and trained where the text is an answer.
-        after: Separates from what follows; never trained.
-    """
-
-    before: str = ''
-    end: str = ''
-    after: str = ''
-    lead: str = ''
 
 
 @dataclass(frozen=True)
@@ -156,7 +139,9 @@ class Template:
 
     def chat_template(self) -> str:
         """Returns the same format as a Jinja template, to be saved with the tokenizer."""
-        return write_jinja(self, self.turns.get('system', Turn()))
+        return write_jinja(
+            self.turns, begin=self.begin, default_system=self.default_system, system_in_user=self.system_in_user
+        )
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
         """Returns the id of each marker that is one token of the vocabulary, with the tokenizer's begin and end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 import statistics
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from xtuner.tracking.report.charts import Line, line_chart
 from xtuner.tracking.report.parts import config_part, data_part, samples_part, sessions_part, text
 from xtuner.tracking.report.read import Run, read_run
 from xtuner.tracking.report.words import compact, duration, state_of
+
+logger = logging.getLogger('xtuner')
 
 REPORT_FILE = 'report.html'
 
@@ -42,6 +45,16 @@ def write_report(work_dir: Path) -> Path:
     except OSError as error:
         raise TrainingError(f'cannot write {path}: {error.strerror}') from error
     return path
+
+
+def try_to_report(work_dir: Path) -> None:
+    """Writes `report.html`; what stands in the way is told and left."""
+    try:
+        path = write_report(work_dir)
+    except Exception as error:  # a picture of the run is not worth the run
+        logger.warning('no report: %s: %s', type(error).__name__, error)
+    else:
+        logger.info('report: %s', path)
 
 
 def render(run: Run) -> str:
