@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import SHAPE, add_adapter, build_base, set_dropout
 from xtuner.fused.cuda_graphs import MOST_TOKENS
-from xtuner.fused.enable import enable_fast_path, wait_once_a_step
-from xtuner.memory.dims import model_shape
+from xtuner.fused.enable import enable_fused_training, wait_once_a_step
+from xtuner.memory.dims import model_dims
 from xtuner.memory.predict import Setup, predict_memory
 from xtuner.objectives.sft import SupervisedFinetune
 
@@ -100,7 +100,7 @@ def prepare(model: Any, row: Row) -> None:
         base.gradient_checkpointing_disable()
     set_dropout(model, row.dropout)
     model.train()
-    print(enable_fast_path(model, enabled=row.fast), flush=True)
+    print(enable_fused_training(model, enabled=row.fast), flush=True)
 
 
 def measure(model: Any, row: Row) -> dict[str, float]:
@@ -144,7 +144,7 @@ def predict(row: Row, layers: int) -> Any:
 
     section = {'type': 'peft:LoraConfig', 'r': row.rank, 'lora_dropout': row.dropout, 'target_modules': 'all-linear',
                'task_type': 'CAUSAL_LM'}  # fmt: skip
-    shape = model_shape(LlamaConfig(**{**SHAPE, 'num_hidden_layers': layers}), section)
+    shape = model_dims(LlamaConfig(**{**SHAPE, 'num_hidden_layers': layers}), section)
     return predict_memory(Setup(
         shape, row.batch * row.length, row.length, bits=row.bits, checkpointing=row.checkpointing, fast=row.fast,
         accumulated=row.accumulated > 1, paged=row.paged, optimizer_spare=0 if row.paged else 4,

@@ -58,14 +58,14 @@ def load(folder: Path, bits: int, cut: bool, device: str, rank: int, world_size:
     from xtuner.config.schema import QuantizationConfig
     from xtuner.engine.distributed.fsdp import FullyShard
     from xtuner.model.loading import load_model
-    from xtuner.model.sharded_loading import Share
+    from xtuner.model.sharded_loading import ShardSpec
     from xtuner.objectives.sft import SupervisedFinetune
 
     started = time.perf_counter()
     with Peak() as peak:
         llm: Any = load_model(
             folder, dtype=torch.bfloat16, quantization=QuantizationConfig() if bits == 4 else None, device=device,
-            sharded=True, share=Share(rank, world_size) if cut else None,
+            sharded=True, share=ShardSpec(rank, world_size) if cut else None,
         )  # fmt: skip
         loaded = time.perf_counter() - started
     with Peak() as later:

@@ -26,7 +26,7 @@ from xtuner.dataset.packing.sampler import EpochSampler
 from xtuner.engine.distributed import Single
 from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.runner import Runner
-from xtuner.engine.schedule import Plan, StepSampler
+from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.objectives.sft import SupervisedFinetune
 
 
@@ -49,12 +49,12 @@ def make_items(count: int, length: int) -> list[dict[str, np.ndarray]]:
     return [{'input_ids': i, 'labels': j, 'position_ids': np.arange(length)} for i, j in zip(ids, labels, strict=True)]
 
 
-def loader_of(items: list[dict[str, np.ndarray]], plan: Plan) -> DataLoader:
+def loader_of(items: list[dict[str, np.ndarray]], plan: TrainingSchedule) -> DataLoader:
     sampler = StepSampler(EpochSampler(len(items), seed=0), plan)
     return DataLoader(items, batch_sampler=sampler, collate_fn=lambda batch: collate(batch, pad_id=0))
 
 
-def bare(items: list[dict[str, np.ndarray]], plan: Plan) -> list[float]:
+def bare(items: list[dict[str, np.ndarray]], plan: TrainingSchedule) -> list[float]:
     model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches, seconds = iter(loader_of(items, plan)), []
@@ -71,7 +71,7 @@ def bare(items: list[dict[str, np.ndarray]], plan: Plan) -> list[float]:
     return seconds
 
 
-def engine(items: list[dict[str, np.ndarray]], plan: Plan, work_dir: Path) -> list[float]:
+def engine(items: list[dict[str, np.ndarray]], plan: TrainingSchedule, work_dir: Path) -> list[float]:
     model = make_model()
     ends: list[float] = []
     runner = Runner(
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger('xtuner').addHandler(logging.NullHandler())
     items = make_items(64, 256)
-    plan = Plan(len(items), ScheduleConfig(max_steps=args.steps, accumulative_counts=2))
+    plan = TrainingSchedule(len(items), ScheduleConfig(max_steps=args.steps, accumulative_counts=2))
     times: dict[str, list[float]] = {'bare': [], 'engine': []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):

@@ -31,7 +31,7 @@ from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.templates.builtin import get_template
-from xtuner.fused.enable import enable_fast_path
+from xtuner.fused.enable import enable_fused_training
 from xtuner.model.loading import load_tokenizer
 from xtuner.objectives.sft import SupervisedFinetune
 
@@ -119,7 +119,7 @@ def tune(model: Any, way: str, data: Any, steps: int, seed: int) -> list[float]:
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
         elif 'lora_B' in name:
             nn.init.zeros_(parameter)
-    path = enable_fast_path(model, enabled=way != 'stock', fp8=way == 'fp8')
+    path = enable_fused_training(model, enabled=way != 'stock', fp8=way == 'fp8')
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trained, lr=2e-4)
     finetune, losses, start = SupervisedFinetune(model).train(), [], time.perf_counter()

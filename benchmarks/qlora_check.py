@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing, set_dropout
-from xtuner.fused.decoder import FastDecoder
-from xtuner.fused.enable import enable_fast_path, fused_linear_cross_entropy
+from xtuner.fused.decoder import FusedDecoder
+from xtuner.fused.enable import enable_fused_training, fused_linear_cross_entropy
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
 from xtuner.kernels.quantized import is_4bit, take_apart
 
@@ -77,11 +77,11 @@ def check() -> None:
     model = add_adapter(build_base('cuda', num_hidden_layers=2), dropout=0.5)
     set_dropout(model, 0.0)
     for name, positions in (('dense', dense), ('packed', packed)):
-        enable_fast_path(model, enabled=False)
+        enable_fused_training(model, enabled=False)
         exact_loss, exact = gradients(dequantised(model), ids, positions, half=False)
         stock_loss, stock = gradients(model, ids, positions)
         print(f'{name}: exact loss {exact_loss:.4f}; stock loss {stock_loss:.4f}, gradients {errors(stock, exact)}')
-        print(enable_fast_path(model))
+        print(enable_fused_training(model))
         ways = (False,) * 5 + (True,) * 4  # cuDNN from the second batch of a form on, graphs from the fifth
         for checkpointing in ways:
             set_checkpointing(model, checkpointing)
@@ -93,7 +93,7 @@ def check() -> None:
     decoder: Any = model.get_base_model().model
     results = []
     for kernels, folded in ((PLAIN, False), (fused_kernels(), True)):
-        decoder.forward.fast = FastDecoder(decoder, kernels, folded=folded)
+        decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=folded)
         torch.manual_seed(3)
         results.append(gradients(model, ids, dense)[1])
     print('dropout 0.1, Triton against plain (same masks):', errors(results[1], results[0]), flush=True)
@@ -107,7 +107,7 @@ def check_repeats(model: Any, ids: Any, positions: Any) -> None:
     results = []
     for name, checkpointing, room in (('kept', False, None), ('again', True, None), ('by memory', False, 0)):
         set_checkpointing(model, checkpointing)
-        enable_fast_path(model, recompute_by_memory=room is not None)
+        enable_fused_training(model, recompute_by_memory=room is not None)
         fast = model.get_base_model().model.forward.fast
         fast.room = room
         for _ in range(7):  # graphs from the fifth on
@@ -119,11 +119,11 @@ def check_repeats(model: Any, ids: Any, positions: Any) -> None:
 
 def check_fp8(model: Any, ids: Any, positions: Any) -> None:
     """Gradients in FP8 against float32, and what the pieces cost."""
-    enable_fast_path(model, enabled=False)
+    enable_fused_training(model, enabled=False)
     _, exact = gradients(dequantised(model), ids, positions, half=False)
     for checkpointing in (False, True):
         set_checkpointing(model, checkpointing)
-        print(enable_fast_path(model, fp8=True))
+        print(enable_fused_training(model, fp8=True))
         for _ in range(6):
             loss, grads = gradients(model, ids, positions, fused_loss=True)
         print(f'  fp8, checkpointing {checkpointing}: loss {loss:.4f}, gradients {errors(grads, exact)}', flush=True)

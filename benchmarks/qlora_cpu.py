@@ -25,7 +25,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import add_adapter, build_base
-from xtuner.fused.enable import enable_fast_path, fused_linear_cross_entropy
+from xtuner.fused.enable import enable_fused_training, fused_linear_cross_entropy
 from xtuner.model.precision import compute_dtype
 
 
@@ -61,7 +61,7 @@ class Way:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        self.path = enable_fast_path(self.model, enabled=fast)
+        self.path = enable_fused_training(self.model, enabled=fast)
         self.dtype = dtype
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

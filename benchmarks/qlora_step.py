@@ -123,9 +123,9 @@ def set_up(impl: str, model: Any, args: argparse.Namespace, row: Row) -> None:
     set_checkpointing(model, row.checkpointing == 'on')
     set_dropout(model, row.dropout)
     if impl == 'ours':
-        from xtuner.fused.enable import enable_fast_path
+        from xtuner.fused.enable import enable_fused_training
 
-        print(enable_fast_path(model, recompute_by_memory=row.checkpointing == 'auto', fp8=row.fp8), flush=True)
+        print(enable_fused_training(model, recompute_by_memory=row.checkpointing == 'auto', fp8=row.fp8), flush=True)
         model.get_base_model().get_decoder().forward.fast.graphs_allowed = not args.no_graphs
 
 

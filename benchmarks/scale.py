@@ -191,11 +191,11 @@ def measure_7b(parts: list[str], group: Any, tiny: bool) -> None:
     from xtuner.engine.distributed import Single
     from xtuner.engine.distributed.ddp import DataParallel
     from xtuner.engine.distributed.launch import sequence_group
-    from xtuner.fused.enable import enable_fast_path
+    from xtuner.fused.enable import enable_fused_training
 
     started = time.perf_counter()
     model = build({}, tiny)
-    path = enable_fast_path(model.llm)
+    path = enable_fused_training(model.llm)
     if group.rank == 0:
         report(what='7B built', seconds=round(time.perf_counter() - started, 1), path=str(path))
     length, steps = (64, 4) if tiny else (2048, 16)
@@ -241,11 +241,11 @@ def measure_20b(group: Any, tiny: bool) -> None:
     from xtuner.engine.distributed import Single
     from xtuner.engine.distributed.ddp import DataParallel
     from xtuner.engine.distributed.fsdp import FullyShard
-    from xtuner.fused.enable import enable_fast_path
+    from xtuner.fused.enable import enable_fused_training
 
     started = time.perf_counter()
     model = build(B20, tiny)
-    enable_fast_path(model.llm)
+    enable_fused_training(model.llm)
     if group.rank == 0:
         report(what='20B built', seconds=round(time.perf_counter() - started, 1))
     length, steps = (64, 4) if tiny else (2048, 4)
@@ -261,7 +261,7 @@ def measure_20b(group: Any, tiny: bool) -> None:
     if group.rank == 0 and ddp:
         report(what='20B 4x2048 a card, ddp', cards=group.world_size, **ddp)
     gc.collect()
-    enable_fast_path(model.llm, sharded=True)
+    enable_fused_training(model.llm, sharded=True)
     fsdp = attempt('20B fsdp', lambda: run_on_all(FullyShard(group.rank, group.world_size)))
     if group.rank == 0 and fsdp:
         report(what='20B 4x2048 a card, fsdp', cards=group.world_size, **fsdp,

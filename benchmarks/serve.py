@@ -126,7 +126,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.qlora_model import add_adapter, build_base
-    from xtuner.inference.weight_cache import keep_weights
+    from xtuner.inference.weight_cache import cache_weights
 
     began = time.perf_counter()
     if torch.cuda.is_available():
@@ -141,7 +141,7 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
             model = add_adapter(model).eval()
         for form in ('kept', 'as loaded'):
             if form == 'kept':
-                keep_weights(model)
+                cache_weights(model)
             found[f'{label}, {form}'] = rates = decoding_rates(model, args)
             print(json.dumps({f'{label}, {form}': rates, 's': round(time.perf_counter() - began, 1)}), flush=True)
             for module in model.modules():
@@ -159,7 +159,7 @@ def decoding_rates(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     found = medians(lambda num: streams_alone(decoder, num, args.tokens), args.streams, args.rounds)
     if decoder._graphs is not None:
         found['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        found['recorded'] = decoder._graphs.why_not or len(decoder._graphs._recorded)
+        found['recorded'] = decoder._graphs.reason_disabled or len(decoder._graphs._recorded)
         found['recorded_differs'] = recorded_differs(decoder)
         torch.cuda.reset_peak_memory_stats()
     return found
@@ -178,9 +178,9 @@ def recorded_differs(decoder: Any) -> float:
 def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
     """Tokens a second of some answers that begin together, from the thread that draws them."""
     from xtuner.inference.answer import Answer, Events
-    from xtuner.inference.detokenizer import AnswerText
+    from xtuner.inference.detokenizer import IncrementalDetokenizer
     from xtuner.inference.generate import Sampling
-    from xtuner.inference.scheduler import Batcher
+    from xtuner.inference.scheduler import Scheduler
 
     finished = threading.Semaphore(0)
 
@@ -193,9 +193,9 @@ def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
         def decode(self, ids: Any, **_: Any) -> str:
             return ' '.join(map(str, ids))
 
-    batcher = Batcher(decoder, adapters=[None], use=lambda _: None, deliver=deliver, most_waiting=num)
+    batcher = Scheduler(decoder, adapters=[None], use=lambda _: None, deliver=deliver, most_waiting=num)
     answers = [Answer(None, [random.Random(n).randrange(5, 2000) for _ in range(32)], Sampling(num_tokens, 0.0),
-                      frozenset(), AnswerText(Numbers()), n) for n in range(num)]  # fmt: skip
+                      frozenset(), IncrementalDetokenizer(Numbers()), n) for n in range(num)]  # fmt: skip
     batcher.start()
     began = time.perf_counter()
     batcher.submit(answers)

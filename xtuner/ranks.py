@@ -20,7 +20,7 @@ CHILD = 'XTUNER_CHILD'
 _ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
 
 # Whether this process's error is the one to tell, given its text; set by `engine.watch` while a group exists.
-judge: Callable[[str], bool] | None = None
+error_arbiter: Callable[[str], bool] | None = None
 
 
 def rank() -> int:
@@ -33,7 +33,7 @@ def is_first_process() -> bool:
     return rank() == 0
 
 
-def tells_error(text: str) -> bool:
+def should_report(text: str) -> bool:
     """Leaves an error for who started this process, and answers whether it shall be printed here.
 
     One failure ends all processes of a run; only the first of them is worth a line.
@@ -43,15 +43,15 @@ def tells_error(text: str) -> bool:
     """
     if not is_one_of_several():
         return True
-    first = judge(text) if judge is not None else _is_first_of_node()
+    first = error_arbiter(text) if error_arbiter is not None else _is_first_of_node()
     if first:
         _leave(text)
     return first and CHILD not in os.environ
 
 
-def leave_group(status: int) -> None:
+def exit_rank(status: int) -> None:
     """After an error was told: ends this process now if it is in a group, whose orderly end would wait for others."""
-    if judge is not None:
+    if error_arbiter is not None:
         end_now(status)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.convert import direct_io
-from xtuner.convert.direct_io import PlacedFile
+from xtuner.convert.direct_io import DirectIOWriter
 
 SIZES = (5, 4096, 70_001, 9_000_000, 65_536, 4_194_304, 123, 200_000)  # of neighbouring parts, from byte 77 on
 
@@ -19,7 +19,7 @@ def write(path: Path) -> bytes:
     """Four threads write the parts, each in pieces; what the file shall hold."""
     parts = [os.urandom(size) for size in SIZES]
     whole = b'\0' * 77 + b''.join(parts)
-    file = PlacedFile(path, len(whole))
+    file = DirectIOWriter(path, len(whole))
 
     def put(number: int) -> None:
         part = memoryview(parts[number])
@@ -35,13 +35,13 @@ def write(path: Path) -> bytes:
 
 def test_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = []
-    put = PlacedFile._put_direct
+    put = DirectIOWriter._put_direct
 
-    def counted(self: PlacedFile, data: memoryview, position: int) -> bool:
+    def counted(self: DirectIOWriter, data: memoryview, position: int) -> bool:
         direct.append(done := put(self, data, position))
         return done
 
-    monkeypatch.setattr(PlacedFile, '_put_direct', counted)
+    monkeypatch.setattr(DirectIOWriter, '_put_direct', counted)
     whole = write(tmp_path / 'file')
     assert (tmp_path / 'file').read_bytes() == whole
     assert len(direct) == 6  # three buffers of the largest part, one each of three more; the others are short

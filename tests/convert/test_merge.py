@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.convert.adapters import GPT2, KINDS, TIED, VOCAB, make_base, make_gpt2, save_trained
 from xtuner.adapters.attach import Provenance
-from xtuner.adapters.delta import LowRank
+from xtuner.adapters.delta import LoraDelta
 from xtuner.adapters.file import AdapterFile
 from xtuner.adapters.load import load_adapter
 from xtuner.cli.main import main
@@ -213,13 +213,13 @@ def test_the_check_finds_a_wrong_result(
     base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One wrong scale in one layer, and one swapped tensor, are each far beyond rounding."""
-    right = LowRank.rows
+    right = LoraDelta.rows
 
-    def wrong(self: LowRank, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def wrong(self: LoraDelta, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return dataclasses.replace(self, scale=2 * self.scale)._right(rows, start, stop)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(LowRank, '_right', right, raising=False)
-    monkeypatch.setattr(LowRank, 'rows', wrong)
+    monkeypatch.setattr(LoraDelta, '_right', right, raising=False)
+    monkeypatch.setattr(LoraDelta, 'rows', wrong)
     refused(ModelError, 'differs from base and adapter: a logit by', base, adapters['a'], tmp_path / 'merged')
     merge(str(base), adapters['a'], tmp_path / 'unchecked', verify=0)
 

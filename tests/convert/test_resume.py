@@ -20,7 +20,7 @@ from xtuner.convert import output, shards
 from xtuner.convert.merge import merge
 from xtuner.convert.output import whole_folder
 from xtuner.convert.shards import TensorPlan, write_weights
-from xtuner.convert.source import Source
+from xtuner.convert.source import MergeSource
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.weights import blocks as weight_blocks
 from xtuner.model.weights.blocks import row_blocks
@@ -80,15 +80,15 @@ def test_what_an_interrupted_merge_wrote_is_not_counted_as_changed(
 ) -> None:
     base = make_base(tmp_path / 'base')
     save_trained(base, tmp_path / 'adapter')
-    merged = Source.merged
+    merged = MergeSource.merged
 
-    def refused(source: Source, plan: TensorPlan) -> Iterator[torch.Tensor]:
+    def refused(source: MergeSource, plan: TensorPlan) -> Iterator[torch.Tensor]:
         if plan.name.startswith('model.norm'):  # the last one in the base's files
             raise OSError('no space left')
         return merged(source, plan)
 
     for number, blocks in enumerate((refused, merged)):
-        monkeypatch.setattr(Source, 'merged', blocks)
+        monkeypatch.setattr(MergeSource, 'merged', blocks)
         with (
             caplog.at_level('INFO', logger='xtuner'),
             nullcontext() if number else pytest.raises(ModelError, match='goes on with it'),

@@ -15,10 +15,10 @@ from benchmarks.internlm_7b import SHAPE
 from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.engine import preflight
-from xtuner.engine.build import Data
+from xtuner.engine.build import RunInputs
 from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
 from xtuner.errors import TrainingError, UsageError
-from xtuner.memory.gpus import CARDS, find_card, flops_per_token
+from xtuner.memory.gpus import GPUS, find_card, flops_per_token
 from xtuner.memory.predict import predict_memory
 
 GIB = 2**30
@@ -71,10 +71,10 @@ def test_memory_goes_the_way_of_each_setting(folder_7b: Path) -> None:
 
 def test_auto_takes_what_the_card_has(folder_7b: Path) -> None:
     config = load_config(FLAGSHIP, {'schedule.batch_size': 4})
-    large, small = (estimate(config, folder_7b, free=CARDS[name].num_bytes) for name in ('h200', 'l4'))
-    assert large.setup.layers_again == 0
-    assert 0 < small.setup.layers_again < 32
-    assert small.memory.on_card < CARDS['l4'].num_bytes < large.memory.on_card
+    large, small = (estimate(config, folder_7b, free=GPUS[name].num_bytes) for name in ('h200', 'l4'))
+    assert large.setup.recomputed_layers == 0
+    assert 0 < small.setup.recomputed_layers < 32
+    assert small.memory.on_card < GPUS['l4'].num_bytes < large.memory.on_card
     assert large.least == estimate(config, folder_7b).memory
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_turn(
     folder_7b: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(preflight, 'data_size', lambda dataset: None)
-    data = Data(folder_7b, '', None, None, None, None, {})  # type: ignore[arg-type]
+    data = RunInputs(folder_7b, '', None, None, None, None, {})  # type: ignore[arg-type]
     device = torch.device('cuda', 0)
     config = load_config(FLAGSHIP)
     _Gpu(monkeypatch, 5.0)

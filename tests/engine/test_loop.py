@@ -21,7 +21,7 @@ from xtuner.engine.checkpoint.store import write_checkpoint
 from xtuner.engine.distributed import Single
 from xtuner.engine.hooks import CheckpointHook, LogHook
 from xtuner.engine.runner import Runner
-from xtuner.engine.schedule import Plan, StepSampler
+from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.errors import CheckpointError, TrainingError
 from xtuner.objectives.sft import SupervisedFinetune
 
@@ -49,7 +49,7 @@ def make_model(seed: int = 0, *, dropout: float = 0.0) -> SupervisedFinetune:
 
 def make_runner(work_dir: Path, items: list[Any], model: SupervisedFinetune, *, lr: float = 0.05, nonfinite: int = 3,
                 dtype: torch.dtype = torch.float32, **schedule: Any) -> Runner:  # fmt: skip
-    plan = Plan(len(items), ScheduleConfig(**schedule))
+    plan = TrainingSchedule(len(items), ScheduleConfig(**schedule))
     loader = DataLoader(items, batch_sampler=StepSampler(EpochSampler(len(items), seed=3), plan),
                         collate_fn=lambda batch: collate(batch, pad_id=0))  # fmt: skip
     strategy = Single().prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=lr))

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.packing.sampler import EpochSampler
-from xtuner.engine.schedule import FEW_STEPS, Plan, StepSampler, few_steps_note
+from xtuner.engine.schedule import FEW_STEPS, StepSampler, TrainingSchedule, few_steps_note
 
 
-def plan(num_items: int, *, world_size: int = 1, **schedule: object) -> Plan:
-    return Plan(num_items, ScheduleConfig(**schedule), world_size)  # type: ignore[arg-type]
+def plan(num_items: int, *, world_size: int = 1, **schedule: object) -> TrainingSchedule:
+    return TrainingSchedule(num_items, ScheduleConfig(**schedule), world_size)  # type: ignore[arg-type]
 
 
-def stream(p: Plan, *, rank: int = 0, start_step: int = 0) -> list[list[int]]:
+def stream(p: TrainingSchedule, *, rank: int = 0, start_step: int = 0) -> list[list[int]]:
     return list(StepSampler(EpochSampler(p.num_items, seed=1), p, rank=rank, start_step=start_step))
 
 
@@ -89,9 +89,12 @@ def test_epochs_take_no_batch_more_for_a_rounding_error() -> None:
 
 def test_a_run_begun_with_rounding_errors_keeps_them() -> None:
     schedule = ScheduleConfig(max_epochs=0.07, accumulative_counts=1)
-    assert (Plan(100, schedule).num_steps, Plan(100, schedule, float_products=True).num_steps) == (7, 8)
+    assert (
+        TrainingSchedule(100, schedule).num_steps,
+        TrainingSchedule(100, schedule, float_products=True).num_steps,
+    ) == (7, 8)
     schedule = ScheduleConfig(max_epochs=1, warmup_ratio=0.07, accumulative_counts=1)
-    now, then = Plan(100, schedule), Plan(100, schedule, float_products=True)
+    now, then = TrainingSchedule(100, schedule), TrainingSchedule(100, schedule, float_products=True)
     assert (now.num_warmup_steps, then.num_warmup_steps) == (7, 8)
     assert (now.lr_factor(0), then.lr_factor(0)) == (1 / 7, 1 / 8)
 

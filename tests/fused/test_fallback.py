@@ -8,7 +8,7 @@ import torch
 
 from tests.fused.test_gradients import error, step
 from tests.tiny_models import DEVICE, quantise, tiny_llama, with_adapter
-from xtuner.fused.enable import enable_fast_path, wait_once_a_step
+from xtuner.fused.enable import enable_fused_training, wait_once_a_step
 
 pytest.importorskip('bitsandbytes')
 
@@ -21,7 +21,7 @@ def model():
 def same_as_stock(model, batch, caplog, reason):
     """One step with the fast path asked for: equal to the stock path bit for bit, and said why, once."""
     _, stock = step(model, batch)
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     with caplog.at_level(logging.WARNING, 'xtuner'):
         _, grads = step(model, batch)
         step(model, batch)
@@ -31,7 +31,7 @@ def same_as_stock(model, batch, caplog, reason):
 
 
 def test_says_what_it_did(model):
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     kernels = 'plain' if DEVICE == 'cpu' else 'triton'
     assert path.taken and str(path).startswith(f'fast path on: {kernels} kernels')
     assert ('14 of its 4-bit weights kept as floats' in str(path)) == (DEVICE == 'cpu')
@@ -39,9 +39,9 @@ def test_says_what_it_did(model):
 
 def test_switched_off_is_the_stock_path(model, batch):
     _, stock = step(model, batch)
-    enable_fast_path(model)
+    enable_fused_training(model)
     assert 'forward' in vars(model.get_base_model().model)
-    path = enable_fast_path(model, enabled=False)
+    path = enable_fused_training(model, enabled=False)
     _, grads = step(model, batch)
     assert str(path) == 'fast path off: switched off' and 'forward' not in vars(model.get_base_model().model)
     assert all(torch.equal(grads[n], stock[n]) for n in stock)
@@ -62,7 +62,7 @@ def test_disabled_adapter_gives_the_base_model(model, batch):
     args = {k: batch[k] for k in ('input_ids', 'position_ids')}
     with torch.no_grad(), model.disable_adapter():
         stock = model(**args).logits
-        enable_fast_path(model)
+        enable_fused_training(model)
         assert torch.allclose(model(**args).logits, stock, atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(model(**args).logits, stock, atol=1e-3)
@@ -70,16 +70,16 @@ def test_disabled_adapter_gives_the_base_model(model, batch):
 
 def test_models_it_does_not_know_are_left_alone():
     model = torch.nn.Linear(2, 2)
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     assert not path.taken and 'not built like Llama' in str(path)
 
 
 def test_trained_base_weights_and_hooks_are_obstacles(model):
     handle = model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert 'hook' in enable_fast_path(model).why_not
+    assert 'hook' in enable_fused_training(model).reason_disabled
     handle.remove()
     model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.bias.requires_grad_(True)
-    assert 'trained itself' in enable_fast_path(model).why_not
+    assert 'trained itself' in enable_fused_training(model).reason_disabled
 
 
 @pytest.mark.parametrize('name', ['', 'layers.1', 'layers.0.mlp'])
@@ -89,25 +89,25 @@ def test_a_forward_that_somebody_put_on_a_module_stays_and_is_an_obstacle(model,
     module.forward = lambda *args, **kwargs: own(*args, **kwargs)
     replaced = module.forward
     for _ in range(2):
-        assert 'somebody has replaced the forward' in enable_fast_path(model).why_not
+        assert 'somebody has replaced the forward' in enable_fused_training(model).reason_disabled
         assert module.__dict__['forward'] is replaced
     del module.forward
-    assert enable_fast_path(model).taken and enable_fast_path(model, sharded=True).taken
-    assert not enable_fast_path(model, enabled=False).taken
+    assert enable_fused_training(model).taken and enable_fused_training(model, sharded=True).taken
+    assert not enable_fused_training(model, enabled=False).taken
 
 
 def test_a_hook_of_accelerate_on_a_linear_layer_is_an_obstacle(model):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     add_hook_to_module(model.get_base_model().model.layers[0].mlp.up_proj.base_layer, ModelHook())
-    assert 'somebody has replaced the forward of layers.0.mlp.up_proj' in enable_fast_path(model).why_not
+    assert 'somebody has replaced the forward of layers.0.mlp.up_proj' in enable_fused_training(model).reason_disabled
 
 
 def test_recorded_graphs_look_at_every_tensor_that_they_read(model, batch):
     from xtuner.fused.cuda_graphs import signature
     from xtuner.fused.enable import _fast_decoder
 
-    enable_fast_path(model)
+    enable_fused_training(model)
     runs = []
     _fast_decoder(model)._through_layers = lambda x, these, parameters: runs.append(these) or x
     decoder = model.get_base_model().model
@@ -127,7 +127,7 @@ def test_evaluation_and_generation_are_untouched(model, batch):
     model.eval()
     prompt = batch['input_ids'][1:, :5]
     stock = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
-    enable_fast_path(model)
+    enable_fused_training(model)
     fast = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     assert torch.equal(stock, fast)
 
@@ -136,14 +136,14 @@ def test_attention_mask_takes_the_stock_path(model, batch):
     mask = torch.ones_like(batch['input_ids'])
     mask[0, -4:] = 0
     stock = model(input_ids=batch['input_ids'], attention_mask=mask).logits
-    enable_fast_path(model)
+    enable_fused_training(model)
     assert torch.equal(model(input_ids=batch['input_ids'], attention_mask=mask).logits, stock)
 
 
 def test_saved_adapter_is_plain_peft(model, batch, tmp_path):
     from peft import PeftModel
 
-    enable_fast_path(model)
+    enable_fused_training(model)
     names = set(model.state_dict())
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantise(tiny_llama()), tmp_path, is_trainable=True).train()
@@ -154,7 +154,7 @@ def test_saved_adapter_is_plain_peft(model, batch, tmp_path):
 
 
 def test_second_backward_pass_is_refused(model, batch):
-    enable_fast_path(model)
+    enable_fused_training(model)
     hidden = model.get_base_model().model(input_ids=batch['input_ids'], use_cache=False).last_hidden_state
     hidden.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match='second backward pass'):
@@ -162,7 +162,7 @@ def test_second_backward_pass_is_refused(model, batch):
 
 
 def test_gradients_accumulate_over_batches(model, batch):
-    enable_fast_path(model)
+    enable_fused_training(model)
     _, once = step(model, batch)
     model.zero_grad()
     for _ in range(2):
@@ -178,7 +178,7 @@ def test_two_hundred_steps_give_the_stock_paths_curve(batch):
     curves = []
     for fast in (False, True):
         model = with_adapter(quantise(tiny_llama(layers=1)))
-        enable_fast_path(model, enabled=fast)
+        enable_fused_training(model, enabled=fast)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         curve = []
         for _ in range(200):

@@ -7,9 +7,9 @@ from torch import nn
 from tests.fused.test_gradients import step
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.errors import ConfigError
-from xtuner.fused.decoder import FastDecoder
-from xtuner.fused.enable import enable_fast_path
-from xtuner.fused.fp8 import product_obstacle
+from xtuner.fused.decoder import FusedDecoder
+from xtuner.fused.enable import enable_fused_training
+from xtuner.fused.fp8 import product_unsupported_reason
 from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
 from xtuner.kernels.quantized import take_apart
@@ -89,10 +89,10 @@ def test_product_is_the_product_of_the_rounded_factors():
 
 
 def fast_fp8(model, kernels):
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     assert path.taken
     decoder = model.get_base_model().model
-    decoder.forward.fast = FastDecoder(decoder, kernels, folded=False, fp8=True)
+    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=False, fp8=True)
     return decoder.forward.fast
 
 
@@ -121,9 +121,9 @@ def test_dropout_draws_the_same_masks_as_without_fp8(batch):
     model = with_adapter(quantise(tiny_llama()), rank=16, dropout=0.3)
     results = []
     for fp8 in (False, True):
-        enable_fast_path(model)
+        enable_fused_training(model)
         decoder = model.get_base_model().model
-        decoder.forward.fast = FastDecoder(decoder, PLAIN, folded=False, fp8=fp8)
+        decoder.forward.fast = FusedDecoder(decoder, PLAIN, fused_lora=False, fp8=fp8)
         torch.manual_seed(4)
         results.append(step(model, batch)[1])
     assert relative(results[1], results[0]) < 0.25
@@ -148,9 +148,9 @@ def test_scales_follow_the_adapters(batch):
 def test_where_fp8_cannot_be_had_it_is_said():
     model = with_adapter(quantise(tiny_llama()), rank=16)
     with pytest.raises(ConfigError, match=r'`runtime.fp8`: a cpu has no FP8 units'):
-        enable_fast_path(model.cpu(), fp8=True)
+        enable_fused_training(model.cpu(), fp8=True)
     with pytest.raises(ConfigError, match='needs the fast path'):
-        enable_fast_path(nn.Sequential(nn.Linear(2, 2)), fp8=True)
+        enable_fused_training(nn.Sequential(nn.Linear(2, 2)), fp8=True)
     fast = fast_fp8(model, PLAIN)
     if torch.cuda.is_available():
-        assert product_obstacle(fast.layers, [16, 8], torch.device('cuda')).startswith('the ranks')
+        assert product_unsupported_reason(fast.layers, [16, 8], torch.device('cuda')).startswith('the ranks')

@@ -7,9 +7,9 @@ import torch
 
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.fused import layer
-from xtuner.fused.decoder import FastDecoder
-from xtuner.fused.enable import enable_fast_path
-from xtuner.fused.offload import HostStore
+from xtuner.fused.decoder import FusedDecoder
+from xtuner.fused.enable import enable_fused_training
+from xtuner.fused.offload import HostOffload
 from xtuner.kernels import cpu_gemm
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
 
@@ -41,10 +41,10 @@ def error(grads, exact):
 
 def force(model, kernels, *, folded):
     """The fast path with these kernels, whatever the device."""
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     assert path.taken
     decoder = model.get_base_model().model
-    decoder.forward.fast = FastDecoder(decoder, kernels, folded=folded)
+    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=folded)
     return path
 
 
@@ -73,7 +73,7 @@ def test_gradients_equal_float64(batch, way, checkpointing):
     _, stock = step(model, batch)
     if checkpointing:
         model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
-    force(model, way[0], folded=way[1])
+    force(model, way[0], fused_lora=way[1])
     loss, grads = step(model, batch)
     assert loss == pytest.approx(exact_loss, rel=1e-5)
     assert error(stock, exact) < 1e-4
@@ -88,7 +88,7 @@ def test_a_sample_begins_wherever_positions_do_not_go_on_by_one(batch, first):
     model = with_adapter(tiny_llama())
     exact_loss, exact = step(dequantised(model), batch)
     joined, _ = step(dequantised(model), batch | {'position_ids': torch.arange(17, device=DEVICE).repeat(2, 1)})
-    force(model, PLAIN, folded=False)
+    force(model, PLAIN, fused_lora=False)
     loss, grads = step(model, batch)
     assert loss == pytest.approx(exact_loss, rel=1e-5) and loss != pytest.approx(joined, rel=1e-3)
     assert error(grads, exact) < 1e-4
@@ -101,9 +101,9 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
     if batch['input_ids'].is_cuda:
         pytest.skip('oneDNN multiplies on CPUs only')
     model = with_adapter(quantise(tiny_llama()), dropout=dropout, targets=['q_proj', 'v_proj', 'up_proj', 'down_proj'])
-    path = enable_fast_path(model)
+    path = enable_fused_training(model)
     groups = [group for layer in model.get_base_model().model.forward.fast.layers for group in layer.groups]
-    assert path.why_not == '14 of its 4-bit weights kept as floats' and all(g.kept is not None for g in groups)
+    assert path.reason_disabled == '14 of its 4-bit weights kept as floats' and all(g.kept is not None for g in groups)
     for group in groups:
         group.kept = group.kept if kept else None
     torch.manual_seed(3)
@@ -134,7 +134,7 @@ def test_no_layer_returns_a_view(batch, monkeypatch):
     monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
     monkeypatch.setattr(layer, 'layer_forward', spy)
     model = with_adapter(quantise(tiny_llama()))
-    enable_fast_path(model)
+    enable_fused_training(model)
     step(model, batch)
     assert bases == [None] * 2
 
@@ -144,7 +144,7 @@ def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):
     copies = []
     counting = replace(PLAIN, copy_rows=lambda x, out: copies.append(len(x)) or out.copy_(x))
     model = with_adapter(quantise(tiny_llama(layers=3)))
-    force(model, counting, folded=True)
+    force(model, counting, fused_lora=True)
     step(model, batch)
     assert len(copies) == 2 * 3 + 1
 
@@ -152,7 +152,7 @@ def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):
 def test_plain_path_in_float64_is_exact(batch):
     model = dequantised(with_adapter(quantise(tiny_llama())))
     exact_loss, exact = step(model, batch)
-    force(model, PLAIN, folded=True)
+    force(model, PLAIN, fused_lora=True)
     loss, grads = step(model, batch)
     assert loss == pytest.approx(exact_loss, rel=1e-8)  # transformers' norm computes in float32 whatever the dtype
     assert error(grads, exact) < 1e-6
@@ -163,7 +163,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_stock_path(batch):
     exact_loss, exact = step(dequantised(model), batch)
     stock_loss, stock = step(model, batch, dtype=torch.bfloat16)
     for folded in (False, True):
-        force(model, PLAIN, folded=folded)
+        force(model, PLAIN, fused_lora=folded)
         loss, grads = step(model, batch, dtype=torch.bfloat16)
         assert error(grads, exact) < 1.1 * error(stock, exact)
         assert abs(loss - exact_loss) < 2 * abs(stock_loss - exact_loss) + 1e-2 * exact_loss
@@ -176,7 +176,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_stock_path(batch):
 def test_adapters_on_some_layers_only(batch, way, targets):
     model = with_adapter(quantise(tiny_llama(layers=num_layers(way), kv_heads=4, bias=False)), targets=targets)
     _, exact = step(dequantised(model), batch)
-    force(model, way[0], folded=way[1])
+    force(model, way[0], fused_lora=way[1])
     assert error(step(model, batch)[1], exact) < 1e-4
 
 
@@ -184,7 +184,7 @@ def test_ranks_and_scalings_that_differ(batch, way):
     patterns = {'rank_pattern': {'k_proj': 4, 'up_proj': 16}, 'alpha_pattern': {'v_proj': 3, 'up_proj': 50}}
     model = with_adapter(quantise(tiny_llama()), **patterns)
     _, exact = step(dequantised(model), batch)
-    force(model, way[0], folded=way[1])
+    force(model, way[0], fused_lora=way[1])
     assert error(step(model, batch)[1], exact) < 1e-4
 
 
@@ -194,7 +194,7 @@ def test_dropout_gradient_is_the_slope_of_the_loss(batch, way, checkpointing):
     model = with_adapter(quantise(tiny_llama(layers=num_layers(way))), dropout=0.2)
     if checkpointing:
         model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
-    force(model, way[0], folded=way[1])
+    force(model, way[0], fused_lora=way[1])
     torch.manual_seed(3)
     first, grads = step(model, batch)
     torch.manual_seed(3)
@@ -225,7 +225,7 @@ def test_all_ways_draw_the_same_masks(batch):
         *([(fused_kernels(), True)] if not triton_obstacle() else []),
     ):
         model = with_adapter(quantise(tiny_llama()), dropout=0.2)
-        force(model, kernels, folded=folded)
+        force(model, kernels, fused_lora=folded)
         torch.manual_seed(11)
         results.append(step(model, batch)[1])
     for grads in results[1:]:
@@ -237,7 +237,7 @@ def test_dropout_is_unbiased_in_the_mean(batch):
     model = with_adapter(quantise(tiny_llama(layers=1)), dropout=0.5)
     with torch.no_grad():
         stock = torch.tensor([_loss(model, batch) for _ in range(200)])
-        enable_fast_path(model)
+        enable_fused_training(model)
         fast = torch.tensor([_loss(model, batch) for _ in range(200)])
     spread = float((stock.var() / 200 + fast.var() / 200).sqrt())
     assert abs(float(stock.mean() - fast.mean())) < 4 * spread
@@ -255,7 +255,7 @@ class _Shelf:
     def __init__(self, depth):
         self.depth, self.kept, self.taken = depth, [], 0
 
-    choose = HostStore.choose
+    choose = HostOffload.select
 
     def put(self, tensors):
         self.kept.append([t.clone() for t in tensors])
@@ -274,7 +274,7 @@ class _Shelf:
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_what_checkpoints_keep_on_the_host_changes_nothing(batch, depth, folded, dropout):
     model = with_adapter(quantise(tiny_llama(layers=4)), dropout=dropout)
-    force(model, PLAIN, folded=folded)
+    force(model, PLAIN, fused_lora=folded)
     torch.manual_seed(2)
     _, expected = step(model, batch)
     decoder = model.get_base_model().model

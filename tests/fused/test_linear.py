@@ -5,8 +5,8 @@ import torch
 
 from tests.tiny_models import DEVICE
 from xtuner.fused import linear
-from xtuner.fused.frozen import Adapter, FrozenLinear
-from xtuner.fused.linear import Group, Setting
+from xtuner.fused.frozen import FrozenLinear, LoraWeights
+from xtuner.fused.linear import ComputePolicy, Group
 from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN
 
@@ -28,7 +28,7 @@ def layer(rows, size, *, bias=True, nested=True):
 def adapter(rows, size, rank):
     generator = torch.Generator().manual_seed(rank)
     a, b = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((rank, size), (rows, rank)))
-    return Adapter(a, b, 0.5, 0.0)
+    return LoraWeights(a, b, 0.5, 0.0)
 
 
 @pytest.mark.parametrize('nested', [False, True])
@@ -65,7 +65,7 @@ def test_products_in_pieces_are_the_products(monkeypatch):
     dy = torch.randn(9, 1000 + 12, device=DEVICE)
     results = []
     for slim in (False, True):
-        how = Setting(PLAIN, torch.float32, folded=True, slim=slim)
+        how = ComputePolicy(PLAIN, torch.float32, fused_lora=True, slim=slim)
         y, _ = group.forward(how, x.clone(), adapters, SEEDS)
         dx, _ = group.input_grad(how, dy.clone(), adapters, SEEDS)
         results.append((y, dx))

@@ -8,7 +8,7 @@ import torch
 from tests.fused.test_gradients import error, force, step
 from tests.tiny_models import quantise, tiny_llama, with_adapter
 from xtuner.fused import recompute
-from xtuner.fused.enable import enable_fast_path
+from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels.dispatch import PLAIN
 
 pytest.importorskip('bitsandbytes')
@@ -19,7 +19,7 @@ def test_kept_bytes_are_those_of_what_a_layer_keeps(batch):
     from xtuner.fused import layer
 
     model = with_adapter(quantise(tiny_llama(kv_heads=2)))
-    force(model, PLAIN, folded=True)
+    force(model, PLAIN, fused_lora=True)
     seen = []
 
     def spy(run, x, *, differentiable):
@@ -44,13 +44,13 @@ def test_what_comes_back_from_the_host_is_not_computed_and_changes_nothing(batch
     from xtuner.fused import layer
 
     model = with_adapter(quantise(tiny_llama(layers=2)), dropout=0.2)
-    force(model, PLAIN, folded=True)
+    force(model, PLAIN, fused_lora=True)
     backward, compared = layer.layer_backward, []
 
     def spy(run, x, dout, kept, *, need_dx):
         middle, gate_up = kept.middle.clone(), kept.gate_up.clone()
         ways = [(None, None), (middle, None), (middle, gate_up)]
-        others = [layer.compute_again(run, x, *way) for way in ways]
+        others = [layer.recompute_layer(run, x, *way) for way in ways]
         assert [other.attention is None for other in others] == [False, True, True]
         found = [backward(run, x, dout, other, need_dx=need_dx) for other in [*others, kept]]
         for dx, grads in found[:-1]:
@@ -72,18 +72,18 @@ def test_what_comes_back_from_the_host_is_not_computed_and_changes_nothing(batch
 @pytest.mark.parametrize(('layers_that_fit', 'again'), [(0, 3), (1, 3), (2, 2), (3, 1), (4, 0), (99, 0)])
 def test_layers_that_do_not_fit_are_computed_again(batch, monkeypatch, caplog, layers_that_fit, again):
     model = with_adapter(quantise(tiny_llama(layers=4)), dropout=0.2)
-    force(model, PLAIN, folded=False)
+    force(model, PLAIN, fused_lora=False)
     torch.manual_seed(2)
     _, expected = step(model, batch)
-    path = enable_fast_path(model, recompute_by_memory=True)
+    path = enable_fused_training(model, recompute_by_memory=True)
     fast = model.get_base_model().model.forward.fast
     parts, tokens = fast.layers[0], batch['input_ids'].numel()
     one = recompute.kept_bytes(parts, tokens, [24, 8, 16, 8], 4)
     room = int(layers_that_fit * one + recompute.working_bytes(parts, tokens, 4) + one // 2)
     monkeypatch.setattr('xtuner.fused.decoder.room_for_activations', lambda *_: room)
     computed = []
-    once = fast._num_again
-    monkeypatch.setattr(fast, '_num_again', lambda *args: computed.append(once(*args)) or computed[-1])
+    once = fast._num_recomputed
+    monkeypatch.setattr(fast, '_num_recomputed', lambda *args: computed.append(once(*args)) or computed[-1])
     torch.manual_seed(2)
     with caplog.at_level(logging.INFO, 'xtuner'):
         _, grads = step(model, batch)
@@ -93,9 +93,9 @@ def test_layers_that_do_not_fit_are_computed_again(batch, monkeypatch, caplog, l
 
 
 def test_room_leaves_what_is_still_to_come():
-    most = recompute.room_for_activations(10 * 2**30, 0, 'cpu')
+    most = recompute.activation_budget_bytes(10 * 2**30, 0, 'cpu')
     assert most == (10 * 2**30 - 2**29) // 2
-    assert recompute.room_for_activations(10 * 2**30, 2**20, 'cpu') == most - 8 * 2**20
+    assert recompute.activation_budget_bytes(10 * 2**30, 2**20, 'cpu') == most - 8 * 2**20
 
 
 def test_under_fully_shard_room_is_left_for_weights_that_are_put_together(batch, monkeypatch):
@@ -105,7 +105,7 @@ def test_under_fully_shard_room_is_left_for_weights_that_are_put_together(batch,
     monkeypatch.setattr('xtuner.fused.decoder.room_for_activations', lambda room, *_: free.append(room) or room)
     for sharded in (False, True):
         model = with_adapter(tiny_llama(layers=4))
-        enable_fast_path(model, recompute_by_memory=True, sharded=sharded)
+        enable_fused_training(model, recompute_by_memory=True, sharded=sharded)
         step(model, batch)
     decoder = model.get_base_model().model
     layer = 4 * sum(p.numel() for p in decoder.layers[0].parameters())

@@ -135,7 +135,7 @@ def test_a_recording_is_of_the_next_power_of_two() -> None:
     recorded, plain = two_decoders('cpu')
     graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
     steps_beside(recorded, plain)
-    assert not graphs.why_not
+    assert not graphs.reason_disabled
     assert {(rows, places) for _, rows, places in graphs._recorded} == {(r, p) for r in (1, 4, 6) for p in (256, 512)}
     assert {key for key, _, _ in graphs._recorded} == {0, 1}
     num_recorded = len(graphs._recorded)
@@ -150,7 +150,7 @@ def test_a_recording_that_says_something_else_is_not_used() -> None:
     graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
     graphs.spoilt = True
     steps_beside(recorded, plain)
-    assert 'other logits' in graphs.why_not and not graphs._recorded
+    assert 'other logits' in graphs.reason_disabled and not graphs._recorded
 
 
 def test_the_distance_of_logits() -> None:
@@ -181,7 +181,7 @@ def test_wide_models_in_half_precision_are_recorded(quantised: bool) -> None:
             got = recorded.step(ids, lengths, row=0, alone=True).clone()
             assert distance(got, plain.step(ids, lengths, row=0)) < 0.05
             lengths = [length + 1 for length in lengths]
-    assert recorded._graphs is not None and not recorded._graphs.why_not
+    assert recorded._graphs is not None and not recorded._graphs.reason_disabled
     assert {rows for _, rows, _ in recorded._graphs._recorded} == {1, 16}
 
 
@@ -191,4 +191,4 @@ def test_wide_models_in_half_precision_are_recorded(quantised: bool) -> None:
 def test_recorded_steps_are_the_steps() -> None:
     recorded, plain = two_decoders('cuda')
     steps_beside(recorded, plain)
-    assert recorded._graphs is not None and not recorded._graphs.why_not
+    assert recorded._graphs is not None and not recorded._graphs.reason_disabled

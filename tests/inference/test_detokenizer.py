@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.model.loading import load_tokenizer
 
 
@@ -18,7 +18,7 @@ def tokenizer(tiny_internlm: Path) -> Any:
     return load_tokenizer(tiny_internlm)
 
 
-def read(text: AnswerText, ids: list[int]) -> list[str]:
+def read(text: IncrementalDetokenizer, ids: list[int]) -> list[str]:
     pieces = []
     for id_ in ids:
         pieces.append(text.push(id_))
@@ -32,7 +32,7 @@ def read(text: AnswerText, ids: list[int]) -> list[str]:
 def test_the_pieces_are_the_whole(tokenizer: Any, ids: list[int]) -> None:
     """Any ids, bytes that make no character among them; those at the end may be the first of one, and are left out."""
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip('\ufffd')
-    assert ''.join(read(AnswerText(tokenizer), ids)) == whole
+    assert ''.join(read(IncrementalDetokenizer(tokenizer), ids)) == whole
 
 
 @pytest.mark.parametrize('stop', [(), ('never said',), ('Hi there',)])
@@ -40,13 +40,13 @@ def test_a_character_that_is_cut_is_left_out(tokenizer: Any, stop: tuple[str, ..
     ids = tokenizer('Hi 🙂', add_special_tokens=False)['input_ids']
     assert len(ids) >= 5, 'the emoji is no sequence of bytes'
     for left_out in (1, 2, 3):
-        assert ''.join(read(AnswerText(tokenizer, stop), ids[:-left_out])) == 'Hi '
-    assert ''.join(read(AnswerText(tokenizer, stop), ids)) == 'Hi 🙂'
+        assert ''.join(read(IncrementalDetokenizer(tokenizer, stop), ids[:-left_out])) == 'Hi '
+    assert ''.join(read(IncrementalDetokenizer(tokenizer, stop), ids)) == 'Hi 🙂'
 
 
 def test_a_special_token_does_not_spoil_what_is_shown(tokenizer: Any) -> None:
     ids = tokenizer('Hello', add_special_tokens=False)['input_ids']
-    pieces = read(AnswerText(tokenizer), [*ids, tokenizer.bos_token_id, *ids])
+    pieces = read(IncrementalDetokenizer(tokenizer), [*ids, tokenizer.bos_token_id, *ids])
     assert ''.join(pieces).split() == ['Hello', '<s>Hello'] or ''.join(pieces).split() == ['Hello', '<s>', 'Hello']
 
 
@@ -56,7 +56,7 @@ def test_stop_words_end_at_the_first_that_comes(tokenizer: Any, said: str, stop:
     ids = [i for c in said for i in tokenizer(c, add_special_tokens=False)['input_ids']]  # a token a character
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert whole == said
-    text = AnswerText(tokenizer, stop)
+    text = IncrementalDetokenizer(tokenizer, stop)
     shown = ''.join(read(text, ids))
     ends = [at for n in range(len(said) + 1) for word in stop if (at := said[:n].find(word)) >= 0]
     assert text.stopped == bool(ends)
@@ -66,7 +66,7 @@ def test_stop_words_end_at_the_first_that_comes(tokenizer: Any, said: str, stop:
 
 
 def test_only_what_may_begin_a_stop_word_is_held_back(tokenizer: Any) -> None:
-    text = AnswerText(tokenizer, ['bbc'])
+    text = IncrementalDetokenizer(tokenizer, ['bbc'])
     ids = {c: tokenizer(c, add_special_tokens=False)['input_ids'][0] for c in 'abc'}
     assert [text.push(ids[c]) for c in 'abbab'] == ['a', '', '', 'bba', '']
     assert text.end() == 'b'
@@ -81,5 +81,5 @@ def test_the_cost_of_an_id_does_not_grow(tokenizer: Any) -> None:
             return tokenizer.decode(ids, **options)
 
     counting = Counting()
-    read(AnswerText(counting), tokenizer('one two three ' * 50, add_special_tokens=False)['input_ids'])
+    read(IncrementalDetokenizer(counting), tokenizer('one two three ' * 50, add_special_tokens=False)['input_ids'])
     assert counting.longest <= 8

@@ -19,9 +19,9 @@ from tests.serve.conftest import Running, serving
 from xtuner.errors import XTunerError
 from xtuner.inference import scheduler as batcher_module
 from xtuner.inference.answer import Answer, Events, Piece
-from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
-from xtuner.inference.scheduler import Batcher
+from xtuner.inference.scheduler import Scheduler
 from xtuner.serve import encoding as encoding_module
 
 WORDS = 8
@@ -83,7 +83,7 @@ class Client:
 
     def __init__(self, decoder: Stub, **options: Any) -> None:
         self.pieces: dict[Answer, list[Piece]] = {}
-        self.batcher = Batcher(decoder, adapters=[None, 'a'], deliver=self._take,
+        self.batcher = Scheduler(decoder, adapters=[None, 'a'], deliver=self._take,
                                **{'use': lambda _: None, 'most_waiting': 8} | options)  # fmt: skip
         self._came = threading.Condition()
 
@@ -95,7 +95,7 @@ class Client:
 
     def ask(self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any) -> Answer:
         answer = Answer(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
-                        AnswerText(options.pop('tokenizer', Numbers())))  # fmt: skip
+                        IncrementalDetokenizer(options.pop('tokenizer', Numbers())))  # fmt: skip
         self.batcher.submit([answer])
         return answer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtuner.inference.slots import Table
+from xtuner.inference.slots import SlotTable
 
 ROWS, GROUPS = 6, 'abc'
 
@@ -21,7 +21,7 @@ def test_any_order_of_joining_and_leaving(steps: list[tuple[str, int]]) -> None:
         assert store[source] is item
         store[target] = item
 
-    table: Table[object] = Table(GROUPS, move)
+    table: SlotTable[object] = SlotTable(GROUPS, move)
     held: list[tuple[str, object]] = []
     for group, choice in steps:
         moves = 0
@@ -55,7 +55,7 @@ def test_a_move_that_raises_loses_no_answer(steps: list[tuple[str, int]], good_m
         if left[0] < 0:
             raise RuntimeError
 
-    table: Table[object] = Table(GROUPS, move)
+    table: SlotTable[object] = SlotTable(GROUPS, move)
     held: list[tuple[str, object]] = []
     for group, choice in steps:
         going = held.pop(choice % len(held)) if held and (choice % 2 or len(held) == ROWS) else None

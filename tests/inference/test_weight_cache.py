@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_models import DEVICE, quantise, tiny_llama
-from xtuner.inference.weight_cache import keep_weights
+from xtuner.inference.weight_cache import cache_weights
 from xtuner.kernels import cpu_gemm
 from xtuner.model.quantization import keep_plain_layout
 
@@ -29,7 +29,7 @@ def test_answers_stay_what_they_were(model: Any) -> None:
     ids = torch.arange(3, 23, device=DEVICE).view(2, 10)
     before = model(ids).logits
     names = sorted(model.state_dict())
-    done = keep_weights(model)
+    done = cache_weights(model)
     assert (done.num_layers, done.num_kept) == (14, 14)
     assert done.num_bytes == 4 * 2 * (64 * 64 * 2 + 32 * 64 * 2 + 64 * 192 * 3)
     assert torch.equal(model(ids).logits, before)
@@ -38,14 +38,14 @@ def test_answers_stay_what_they_were(model: Any) -> None:
 
 def test_the_budget_is_kept(model: Any) -> None:
     one = 64 * 64 * 4
-    assert keep_weights(model, one - 1).num_kept == 0
-    assert keep_weights(model, one).num_bytes == one
+    assert cache_weights(model, one - 1).num_kept == 0
+    assert cache_weights(model, one).num_bytes == one
     ids = torch.arange(3, 23, device=DEVICE).view(2, 10)
     assert model(ids).logits.isfinite().all()
 
 
 def test_small_float_layers_are_left_alone() -> None:
-    assert keep_weights(tiny_llama()).num_layers == 0
+    assert cache_weights(tiny_llama()).num_layers == 0
 
 
 @pytest.mark.parametrize('adapted', [False, True], ids=['bare', 'under an adapter'])
@@ -60,7 +60,7 @@ def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: boo
         model = get_peft_model(model, LoraConfig(r=4, target_modules=['q_proj', 'up_proj'], init_lora_weights=False))
     ids = torch.arange(7, 7 + shape[0] * shape[1]).view(shape)
     before = model(ids).logits
-    done = keep_weights(model)
+    done = cache_weights(model)
     can = cpu_gemm.can_lay_out(torch.empty(256, 256))
     assert done.num_kept == done.num_layers == (8 if can else 0)
     # Sums of 400 float32 products in another order.
@@ -74,6 +74,6 @@ def test_blocks_that_cross_rows_keep_their_values() -> None:
     size = {'vocab_size': 64, 'hidden_size': 32, 'intermediate_size': 80}
     model: Any = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2)).to(DEVICE)
     weight = model.model.layers[0].mlp.down_proj.weight.detach().cpu().clone()
-    assert keep_weights(quantise(model)).num_kept == 7
+    assert cache_weights(quantise(model)).num_kept == 7
     kept = model.model.layers[0].mlp.down_proj(torch.eye(80, device=DEVICE)).t().cpu()
     assert (kept - weight).abs().mean() < 0.1 * weight.abs().mean()

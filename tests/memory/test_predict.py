@@ -15,12 +15,12 @@ from benchmarks.internlm_7b import SHAPE
 from benchmarks.qlora_model import add_adapter, build_base
 from tests.memory.live import LiveBytes
 from xtuner.fused import cuda_graphs
-from xtuner.fused.decoder import FastDecoder
-from xtuner.fused.enable import enable_fast_path
+from xtuner.fused.decoder import FusedDecoder
+from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, Kernels
 from xtuner.memory import terms as terms_kernels
-from xtuner.memory.dims import model_shape
+from xtuner.memory.dims import model_dims
 from xtuner.memory.predict import Setup, moments, predict_memory
 from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.families.internlm.configuration import InternLMConfig
@@ -53,7 +53,7 @@ def setup_of(*, fast: bool, layers: int, checkpointing: bool, dropout: float, kv
     model = build_base('cpu', quantise=False, num_hidden_layers=layers, num_key_value_heads=kv_heads, **SIZES)
     section = {'type': 'peft:LoraConfig', 'r': 16, 'lora_dropout': dropout, 'target_modules': 'all-linear',
                'task_type': 'CAUSAL_LM'}  # fmt: skip
-    setup = Setup(model_shape(model.config, section), TOKENS, TOKENS, bits=None, checkpointing=checkpointing,
+    setup = Setup(model_dims(model.config, section), TOKENS, TOKENS, bits=None, checkpointing=checkpointing,
                   fast=fast, accumulated=False)  # fmt: skip
     return add_adapter(model, dropout=dropout, rank=16), setup
 
@@ -64,9 +64,9 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
     if setup.checkpointing:
         base.gradient_checkpointing_enable({'use_reentrant': False})
     if setup.fast:
-        assert enable_fast_path(model).taken
-        fast: FastDecoder = base.get_decoder().forward.fast
-        fast.kernels, fast.folded = hollow(), True  # as on CUDA
+        assert enable_fused_training(model).taken
+        fast: FusedDecoder = base.get_decoder().forward.fast
+        fast.kernels, fast.fused_lora = hollow(), True  # as on CUDA
         for group in (group for layer in fast.layers for group in layer.groups):
             group.kept = None
     monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
@@ -110,7 +110,7 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
-    decoder = FastDecoder(model.get_base_model().get_decoder(), PLAIN, folded=False)
+    decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
     assert terms_kernels._PLACES == cuda_graphs._AHEAD
     assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
@@ -124,7 +124,7 @@ def test_7b_on_an_h200(batch: int, length: int, checkpointing: bool, gib: float)
     """Measured by `benchmarks/qlora_step.py`, in the record of 2026-11-23."""
     section = {'type': 'peft:LoraConfig', 'r': 64, 'target_modules': 'all-linear', 'task_type': 'CAUSAL_LM'}
     setup = Setup(
-        model_shape(InternLMConfig(**SHAPE), section),
+        model_dims(InternLMConfig(**SHAPE), section),
         batch * length,
         length,
         checkpointing=checkpointing,
@@ -145,4 +145,4 @@ def test_ranks_are_found_under_each_family_s_names(kind: str, expected: tuple[in
         kind, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
     )
     section = {'type': 'peft:LoraConfig', 'r': 8, 'target_modules': targets, 'task_type': 'CAUSAL_LM'}
-    assert model_shape(config, section).ranks == expected
+    assert model_dims(config, section).ranks == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.engine.checkpoint.resume import Start
+from xtuner.engine.checkpoint.resume import ResumeOptions
 from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.hub import resolve_model
 from xtuner.model.run_folder import resolve_checkpoint, work_folder
@@ -30,8 +30,8 @@ def test_each_way_to_name_a_checkpoint(run: Path) -> None:
     first, second = run / 'checkpoint-00000001', run / 'checkpoint-00000002'
     ways = {run: second, run / 'last': second, run / 'best': first, first: first, run / 'none': run / 'none'}
     assert {way: resolve_checkpoint(way) for way in ways} == ways
-    assert Start(weights=run).weights == second
-    assert Start(resume=run / 'best').resume == first
+    assert ResumeOptions(weights=run).weights == second
+    assert ResumeOptions(resume=run / 'best').resume == first
     assert [work_folder(path) for path in (run, run / 'last', first)] == [run, run, run]
 
 
@@ -62,4 +62,4 @@ def test_a_run_of_all_weights_is_a_model(run: Path) -> None:
 def test_no_run_goes_on_from_a_plain_adapter(run: Path) -> None:
     (run / 'checkpoint-00000002' / 'manifest.json').unlink()
     with pytest.raises(CheckpointError, match=r"without the trainer's state.*--start-from takes its weights"):
-        Start(resume=run)
+        ResumeOptions(resume=run)

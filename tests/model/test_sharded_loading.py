@@ -16,12 +16,12 @@ from tests.model.published import write_model
 from xtuner.adapters.attach import looks_at_the_base
 from xtuner.config.schema import QuantizationConfig
 from xtuner.model.loading import load_model
-from xtuner.model.sharded_loading import Share, cut_while_loading, num_parameters, whole_shapes
+from xtuner.model.sharded_loading import ShardSpec, num_parameters, shard_on_load, whole_shapes
 
 RANKS = 3  # divides few of the sizes
 
 
-def load(folder: Path, quantization: QuantizationConfig | None, share: Share | None = None) -> Any:
+def load(folder: Path, quantization: QuantizationConfig | None, share: ShardSpec | None = None) -> Any:
     return load_model(folder, dtype=torch.float32, quantization=quantization, sharded=True, share=share)
 
 
@@ -29,7 +29,7 @@ def load(folder: Path, quantization: QuantizationConfig | None, share: Share | N
 @pytest.mark.parametrize('name', ['v1', 'v2'])  # v2's q, k and v come out of one tensor
 def test_rows_of_all_ranks_are_the_whole(tmp_path: Path, name: str, quantization: QuantizationConfig | None) -> None:
     folder = write_model(tmp_path, name)
-    whole, parts = load(folder, quantization), [load(folder, quantization, Share(r, RANKS)) for r in range(RANKS)]
+    whole, parts = load(folder, quantization), [load(folder, quantization, ShardSpec(r, RANKS)) for r in range(RANKS)]
     num_cut = 0
     for path, module in whole.named_modules():
         own = [part.get_submodule(path) for part in parts]
@@ -62,7 +62,7 @@ def test_a_tied_head_stays_whole(tmp_path: Path, written: bool) -> None:
         tensors = load_file(tmp_path / 'model.safetensors')
         tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].clone()
         save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
-    model = load(tmp_path, None, Share(1, 2))
+    model = load(tmp_path, None, ShardSpec(1, 2))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.shape == (64, 32) and not whole_shapes(model.lm_head)
     assert model.model.layers[0].mlp.up_proj.weight.shape == (24, 32)
@@ -72,7 +72,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     from transformers import modeling_utils
 
     before = modeling_utils.caching_allocator_warmup
-    with pytest.raises(ZeroDivisionError), cut_while_loading(Share(0, 2), tied=False):
+    with pytest.raises(ZeroDivisionError), shard_on_load(ShardSpec(0, 2), tied=False):
         assert nn.Linear(4, 8).weight.shape == (4, 4)
         raise ZeroDivisionError
     assert nn.Linear(4, 8).weight.shape == (8, 4)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tests.model.random_models import MIXING, SEPARATE, make_model
 from xtuner.errors import ConfigError, ModelError
 from xtuner.inference.batching import BatchDecoder
-from xtuner.memory.dims import model_shape
+from xtuner.memory.dims import model_dims
 from xtuner.model.logits import LogitRule
 from xtuner.objectives.model_checks import check_family
 from xtuner.objectives.sft import SupervisedFinetune
@@ -135,11 +135,11 @@ def test_angles_that_depend_on_the_longest_sample_are_told(
 @pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text', 'mistral', 'bloom'])
 def test_other_families_are_generated_by_transformers(kind: str) -> None:
     """`hidden_activation` is what Gemma calls its activation."""
-    from xtuner.inference.decode.layers import obstacle
+    from xtuner.inference.decode.layers import unsupported_reason
     from xtuner.inference.generate import Sampling, generate
 
     llm = make_model(kind)
-    assert obstacle(llm) is not None
+    assert unsupported_reason(llm) is not None
     ids = samples()[0].tolist()
     answer = generate(llm, ids, stop_ids=[2], sampling=Sampling(max_new_tokens=4, temperature=0))
     expected = llm.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=2)
@@ -164,7 +164,7 @@ def test_a_composite_config_has_its_heads_in_its_text_model() -> None:
 @pytest.mark.parametrize('kind', ['gpt2', 'bloom', 'falcon', 'mpt', 'opt', 'mamba', 'gemma2', 'llama'])
 def test_the_shape_of_any_family_is_counted(kind: str) -> None:
     llm = make_model(kind)
-    shape = model_shape(llm.config, None)
+    shape = model_dims(llm.config, None)
     assert shape.num_layers == 2
     assert shape.num_base == sum(p.numel() for p in llm.parameters())
 

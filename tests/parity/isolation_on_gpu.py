@@ -160,7 +160,7 @@ def _loss_and_gradient(model: Any, batches: list[dict[str, Tensor]], dtype: torc
 def check_model(attention: str, dtype: torch.dtype, *, fast: bool = False) -> Result:
     """Loss and gradient of one pack beside those of its samples one by one, on the stock or on the fast path."""
     from xtuner.dataset.packing.collate import collate
-    from xtuner.fused.enable import enable_fast_path
+    from xtuner.fused.enable import enable_fused_training
     from xtuner.objectives.sft import SupervisedFinetune
 
     items = _items()
@@ -170,8 +170,8 @@ def check_model(attention: str, dtype: torch.dtype, *, fast: bool = False) -> Re
     model = SupervisedFinetune(llm)
     alone = _loss_and_gradient(model, [collate([item], pad_id=0) for item in items], dtype)
     if fast:
-        path = enable_fast_path(llm)
-        assert path.taken, path.why_not
+        path = enable_fused_training(llm)
+        assert path.taken, path.reason_disabled
     together = _loss_and_gradient(model, [collate([pack], pad_id=0, multiple_of=64)], dtype)
     loss = abs(together[0] - alone[0]) / alone[0]
     gradient = ((together[1] - alone[1]).norm() / alone[1].norm()).item()

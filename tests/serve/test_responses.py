@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from xtuner.serve.responses import Choice, Head, Pieces, event
+from xtuner.serve.responses import Choice, Pieces, ResponseBuilder, event
 
 
 @pytest.mark.parametrize('usage', [False, True])
 @pytest.mark.parametrize('chat', [False, True])
 def test_a_piece_is_the_event_of_its_chunk(chat: bool, usage: bool) -> None:
-    head = Head(chat, 'id', 7, 'a model named "\0"', 3, with_usage=usage, choices=[Choice(), Choice()])
+    head = ResponseBuilder(chat, 'id', 7, 'a model named "\0"', 3, with_usage=usage, choices=[Choice(), Choice()])
     write = Pieces(head, 1)
     for text in ('a', '"\\\n\0', '春'):
         assert [write(text, None)] == [event(chunk) for chunk in head.chunk(1, text, None)]

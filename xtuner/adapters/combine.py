@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from xtuner.adapters.delta import Delta, LowRank, Rows
+from xtuner.adapters.delta import Delta, LoraDelta, Rows
 from xtuner.adapters.file import AdapterFile
 from xtuner.errors import CheckpointError
 
@@ -40,8 +40,8 @@ class Combined:
         """
         if len(self.deltas) == 1 and self.deltas[0][1] == 1:
             return self.deltas[0][0].rows(base, start, stop)
-        low_rank = [(d, w) for d, w in self.deltas if isinstance(d, LowRank) and d.factor is None]
-        others = [(d, w) for d, w in self.deltas if not (isinstance(d, LowRank) and d.factor is None)]
+        low_rank = [(d, w) for d, w in self.deltas if isinstance(d, LoraDelta) and d.factor is None]
+        others = [(d, w) for d, w in self.deltas if not (isinstance(d, LoraDelta) and d.factor is None)]
         total = base.clone() if others else base
         for delta, weight in others:
             total.add_(delta.rows(base.clone(), start, stop).sub_(base), alpha=weight)

@@ -34,7 +34,7 @@ class Delta(Protocol):
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraDelta:
     """LoRA: `W + scale * up @ down` (arXiv:2106.09685).
 
     Attributes:
@@ -60,7 +60,7 @@ class LowRank:
 
     def with_magnitude(
         self, magnitude: Tensor, weight: Rows, blocks: Iterable[tuple[int, int]], *, by_row: bool
-    ) -> LowRank:
+    ) -> LoraDelta:
         """The same as a DoRA.
 
         Args:
@@ -74,7 +74,7 @@ class LowRank:
             squares.append(self.rows(weight(start, stop), start, stop).double().square_().sum(1 if by_row else 0))
         norms = (torch.cat(squares) if by_row else torch.stack(squares).sum(0)).sqrt()
         factor = (magnitude.double() / norms).float()
-        return LowRank(self.up, self.down, self.scale, factor[:, None] if by_row else factor[None])
+        return LoraDelta(self.up, self.down, self.scale, factor[:, None] if by_row else factor[None])
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class Added:
+class BiasDelta:
     """A bias of lora_B, which adds to the layer's: `b + scale * lora_B.bias`."""
 
     bias: Tensor
@@ -101,7 +101,7 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenDelta:
     """Single trained rows of an embedding: their numbers, int64 (n,), and their values, float32 (n, width)."""
 
     indices: Tensor

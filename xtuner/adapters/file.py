@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xtuner.adapters.delta import Added, Delta, LowRank, Replaced, Rows, Tokens
+from xtuner.adapters.delta import BiasDelta, Delta, LoraDelta, Replaced, Rows, TokenDelta
 from xtuner.adapters.load import AdapterWeights
 from xtuner.adapters.settings import check_patterns, read_adapter_settings
 from xtuner.errors import CheckpointError
@@ -139,22 +139,22 @@ class AdapterFile:
                 source = whole.values if whole else weight
                 by_row = not self._transposed(parts)
                 lora = lora.with_magnitude(self._read(parts['magnitude']), source, row_blocks(shape), by_row=by_row)
-            return _After(whole, lora) if whole else lora
+            return _Composed(whole, lora) if whole else lora
         if 'bias' in parts:
-            added = Added(self._read(parts['bias']), self._scale(target, self._down(target)))
-            return _After(whole, added) if whole else added
+            added = BiasDelta(self._read(parts['bias']), self._scale(target, self._down(target)))
+            return _Composed(whole, added) if whole else added
         if 'tokens' in parts:
-            tokens = Tokens(self._indices(target), self._read(parts['tokens']))
-            return _After(whole, tokens) if whole else tokens
+            tokens = TokenDelta(self._indices(target), self._read(parts['tokens']))
+            return _Composed(whole, tokens) if whole else tokens
         assert whole is not None
         return whole
 
-    def _low_rank(self, target: str, parts: Mapping[str, str]) -> LowRank:
+    def _low_rank(self, target: str, parts: Mapping[str, str]) -> LoraDelta:
         down, up = self._read(parts['down']), self._read(parts['up'])
         scale = self._scale(target, down.shape[0])
         if self._transposed(parts):
             down, up = up.T.contiguous(), down.T.contiguous()
-        return LowRank(up, down, scale)
+        return LoraDelta(up, down, scale)
 
     def _transposed(self, parts: Mapping[str, str]) -> bool:
         """Whether the weight has a row for each input: an embedding, a Conv1D."""
@@ -198,7 +198,7 @@ class AdapterFile:
             )
 
 
-class _After:
+class _Composed:
     """A change of a tensor that the adapter brings whole, such as LoRA on a resized embedding."""
 
     def __init__(self, whole: Replaced, then: Delta) -> None:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.dataset.check import TrainingPart, check_dataset
     from xtuner.dataset.prepare import check_losses
     from xtuner.dataset.show import counted, printable
-    from xtuner.engine.schedule import Plan, few_steps_note
+    from xtuner.engine.schedule import TrainingSchedule, few_steps_note
     from xtuner.errors import DataError
 
     data = config.dataset
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         )
     check_losses(summary, data)
     num_packs, num_conversations = training.sizes()
-    if note := few_steps_note(Plan(num_packs, config.schedule), num_conversations):
+    if note := few_steps_note(TrainingSchedule(num_packs, config.schedule), num_conversations):
         print(f'training: {note}')
     dropped = counted(summary.dropped, 'conversation')
     print(f'{dropped} would be dropped' if summary.dropped else 'every record can be used')

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         trained = num_targets(sample)
         print(f'--- conversation {number}: {len(sample.input_ids)} tokens, {trained} trained')
         print(show_sample(sample, tokenizer, color=color))
-    fill = dataset.fill(config.dataset.max_length)
+    fill = dataset.packing_efficiency(config.dataset.max_length)
     print(f'--- {counted(len(numbers), "conversation")} in {counted(len(dataset), "pack")}, {fill:.1%} full')
     print('\n'.join(histogram(dataset.sample_lengths[numbers])))
     return 0

@@ -25,7 +25,7 @@ from xtuner.cli.process import (
     write_what_the_locale_lacks,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
-from xtuner.ranks import leave_group, tells_error
+from xtuner.ranks import exit_rank, should_report
 from xtuner.utils.escape import printable
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except XTunerError as error:
         _report(error, debug=debug)
-        leave_group(error.exit_status)
+        exit_rank(error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
         print('xtuner: interrupted', file=sys.stderr)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             forget_results()
             return 1
         _report(error, debug=debug, unexpected=getattr(error, 'errno', None) not in _REFUSALS)
-        leave_group(1)
+        exit_rank(1)
         return 1
 
 
@@ -157,7 +157,7 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
         text, unexpected = name, False
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
-    if tells_error(text):
+    if should_report(text):
         print(f'xtuner: error: {printable(" ".join(text.split()))}', file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ from xtuner.errors import UsageError
 
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
-    from xtuner.engine.checkpoint.resume import Start
+    from xtuner.engine.checkpoint.resume import ResumeOptions
 
 _NEWEST = 'newest'  # `xtuner.engine.checkpoint.resume.NEWEST`, which imports torch
 
@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked_start(args: argparse.Namespace, config: TrainConfig, work_dir: Path) -> Start:
+def _checked_start(args: argparse.Namespace, config: TrainConfig, work_dir: Path) -> ResumeOptions:
     """Where the run begins, and whether the paths of the command allow it, before anything heavy is imported."""
-    from xtuner.engine.checkpoint.resume import Start, check_start, check_work_dir
+    from xtuner.engine.checkpoint.resume import ResumeOptions, check_start, check_work_dir
     from xtuner.ranks import is_first_process
 
-    start = Start(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
+    start = ResumeOptions(resume=args.resume, weights=args.start_from, allow_changes=args.allow_changes)
     check_start(work_dir, start)
     if is_first_process() and _node_rank(args) == 0:  # the others would find the lock of the first
         check_work_dir(work_dir)

@@ -21,7 +21,7 @@ _LEAST_DIRECT = 2**16  # fewer bytes go through the page cache, which gathers th
 _local = threading.local()
 
 
-class PlacedFile:
+class DirectIOWriter:
     """A new file.
 
     Args:

@@ -16,7 +16,7 @@ from xtuner.convert.layerwise import Adapted
 from xtuner.convert.output import check_output, whole_folder
 from xtuner.convert.prompts import choose_prompts
 from xtuner.convert.shards import TensorPlan, size_text, write_weights
-from xtuner.convert.source import DTYPES, Source, check_changed, open_source, plan_tensors, short
+from xtuner.convert.source import DTYPES, MergeSource, check_changed, open_source, plan_tensors, short
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.weights.reader import fingerprint
@@ -99,7 +99,7 @@ def merge(
 
 
 def _verifier(
-    source: Source, plans: Sequence[TensorPlan], changes: dict[str, Any], verify: int | None, size: int
+    source: MergeSource, plans: Sequence[TensorPlan], changes: dict[str, Any], verify: int | None, size: int
 ) -> Verifier | None:
     """Attaches the adapters to the base, which shows that they fit; None where nothing shall be compared."""
     parts = [(part.adapter.folder, part.weight) for part in source.parts]
@@ -115,7 +115,7 @@ def _verifier(
     return Verifier(source, plans, adapted, prompts)
 
 
-def _with_base(source: Source, base: str, verifier: Verifier | None) -> tuple[Source, QuantizedBase | None]:
+def _with_base(source: MergeSource, base: str, verifier: Verifier | None) -> tuple[MergeSource, QuantizedBase | None]:
     """The source with the base that was asked for or is chosen, and the base that training held quantised, if it did.
 
     Raises:
@@ -147,7 +147,7 @@ def _with_base(source: Source, base: str, verifier: Verifier | None) -> tuple[So
     return replace(source, base=trained), trained
 
 
-def _judge(found: Comparison | None, source: Source, *, asked: str) -> None:
+def _judge(found: Comparison | None, source: MergeSource, *, asked: str) -> None:
     """Says how near the written model is to the trained one.
 
     Raises:
@@ -166,7 +166,7 @@ def _judge(found: Comparison | None, source: Source, *, asked: str) -> None:
     logger.warning('%s; it may not keep what was taught (--base auto chooses by this measure)', text)
 
 
-def _record(folder: Path, source: Source, found: Comparison | None, example: str) -> None:
+def _record(folder: Path, source: MergeSource, found: Comparison | None, example: str) -> None:
     """Notes in `xtuner.json` and the card which base the model was merged on, and how near it is to the trained one."""
     if source.provenance is None:
         return
@@ -176,7 +176,7 @@ def _record(folder: Path, source: Source, found: Comparison | None, example: str
     write_card(folder, provenance, kind='merged', example=example)
 
 
-def _kind(source: Source) -> str:
+def _kind(source: MergeSource) -> str:
     return 'original' if isinstance(source.base, PublishedBase) else 'dequantized'
 
 
@@ -186,7 +186,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _job(source: Source, plans: Sequence[TensorPlan], max_shard_bytes: int) -> dict[str, Any]:
+def _job(source: MergeSource, plans: Sequence[TensorPlan], max_shard_bytes: int) -> dict[str, Any]:
     return {
         'xtuner': __version__, 'torch': torch.__version__, 'device': str(source.device), 'base': _kind(source),
         'weights': fingerprint(source.reader), 'max_shard_bytes': max_shard_bytes,

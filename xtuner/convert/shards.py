@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xtuner.convert.direct_io import PlacedFile
+from xtuner.convert.direct_io import DirectIOWriter
 from xtuner.errors import ModelError
 from xtuner.model.weights.reader import DTYPES
 
@@ -146,7 +146,7 @@ class _Shard:
         self._path, self._part = path, path.with_name(f'{path.name}.part')
         self._blocks, self._progress = blocks, progress
         header = _header(plans)
-        self._file = PlacedFile(self._part, len(header) + sum(plan.nbytes for plan in plans))
+        self._file = DirectIOWriter(self._part, len(header) + sum(plan.nbytes for plan in plans))
         self._file.write(0, [header])
         places = dict(zip(plans, accumulate((plan.nbytes for plan in plans), initial=len(header))))  # noqa: B905
         largest_first = sorted(plans, key=lambda plan: -plan.nbytes)  # so that no thread is left alone with one

@@ -31,7 +31,7 @@ DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeSource:
     """Everything a merge reads.
 
     Attributes:
@@ -104,7 +104,7 @@ class Source:
             self.unchanged.append(plan.name)
 
 
-def open_source(llm: str, adapters: Sequence[tuple[Path, float]], device: torch.device, *, force: bool) -> Source:
+def open_source(llm: str, adapters: Sequence[tuple[Path, float]], device: torch.device, *, force: bool) -> MergeSource:
     """Opens base and adapters; the adapters are added to the published weights until another base is chosen.
 
     Raises:
@@ -121,7 +121,7 @@ def open_source(llm: str, adapters: Sequence[tuple[Path, float]], device: torch.
         provenance = check_adapter(path, None if force else digest)
         check_template(provenance, path)
         parts.append(Weighted(AdapterFile(path, device), weight))
-    return Source(reader, PublishedBase(reader), tuple(parts), provenance, shared_tensors(folder), device)
+    return MergeSource(reader, PublishedBase(reader), tuple(parts), provenance, shared_tensors(folder), device)
 
 
 def _check_plain(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _check_plain(folder: Path) -> None:
                      'unquantised model that it was made from')  # fmt: skip
 
 
-def plan_tensors(source: Source, dtype: torch.dtype) -> tuple[list[TensorPlan], dict[str, Any]]:
+def plan_tensors(source: MergeSource, dtype: torch.dtype) -> tuple[list[TensorPlan], dict[str, Any]]:
     """What will be written, in the order of the base's files, and which fields of the config change with it.
 
     Raises:
@@ -181,7 +181,7 @@ def _check_trained(adapter: AdapterFile) -> None:
                        len(zero), len(adapter.targets), _some(zero))  # fmt: skip
 
 
-def check_changed(source: Source, dtype: torch.dtype, num_tensors: int) -> None:
+def check_changed(source: MergeSource, dtype: torch.dtype, num_tensors: int) -> None:
     """Says how many tensors changed, and warns of those that adapters name and that were written as they were.
 
     Raises:

@@ -21,7 +21,7 @@ from xtuner.convert.base import PublishedBase, QuantizedBase, skeleton
 from xtuner.convert.layerwise import Adapted, Layerwise, Opener
 from xtuner.convert.prompts import Prompts
 from xtuner.convert.shards import TensorPlan
-from xtuner.convert.source import Source
+from xtuner.convert.source import MergeSource
 from xtuner.errors import ModelError
 from xtuner.model.weights.reader import WeightReader, open_weights
 
@@ -82,7 +82,7 @@ class Verifier:
         prompts: The rows.
     """
 
-    def __init__(self, source: Source, plans: Sequence[TensorPlan], adapted: Adapted, prompts: Prompts) -> None:
+    def __init__(self, source: MergeSource, plans: Sequence[TensorPlan], adapted: Adapted, prompts: Prompts) -> None:
         self._source, self._adapted, self._prompts = source, adapted, prompts
         self._plans = {plan.name: plan for plan in plans}
         self._known: dict[int, Tensor] = {}

@@ -81,7 +81,7 @@ def prepare_dataset(
         raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
-    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.fill(config.max_length):.1%} full'
+    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.packing_efficiency(config.max_length):.1%} full'
     level = logging.WARNING if dataset.summary.counts else logging.INFO  # losses are told to who configured no logging
     _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines(), level=level)
     if train_folder is not None and is_first_process():
@@ -169,19 +169,19 @@ def _fitted(
         if isinstance(sample, DataError):
             if config.on_bad_record == 'error':
                 raise stopped_by(sample) from None
-            summary.lose('bad', str(sample))
+            summary.record_drop('bad', str(sample))
             continue
         fitted = fit_length(sample, config.max_length, on_long=config.on_long, origin=conversation.origin,
                             begin_id=begin_id)  # fmt: skip
         if fitted is None:
-            summary.lose('too_long', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+            summary.record_drop('too_long', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
             continue
         targets = num_targets(fitted)
         if not targets:
-            summary.lose('without_target', conversation.origin)
+            summary.record_drop('without_target', conversation.origin)
             continue
         if fitted is not sample:
-            summary.lose('cut', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
+            summary.record_drop('cut', f'{conversation.origin} ({len(sample.input_ids)} tokens)')
         summary.kept += 1
         summary.tokens += len(fitted.input_ids)
         summary.target_tokens += targets

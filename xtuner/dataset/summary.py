@@ -57,7 +57,7 @@ class Summary:
     seconds: float = 0.0
     most_examples: int = 5
 
-    def lose(self, kind: str, example: str) -> None:
+    def record_drop(self, kind: str, example: str) -> None:
         """Counts one loss of `kind`, and keeps `example` ('file:line', perhaps with the reason) of the first few."""
         self.counts[kind] += 1
         kept = self.examples.setdefault(kind, [])

@@ -16,7 +16,7 @@ from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
 from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
-from xtuner.engine.schedule import Plan, StepSampler
+from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.errors import ConfigError, DataError
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
@@ -35,7 +35,9 @@ class MicroBatches:
         rank: This process.
     """
 
-    def __init__(self, dataset: Any, config: TrainConfig, plan: Plan, *, pad_id: int, rank: int = 0) -> None:
+    def __init__(
+        self, dataset: Any, config: TrainConfig, plan: TrainingSchedule, *, pad_id: int, rank: int = 0
+    ) -> None:
         self.start_step = 0
         self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank
         self._named: tuple[int, list[list[int]]] = (-1, [])  # the items of a step that a message named
@@ -99,7 +101,7 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:_MOST_NAMED]) + more
 
 
-def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:
+def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> TrainingSchedule:
     """The arithmetic of a run over a data set; a stream counts as one pass over `max_steps` steps.
 
     Raises:
@@ -107,13 +109,13 @@ def make_plan(dataset: Any, config: TrainConfig, world_size: int) -> Plan:
     """
     schedule = config.schedule
     if not isinstance(dataset, PackStream):
-        plan = Plan(len(dataset), schedule, world_size)
+        plan = TrainingSchedule(len(dataset), schedule, world_size)
         if plan.num_steps < 1:
             raise ConfigError(f'`schedule.max_epochs` is {schedule.max_epochs}, which makes no step; raise it')
         return plan
     if schedule.max_steps is None:
         raise ConfigError('`dataset.streaming` needs `schedule.max_steps` (or --max-steps): a stream has no length')
-    return Plan(
+    return TrainingSchedule(
         schedule.max_steps * schedule.batch_size * schedule.accumulative_counts * world_size, schedule, world_size
     )
 

@@ -24,12 +24,12 @@ from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
 from xtuner.engine.distributed.launch import Group
-from xtuner.fused.enable import FastPath, enable_fast_path
+from xtuner.fused.enable import FusedTraining, enable_fused_training
 from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
 from xtuner.model.loading import load_model, load_tokenizer, resolve_model
 from xtuner.model.precision import default_device, dtype_name
-from xtuner.model.sharded_loading import Share, num_parameters
+from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights.files import apply_umask
 from xtuner.model.weights.reader import fingerprint, open_weights
@@ -40,7 +40,7 @@ logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
-class Data:
+class RunInputs:
     """What is read before the model: the conversations and what encodes them."""
 
     model_folder: Path
@@ -57,7 +57,7 @@ class Data:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_data(config: TrainConfig, group: Group) -> Data:
+def load_data(config: TrainConfig, group: Group) -> RunInputs:
     """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
@@ -71,17 +71,17 @@ def load_data(config: TrainConfig, group: Group) -> Data:
     validation = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part='val')
     if group.watch is not None:  # nodes without a common cache prepare it each for themselves
         group.watch.gather('data')
-    return Data(folder, base_fingerprint, tokenizer, template, dataset, validation, generation)
+    return RunInputs(folder, base_fingerprint, tokenizer, template, dataset, validation, generation)
 
 
 def load_for_training(
     config: TrainConfig,
-    data: Data,
+    data: RunInputs,
     *,
     dtype: torch.dtype,
     checkpoint: Path | None,
     strategy: str = 'single',
-    share: Share | None = None,
+    share: ShardSpec | None = None,
 ) -> SupervisedFinetune:
     """The base model with its adapter, on its device, ready to be trained.
 
@@ -130,12 +130,12 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
     return adapted
 
 
-def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> FastPath:
+def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> FusedTraining:
     if runtime.activation_checkpointing:  # 'auto' too: what leaves the fast path computes all layers again
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
     by_memory = runtime.activation_checkpointing == 'auto'
-    return enable_fast_path(
+    return enable_fused_training(
         model,
         enabled=runtime.fast and stage_of(strategy) != 'deepspeed_zero3',  # whose weights come by module hooks alone
         recompute_by_memory=by_memory,
@@ -161,7 +161,7 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
 
 def write_model(
     config: TrainConfig,
-    data: Data,
+    data: RunInputs,
     model: SupervisedFinetune,
     dtype: torch.dtype,
     folder: Path,

@@ -10,9 +10,9 @@ from typing import Any
 
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.checkpoint.disk_space import OVERHEAD_BYTES
-from xtuner.engine.schedule import Plan
-from xtuner.fused.recompute import num_layers_again, room_for_activations
-from xtuner.memory.dims import ModelShape, model_shape
+from xtuner.engine.schedule import TrainingSchedule
+from xtuner.fused.recompute import activation_budget_bytes, num_recomputed_layers
+from xtuner.memory.dims import ModelDims, model_dims
 from xtuner.memory.predict import Prediction, Setup, predict_memory
 from xtuner.memory.terms import CONTEXT_BYTES, base_weights, input_embedding, library_space, trained_weights
 from xtuner.model.loading import load_config
@@ -68,7 +68,7 @@ def data_size(dataset: Any) -> DataSize:
     )
 
 
-def shape_of(config: TrainConfig, folder: Path) -> ModelShape:
+def shape_of(config: TrainConfig, folder: Path) -> ModelDims:
     """The model and adapter of a config, counted.
 
     Args:
@@ -79,12 +79,12 @@ def shape_of(config: TrainConfig, folder: Path) -> ModelShape:
         XTunerError: the folder holds no model that is known, or the adapter does not fit it.
     """
     trusted = config.model.trust_remote_code
-    return model_shape(load_config(folder, trust_remote_code=trusted), config.adapter, trust_remote_code=trusted)
+    return model_dims(load_config(folder, trust_remote_code=trusted), config.adapter, trust_remote_code=trusted)
 
 
 def setup_of(
     config: TrainConfig,
-    shape: ModelShape,
+    shape: ModelDims,
     *,
     data: DataSize | None = None,
     world_size: int = 1,
@@ -119,15 +119,15 @@ def setup_of(
     )
     if again != 'auto' or free is None or not setup.on_fast_path:
         return setup
-    return replace(setup, num_again=_again_by_memory(setup, free))
+    return replace(setup, num_recomputed=_again_by_memory(setup, free))
 
 
 def _again_by_memory(setup: Setup, free: int) -> int:
     """How many layers the fast path will compute again on a GPU with so much free memory."""
     held = sum(term(setup) for term in (base_weights, input_embedding, trained_weights, library_space))
-    room = room_for_activations(free - held - CONTEXT_BYTES, setup.shape.num_trained, 'cuda')
+    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.shape.num_trained, 'cuda')
     assert setup.shape.parts is not None
-    return num_layers_again(
+    return num_recomputed_layers(
         setup.shape.parts, setup.group_ranks, setup.shape.num_layers,
         tokens=setup.tokens, item_bytes=setup.value_bytes, room=room,
     )  # fmt: skip
@@ -155,15 +155,15 @@ def checkpoint_bytes(setup: Setup) -> int:
     return int((4 + setup.optimizer_bytes) * setup.shape.num_trained) + OVERHEAD_BYTES
 
 
-def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> Plan | None:
+def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> TrainingSchedule | None:
     """The run's steps; None where neither the data nor `schedule.max_steps` tells them."""
     schedule = config.schedule
     if data is not None:
-        return Plan(data.num_items, schedule, world_size)
+        return TrainingSchedule(data.num_items, schedule, world_size)
     if schedule.max_steps is None:
         return None
     per_step = schedule.batch_size * schedule.accumulative_counts * world_size
-    return Plan(schedule.max_steps * per_step, schedule, world_size)
+    return TrainingSchedule(schedule.max_steps * per_step, schedule, world_size)
 
 
 def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> list[Knob]:
@@ -174,13 +174,13 @@ def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> lis
         half = schedule.batch_size // 2
         text = f'schedule.batch_size={half} schedule.accumulative_counts={schedule.accumulative_counts * 2}'
         changes.append((text, {'tokens': setup.longest * half, 'accumulated': True}))
-    if setup.layers_again < shape.num_layers - 1:
-        changes.append(('runtime.activation_checkpointing=True', {'checkpointing': True, 'num_again': None}))
+    if setup.recomputed_layers < shape.num_layers - 1:
+        changes.append(('runtime.activation_checkpointing=True', {'checkpointing': True, 'num_recomputed': None}))
     if setup.bits is None and not setup.full:
         changes.append(('quantization.bits=4', {'bits': 4, 'double_quant': True}))
     if setup.full:
         changes.append(('a lora or qlora config in place of full training', _as_adapter(setup)))
-    if not setup.fast and not shape.obstacle:
+    if not setup.fast and not shape.unsupported_reason:
         changes.append(('runtime.fast=True', {'fast': True}))
     if not setup.paged and setup.optimizer_bytes:
         changes.append(('optimizer.type=bitsandbytes.optim:PagedAdamW8bit', {'paged': True, 'optimizer_spare': 0}))
@@ -218,7 +218,7 @@ class Estimate:
     memory: Prediction
     least: Prediction | None
     data: DataSize | None
-    plan: Plan | None
+    plan: TrainingSchedule | None
     checkpoint_bytes: int
     num_checkpoints: int | None
 
@@ -233,7 +233,7 @@ class Estimate:
             'steps': steps,
             'tokens_per_step': self.tokens_per_step,
             'checkpoint_bytes': self.checkpoint_bytes,
-            'fast_path': self.setup.shape.obstacle or self.setup.on_fast_path,
+            'fast_path': self.setup.shape.unsupported_reason or self.setup.on_fast_path,
         }  # fmt: skip
 
     @property

@@ -8,7 +8,7 @@ from xtuner.config.schema import TrainConfig
 from xtuner.dataset.show import counted
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.engine.schedule import few_steps_note
-from xtuner.memory.gpus import CARDS, Card, tokens_per_second
+from xtuner.memory.gpus import GPUS, GpuSpec, tokens_per_second
 from xtuner.memory.predict import Prediction, Setup
 from xtuner.utils.units import GIB, clock, gib
 
@@ -17,7 +17,7 @@ _MOST_KNOBS = 3
 
 
 def describe(
-    config: TrainConfig, estimate: Estimate, *, card: Card | None = None, step_seconds: float | None = None
+    config: TrainConfig, estimate: Estimate, *, card: GpuSpec | None = None, step_seconds: float | None = None
 ) -> list[str]:
     """The lines of an estimate.
 
@@ -30,7 +30,7 @@ def describe(
     setup = estimate.setup
     lines = [*_model(config, setup), '', *_memory(estimate.memory, setup)]
     if estimate.least is not None and estimate.least.on_card < estimate.memory.on_card:
-        again = f'{setup.layers_again} of {setup.shape.num_layers} layers computed twice'
+        again = f'{setup.recomputed_layers} of {setup.shape.num_layers} layers computed twice'
         lines.append(f'As the memory allows, {again}; with all of them {gib(estimate.least.on_card)}.')
     least = estimate.least or estimate.memory
     lines += _fit(config, setup, estimate.memory, least, card)
@@ -45,7 +45,9 @@ def _model(config: TrainConfig, setup: Setup) -> list[str]:
     shape = setup.shape
     share = shape.num_trained / (shape.num_base + (0 if setup.full else shape.num_trained))
     held = f'in {config.quantization.bits} bit' if config.quantization else 'in half precision'
-    path = 'the fast path' if setup.on_fast_path else f'the stock path: {shape.obstacle or "as the config says"}'
+    path = (
+        'the fast path' if setup.on_fast_path else f'the stock path: {shape.unsupported_reason or "as the config says"}'
+    )
     return [
         f'{config.model.path}: {_count(shape.num_base)} parameters '
         f'{"in float32" if setup.full or (setup.value_bytes == 4 and not config.quantization) else held}, '
@@ -87,10 +89,10 @@ def _rows(terms: Mapping[str, int], texts: Mapping[str, str]) -> list[str]:
     return [f'  {name:{_WIDTH - 2}}{size / GIB:8.2f}   {texts.get(name, "")}'.rstrip() for name, size in terms.items()]
 
 
-def _fit(config: TrainConfig, setup: Setup, memory: Prediction, least: Prediction, card: Card | None) -> list[str]:
+def _fit(config: TrainConfig, setup: Setup, memory: Prediction, least: Prediction, card: GpuSpec | None) -> list[str]:
     """Whether it fits the card, or which cards it fits; what to turn where it does not."""
     if card is None:
-        fitting = [name for name, known in CARDS.items() if least.on_card <= known.num_bytes]
+        fitting = [name for name, known in GPUS.items() if least.on_card <= known.num_bytes]
         return [f'Fits: {", ".join(fitting) if fitting else "none of the known cards"}.']
     if memory.on_card <= card.num_bytes:
         return [f'Fits {card.name}: {gib(card.num_bytes - memory.on_card)} of {card.gib:.1f} GiB stay free.']
@@ -133,7 +135,7 @@ def _run(config: TrainConfig, estimate: Estimate) -> list[str]:
     return lines
 
 
-def _time(estimate: Estimate, card: Card | None, step_seconds: float | None) -> list[str]:
+def _time(estimate: Estimate, card: GpuSpec | None, step_seconds: float | None) -> list[str]:
     if estimate.plan is None:
         return []
     steps = estimate.plan.num_steps

@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from xtuner.dataset.packing.collate import count_targets
-from xtuner.engine.schedule import Plan
+from xtuner.engine.schedule import TrainingSchedule
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
 from xtuner.engine.step_checks import (
     check_gradients,
@@ -75,7 +75,7 @@ class TrainLoop(BaseLoop):
         runner: Any,
         dataloader: Iterable[dict[str, Tensor]],
         *,
-        plan: Plan,
+        plan: TrainingSchedule,
         compute_dtype: torch.dtype,
         seed: int,
         max_nonfinite_steps: int,
@@ -155,7 +155,7 @@ class TrainLoop(BaseLoop):
             self.runner.call_hook('before_train_iter', batch_idx=self.step, data_batch=micro_batches)
             result = self._optimize(micro_batches, start)
             if self._watch is not None:
-                self._watch.pause()  # hooks may write and generate as long as they like
+                self._watch.suspend()  # hooks may write and generate as long as they like
             self.runner.call_hook(
                 'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
             )
@@ -245,7 +245,7 @@ class TrainLoop(BaseLoop):
     def _give_up(self, signal_number: int) -> NoReturn:
         """Forgets the step under way, lets hooks save the state before it, and ends the run."""
         if self._watch is not None:
-            self._watch.pause()
+            self._watch.suspend()
         self.strategy.forget()
         self.runner.call_hook('after_stop', signal_number=signal_number)
         raise Interrupted(signal_number, f'stopped in step {self.step + 1}')
@@ -253,7 +253,7 @@ class TrainLoop(BaseLoop):
     def _note(self, what: str) -> None:
         """Tells the other ranks where this one is, so that they can name it should it hang."""
         if self._watch is not None:
-            self._watch.note(f'step {self.step + 1}, {what}')
+            self._watch.heartbeat(f'step {self.step + 1}, {what}')
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.strategy.world_size > 1:

@@ -8,8 +8,8 @@ import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.cache.store import PreparedDataset
-from xtuner.engine.build import Data
-from xtuner.engine.schedule import Plan
+from xtuner.engine.build import RunInputs
+from xtuner.engine.schedule import TrainingSchedule
 from xtuner.model.precision import dtype_name
 from xtuner.model.sharded_loading import num_parameters
 from xtuner.objectives.sft import SupervisedFinetune
@@ -20,8 +20,8 @@ from xtuner.tracking.metadata import method_of, sources_of, summary_of
 _CARD_VERSIONS = ('xtuner', 'torch', 'transformers', 'peft', 'bitsandbytes')
 
 
-def about_run(
-    config: TrainConfig, data: Data, plan: Plan, model: SupervisedFinetune, dtype: torch.dtype
+def run_metadata(
+    config: TrainConfig, data: RunInputs, plan: TrainingSchedule, model: SupervisedFinetune, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The facts of `about.json`, beside its sessions."""
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
@@ -51,7 +51,7 @@ def about_run(
     }
 
 
-def training_facts(config: TrainConfig, data: Data, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+def training_facts(config: TrainConfig, data: RunInputs, plan: TrainingSchedule, dtype: torch.dtype) -> dict[str, Any]:
     """How a run trains, for the card: JSON values, the same for the same run whatever machine it is on."""
     schedule, known = config.schedule, versions()
     facts: dict[str, Any] = {

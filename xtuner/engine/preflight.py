@@ -8,7 +8,7 @@ import torch
 
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.stream import PackStream
-from xtuner.engine.build import Data
+from xtuner.engine.build import RunInputs
 from xtuner.engine.estimate import data_size, is_predicted, knobs, setup_of, shape_of
 from xtuner.engine.estimate_text import knob_texts
 from xtuner.errors import ModelError, TrainingError, XTunerError
@@ -24,7 +24,7 @@ _SHOWN_TERMS = 3
 
 
 def check_memory(
-    config: TrainConfig, data: Data, device: torch.device, world_size: int, *, strategy: str = 'single'
+    config: TrainConfig, data: RunInputs, device: torch.device, world_size: int, *, strategy: str = 'single'
 ) -> None:
     """Compares what the config's least memory is predicted to be with what the GPU has free.
 
@@ -58,7 +58,7 @@ def check_memory(
     raise TrainingError(f'{message}; runtime.check_memory=False tries all the same')
 
 
-def memory_advice(config: TrainConfig, data: Data, world_size: int) -> list[str]:
+def memory_advice(config: TrainConfig, data: RunInputs, world_size: int) -> list[str]:
     """What to turn where memory has run out after all, the setting that is predicted to save most first."""
     try:
         return knob_texts(knobs(config, _setup(config, data, world_size), least_saved=0))
@@ -66,6 +66,6 @@ def memory_advice(config: TrainConfig, data: Data, world_size: int) -> list[str]
         return []
 
 
-def _setup(config: TrainConfig, data: Data, world_size: int) -> Setup:
+def _setup(config: TrainConfig, data: RunInputs, world_size: int) -> Setup:
     size = None if isinstance(data.dataset, PackStream) else data_size(data.dataset)
     return setup_of(config, shape_of(config, data.model_folder), data=size, world_size=world_size)

@@ -28,43 +28,43 @@ from xtuner.dataset.probe import write_probe
 from xtuner.dataset.show import counted
 from xtuner.dataset.templates.template import Template
 from xtuner.engine.batches import MicroBatches, make_plan
-from xtuner.engine.build import Data, load_data, load_for_training, write_model
+from xtuner.engine.build import RunInputs, load_data, load_for_training, write_model
 from xtuner.engine.checkpoint.disk_space import check_space, checkpoint_bytes
 from xtuner.engine.checkpoint.resume import (
     NEW_RUN,
-    Start,
+    ResumeOptions,
     check_resumable,
     check_weights_folder,
     find_checkpoint,
     open_work_dir,
 )
-from xtuner.engine.checkpoint.run_lock import alone_in
+from xtuner.engine.checkpoint.run_lock import exclusive_run_dir
 from xtuner.engine.checkpoint.run_manifest import describe_run, format_of_run, recorded_formats, write_run
 from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
 from xtuner.engine.distributed.launch import Group, process_group, sequence_group
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
-from xtuner.engine.metadata import about_run, training_facts
+from xtuner.engine.metadata import run_metadata, training_facts
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
-from xtuner.engine.schedule import Plan, few_steps_note
+from xtuner.engine.schedule import TrainingSchedule, few_steps_note
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
-from xtuner.model.sharded_loading import Share, num_parameters
+from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.objectives.model_checks import check_family
 from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
 from xtuner.tracking.metadata import latest_losses
 from xtuner.tracking.report.page import try_to_report
-from xtuner.tracking.sessions import told
+from xtuner.tracking.sessions import record_session
 
 logger = logging.getLogger('xtuner')
 
 
-def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launcher: str = 'none') -> Path:
+def train(config: TrainConfig, *, work_dir: Path, start: ResumeOptions = NEW_RUN, launcher: str = 'none') -> Path:
     """Runs a config to its end and returns the last checkpoint's folder.
 
     Args:
@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, work_dir: Path, start: Start = NEW_RUN, launch
     _check_open_sections(config)
     with (
         process_group(launcher, timeout_s=config.parallel.timeout_s) as group,
-        alone_in(work_dir) if group.rank == 0 else nullcontext(),
+        exclusive_run_dir(work_dir) if group.rank == 0 else nullcontext(),
     ):
         checkpoint = find_checkpoint(work_dir, start, rank=group.rank)
         num_steps = _run(config, work_dir, checkpoint, start, launcher, group)
@@ -94,7 +94,7 @@ def _run(
     config: TrainConfig,
     work_dir: Path,
     checkpoint: Path | None,
-    start: Start,
+    start: ResumeOptions,
     launcher: str,
     group: Group,
 ) -> int:
@@ -133,14 +133,14 @@ def _run(
     check_memory(config, data, device, group.world_size, strategy=name)
     model = load_for_training(
         config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name,
-        share=Share(group.rank, group.world_size),
+        share=ShardSpec(group.rank, group.world_size),
     )  # fmt: skip
     if group.rank == 0:
         _check_space(work_dir, config, plan, model, data)
         open_work_dir(work_dir, config, checkpoint)  # only now: a run that could not begin leaves nothing behind
         part = 'training' if data.validation is None else 'validation'
         write_probe(work_dir, data.dataset if data.validation is None else data.validation, part)
-    about = about_run(config, data, plan, model, dtype) if group.rank == 0 else None
+    about = run_metadata(config, data, plan, model, dtype) if group.rank == 0 else None
     training = training_facts(config, data, plan, dtype)
 
     def write(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
@@ -158,20 +158,22 @@ def _run(
             runner.train_loop.dataloader.start_step = runner.iter
             logger.info('resuming from %s at step %d', checkpoint, runner.iter)
         try:
-            with told(work_dir, about, from_step=runner.iter, at_end=try_to_report):
+            with record_session(work_dir, about, from_step=runner.iter, at_end=try_to_report):
                 runner.train()
         finally:
             runner.visualizer.close()
     return plan.num_steps
 
 
-def _warn_of_few_steps(plan: Plan, data: Data) -> None:
+def _warn_of_few_steps(plan: TrainingSchedule, data: RunInputs) -> None:
     dataset = data.dataset
     if note := few_steps_note(plan, len(dataset.sample_numbers) if isinstance(dataset, PreparedDataset) else None):
         logger.warning('plan: %s', note)
 
 
-def _check_space(work_dir: Path, config: TrainConfig, plan: Plan, model: SupervisedFinetune, data: Data) -> None:
+def _check_space(
+    work_dir: Path, config: TrainConfig, plan: TrainingSchedule, model: SupervisedFinetune, data: RunInputs
+) -> None:
     """Whether all the checkpoints that will be there at a time have room; one more than are kept, while it is saved."""
     num_saves = math.ceil(plan.num_steps / config.checkpoint.interval)
     kept = config.checkpoint.max_keep + (data.validation is not None and config.checkpoint.keep_best)
@@ -196,7 +198,9 @@ def _check_open_sections(config: TrainConfig) -> None:
             )
 
 
-def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, name: str, group: Group) -> Strategy:
+def _make_strategy(
+    config: TrainConfig, model: SupervisedFinetune, plan: TrainingSchedule, name: str, group: Group
+) -> Strategy:
     """Hands model and optimizer to the strategy, and says once how many steps of what size will come."""
 
     def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -210,7 +214,7 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
         model.share_sequences(sequence_group(config.parallel.sequence_parallel_size))
     strategy = make_strategy(config, name, group.rank, group.world_size).prepare(model, make_optimizer)
     if group.watch is not None:
-        strategy.on_reduce(group.watch.passes)
+        strategy.on_reduce(group.watch.on_bucket)
     schedule, size = config.schedule, config.parallel.sequence_parallel_size
     logger.info(
         'plan: %s, %s, warm-up %d; %s (%s%s); a step is %d x %d x %d = %d items (batch x '
@@ -234,9 +238,9 @@ def _make_strategy(config: TrainConfig, model: SupervisedFinetune, plan: Plan, n
 
 def _make_runner(
     config: TrainConfig,
-    data: Data,
+    data: RunInputs,
     strategy: Strategy,
-    plan: Plan,
+    plan: TrainingSchedule,
     dtype: torch.dtype,
     stop: StopRequest,
     write: Callable[[Path, dict[str, torch.Tensor] | None], None],
@@ -285,7 +289,7 @@ def _sample_prompts(config: TrainConfig, template: Template) -> Sequence[str | S
         return []
 
 
-def _hooks(config: TrainConfig, data: Data) -> list[Any]:
+def _hooks(config: TrainConfig, data: RunInputs) -> list[Any]:
     samples, interval = config.samples, config.checkpoint.interval
     validation = []
     if data.validation is not None:

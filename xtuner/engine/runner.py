@@ -18,10 +18,10 @@ from mmengine.visualization import TensorboardVisBackend, Visualizer, WandbVisBa
 from xtuner.adapters.attach import trainable_parameters
 from xtuner.engine.checkpoint.trainer_state import STATE_FILE, read_state
 from xtuner.engine.distributed import Strategy
-from xtuner.engine.distributed.watchdog import Watch
+from xtuner.engine.distributed.watchdog import Watchdog
 from xtuner.engine.loop import Skips, TrainLoop
 from xtuner.errors import CheckpointError, one_line
-from xtuner.fused.enable import activation_room, set_activation_room
+from xtuner.fused.enable import activation_budget, set_activation_budget
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.out_of_memory import is_out_of_memory
 
@@ -56,7 +56,7 @@ class Runner(mmengine.runner.Runner):
         strategy: Strategy,
         dataloader: Iterable[Any],
         *,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         hooks: Sequence[Hook],
         work_dir: Path,
         seed: int,
@@ -142,12 +142,12 @@ class Runner(mmengine.runner.Runner):
         loop.step = state['step']
         rooms = state['activation_rooms']
         if len(rooms) == self.strategy.world_size and rooms[self.strategy.rank] is not None:
-            set_activation_room(self.bare_model.llm, rooms[self.strategy.rank])
+            set_activation_budget(self.bare_model.llm, rooms[self.strategy.rank])
 
     def _activation_rooms(self) -> list[int | None]:
         """By which room for activations each rank decides what it computes again."""
         mine = torch.full((self.strategy.world_size,), -1, dtype=torch.int64)
-        room = activation_room(self.bare_model.llm)
+        room = activation_budget(self.bare_model.llm)
         mine[self.strategy.rank] = -1 if room is None else max(0, room)
         all_reduce(mine, 'max')
         return [None if room < 0 else room for room in mine.tolist()]

@@ -17,7 +17,7 @@ from xtuner.dataset.show import counted
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSchedule:
     """The arithmetic of a run.
 
     Items (packs or samples) form one endless stream: epoch after epoch, each in its own order. A step takes the next
@@ -110,7 +110,7 @@ FEW_STEPS = 20
 """Below this a run of whole epochs has hardly begun to learn: the warm-up and the decay of the rate take most of it."""
 
 
-def few_steps_note(plan: Plan, num_samples: int | None = None) -> str:
+def few_steps_note(plan: TrainingSchedule, num_samples: int | None = None) -> str:
     """What to set where whole epochs make fewer than `FEW_STEPS` steps; '' where there are enough.
 
     Args:
@@ -137,7 +137,7 @@ def few_steps_note(plan: Plan, num_samples: int | None = None) -> str:
     )
 
 
-def _finer(plan: Plan) -> Plan:
+def _finer(plan: TrainingSchedule) -> TrainingSchedule:
     """The plan with the largest steps that make at least `FEW_STEPS`, or else with the smallest steps."""
     schedule = plan.schedule
     count = min(schedule.accumulative_counts, max(1, math.ceil(plan.num_micro_batches / (FEW_STEPS - 1)) - 1))
@@ -156,7 +156,7 @@ class StepSampler(Sampler[list[int]]):
     `[(m * world_size + r) * batch_size, ... + batch_size)`.
     """
 
-    def __init__(self, order: EpochSampler, plan: Plan, *, rank: int = 0, start_step: int = 0) -> None:
+    def __init__(self, order: EpochSampler, plan: TrainingSchedule, *, rank: int = 0, start_step: int = 0) -> None:
         self._order, self._plan, self._rank = order, plan, rank
         self.start_step = start_step
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from xtuner.fused.attention import Attention
-from xtuner.fused.frozen import Adapter
-from xtuner.fused.linear import Group, Setting
-from xtuner.fused.offload import HostStore
+from xtuner.fused.frozen import LoraWeights
+from xtuner.fused.linear import ComputePolicy, Group
+from xtuner.fused.offload import HostOffload
 
 
 @dataclass
@@ -34,7 +34,7 @@ class LayerParts:
 
 
 @dataclass
-class Batch:
+class StepContext:
     """What all layers share in one forward pass.
 
     Attributes:
@@ -43,33 +43,33 @@ class Batch:
         cos: (T, D / 2), float32.
         sin: Likewise.
         seeds: int64 (L, 4, 16): of the dropout masks, by layer, group and layer of the group.
-        num_again: How many layers, from the first on, keep only their input and are computed again.
+        num_recomputed: How many layers, from the first on, keep only their input and are computed again.
         store: Where those inputs are kept on the host, or None.
 
     """
 
-    how: Setting
+    how: ComputePolicy
     attention: Attention
     cos: Tensor
     sin: Tensor
     seeds: Tensor
-    num_again: int
-    store: HostStore | None = None
+    num_recomputed: int
+    store: HostOffload | None = None
 
 
 @dataclass
-class Run:
+class LayerContext:
     """One layer in one forward pass: its number and parts, its adapters (a list for each group)."""
 
     number: int
     parts: LayerParts
-    batch: Batch
-    adapters: list[list[Adapter | None]]
+    batch: StepContext
+    adapters: list[list[LoraWeights | None]]
 
     @property
     def again(self) -> bool:
         """Whether the backward pass computes this layer again."""
-        return self.number < self.batch.num_again
+        return self.number < self.batch.num_recomputed
 
     def seeds(self, group: int) -> Tensor:
         """Of a group's dropout masks, int64 (16,)."""
@@ -77,4 +77,4 @@ class Run:
 
     def ranks(self, group: int) -> int:
         """The columns to append for a group's adapters."""
-        return sum(a.rank for a in self.adapters[group] if a) if self.batch.how.folded else 0
+        return sum(a.rank for a in self.adapters[group] if a) if self.batch.how.fused_lora else 0

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.fused.context import Batch, Run
-from xtuner.fused.layer import compute_again, layer_backward, layer_forward
+from xtuner.fused.context import LayerContext, StepContext
+from xtuner.fused.layer import layer_backward, layer_forward, recompute_layer
 
 MOST_TOKENS = 4096  # beyond, the GPU is the slower one: at 8192 graphs changed nothing on an H200
 AFTER_BATCHES = 3
@@ -33,7 +33,7 @@ class LayerGraphs:
 
     """
 
-    def __init__(self, runs: list[Run], like_TH: Tensor) -> None:
+    def __init__(self, runs: list[LayerContext], like_TH: Tensor) -> None:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._owner: weakref.ref | None = None
@@ -42,10 +42,10 @@ class LayerGraphs:
         self.attention = batch.attention.fixed()
         # If layers are computed again, all are: their inputs take turns in a few places on their way to the host.
         # Otherwise every layer's input has a place.
-        self.ring = batch.num_again > 0
-        num_again = len(runs) if self.ring else 0
-        fixed = Batch(batch.how, self.attention, self.cos, self.sin, self.seeds, num_again)
-        self.runs = [Run(r.number, r.parts, fixed, r.adapters) for r in runs]
+        self.ring = batch.num_recomputed > 0
+        num_recomputed = len(runs) if self.ring else 0
+        fixed = StepContext(batch.how, self.attention, self.cos, self.sin, self.seeds, num_recomputed)
+        self.runs = [LayerContext(r.number, r.parts, fixed, r.adapters) for r in runs]
         self.inputs = [torch.empty_like(like_TH) for _ in range(_AHEAD if self.ring else 1)]
         self.returned = [torch.empty_like(like_TH) for _ in range(2 if self.ring else 0)]
         self.host = [torch.empty(like_TH.shape, dtype=like_TH.dtype, pin_memory=True) for _ in runs if self.ring]
@@ -83,7 +83,7 @@ class LayerGraphs:
         run, kept = self.runs[number], all_kept.pop()
         x = self.returned[number % 2] if self.ring else self.inputs[number]
         if kept is None:
-            kept = compute_again(run, x, None, None)
+            kept = recompute_layer(run, x, None, None)
         dx, grads = layer_backward(run, x, self.gradient, kept, need_dx=number > 0)
         size = sum(g.numel() for g in grads)
         torch.cat([g.reshape(-1) for g in grads], out=self.flat[:size])
@@ -115,7 +115,7 @@ class LayerGraphs:
         """The backward pass is done."""
         self._owner = None
 
-    def replay_forward(self, x_TH: Tensor, batch: Batch) -> Tensor:
+    def replay_forward(self, x_TH: Tensor, batch: StepContext) -> Tensor:
         """The last layer's output, in its fixed place."""
         self.inputs[0].copy_(x_TH)
         self.cos.copy_(batch.cos)
@@ -171,7 +171,7 @@ class GraphFunction(torch.autograd.Function):
     """`apply(x, graphs, batch, *all adapters' parameters)`: all layers at once."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, graphs: LayerGraphs, batch: Batch, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, graphs: LayerGraphs, batch: StepContext, *parameters: Tensor) -> Tensor:
         """Replays the forward graphs."""
         ctx.graphs, ctx.owner = graphs, _Owner()
         graphs.claim(ctx.owner)
@@ -189,20 +189,20 @@ class GraphFunction(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def flatten(run: Run) -> list[Any]:
+def flatten(run: LayerContext) -> list[Any]:
     """A layer's adapters in the order of its projections."""
     return [a for group in run.adapters for a in group if a]
 
 
-def suits(runs: list[Run], tokens: int) -> bool:
+def suits(runs: list[LayerContext], tokens: int) -> bool:
     """Whether batches like this may be recorded: small, float32 adapters."""
     batch, adapters = runs[0].batch, [a for run in runs for a in flatten(run)]
     plain = all(a.a_rK.dtype == a.b_Nr.dtype == torch.float32 for a in adapters)
-    fused = batch.how.folded or batch.how.fp8
+    fused = batch.how.fused_lora or batch.how.fp8
     return tokens <= MOST_TOKENS and batch.attention.form is not None and fused and plain and bool(adapters)
 
 
-def signature(runs: list[Run]) -> tuple:
+def signature(runs: list[LayerContext]) -> tuple:
     """What must not change while recorded graphs are used: addresses of all that they read, scalings, dropout."""
     adapters = [a for run in runs for a in flatten(run)]
     own = tuple(v for a in adapters for v in (a.a_rK.data_ptr(), a.b_Nr.data_ptr(), a.scaling, a.dropout))

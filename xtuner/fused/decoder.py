@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.fused.attention import attention_for
-from xtuner.fused.context import Batch, LayerParts, Run
+from xtuner.fused.context import LayerContext, LayerParts, StepContext
 from xtuner.fused.cuda_graphs import (
     AFTER_BATCHES,
     MOST_TOKENS,
@@ -20,26 +20,26 @@ from xtuner.fused.cuda_graphs import (
     signature,
     suits,
 )
-from xtuner.fused.fp8 import WeightScales, product_obstacle
+from xtuner.fused.fp8 import WeightScales, product_unsupported_reason
 from xtuner.fused.frozen import FrozenLinear
 from xtuner.fused.layer import LayerFunction, NormFunction
-from xtuner.fused.linear import Group, Setting
-from xtuner.fused.offload import HostStore, free_bytes, free_host_bytes
-from xtuner.fused.projections import GROUPS, adapter_obstacle, adapter_of, base_of, projections_of
-from xtuner.fused.recompute import gathered_bytes, num_layers_again, room_for_activations
+from xtuner.fused.linear import ComputePolicy, Group
+from xtuner.fused.offload import HostOffload, free_bytes, free_host_bytes
+from xtuner.fused.projections import GROUPS, adapter_of, adapter_unsupported_reason, base_of, projections_of
+from xtuner.fused.recompute import activation_budget_bytes, gathered_bytes, num_recomputed_layers
 from xtuner.fused.ulysses import SequenceGroup, SharedAttention
 from xtuner.kernels.dispatch import Kernels
 
 _LOGGER = logging.getLogger('xtuner')
 
 
-class FastDecoder:
+class FusedDecoder:
     """The fast forward pass of one decoder (transformers' `LlamaModel` or one like it).
 
     Args:
         decoder: The module; only read.
         kernels: Which kernels to use.
-        folded: Whether adapters become part of the big products (right on CUDA, a waste elsewhere).
+        fused_lora: Whether adapters become part of the big products (right on CUDA, a waste elsewhere).
         by_memory: Compute layers again only where memory is short, whatever the decoder's own setting is.
         fp8: Multiply frozen weights and adapters in FP8; adapters are part of the products then.
         sharded: Call each layer as a module, whose hooks put its weights together and take them apart again.
@@ -51,14 +51,14 @@ class FastDecoder:
         decoder: Any,
         kernels: Kernels,
         *,
-        folded: bool,
+        fused_lora: bool,
         by_memory: bool = False,
         fp8: bool = False,
         sharded: bool = False,
     ) -> None:
         self.decoder: Any = decoder
         self.kernels = kernels
-        self.folded = folded and not fp8
+        self.fused_lora = fused_lora and not fp8
         self.by_memory = by_memory
         self.room: int | None = None  # for activations; known when the first batch comes
         self._reported: int | None = None
@@ -114,29 +114,33 @@ class FastDecoder:
         if sequence is not None:
             attention, position_ids = SharedAttention(attention, sequence), sequence.own(position_ids)
         cos, sin = self._angles(position_ids.to(x.device, non_blocking=True), rows, size // 2, x)
-        how = Setting(self.kernels, dtype, self.folded, fp8=self.scales is not None)
-        batch = Batch(how, attention, cos, sin, self._seeds(x.device), num_again=0)
+        how = ComputePolicy(self.kernels, dtype, self.fused_lora, fp8=self.scales is not None)
+        batch = StepContext(how, attention, cos, sin, self._seeds(x.device), num_recomputed=0)
         pairs = [self.run_of(number, batch) for number in range(len(self.layers))]
         runs, parameters = [run for run, _ in pairs], [own for _, own in pairs]
         if self.scales is not None:
             self.scales.update(runs)
-        batch.num_again = self._num_again(runs, x)
-        batch.how.slim = not self.by_memory and batch.num_again > 0 and len(x) <= MOST_TOKENS  # asked for least memory
-        batch.store = self._store(batch.num_again, x)
+        batch.num_recomputed = self._num_recomputed(runs, x)
+        batch.how.low_memory = (
+            not self.by_memory and batch.num_recomputed > 0 and len(x) <= MOST_TOKENS
+        )  # asked for least memory
+        batch.store = self._store(batch.num_recomputed, x)
         x = self._through_layers(x, runs, parameters)
         norm = decoder.norm
         return NormFunction.apply(x, norm.weight, norm.variance_epsilon, how).view(rows, length, -1)
 
-    def run_of(self, number: int, batch: Batch) -> tuple[Run, list[Tensor]]:
+    def run_of(self, number: int, batch: StepContext) -> tuple[LayerContext, list[Tensor]]:
         """A layer in a batch, and its adapters' parameters as autograd shall see them."""
         flat = [adapter_of(p) for p in self.projections[number]]
         parameters = [t for a in flat if a for t in (a.a_rK, a.b_Nr)]
         for adapter in flat:
             if adapter:
                 adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
-        return Run(number, self.layers[number], batch, [[flat[i] for i in group] for group in GROUPS]), parameters
+        return LayerContext(
+            number, self.layers[number], batch, [[flat[i] for i in group] for group in GROUPS]
+        ), parameters
 
-    def _through_layers(self, x: Tensor, runs: list[Run], parameters: list[list[Tensor]]) -> Tensor:
+    def _through_layers(self, x: Tensor, runs: list[LayerContext], parameters: list[list[Tensor]]) -> Tensor:
         keep, batch = torch.is_grad_enabled(), runs[0].batch
         if self.sharded:
             for layer in self.decoder.layers:
@@ -149,7 +153,7 @@ class FastDecoder:
             x = LayerFunction.apply(x, run, keep, *own)
         return x
 
-    def _recorded(self, x: Tensor, runs: list[Run]) -> LayerGraphs | None:
+    def _recorded(self, x: Tensor, runs: list[LayerContext]) -> LayerGraphs | None:
         """Recorded graphs for this form of batch, recorded now if it is the fourth in a row; None: the ordinary way."""
         if not self.graphs_allowed or not suits(runs, len(x)):
             self._unsuited += 1
@@ -158,7 +162,7 @@ class FastDecoder:
             return None
         self._unsuited = 0
         batch = runs[0].batch
-        form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.num_again > 0)
+        form = (x.shape, x.dtype, batch.attention.form, batch.how.dtype, batch.num_recomputed > 0)
         self._streak = self._streak + 1 if form == self._last_form else 1
         self._last_form = form
         now = (form, signature(runs))
@@ -181,7 +185,7 @@ class FastDecoder:
         drawn = torch.randint(2**31 - 64, (len(self.layers), 1)) + torch.arange(64)
         return drawn.view(-1, 4, 16).to(device, non_blocking=True)
 
-    def _num_again(self, runs: list[Run], x: Tensor) -> int:
+    def _num_recomputed(self, runs: list[LayerContext], x: Tensor) -> int:
         """How many layers keep only their input: by the memory there is, or as the decoder is set."""
         if not self.by_memory:
             return len(runs) - 1 if self._checkpointing() else 0
@@ -191,33 +195,38 @@ class FastDecoder:
             free = free_bytes(x.device)
             if self.sharded:
                 free -= gathered_bytes(self.decoder.layers[0].parameters(), self.decoder.embed_tokens.weight)
-            self.room = room_for_activations(free, trained, x.device.type)
+            self.room = activation_budget_bytes(free, trained, x.device.type)
             if self.sequence is not None:  # computing again sends messages again: all must do it alike
                 self.room = self.sequence.least(self.room, x.device)
         ranks = [sum(a.rank for a in group if a) for group in runs[0].adapters]
-        num_again = num_layers_again(
+        num_recomputed = num_recomputed_layers(
             runs[0].parts, ranks, len(runs), tokens=len(x), item_bytes=runs[0].batch.how.dtype.itemsize, room=self.room
         )
-        if self._reported is None or num_again > self._reported:
-            self._reported = num_again
+        if self._reported is None or num_recomputed > self._reported:
+            self._reported = num_recomputed
             _LOGGER.info(
                 'room for %.1f GiB of activations: at %d tokens %d of %d layers are computed twice',
-                self.room / 2**30, len(x), num_again, len(runs),
+                self.room / 2**30, len(x), num_recomputed, len(runs),
             )  # fmt: skip
-        return num_again
+        return num_recomputed
 
-    def _store(self, num_again: int, x: Tensor) -> HostStore | None:
+    def _store(self, num_recomputed: int, x: Tensor) -> HostOffload | None:
         """Where checkpoints go: to the host if they are large and it has room."""
-        inputs = x.numel() * x.element_size() * num_again
+        inputs = x.numel() * x.element_size() * num_recomputed
         room = free_host_bytes() // 2
-        if not num_again or not x.is_cuda or inputs < self.offload_from_bytes or inputs * 2 > room + self._pinned_bytes:
+        if (
+            not num_recomputed
+            or not x.is_cuda
+            or inputs < self.offload_from_bytes
+            or inputs * 2 > room + self._pinned_bytes
+        ):
             return None
         if self._copies is None:
             self._copies = torch.cuda.Stream()
         share = 2 + self.layers[0].down.num_in / x.shape[1]  # of all three, in units of the inputs
         deep = len(x) > MOST_TOKENS and inputs * share * 2 < room + self._pinned_bytes
         self._pinned_bytes = max(self._pinned_bytes, int(inputs * (share if deep else 1)))
-        return HostStore(self._copies, x.device, 3 if deep else 1)
+        return HostOffload(self._copies, x.device, 3 if deep else 1)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """Looked up without the hooks that stock checkpointing needs to make frozen embeddings differentiable."""
@@ -235,11 +244,11 @@ class FastDecoder:
     def _checkpointing(self) -> bool:
         return bool(getattr(self.decoder.layers[0], 'gradient_checkpointing', False))
 
-    def obstacle(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why the next batch cannot take the fast path, in a few words; None where it can."""
         for projections in self.projections:
             for projection in projections:
-                reason = adapter_obstacle(projection)
+                reason = adapter_unsupported_reason(projection)
                 if reason:
                     return reason
         return None
@@ -262,22 +271,22 @@ class FastDecoder:
 class ShardedForward:
     """Stands in for one layer's `forward`, between the hooks that put its weights together and take them apart."""
 
-    def __init__(self, fast: FastDecoder, layer: Any, number: int) -> None:
+    def __init__(self, fast: FusedDecoder, layer: Any, number: int) -> None:
         self._fast, self._layer, self._number = fast, layer, number
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer in a fast batch, or its own forward pass for whatever else it is called with."""
-        if not (args and isinstance(args[0], Batch)):
+        if not (args and isinstance(args[0], StepContext)):
             return type(self._layer).forward(self._layer, x, *args, **kwargs)
         run, parameters = self._fast.run_of(self._number, args[0])
         return LayerFunction.apply(x, run, torch.is_grad_enabled(), *parameters)
 
 
-def fp8_obstacle(fast: FastDecoder) -> str | None:
+def fp8_unsupported_reason(fast: FusedDecoder) -> str | None:
     """Why a decoder's products cannot be in FP8, in a few words; None where they can."""
     adapters = [[adapter_of(p) for p in projections] for projections in fast.projections]
     ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in GROUPS]
-    return product_obstacle(fast.layers, ranks, next(fast.decoder.layers[0].parameters()).device)
+    return product_unsupported_reason(fast.layers, ranks, next(fast.decoder.layers[0].parameters()).device)
 
 
 def _trained(module: nn.Module) -> bool:

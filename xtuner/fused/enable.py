@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.errors import ConfigError
-from xtuner.fused.decoder import FastDecoder, ShardedForward, fp8_obstacle
-from xtuner.fused.fp8 import device_obstacle
+from xtuner.fused.decoder import FusedDecoder, ShardedForward, fp8_unsupported_reason
+from xtuner.fused.fp8 import device_unsupported_reason
 from xtuner.fused.loss import fused_linear_cross_entropy, target_rows
 from xtuner.fused.offload import free_bytes, move_embedding_to_host, wait_once_a_step
-from xtuner.fused.projections import static_obstacle
+from xtuner.fused.projections import static_unsupported_reason
 from xtuner.fused.ulysses import SequenceGroup
 from xtuner.kernels.dispatch import PLAIN, fused_kernels, has_triton
 
 __all__ = [
-    'FastPath',
-    'activation_room',
-    'enable_fast_path',
+    'FusedTraining',
+    'activation_budget',
+    'enable_fused_training',
     'fused_linear_cross_entropy',
-    'set_activation_room',
+    'set_activation_budget',
     'target_rows',
     'wait_once_a_step',
 ]
@@ -38,13 +38,13 @@ _LOGGER = logging.getLogger('xtuner')
 
 
 @dataclass
-class FastPath:
+class FusedTraining:
     """Which path training takes.
 
     Attributes:
         taken: Whether the fast path is on.
         kernels: 'triton', 'plain', or '' where it is off.
-        why_not: Why it is off, or not faster; '' where nothing stands in the way.
+        reason_disabled: Why it is off, or not faster; '' where nothing stands in the way.
         embedding_on_host: Whether the input embedding lies in host memory.
         fp8: Whether frozen weights and adapters are multiplied in FP8.
         fallbacks: Reasons for which single batches went through the model's own forward pass so far.
@@ -53,15 +53,15 @@ class FastPath:
 
     taken: bool
     kernels: str = ''
-    why_not: str = ''
+    reason_disabled: str = ''
     embedding_on_host: bool = False
     fp8: bool = False
     fallbacks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.taken:
-            return f'fast path off: {self.why_not}'
-        detail = f' ({self.why_not})' if self.why_not else ''
+            return f'fast path off: {self.reason_disabled}'
+        detail = f' ({self.reason_disabled})' if self.reason_disabled else ''
         place = ', input embedding on the host' if self.embedding_on_host else ''
         products = ', products in FP8' if self.fp8 else ''
         return f'fast path on: {self.kernels} kernels{products}{place}{detail}'
@@ -70,7 +70,7 @@ class FastPath:
 class _Forward:
     """Stands in for one decoder's `forward`: the fast one in training, the module's own for the rest."""
 
-    def __init__(self, fast: FastDecoder, path: FastPath) -> None:
+    def __init__(self, fast: FusedDecoder, path: FusedTraining) -> None:
         self.fast = fast
         self.path = path
 
@@ -82,7 +82,7 @@ class _Forward:
         fast = self.fast.decoder.training or self.fast.sequence is not None
         if not fast or asked or input_ids is None:
             return self._own(input_ids, *args, position_ids=position_ids, **kwargs)
-        reason = self.fast.obstacle()
+        reason = self.fast.unsupported_reason()
         if reason and self.fast.sequence is not None:
             raise ConfigError(f'`parallel.sequence_parallel_size` needs the fast path, and {reason}')
         if reason:
@@ -101,7 +101,7 @@ class _Forward:
         return type(decoder).forward(decoder, input_ids, *args, position_ids=position_ids, **kwargs)
 
 
-def enable_fast_path(
+def enable_fused_training(
     model: nn.Module,
     *,
     enabled: bool = True,
@@ -109,7 +109,7 @@ def enable_fast_path(
     recompute_by_memory: bool = False,
     fp8: bool = False,
     sharded: bool = False,
-) -> FastPath:
+) -> FusedTraining:
     """Lets a Llama-like model train on the fast path where it can.
 
     Args:
@@ -136,21 +136,21 @@ def enable_fast_path(
     causal, decoder = _decoder_of(model)
     if isinstance(decoder.__dict__.get('forward'), _Forward):
         del decoder.forward
-    reason = (static_obstacle(decoder) or _hooks(decoder)) if enabled else 'switched off'
+    reason = (static_unsupported_reason(decoder) or _hooks(decoder)) if enabled else 'switched off'
     if reason and fp8:
         raise ConfigError(f'`runtime.fp8` needs the fast path, which is off: {reason}')
     if reason:
-        return FastPath(False, why_not=reason)
+        return FusedTraining(False, reason_disabled=reason)
     device = next(decoder.layers[0].parameters()).device
     on_cuda = device.type == 'cuda'
     kernels = fused_kernels() if on_cuda and has_triton() else PLAIN
-    path = FastPath(True, kernels.name, fp8=fp8)
-    fast = FastDecoder(decoder, kernels, folded=on_cuda, by_memory=recompute_by_memory, fp8=fp8, sharded=sharded)
-    _refuse_fp8(fp8_obstacle(fast) if fp8 else None)
+    path = FusedTraining(True, kernels.name, fp8=fp8)
+    fast = FusedDecoder(decoder, kernels, fused_lora=on_cuda, by_memory=recompute_by_memory, fp8=fp8, sharded=sharded)
+    _refuse_fp8(fp8_unsupported_reason(fast) if fp8 else None)
     if device.type == 'cpu' and not sharded:
-        path.why_not = _keep_on_cpu(fast)
+        path.reason_disabled = _keep_on_cpu(fast)
     elif on_cuda and kernels is PLAIN:
-        path.why_not = 'Triton is not installed, its kernels would be faster'
+        path.reason_disabled = 'Triton is not installed, its kernels would be faster'
     if on_cuda and embedding_on_host and not _tied(causal, decoder):
         path.embedding_on_host = move_embedding_to_host(decoder.embed_tokens)
     decoder.forward = _Forward(fast, path)
@@ -190,7 +190,7 @@ def share_sequences(model: nn.Module, ranks: SequenceGroup) -> None:
 
 def check_fp8(device: torch.device) -> None:
     """Raises ConfigError where `runtime.fp8` can do nothing on a device, whatever the model is."""
-    _refuse_fp8(device_obstacle(device))
+    _refuse_fp8(device_unsupported_reason(device))
 
 
 def _refuse_fp8(reason: str | None) -> None:
@@ -216,25 +216,25 @@ def check_heads(config: Any, size: int) -> None:
         )
 
 
-def activation_room(model: nn.Module) -> int | None:
+def activation_budget(model: nn.Module) -> int | None:
     """The bytes for activations by which a model's fast path decides what it computes again; None: nothing decides."""
     fast = _fast_decoder(model)
     return fast.room if fast is not None and fast.by_memory else None
 
 
-def set_activation_room(model: nn.Module, room: int) -> None:
+def set_activation_budget(model: nn.Module, room: int) -> None:
     """Decides by this room, whatever memory is free: a layer that is computed again has other last bits."""
     fast = _fast_decoder(model)
     if fast is not None:
         fast.room = room
 
 
-def _fast_decoder(model: nn.Module) -> FastDecoder | None:
+def _fast_decoder(model: nn.Module) -> FusedDecoder | None:
     forward = _decoder_of(model)[1].__dict__.get('forward')
     return forward.fast if isinstance(forward, _Forward) else None
 
 
-def _keep_on_cpu(fast: FastDecoder) -> str:
+def _keep_on_cpu(fast: FusedDecoder) -> str:
     """Keeps weights as floats in a share of the free memory; says so."""
     dtype = fast.decoder.embed_tokens.weight.dtype
     room = int(free_bytes(torch.device('cpu')) * _KEPT_SHARE)

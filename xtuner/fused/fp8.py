@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xtuner.fused.context import LayerParts, Run
+from xtuner.fused.context import LayerContext, LayerParts
 from xtuner.fused.frozen import FrozenLinear
 from xtuner.kernels.reference import FP8_MAX
 
@@ -36,7 +36,7 @@ class WeightScales:
         for group, scale in zip(groups, self._scales, strict=True):
             group.scale = scale
 
-    def update(self, runs: Sequence[Run]) -> None:
+    def update(self, runs: Sequence[LayerContext]) -> None:
         """Sets the scales for the adapters as they are now."""
         factors, places, matrices = [], [], []
         for number, adapters in enumerate(group for run in runs for group in run.adapters):
@@ -61,7 +61,7 @@ def largest(layer: FrozenLinear) -> Tensor:
     return parts.scales().abs().amax() * parts.table.abs().amax()
 
 
-def device_obstacle(device: torch.device) -> str | None:
+def device_unsupported_reason(device: torch.device) -> str | None:
     """Why a device multiplies nothing in FP8, in a few words; None where it does."""
     if device.type != 'cuda':
         return f'a {device.type} has no FP8 units'
@@ -70,7 +70,7 @@ def device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def product_obstacle(layers: Sequence[LayerParts], ranks: Sequence[int], device: torch.device) -> str | None:
+def product_unsupported_reason(layers: Sequence[LayerParts], ranks: Sequence[int], device: torch.device) -> str | None:
     """Why products cannot be in FP8 here, in a few words; None where they can.
 
     Args:
@@ -79,8 +79,8 @@ def product_obstacle(layers: Sequence[LayerParts], ranks: Sequence[int], device:
         device: Where they are.
 
     """
-    if device_obstacle(device):
-        return device_obstacle(device)
+    if device_unsupported_reason(device):
+        return device_unsupported_reason(device)
     wrong = [r for r in ranks if r % _MULTIPLE]
     if wrong:
         return f'the ranks of adapters on the same input sum to {wrong[0]}, which is no multiple of {_MULTIPLE}'

@@ -16,7 +16,7 @@ _ROWS_TOGETHER = 256  # a piece's rows are a multiple of this, which keeps quant
 
 
 @dataclass
-class Adapter:
+class LoraWeights:
     """One layer's adapter as it is now: `y += scaling * B (A dropout(x))`."""
 
     a_rK: Tensor

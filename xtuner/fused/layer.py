@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.fused.context import LayerParts, Run
-from xtuner.fused.linear import Setting
+from xtuner.fused.context import LayerContext, LayerParts
+from xtuner.fused.linear import ComputePolicy
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """What the backward pass needs of one layer's forward pass; of attention, nothing until it is needed."""
 
     middle: Tensor
@@ -36,7 +36,7 @@ class Attended:
     out: Tensor
 
 
-def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tensor, Kept]:
+def layer_forward(run: LayerContext, x_TH: Tensor, *, differentiable: bool) -> tuple[Tensor, SavedActivations]:
     """Computes a layer.
 
     Args:
@@ -48,7 +48,7 @@ def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tens
         The output, (T, H), and what the backward pass needs.
 
     """
-    kept = compute_again(run, x_TH, None, None, differentiable=differentiable)
+    kept = recompute_layer(run, x_TH, None, None, differentiable=differentiable)
     parts, how = run.parts, run.batch.how
     size = parts.down.num_in
     act = torch.empty(len(x_TH), size + run.ranks(3), dtype=how.dtype, device=x_TH.device)
@@ -57,9 +57,9 @@ def layer_forward(run: Run, x_TH: Tensor, *, differentiable: bool) -> tuple[Tens
     return _add(update, kept.middle), kept
 
 
-def compute_again(
-    run: Run, x_TH: Tensor, middle: Tensor | None, gate_up: Tensor | None, *, differentiable: bool = True
-) -> Kept:
+def recompute_layer(
+    run: LayerContext, x_TH: Tensor, middle: Tensor | None, gate_up: Tensor | None, *, differentiable: bool = True
+) -> SavedActivations:
     """All of a layer but its last product, less what is there already: the state between the halves, gate and up.
 
     Where the state between the halves is there, attention waits until the backward pass is done with the other half.
@@ -77,10 +77,10 @@ def compute_again(
         normed, _ = _norm(run, 2, parts.norm_mid, middle)
         spare = run.ranks(2)
         gate_up, scaled[2] = parts.gate_up.forward(how, normed, run.adapters[2], run.seeds(2), spare=spare)
-    return Kept(middle, gate_up, scaled, attention)
+    return SavedActivations(middle, gate_up, scaled, attention)
 
 
-def _attend(run: Run, x_TH: Tensor, scaled: list[Tensor | None], *, differentiable: bool = True) -> Attended:
+def _attend(run: LayerContext, x_TH: Tensor, scaled: list[Tensor | None], *, differentiable: bool = True) -> Attended:
     parts, how = run.parts, run.batch.how
     normed, _ = _norm(run, 0, parts.norm_in, x_TH)
     qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seeds(0))
@@ -94,7 +94,7 @@ def _attend(run: Run, x_TH: Tensor, scaled: list[Tensor | None], *, differentiab
 
 
 def layer_backward(
-    run: Run, x_TH: Tensor, dout_TH: Tensor, kept: Kept, *, need_dx: bool
+    run: LayerContext, x_TH: Tensor, dout_TH: Tensor, kept: SavedActivations, *, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradients by a layer's input and by its adapters, A and B in the order of the groups.
 
@@ -124,7 +124,7 @@ def layer_backward(
     return dx, qkv_grads + out_grads + mlp_grads
 
 
-def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+def _mlp_backward(run: LayerContext, dout_TH: Tensor, kept: SavedActivations) -> tuple[Tensor, list[Tensor]]:
     """Returns the gradient by the state between the halves, and by the adapters of gate, up and down."""
     parts, how = run.parts, run.batch.how
     size = parts.down.num_in
@@ -147,7 +147,7 @@ def _mlp_backward(run: Run, dout_TH: Tensor, kept: Kept) -> tuple[Tensor, list[T
     return dmiddle, grads
 
 
-def _attention_backward(run: Run, attention: Attended, dattended: Tensor | None) -> Tensor:
+def _attention_backward(run: LayerContext, attention: Attended, dattended: Tensor | None) -> Tensor:
     """The gradient by q, k and v side by side, rotated back, with room for the adapters' ranks."""
     parts, batch = run.parts, run.batch
     dq, dk, dv = torch.autograd.grad(attention.out, attention.heads, dattended)
@@ -160,7 +160,7 @@ def _attention_backward(run: Run, attention: Attended, dattended: Tensor | None)
     return dqkv
 
 
-def _scaled(run: Run, group: int, kept: Kept, x: Tensor) -> Tensor:
+def _scaled(run: LayerContext, group: int, kept: SavedActivations, x: Tensor) -> Tensor:
     """`s x A'` of a group: kept, or computed now where the product it belongs to was not computed again."""
     known = kept.scaled[group]
     if known is not None:
@@ -175,7 +175,7 @@ def _heads(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _norm(run: Run, group: int, norm: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+def _norm(run: LayerContext, group: int, norm: nn.Module, x_TH: Tensor) -> tuple[Tensor, Tensor]:
     """The normed rows with room for a group's ranks, and 1 / rms."""
     how, size = run.batch.how, x_TH.shape[1]
     out = torch.empty(len(x_TH), size + run.ranks(group), dtype=how.dtype, device=x_TH.device)
@@ -183,7 +183,7 @@ def _norm(run: Run, group: int, norm: nn.Module, x_TH: Tensor) -> tuple[Tensor, 
     return out, rstd
 
 
-def _widen(run: Run, group: int, x: Tensor) -> Tensor:
+def _widen(run: LayerContext, group: int, x: Tensor) -> Tensor:
     """The tensor with room for a group's ranks: itself where `rms_norm_backward` left some, else a copy."""
     ranks = run.ranks(group)
     if not ranks:
@@ -205,7 +205,7 @@ class LayerFunction(torch.autograd.Function):
     """`apply(x, run, keep, *adapter parameters)`, parameters as arguments so that autograd serves their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, run: Run, keep: bool, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, run: LayerContext, keep: bool, *parameters: Tensor) -> Tensor:
         """See `layer_forward`; `keep` says whether a backward pass will follow."""
         again = run.again
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -213,7 +213,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.run, ctx.x, ctx.kept, ctx.place = run, x_TH, None if again else kept, None
         store = run.batch.store
         if keep and again and store is not None:
-            ctx.x, ctx.place = None, store.put(store.choose(x_TH, kept.middle, kept.gate_up))
+            ctx.x, ctx.place = None, store.offload(store.select(x_TH, kept.middle, kept.gate_up))
         return out
 
     @staticmethod
@@ -227,11 +227,11 @@ class LayerFunction(torch.autograd.Function):
         with torch.autocast(dout_TH.device.type, enabled=False):
             middle = gate_up = None
             if ctx.place is not None:
-                x, middle, gate_up = (*store.take(ctx.place), None, None)[:3]
+                x, middle, gate_up = (*store.reload(ctx.place), None, None)[:3]
             elif store is not None:
-                store.expect()
+                store.prefetch()
             if kept is None:
-                kept = compute_again(run, x, middle, gate_up)
+                kept = recompute_layer(run, x, middle, gate_up)
             dx, grads = layer_backward(run, x, dout_TH, kept, need_dx=ctx.needs_input_grad[0])
         return dx, None, None, *grads
 
@@ -240,7 +240,7 @@ class NormFunction(torch.autograd.Function):
     """The last norm, keeping only its input."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float, how: Setting) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float, how: ComputePolicy) -> Tensor:
         """`rms_norm` in the products' dtype."""
         out = torch.empty(x_TH.shape, dtype=how.dtype, device=x_TH.device)
         rstd = how.kernels.rms_norm(x_TH, weight_H, eps, out)

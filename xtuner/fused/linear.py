@@ -2,8 +2,8 @@
 
 On CUDA a group is one product: the layers' weights are turned into floats side by side in one buffer, the adapters
 appended to the inner dimension, so that `[x | x A'] [W | s B]'` is base and adapter at once, `[dy | s dy B] [W ; A]`
-the whole gradient by x; with `fp8` both factors are rounded to FP8 first. Elsewhere (`folded` off) each layer is its
-own product and the adapter is added to it.
+the whole gradient by x; with `fp8` both factors are rounded to FP8 first. Elsewhere (`fused_lora` off) each layer is
+its own product and the adapter is added to it.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xtuner.fused.frozen import Adapter, Frozen, FrozenLinear
+from xtuner.fused.frozen import Frozen, FrozenLinear, LoraWeights
 from xtuner.fused.weights import (
-    above_a,
-    above_a_transposed,
-    beside_b,
     bias_of,
     column_factors,
     columns_of,
+    concat_weight_and_b,
+    lora_column_slices,
     stack_a,
-    tails_of,
+    stack_weight_and_a,
+    stack_weight_and_a_transposed,
 )
 from xtuner.kernels.cpu_gemm import add_product_, product, sum_of_products
 from xtuner.kernels.dispatch import Kernels
 
 FP8 = torch.float8_e4m3fn
 _SLIM_BYTES = 24 * 2**20  # of a piece of a weight as floats, where that buffer would be most of the memory
-Piece = tuple[Sequence[Frozen], Sequence[Adapter | None], Sequence[slice | None]]
+Piece = tuple[Sequence[Frozen], Sequence[LoraWeights | None], Sequence[slice | None]]
 
 
 @dataclass
-class Setting:
+class ComputePolicy:
     """How a batch is computed: the kernels, the dtype of products, how adapters and weights are multiplied."""
 
     kernels: Kernels
     dtype: torch.dtype
-    folded: bool
-    fp8: bool = False  # frozen weights and adapters are multiplied in FP8; `folded` is off then
-    slim: bool = False  # a piece of a weight as floats at a time, for least memory
+    fused_lora: bool
+    fp8: bool = False  # frozen weights and adapters are multiplied in FP8; `fused_lora` is off then
+    low_memory: bool = False  # a piece of a weight as floats at a time, for least memory
 
     @property
-    def apart(self) -> bool:
+    def separate_lora(self) -> bool:
         """Whether adapters are multiplied by themselves."""
-        return not self.folded and not self.fp8
+        return not self.fused_lora and not self.fp8
 
 
 class Group:
@@ -69,13 +69,13 @@ class Group:
         self.kept = torch.cat([layer.matrix(dtype) for layer in self.layers]), bias_of(self.layers, dtype)
 
     def forward(
-        self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, spare: int = 0
+        self, how: ComputePolicy, x_wide: Tensor, adapters: list[LoraWeights | None], seeds: Tensor, *, spare: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Computes the group's outputs.
 
         Args:
             how: The batch's setting.
-            x_wide: (T, K + R): the input, with room for R columns that this call fills; (T, K) unless folded.
+            x_wide: (T, K + R): the input, with room for R columns that this call fills; (T, K) unless `fused_lora`.
             adapters: One a layer, or None.
             seeds: int64 (n,): of the dropout masks, one a layer.
             spare: Columns to leave free to the right of the output, for `backward` to use.
@@ -86,9 +86,9 @@ class Group:
         """
         x = x_wide[:, : self.num_in]
         projected = self._project(how, x_wide, x, adapters, seeds)
-        if how.folded:
+        if how.fused_lora:
             out = torch.empty(len(x), self.num_out + spare, dtype=how.dtype, device=x.device)
-            self._folded_product(how, x_wide, adapters, out[:, : self.num_out])
+            self._fused_lora_product(how, x_wide, adapters, out[:, : self.num_out])
         elif how.fp8:
             out = self._fp8_product(how, x, projected, adapters)
         else:
@@ -96,27 +96,31 @@ class Group:
         scaled = torch.empty(0, device=x.device)
         if projected is not None:
             scaled = projected * column_factors(adapters, projected)
-            for adapter, columns, rows in self._parts_with(adapters) if how.apart else ():
+            for adapter, columns, rows in self._parts_with(adapters) if how.separate_lora else ():
                 add_product_(out[:, rows], scaled[:, columns], adapter.b_Nr.to(how.dtype).t())
         return out, scaled
 
-    def scaled_projection(self, how: Setting, x: Tensor, adapters: list[Adapter | None], seeds: Tensor) -> Tensor:
+    def scaled_projection(
+        self, how: ComputePolicy, x: Tensor, adapters: list[LoraWeights | None], seeds: Tensor
+    ) -> Tensor:
         """`s x A'` alone, (T, R): what `forward` returns beside the output."""
         if not any(adapters):
             return torch.empty(0, device=x.device)
-        apart = Setting(how.kernels, how.dtype, folded=False)
+        apart = ComputePolicy(how.kernels, how.dtype, fused_lora=False)
         projected = self._project(apart, x, x, adapters, seeds)
         assert projected is not None
         return projected * column_factors(adapters, projected)
 
     def _project(
-        self, how: Setting, x_wide: Tensor, x: Tensor, adapters: list[Adapter | None], seeds: Tensor
+        self, how: ComputePolicy, x_wide: Tensor, x: Tensor, adapters: list[LoraWeights | None], seeds: Tensor
     ) -> Tensor | None:
-        """`x A'` of all adapters side by side: (T, R), in the tail of `x_wide` where folded."""
+        """`x A'` of all adapters side by side: (T, R), in the tail of `x_wide` where `fused_lora`."""
         ranks = sum(a.rank for a in adapters if a)
         if not ranks:
             return None
-        out = x_wide[:, self.num_in :] if how.folded else torch.empty(len(x), ranks, dtype=how.dtype, device=x.device)
+        out = (
+            x_wide[:, self.num_in :] if how.fused_lora else torch.empty(len(x), ranks, dtype=how.dtype, device=x.device)
+        )
         if not any(a and a.dropout for a in adapters):
             return product(x, stack_a(adapters, how.dtype).t(), out=out)
         for number, (adapter, columns) in enumerate(columns_of(adapters)):
@@ -127,27 +131,33 @@ class Group:
                 product(x, weight.t(), out=out[:, columns])
         return out
 
-    def _folded_product(self, how: Setting, x_wide: Tensor, adapters: list[Adapter | None], y: Tensor) -> None:
+    def _fused_lora_product(
+        self, how: ComputePolicy, x_wide: Tensor, adapters: list[LoraWeights | None], y: Tensor
+    ) -> None:
         row, ranks = 0, x_wide.shape[1] - self.num_in
         for layers, own, tails in self._pieces(how, adapters):
-            weight = beside_b(layers, own, tails, ranks, how.kernels, how.dtype)
+            weight = concat_weight_and_b(layers, own, tails, ranks, how.kernels, how.dtype)
             bias, out = bias_of(layers, how.dtype), y[:, row : row + len(weight)]
             torch.mm(x_wide, weight.t(), out=out) if bias is None else torch.addmm(bias, x_wide, weight.t(), out=out)
             row += len(weight)
             del weight  # before the next one takes its place
 
-    def _fp8_product(self, how: Setting, x: Tensor, projected: Tensor | None, adapters: list[Adapter | None]) -> Tensor:
+    def _fp8_product(
+        self, how: ComputePolicy, x: Tensor, projected: Tensor | None, adapters: list[LoraWeights | None]
+    ) -> Tensor:
         ranks = 0 if projected is None else projected.shape[1]
-        weight = beside_b(self.layers, adapters, tails_of(adapters), ranks, how.kernels, FP8, self.scale)
+        weight = concat_weight_and_b(
+            self.layers, adapters, lora_column_slices(adapters), ranks, how.kernels, FP8, self.scale
+        )
         rounded, scales = how.kernels.quantize_rows(x, projected)
         bias = bias_of(self.layers, how.dtype)
         return how.kernels.fp8_product(rounded, scales, weight, self.scale, bias, how.dtype)
 
-    def _separate_products(self, how: Setting, x: Tensor) -> Tensor:
+    def _separate_products(self, how: ComputePolicy, x: Tensor) -> Tensor:
         parts = [product(x, weight.t(), bias) for weight, bias in self._matrices(how)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _matrices(self, how: Setting) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _matrices(self, how: ComputePolicy) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The weights as floats with their biases: all as one matrix where they are kept, else a layer at a time."""
         if self.kept is not None:
             weight, bias = self.kept
@@ -155,10 +165,10 @@ class Group:
         else:
             yield from ((layer.matrix(how.dtype), layer.bias(how.dtype)) for layer in self.layers)
 
-    def _pieces(self, how: Setting, adapters: list[Adapter | None]) -> list[Piece]:
+    def _pieces(self, how: ComputePolicy, adapters: list[LoraWeights | None]) -> list[Piece]:
         """What is multiplied at a time: all layers, or some rows of one where the weight as floats must stay small."""
-        tails = tails_of(adapters)
-        if not how.slim:
+        tails = lora_column_slices(adapters)
+        if not how.low_memory:
             return [(self.layers, adapters, tails)]
         pieces: list[Piece] = []
         for layer, adapter, tail in zip(self.layers, adapters, tails, strict=True):
@@ -168,14 +178,20 @@ class Group:
         return pieces
 
     def input_grad(
-        self, how: Setting, dy_wide: Tensor, adapters: list[Adapter | None], seeds: Tensor, *, need_dx: bool = True
+        self,
+        how: ComputePolicy,
+        dy_wide: Tensor,
+        adapters: list[LoraWeights | None],
+        seeds: Tensor,
+        *,
+        need_dx: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradient by x, and `s dy B`, which the gradient by A needs.
 
         Args:
             how: The batch's setting.
             dy_wide: (T, N + R): the gradient by the output, with room for R columns that this call fills; (T, N)
-                unless folded.
+                unless `fused_lora`.
             adapters: As in `forward`.
             seeds: As in `forward`.
             need_dx: Whether the gradient by x is wanted.
@@ -188,23 +204,23 @@ class Group:
         dy = dy_wide[:, : self.num_out]
         dxa = None
         if ranks:
-            empty = dy.new_empty(len(dy), 0 if how.folded else ranks)
-            dxa = dy_wide[:, self.num_out :] if how.folded else empty
+            empty = dy.new_empty(len(dy), 0 if how.fused_lora else ranks)
+            dxa = dy_wide[:, self.num_out :] if how.fused_lora else empty
             for adapter, columns, rows in self._parts_with(adapters):
-                if how.apart:  # scaled afterwards, all at once
+                if how.separate_lora:  # scaled afterwards, all at once
                     product(dy[:, rows], adapter.b_Nr.to(how.dtype), out=dxa[:, columns])
                     continue
                 scaled = torch.empty(adapter.b_Nr.shape, dtype=how.dtype, device=dy.device)
                 torch.mul(adapter.b_Nr, adapter.scaling, out=scaled)
                 torch.mm(dy[:, rows], scaled, out=dxa[:, columns])
-            if how.apart:
+            if how.separate_lora:
                 dxa.mul_(column_factors(adapters, dxa))
         if not need_dx:
             return None, dxa
         dropped = any(a and a.dropout for a in adapters)
         tail = [] if dropped else [a for a in adapters if a]  # what is part of the big product
-        if how.folded:
-            dx = self._input_grad_folded(how, dy_wide, tail)
+        if how.fused_lora:
+            dx = self._input_grad_fused(how, dy_wide, tail)
         elif how.fp8:
             dx = self._input_grad_fp8(how, dy, dxa, tail)
         else:
@@ -221,11 +237,11 @@ class Group:
                     add_product_(dx, dxa[:, columns], weight)
         return dx, dxa
 
-    def _input_grad_folded(self, how: Setting, dy_wide: Tensor, tail: list[Adapter]) -> Tensor:
+    def _input_grad_fused(self, how: ComputePolicy, dy_wide: Tensor, tail: list[LoraWeights]) -> Tensor:
         dx, row, pieces = None, 0, self._pieces(how, [None] * len(self.layers))
         for number, (layers, _, _) in enumerate(pieces, 1):
             extra = tail if number == len(pieces) else []  # the ranks' columns follow the last layer's
-            weight = above_a(layers, extra, how.kernels, how.dtype)
+            weight = stack_weight_and_a(layers, extra, how.kernels, how.dtype)
             part = dy_wide[:, row : row + len(weight)]
             dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
             row += len(weight)
@@ -233,12 +249,12 @@ class Group:
         assert dx is not None
         return dx
 
-    def _input_grad_fp8(self, how: Setting, dy: Tensor, dxa: Tensor | None, tail: list[Adapter]) -> Tensor:
+    def _input_grad_fp8(self, how: ComputePolicy, dy: Tensor, dxa: Tensor | None, tail: list[LoraWeights]) -> Tensor:
         rounded, scales = how.kernels.quantize_rows(dy, dxa if tail else None)
-        weight = above_a_transposed(self.layers, tail, how.kernels, FP8, self.scale)
+        weight = stack_weight_and_a_transposed(self.layers, tail, how.kernels, FP8, self.scale)
         return how.kernels.fp8_product(rounded, scales, weight, self.scale, None, how.dtype)
 
-    def _input_grad_separate(self, how: Setting, dy: Tensor) -> Tensor:
+    def _input_grad_separate(self, how: ComputePolicy, dy: Tensor) -> Tensor:
         dx, row = None, 0
         for weight, _ in self._matrices(how):
             part = product(dy[:, row : row + len(weight)], weight)
@@ -248,8 +264,8 @@ class Group:
         return dx
 
     def weight_grads(
-        self, how: Setting, dy: Tensor, x: Tensor, scaled: Tensor, dxa: Tensor | None,
-        adapters: list[Adapter | None], seeds: Tensor,
+        self, how: ComputePolicy, dy: Tensor, x: Tensor, scaled: Tensor, dxa: Tensor | None,
+        adapters: list[LoraWeights | None], seeds: Tensor,
     ) -> list[Tensor]:  # fmt: skip
         """The gradients by each adapter's A and B, in order, in the dtype of the parameter.
 
@@ -279,7 +295,7 @@ class Group:
             grads += [da.to(adapter.a_rK.dtype), db.to(adapter.b_Nr.dtype)]
         return grads
 
-    def _parts_with(self, adapters: list[Adapter | None]) -> list[tuple[Adapter, slice, slice]]:
+    def _parts_with(self, adapters: list[LoraWeights | None]) -> list[tuple[LoraWeights, slice, slice]]:
         """Each adapter with its columns among the ranks and its layer's rows among the outputs."""
         parts, column, row = [], 0, 0
         for layer, adapter in zip(self.layers, adapters, strict=True):

@@ -75,7 +75,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 @dataclass
-class HostStore:
+class HostOffload:
     """What checkpointed layers keep, copied to pinned memory while the GPU goes on, and back in time.
 
     Layers put their tensors in order and take them back in reverse; taking one's starts the copy of the one's before.
@@ -94,12 +94,12 @@ class HostStore:
     kept: list[list[Tensor]] = field(default_factory=list)
     coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = field(default_factory=dict)
 
-    def choose(self, x: Tensor, middle: Tensor, gate_up: Tensor) -> list[Tensor]:
+    def select(self, x: Tensor, middle: Tensor, gate_up: Tensor) -> list[Tensor]:
         """Which of a layer's tensors go to the host."""
         wanted = 2 + len(self.kept) % 2 if self.depth > 2 else self.depth
         return [x, middle, gate_up][:wanted]
 
-    def put(self, tensors: list[Tensor]) -> int:
+    def offload(self, tensors: list[Tensor]) -> int:
         """Starts the copies to the host; returns the place."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -108,7 +108,7 @@ class HostStore:
             x.record_stream(self.stream)
         return len(self.kept) - 1
 
-    def take(self, place: int) -> list[Tensor]:
+    def reload(self, place: int) -> list[Tensor]:
         """The tensors of a place, on the GPU; starts the copies of the place before."""
         if place not in self.coming:
             self._fetch(place)
@@ -118,7 +118,7 @@ class HostStore:
             self._fetch(place - 1)
         return tensors
 
-    def expect(self) -> None:
+    def prefetch(self) -> None:
         """Starts the copies of the last place."""
         if self.kept and len(self.kept) - 1 not in self.coming:
             self._fetch(len(self.kept) - 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from xtuner.fused.frozen import Adapter
+from xtuner.fused.frozen import LoraWeights
 from xtuner.kernels.quantized import is_4bit
 
 _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
@@ -14,7 +14,7 @@ _PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
 
 
-def static_obstacle(decoder: Any) -> str | None:
+def static_unsupported_reason(decoder: Any) -> str | None:
     """Why a decoder can never take the fast path, in a few words; None where it can."""
     layers = getattr(decoder, 'layers', None)
     if not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
@@ -39,7 +39,7 @@ def static_obstacle(decoder: Any) -> str | None:
     return None
 
 
-def adapter_obstacle(projection: Any) -> str | None:
+def adapter_unsupported_reason(projection: Any) -> str | None:
     """Why one projection's adapter cannot take the fast path now; None where it can."""
     if not hasattr(projection, 'lora_A'):
         return None if projection is base_of(projection) else f'adapters of type {type(projection).__name__}'
@@ -63,7 +63,7 @@ def adapter_obstacle(projection: Any) -> str | None:
     return None
 
 
-def adapter_of(projection: Any) -> Adapter | None:
+def adapter_of(projection: Any) -> LoraWeights | None:
     """A projection's adapter as it is now, None where there is none or it is switched off."""
     if not hasattr(projection, 'lora_A') or projection.disable_adapters or not projection.active_adapters:
         return None
@@ -72,7 +72,7 @@ def adapter_of(projection: Any) -> Adapter | None:
         return None
     drop = projection.lora_dropout[name]
     p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-    return Adapter(projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name], p)
+    return LoraWeights(projection.lora_A[name].weight, projection.lora_B[name].weight, projection.scaling[name], p)
 
 
 def base_of(projection: Any) -> nn.Module:

@@ -39,7 +39,7 @@ def working_bytes(parts: LayerParts, tokens: int, item_bytes: int) -> int:
     return kept_bytes(parts, tokens, (0, 0, 0, 0), item_bytes) + 2 * widest * item_bytes
 
 
-def room_for_activations(free: int, num_trained: int, kind: str) -> int:
+def activation_budget_bytes(free: int, num_trained: int, kind: str) -> int:
     """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet.
 
     Args:
@@ -66,7 +66,7 @@ def gathered_bytes(layer: Iterable[Tensor], embedding: Tensor) -> int:
     return max(4 * one, one + embedding.numel() * embedding.element_size())
 
 
-def num_layers_again(
+def num_recomputed_layers(
     parts: LayerParts, ranks: Sequence[int], num_layers: int, *, tokens: int, item_bytes: int, room: int
 ) -> int:
     """How many of the layers, from the first on, must be computed again for the rest to fit into `room` bytes.

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xtuner.fused.frozen import Adapter, Frozen, FrozenLinear
+from xtuner.fused.frozen import Frozen, FrozenLinear, LoraWeights
 from xtuner.kernels.dispatch import Kernels
 
-Adapters = Sequence[Adapter | None]
+Adapters = Sequence[LoraWeights | None]
 
 
-def beside_b(
+def concat_weight_and_b(
     layers: Sequence[Frozen], adapters: Adapters, tails: Sequence[slice | None], ranks: int, kernels: Kernels,
     dtype: torch.dtype, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -50,7 +50,9 @@ def beside_b(
     return weight
 
 
-def above_a(layers: Sequence[Frozen], adapters: Sequence[Adapter], kernels: Kernels, dtype: torch.dtype) -> Tensor:
+def stack_weight_and_a(
+    layers: Sequence[Frozen], adapters: Sequence[LoraWeights], kernels: Kernels, dtype: torch.dtype
+) -> Tensor:
     """`[W ; A]`, (N + R, K), which `[dy | s dy B]` multiplies."""
     size, device = layers[0].shape[1], layers[0].device
     rows = sum(layer.shape[0] for layer in layers) + sum(a.rank for a in adapters)
@@ -64,8 +66,8 @@ def above_a(layers: Sequence[Frozen], adapters: Sequence[Adapter], kernels: Kern
     return weight
 
 
-def above_a_transposed(
-    layers: Sequence[FrozenLinear], adapters: Sequence[Adapter], kernels: Kernels, dtype: torch.dtype, scale: Tensor
+def stack_weight_and_a_transposed(
+    layers: Sequence[FrozenLinear], adapters: Sequence[LoraWeights], kernels: Kernels, dtype: torch.dtype, scale: Tensor
 ) -> Tensor:
     """`[W ; A]' / scale`, (K, N + R): `above_a` as a product in FP8 reads it."""
     size, device = layers[0].shape[1], layers[0].device
@@ -92,13 +94,13 @@ def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
     return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
-def tails_of(adapters: Adapters) -> list[slice | None]:
+def lora_column_slices(adapters: Adapters) -> list[slice | None]:
     """Each layer's columns among the ranks, None where it has no adapter."""
     columns = iter(columns_of(adapters))
     return [next(columns)[1] if adapter else None for adapter in adapters]
 
 
-def columns_of(adapters: Adapters) -> list[tuple[Adapter, slice]]:
+def columns_of(adapters: Adapters) -> list[tuple[LoraWeights, slice]]:
     """Each adapter with its columns among the ranks."""
     found, column = [], 0
     for adapter in adapters:

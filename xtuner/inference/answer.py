@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
 
 
@@ -44,7 +44,7 @@ class Answer:
     prompt_ids: Sequence[int]
     sampling: Sampling
     stop_ids: frozenset[int]
-    text: AnswerText
+    text: IncrementalDetokenizer
     seed: int = 0
     cancelled: bool = field(default=False, init=False)
     finished: bool = field(default=False, init=False)

@@ -45,7 +45,7 @@ class StepGraphs:
         self._forward, self._num_rows, self._max_length, self._device = forward, num_rows, max_length, device
         self._recorded: dict[tuple[Hashable, int, int], _Recorded] = {}
         self._pool: Any = None
-        self.why_not = ''  # why nothing can be recorded
+        self.reason_disabled = ''  # why nothing can be recorded
 
     def step(self, ids: Sequence[int], lengths: Sequence[int], key: Hashable) -> Tensor | None:
         """Logits (B, V) of rows 0 to B - 1, valid until the next call; None where the step cannot be recorded.
@@ -57,7 +57,7 @@ class StepGraphs:
             lengths: How many ids each row holds.
             key: What else the step depends on, such as the active adapter.
         """
-        if self.why_not:
+        if self.reason_disabled:
             return None
         num = len(ids)
         rows = min(1 << (num - 1).bit_length(), self._num_rows)
@@ -84,12 +84,14 @@ class StepGraphs:
             graph.replay()
             far = distance(logits, expected)
         except RuntimeError as error:  # the model waits for the GPU somewhere
-            self.why_not = ' '.join(str(error).split())[:200]
+            self.reason_disabled = ' '.join(str(error).split())[:200]
         else:
             if far <= _NEAR:
                 return _Recorded(graph, ids, positions, logits)
-            self.why_not = f'a recorded step gave other logits than the step itself: {far:.2g} of their size away'
-        logger.info('steps are not recorded, which is slower: %s', self.why_not)
+            self.reason_disabled = (
+                f'a recorded step gave other logits than the step itself: {far:.2g} of their size away'
+            )
+        logger.info('steps are not recorded, which is slower: %s', self.reason_disabled)
         return None
 
     def _capture(self, ids: Tensor, positions: Tensor, places: int) -> tuple[Any, Tensor, Tensor]:

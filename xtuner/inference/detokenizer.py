@@ -15,7 +15,7 @@ def whole_characters(text: str) -> str:
     return text.rstrip(UNFINISHED)
 
 
-class AnswerText:
+class IncrementalDetokenizer:
     """Turns ids into text, each id once.
 
     An id is decoded beside those of the piece before it, never alone, for tokenizers drop the space in front of a first
@@ -86,7 +86,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
         self.ids: list[int] = []
-        self._text, self._on_text, self._stop_ids = AnswerText(tokenizer), on_text, frozenset(stop_ids)
+        self._text, self._on_text, self._stop_ids = IncrementalDetokenizer(tokenizer), on_text, frozenset(stop_ids)
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:

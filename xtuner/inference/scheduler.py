@@ -24,7 +24,7 @@ from xtuner.inference.answer import Answer, Events
 from xtuner.inference.decoder_interface import Decoder
 from xtuner.inference.failures import BROKEN, NotFinite, failure_message
 from xtuner.inference.sampling import draw_tokens
-from xtuner.inference.slots import Table
+from xtuner.inference.slots import SlotTable
 
 logger = logging.getLogger('xtuner')
 
@@ -37,7 +37,7 @@ class QueueFull(Exception):
     """As many answers wait as may."""
 
 
-class Batcher:
+class Scheduler:
     """Draws many answers at once.
 
     Args:
@@ -66,7 +66,7 @@ class Batcher:
         self.broken = False
         self._decoder, self._use, self._deliver = decoder, use, deliver
         self._adapters = tuple(adapters)
-        self._table: Table[Answer] = Table(adapters, self._move)
+        self._table: SlotTable[Answer] = SlotTable(adapters, self._move)
         self._waiting: deque[Answer] = deque()
         self._reading: Answer | None = None  # whose long prompt is being read piece by piece
         self._changed = threading.Condition()  # guards `_waiting` and `_stopping`; never held during a pass or a copy

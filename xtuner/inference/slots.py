@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 T = TypeVar('T')
 
 
-class Table(Generic[T]):
+class SlotTable(Generic[T]):
     """Rows and who holds them.
 
     Args:

@@ -25,7 +25,7 @@ _CACHED = 2**24  # bytes of a model: read from the processor's cache, weights mu
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedWeights:
     """How many layers might be kept in a better form, how many of them are, and what that takes."""
 
     num_layers: int
@@ -54,7 +54,7 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
     return multiply_ordered
 
 
-def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
+def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWeights:
     """Lets layers compute with weights kept in a better form, one after the other until the budget is spent.
 
     Args:
@@ -76,7 +76,7 @@ def keep_weights(model: nn.Module, budget_bytes: int | None = None) -> Kept:
         bias = None if layer.bias is None else layer.bias.detach().to(weight.dtype)
         layer.forward = _forward(weight, bias, cached=sum(sizes) <= _CACHED)
         kept, taken, left = kept + 1, taken + size, left - size
-    return Kept(len(layers), kept, taken)
+    return CachedWeights(len(layers), kept, taken)
 
 
 def _is_worth_it(module: nn.Module) -> bool:

@@ -15,8 +15,8 @@ import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
 from xtuner.adapters.attach import attach_adapter
 from xtuner.errors import ModelError
 from xtuner.fused.context import LayerParts
-from xtuner.fused.decoder import FastDecoder
-from xtuner.fused.projections import adapter_obstacle, base_of, static_obstacle
+from xtuner.fused.decoder import FusedDecoder
+from xtuner.fused.projections import adapter_unsupported_reason, base_of, static_unsupported_reason
 from xtuner.kernels.dispatch import PLAIN
 from xtuner.model.check import build_on_meta
 
@@ -29,7 +29,7 @@ _NAMES = {name for names in _PROJECTIONS for name in names}
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelDims:
     """Sizes of a base model and of what is trained on it.
 
     Attributes:
@@ -48,7 +48,7 @@ class ModelShape:
         ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one. Where a layer names its
             parts otherwise, the largest rank for each.
         dropout: Whether adapters drop inputs.
-        obstacle: Why the fast path is not taken, '' where it is.
+        unsupported_reason: Why the fast path is not taken, '' where it is.
         kind: `model_type`.
         parts: A layer as the fast path sees it, None where it is not taken.
     """
@@ -67,7 +67,7 @@ class ModelShape:
     num_trained: int
     ranks: tuple[int, ...]
     dropout: bool
-    obstacle: str
+    unsupported_reason: str
     kind: str
     parts: LayerParts | None = field(default=None, repr=False, compare=False)
 
@@ -82,7 +82,7 @@ class ModelShape:
         return self.num_linear + self.num_embedding + self.num_head + self.num_other
 
 
-def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> ModelShape:
+def model_dims(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_code: bool = False) -> ModelDims:
     """Builds the model and its adapter without memory and counts.
 
     Args:
@@ -106,10 +106,12 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
     decoder = causal.get_decoder()
     layers = _layers(decoder, config.model_type)
     projections = [p for name, p in layers[0].named_modules() if name.rsplit('.', 1)[-1] in _NAMES]
-    obstacle = static_obstacle(decoder) or next(filter(None, map(adapter_obstacle, projections)), None)
+    reason = static_unsupported_reason(decoder) or next(
+        filter(None, map(adapter_unsupported_reason, projections)), None
+    )
     text = config.get_text_config()
     heads = getattr(text, 'num_attention_heads', None) or 1
-    return ModelShape(
+    return ModelDims(
         hidden=text.hidden_size,
         inner=getattr(text, 'intermediate_size', None) or 4 * text.hidden_size,
         num_layers=len(layers),
@@ -120,9 +122,9 @@ def model_shape(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         ranks=_ranks(layers[0]),
         dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
-        obstacle=obstacle or '',
+        unsupported_reason=reason or '',
         kind=config.model_type,
-        parts=None if obstacle else FastDecoder(decoder, PLAIN, folded=True).layers[0],
+        parts=None if reason else FusedDecoder(decoder, PLAIN, fused_lora=True).layers[0],
         **base,
     )
 

@@ -16,7 +16,7 @@ _REACHED = {'large': 0.55, 'small': 0.45, 'stock': 0.2}
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """A GPU.
 
     Attributes:
@@ -35,34 +35,35 @@ class Card:
         return int(self.gib * 2**30)
 
 
-CARDS = {card.name: card for card in (
-    Card('t4', 15.0, 65), Card('v100-16gb', 16.0, 125), Card('l4', 22.5, 121), Card('a10', 22.5, 125),
-    Card('rtx3090', 24.0, 71), Card('rtx4090', 24.0, 165), Card('rtx5090', 31.8, 209), Card('v100', 32.0, 125),
-    Card('a100-40gb', 40.0, 312), Card('l40s', 45.0, 362), Card('a6000', 48.0, 155), Card('h100', 79.6, 989),
-    Card('a100', 80.0, 312), Card('h200', 140.4, 989),
+GPUS = {gpu.name: gpu for gpu in (
+    GpuSpec('t4', 15.0, 65), GpuSpec('v100-16gb', 16.0, 125), GpuSpec('l4', 22.5, 121),
+    GpuSpec('a10', 22.5, 125), GpuSpec('rtx3090', 24.0, 71), GpuSpec('rtx4090', 24.0, 165),
+    GpuSpec('rtx5090', 31.8, 209), GpuSpec('v100', 32.0, 125), GpuSpec('a100-40gb', 40.0, 312),
+    GpuSpec('l40s', 45.0, 362), GpuSpec('a6000', 48.0, 155), GpuSpec('h100', 79.6, 989),
+    GpuSpec('a100', 80.0, 312), GpuSpec('h200', 140.4, 989),
 )}  # fmt: skip
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str) -> GpuSpec:
     """A card by its name, such as 'h100' or 'RTX 4090'.
 
     Raises:
         UsageError: it is not in the table; says which are.
     """
     key = name.lower().replace(' ', '').removeprefix('nvidia')
-    if key not in CARDS:
-        raise UsageError(f'no card {name!r} is known; known: {", ".join(CARDS)}{nearest(key, CARDS)}')
-    return CARDS[key]
+    if key not in GPUS:
+        raise UsageError(f'no card {name!r} is known; known: {", ".join(GPUS)}{nearest(key, GPUS)}')
+    return GPUS[key]
 
 
-def local_card() -> Card | None:
+def local_card() -> GpuSpec | None:
     """The GPU of this machine, None where there is none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     name = properties.name.lower().replace(' ', '')
-    known = max((key for key in CARDS if key.split('-')[0] in name), key=len, default=None)
-    return Card(properties.name, properties.total_memory / 2**30, CARDS[known].tflops if known else 0)
+    known = max((key for key in GPUS if key.split('-')[0] in name), key=len, default=None)
+    return GpuSpec(properties.name, properties.total_memory / 2**30, GPUS[known].tflops if known else 0)
 
 
 def flops_per_token(setup: Setup) -> float:
@@ -74,7 +75,7 @@ def flops_per_token(setup: Setup) -> float:
     """
     shape = setup.shape
     down = shape.num_layers * shape.hidden * shape.inner
-    again = setup.layers_again / shape.num_layers
+    again = setup.recomputed_layers / shape.num_layers
     weights = 4 * shape.num_linear + 2 * again * (shape.num_linear - (down if setup.on_fast_path else 0))
     head = 4 * shape.hidden * shape.vocabulary * setup.target_share
     trained = (2 if setup.full else 6) * shape.num_trained
@@ -82,7 +83,7 @@ def flops_per_token(setup: Setup) -> float:
     return weights + head + trained + attention
 
 
-def tokens_per_second(setup: Setup, card: Card) -> float:
+def tokens_per_second(setup: Setup, card: GpuSpec) -> float:
     """What one card will train, roughly."""
     size = 'large' if setup.tokens > MOST_TOKENS else 'small'
     reached = _REACHED[size if setup.on_fast_path else 'stock']

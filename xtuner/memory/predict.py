@@ -120,7 +120,7 @@ def host_memory(setup: Setup) -> Mapping[str, int]:
     terms = {}
     if not input_embedding(setup):
         terms['embedding'] = setup.shape.num_embedding * 2
-    inputs = setup.layers_again * row_bytes(setup)
+    inputs = setup.recomputed_layers * row_bytes(setup)
     if setup.offloaded:
         share = 2 + setup.shape.inner / setup.shape.hidden if setup.tokens > MOST_TOKENS else 1
         terms['activations'] = int(inputs * share)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from xtuner.fused.cuda_graphs import MOST_TOKENS
 from xtuner.fused.loss import slice_tokens_for
 from xtuner.fused.recompute import kept_bytes
-from xtuner.memory.dims import ModelShape
+from xtuner.memory.dims import ModelDims
 
 _PLACES = 3  # `graphs._AHEAD`: places for layers' inputs beside recorded graphs
 _OFFLOAD_FROM = 2**28  # `FastDecoder.offload_from_bytes`
@@ -37,7 +37,7 @@ class Setup:
         double_quant: Whether the scales of 4 bit are quantised too.
         value_bytes: b.
         checkpointing: Whether activations are computed again.
-        num_again: On the fast path, how many layers are; None: all but the last where `checkpointing`, else none.
+        num_recomputed: On the fast path, how many layers are; None: all but the last where `checkpointing`, else none.
         fast: Whether the fast path is asked for.
         accumulated: Whether a step has several micro-batches, so that gradients lie there during a forward pass.
         optimizer_bytes: Of optimizer state for each trained element.
@@ -47,14 +47,14 @@ class Setup:
         target_share: Of the tokens, how many are trained.
     """
 
-    shape: ModelShape
+    shape: ModelDims
     tokens: int
     longest: int
     bits: int | None = 4
     double_quant: bool = True
     value_bytes: int = 2
     checkpointing: bool = True
-    num_again: int | None = None
+    num_recomputed: int | None = None
     fast: bool = True
     accumulated: bool = True
     optimizer_bytes: float = 8
@@ -71,15 +71,15 @@ class Setup:
     @property
     def on_fast_path(self) -> bool:
         """Whether the fast path is taken."""
-        return self.fast and not self.shape.obstacle and self.bits != 8
+        return self.fast and not self.shape.unsupported_reason and self.bits != 8
 
     @property
-    def layers_again(self) -> int:
+    def recomputed_layers(self) -> int:
         """How many layers keep only their input."""
         if not self.on_fast_path:
             return self.shape.num_layers if self.checkpointing else 0
-        if self.num_again is not None:
-            return self.num_again
+        if self.num_recomputed is not None:
+            return self.num_recomputed
         return self.shape.num_layers - 1 if self.checkpointing else 0
 
     @property
@@ -90,7 +90,7 @@ class Setup:
     @property
     def offloaded(self) -> bool:
         """Whether layers' inputs go to the host (`FastDecoder._store`); the host is assumed to have room."""
-        return self.on_fast_path and self.layers_again * row_bytes(self) >= _OFFLOAD_FROM
+        return self.on_fast_path and self.recomputed_layers * row_bytes(self) >= _OFFLOAD_FROM
 
     @property
     def group_ranks(self) -> tuple[int, int, int, int]:
@@ -187,7 +187,7 @@ def kept_activations(setup: Setup) -> int:
 
     Inputs of 256 MiB and more in all go to the host on the fast path; some are still on their way there.
     """
-    again = setup.layers_again
+    again = setup.recomputed_layers
     whole = (setup.shape.num_layers - again) * kept_by_layer(setup)
     inputs = in_flight(setup) if setup.offloaded else again * row_bytes(setup)
     return whole + inputs + final_norm(setup)
@@ -238,9 +238,9 @@ def _fast_workspace(setup: Setup) -> int:
     """
     shape, (r0, _, r2, r3) = setup.shape, setup.group_ranks
     h, inner, attended, qkv, tokens = shape.hidden, shape.inner, _attended(shape), _qkv_width(shape), setup.tokens
-    slim = setup.layers_again > 0 and setup.num_again is None and tokens <= MOST_TOKENS
+    slim = setup.recomputed_layers > 0 and setup.num_recomputed is None and tokens <= MOST_TOKENS
     r0, r2 = (0, 0) if shape.dropout else (r0, r2)  # under dropout the ranks are no part of the product
-    later = qkv + attended if setup.offloaded and setup.num_again is None and tokens > MOST_TOKENS else 0
+    later = qkv + attended if setup.offloaded and setup.num_recomputed is None and tokens > MOST_TOKENS else 0
     gone = 2 * inner + setup.group_ranks[2] + h  # gate and up, once their gradient has been used, and the state before
     down = tokens * (2 * h + r3 + inner - later) + (h + r3) * inner
     gate_up = tokens * (3 * h + r2 - later) + ((inner if slim else 2 * inner) + r2) * h
@@ -275,7 +275,7 @@ def graph_places(setup: Setup) -> int:
     """Beside recorded graphs (`LayerGraphs`): T H b (3 + 2 + 1 with checkpointing, else L + 2), a layer's gradients."""
     if not setup.graphs:
         return 0
-    places = _PLACES + 3 if setup.layers_again else setup.shape.num_layers + 2
+    places = _PLACES + 3 if setup.recomputed_layers else setup.shape.num_layers + 2
     return places * row_bytes(setup) + 4 * setup.shape.num_trained // setup.shape.num_layers
 
 
@@ -283,14 +283,14 @@ def graph_pool(setup: Setup) -> int:
     """What recorded graphs hold for good, and torch counts only while recording: what a layer's passes take."""
     if not setup.graphs:
         return 0
-    kept = 1 if setup.layers_again else setup.shape.num_layers
+    kept = 1 if setup.recomputed_layers else setup.shape.num_layers
     own = kept_by_layer(setup) - row_bytes(setup)  # inputs have their places
     return kept * own + layer_workspace(setup)
 
 
-def _qkv_width(shape: ModelShape) -> int:
+def _qkv_width(shape: ModelDims) -> int:
     return (shape.heads + 2 * shape.kv_heads) * shape.head_size
 
 
-def _attended(shape: ModelShape) -> int:
+def _attended(shape: ModelDims) -> int:
     return shape.heads * shape.head_size

@@ -22,7 +22,7 @@ from xtuner.model.families.auto import NATIVE, register
 from xtuner.model.hub import read_json, resolve_model
 from xtuner.model.load_config import load_config, read_generation_settings
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
-from xtuner.model.sharded_loading import Share, cut_while_loading
+from xtuner.model.sharded_loading import ShardSpec, shard_on_load
 from xtuner.model.tokenizer import load_tokenizer
 from xtuner.utils.progress import progress_as_lines
 
@@ -51,7 +51,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     sharded: bool = False,
-    share: Share | None = None,
+    share: ShardSpec | None = None,
 ) -> PreTrainedModel:
     """A causal language model, in evaluation mode, on its device.
 
@@ -87,7 +87,7 @@ def load_model(
         arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
-        cut = nullcontext() if share is None else cut_while_loading(share, tied=config.tie_word_embeddings)
+        cut = nullcontext() if share is None else shard_on_load(share, tied=config.tie_word_embeddings)
         with progress_as_lines(), cut:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:

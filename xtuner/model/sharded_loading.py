@@ -21,7 +21,7 @@ _SYNCHRONOUS = 'HF_DEACTIVATE_ASYNC_LOAD'
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardSpec:
     """One rank's part of each weight.
 
     Attributes:
@@ -43,7 +43,7 @@ class Share:
 
 
 @contextmanager
-def cut_while_loading(share: Share, *, tied: bool) -> Iterator[None]:
+def shard_on_load(share: ShardSpec, *, tied: bool) -> Iterator[None]:
     """In this block a linear layer's weight is cut to a rank's rows as soon as a module gets it.
 
     The layer remembers whole shapes (see `whole_shapes`); a 4-bit weight's scales are cut too. Embeddings stay whole.

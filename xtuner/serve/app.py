@@ -28,16 +28,16 @@ from xtuner.dataset.templates.rendering import TemplateBusyError
 from xtuner.errors import XTunerError
 from xtuner.inference.answer import Answer
 from xtuner.inference.decoder_interface import Decoder
-from xtuner.inference.detokenizer import AnswerText
+from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
-from xtuner.inference.scheduler import Batcher
+from xtuner.inference.scheduler import Scheduler
 from xtuner.serve.encoding import Encoding
-from xtuner.serve.exchange import Exchange, Post, Stream
+from xtuner.serve.exchange import RequestHandler, ResponseRouter, Stream
 from xtuner.serve.guard import CheckFraming, Guard, Refusal, read_body
 from xtuner.serve.models import Loaded, ServedModel
-from xtuner.serve.problems import Problem, wrong
+from xtuner.serve.problems import APIError, wrong
 from xtuner.serve.protocol import Request, chat_request, completion_request, parse_body
-from xtuner.serve.responses import Choice, Head, json_response, to_json
+from xtuner.serve.responses import Choice, ResponseBuilder, json_response, to_json
 
 logger = logging.getLogger('xtuner')
 
@@ -77,9 +77,9 @@ class Service:
         self._models = {model.name: model for model in loaded.served}
         self._seeds = Random(sampling.seed)
         self._started = int(time.time())
-        self.post = Post()
+        self.post = ResponseRouter()
         self._encoding = Encoding()
-        self.batcher = Batcher(
+        self.batcher = Scheduler(
             decoder,
             adapters=[model.adapter for model in loaded.served],
             use=loaded.use,
@@ -100,7 +100,7 @@ class Service:
         routes = [Route(path + end, handler, methods=methods) for path, handler, methods in ways for end in ('', '/')]
         routes.append(Route('/v1/models/{name:path}', self._guarded(self._show_model), methods=['GET']))
         handlers: dict[Any, Any] = {
-            Problem: _problem, HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _bug
+            APIError: _problem, HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _bug
         }  # fmt: skip
         app = Starlette(
             routes=routes, middleware=[Middleware(CheckFraming)], exception_handlers=handlers, lifespan=self._lifespan
@@ -133,11 +133,11 @@ class Service:
         prompts = await self._encoding.run(lambda: self._encode(model, request, chat))
         answers = [self._answer(model, ids, request) for ids in prompts]
         kind = 'chatcmpl' if chat else 'cmpl'
-        head = Head(
+        head = ResponseBuilder(
             chat, f'{kind}-{uuid.uuid4().hex}', int(time.time()), model.name, sum(map(len, prompts)),
             request.include_usage, [Choice() for _ in answers],
         )  # fmt: skip
-        exchange = Exchange(self.post, answers, head)
+        exchange = RequestHandler(self.post, answers, head)
         exchange.submit()
         if request.stream:
             return Stream(exchange)
@@ -153,7 +153,7 @@ class Service:
                 f'{len(ids)}{asked}. Shorten the prompt or `max_tokens`.', 'context_length_exceeded',
             )  # fmt: skip
         sampling = replace(request.sampling, max_new_tokens=wanted)
-        text = AnswerText(model.tokenizer, request.stop)
+        text = IncrementalDetokenizer(model.tokenizer, request.stop)
         return Answer(model.adapter, ids, sampling, model.stop_ids, text, seed=self._seeds.getrandbits(64))
 
     def _encode(self, model: ServedModel, request: Request, chat: bool) -> list[list[int]]:
@@ -166,7 +166,7 @@ class Service:
                 return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
                         for one in request.prompts]  # fmt: skip
         except TemplateBusyError as error:
-            raise Problem(503, str(error), code='overloaded', headers={'Retry-After': '5'}) from None
+            raise APIError(503, str(error), code='overloaded', headers={'Retry-After': '5'}) from None
         except XTunerError as error:  # a wrong message, or a rendering of the chat template over its bounds
             raise wrong('messages' if chat else 'prompt', str(error)) from None
 
@@ -199,7 +199,7 @@ class Service:
     def _model(self, name: str) -> ServedModel:
         if name not in self._models:
             known = ', '.join(self._models)
-            raise Problem(404, f'The model {name[:64]!r} does not exist; this service has {known}', param='model',
+            raise APIError(404, f'The model {name[:64]!r} does not exist; this service has {known}', param='model',
                           code='model_not_found')  # fmt: skip
         return self._models[name]
 
@@ -215,7 +215,7 @@ class Service:
         return guarded
 
 
-async def _problem(_: HTTPRequest, problem: Problem) -> Response:
+async def _problem(_: HTTPRequest, problem: APIError) -> Response:
     if problem.unread:
         return Refusal(to_json(problem.body()), problem.status, problem.headers, media_type='application/json')
     return json_response(problem.body(), problem.status, problem.headers)
@@ -224,7 +224,7 @@ async def _problem(_: HTTPRequest, problem: Problem) -> Response:
 async def _http_problem(http: HTTPRequest, error: HTTPException) -> Response:
     what = {404: f'there is nothing at {http.url.path[:64]!r}', 405: f'{http.method} is not a method of this address'}
     message = what.get(error.status_code, str(error.detail))
-    return json_response(Problem(error.status_code, message).body(), error.status_code, dict(error.headers or {}))
+    return json_response(APIError(error.status_code, message).body(), error.status_code, dict(error.headers or {}))
 
 
 async def _gone(_: HTTPRequest, __: Exception) -> Response:
@@ -234,4 +234,4 @@ async def _gone(_: HTTPRequest, __: Exception) -> Response:
 async def _bug(http: HTTPRequest, error: Exception) -> Response:
     frame = traceback.extract_tb(error.__traceback__)[-1]  # the place alone: a message might hold what was asked
     logger.error('%s: unexpected %s at %s:%d', http.url.path, type(error).__name__, frame.filename, frame.lineno)
-    return json_response(Problem(500, 'an error of the service itself').body(), 500)
+    return json_response(APIError(500, 'an error of the service itself').body(), 500)

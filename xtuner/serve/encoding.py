@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from xtuner.serve.problems import Problem
+from xtuner.serve.problems import APIError
 
 THREADS = 32  # more than slow chat templates may keep waiting: see the places of `xtuner.dataset.templates.worker_pool`
 WAIT_S = 30.0  # seconds that a request waits for a thread
@@ -47,7 +47,7 @@ class Encoding:
         try:
             await asyncio.wait_for(self._free.acquire(), WAIT_S)
         except asyncio.TimeoutError:
-            raise Problem(503, f'prompts before this one took more than {WAIT_S:g} s to encode; try again later',
+            raise APIError(503, f'prompts before this one took more than {WAIT_S:g} s to encode; try again later',
                           headers={'Retry-After': '5'}) from None  # fmt: skip
         number = next(self._numbers)
         self._began[number] = time.monotonic()

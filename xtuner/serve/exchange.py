@@ -13,18 +13,18 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
 from xtuner.inference.answer import Answer, Events, Piece
-from xtuner.inference.scheduler import Batcher, QueueFull
-from xtuner.serve.problems import Problem
-from xtuner.serve.responses import DONE, Head, Pieces, event, json_response
+from xtuner.inference.scheduler import QueueFull, Scheduler
+from xtuner.serve.problems import APIError
+from xtuner.serve.responses import DONE, Pieces, ResponseBuilder, event, json_response
 
 logger = logging.getLogger('xtuner')
 
 
-class Post:
+class ResponseRouter:
     """Brings what the decoding thread draws to whoever waits for it in the event loop."""
 
     def __init__(self) -> None:
-        self.batcher: Batcher
+        self.batcher: Scheduler
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[Answer, asyncio.Queue[Piece]] = {}
 
@@ -38,7 +38,7 @@ class Post:
     def check_room(self, num_answers: int) -> None:
         """Raises Problem where so many answers would not fit into the queue, or none will ever be drawn."""
         if not self.batcher.is_alive:
-            raise Problem(503, 'the decoding thread has ended; the service must be restarted', code='model_error')
+            raise APIError(503, 'the decoding thread has ended; the service must be restarted', code='model_error')
         try:
             self.batcher.check_room(num_answers)
         except QueueFull as error:
@@ -66,10 +66,10 @@ class Post:
                 self._queues[answer].put_nowait(piece)
 
 
-class Exchange:
+class RequestHandler:
     """One request's answers."""
 
-    def __init__(self, post: Post, answers: Sequence[Answer], head: Head) -> None:
+    def __init__(self, post: ResponseRouter, answers: Sequence[Answer], head: ResponseBuilder) -> None:
         self.head = head
         self._post, self._answers = post, answers
         self._queues = [post.queue(answer) for answer in answers]
@@ -93,7 +93,7 @@ class Exchange:
                 piece = queue.get_nowait()
                 text += piece.text
             if piece.finish == 'error':
-                raise Problem(503 if self._post.batcher.broken else 500, piece.error, code='model_error')
+                raise APIError(503 if self._post.batcher.broken else 500, piece.error, code='model_error')
             choice.text += text
             choice.num_tokens, choice.finish = piece.num_tokens, piece.finish
             yield text, piece.finish
@@ -136,7 +136,7 @@ class Exchange:
             try:
                 async for text, finish in self.pieces(number):
                     yield write(text, finish)
-            except Problem as problem:  # the status has gone out as 200 long ago
+            except APIError as problem:  # the status has gone out as 200 long ago
                 yield event(problem.body())
                 return
         for chunk in self.head.last_chunks():
@@ -160,7 +160,7 @@ class Exchange:
 class Stream(StreamingResponse):
     """A stream that ends its answers however it ends itself: read out, left by the client, or never begun."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: RequestHandler) -> None:
         super().__init__(exchange.stream(), media_type='text/event-stream', headers={'Cache-Control': 'no-store'})
         self._exchange = exchange
 
@@ -172,5 +172,5 @@ class Stream(StreamingResponse):
             self._exchange.close()
 
 
-def _full(error: QueueFull) -> Problem:
-    return Problem(429, str(error), code='rate_limit_exceeded', headers={'Retry-After': '1'})
+def _full(error: QueueFull) -> APIError:
+    return APIError(429, str(error), code='rate_limit_exceeded', headers={'Retry-After': '1'})

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from xtuner.chat.hosts import is_called
-from xtuner.serve.problems import Problem
+from xtuner.serve.problems import APIError
 from xtuner.serve.responses import to_json
 
 _DRAIN_BYTES, _DRAIN_S = 2**25, 5.0
@@ -37,13 +37,13 @@ class Guard:
         """Looks at the headers."""
         if self._hosts is not None and not is_called(http.headers.get('host', ''), self._hosts):
             names = ', '.join(sorted(self._hosts))
-            raise Problem(403, f'without an API key, this service is called as {names} only', unread=True)
+            raise APIError(403, f'without an API key, this service is called as {names} only', unread=True)
         if self._key is None:
             return
         scheme, _, key = http.headers.get('authorization', '').partition(' ')
         shown = hashlib.sha256(key.strip().encode('latin-1')).digest()
         if not hmac.compare_digest(shown, self._key) or scheme.lower() != 'bearer':
-            raise Problem(401, 'the API key is missing or wrong; send it as `Authorization: Bearer KEY`',
+            raise APIError(401, 'the API key is missing or wrong; send it as `Authorization: Bearer KEY`',
                           code='invalid_api_key', headers={'WWW-Authenticate': 'Bearer'}, unread=True)  # fmt: skip
 
 
@@ -62,7 +62,7 @@ class CheckFraming:
         names = {name for name, _ in scope.get('headers', ())}
         chunked = b'transfer-encoding' in names
         if chunked and (b'content-length' in names or scope['http_version'] == '1.0'):
-            problem = Problem(400, 'the request has both Content-Length and Transfer-Encoding; send one of them'
+            problem = APIError(400, 'the request has both Content-Length and Transfer-Encoding; send one of them'
                               if b'content-length' in names else 'HTTP/1.0 knows no Transfer-Encoding')  # fmt: skip
             refusal = Refusal(to_json(problem.body()), 400, {'Connection': 'close'}, media_type='application/json')
             await refusal(scope, receive, send)
@@ -84,14 +84,14 @@ async def read_body(http: HTTPRequest, *, most: int, seconds: float) -> bytes:
     """
     kind = http.headers.get('content-type', '').split(';')[0].strip().lower()
     if kind != 'application/json':  # a form of a web page could send any other without asking
-        raise Problem(415, 'the header `Content-Type` must be application/json', unread=True)
+        raise APIError(415, 'the header `Content-Type` must be application/json', unread=True)
     announced = http.headers.get('content-length', '')
     if announced.isdigit() and int(announced) > most:
         raise _too_long(most, unread=True)
     try:
         return await asyncio.wait_for(_read(http.receive, most), seconds)
     except asyncio.TimeoutError:
-        raise Problem(408, f'the request had not come whole after {seconds:g} s',
+        raise APIError(408, f'the request had not come whole after {seconds:g} s',
                       headers={'Connection': 'close'}) from None  # fmt: skip
 
 
@@ -108,8 +108,8 @@ async def _read(receive: Any, most: int) -> bytes:
     return bytes(body)
 
 
-def _too_long(most: int, *, unread: bool) -> Problem:
-    return Problem(413, f'the request is longer than {most} bytes', code='request_too_large', unread=unread)
+def _too_long(most: int, *, unread: bool) -> APIError:
+    return APIError(413, f'the request is longer than {most} bytes', code='request_too_large', unread=unread)
 
 
 class Refusal(Response):

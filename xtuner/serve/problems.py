@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Problem(Exception):
+class APIError(Exception):
     """An answer other than 200.
 
     Args:
@@ -38,6 +38,6 @@ class Problem(Exception):
         return {'error': {'message': self.message, 'type': kind, 'param': self.param, 'code': self.code}}
 
 
-def wrong(param: str, message: str, code: str | None = None) -> Problem:
+def wrong(param: str, message: str, code: str | None = None) -> APIError:
     """A field that is wrong: status 400."""
-    return Problem(400, message, param=param, code=code)
+    return APIError(400, message, param=param, code=code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtuner.inference.generate import Sampling
-from xtuner.serve.problems import Problem, wrong
+from xtuner.serve.problems import APIError, wrong
 
 # Accepted and without effect: they are about OpenAI's billing, storage and caches.
 _IGNORED = frozenset({'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key'})
@@ -64,9 +64,9 @@ def parse_body(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body.decode('utf-8'))
     except (ValueError, RecursionError) as error:
-        raise Problem(400, f'the body is no JSON: {error}', code='invalid_json') from None
+        raise APIError(400, f'the body is no JSON: {error}', code='invalid_json') from None
     if not isinstance(content, dict):
-        raise Problem(400, f'the body must be a JSON object, not {_kind(content)}', code='invalid_json')
+        raise APIError(400, f'the body must be a JSON object, not {_kind(content)}', code='invalid_json')
     return content
 
 

@@ -20,7 +20,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseBuilder:
     """What all parts of a response have in common.
 
     Attributes:
@@ -96,7 +96,7 @@ class Pieces:
         number: Which of its answers.
     """
 
-    def __init__(self, head: Head, number: int) -> None:
+    def __init__(self, head: ResponseBuilder, number: int) -> None:
         self._head, self._number = head, number
         (chunk,) = head.chunk(number, _MARK, None)
         self._before, _, self._after = event(chunk).rpartition(to_json(_MARK))

@@ -11,7 +11,7 @@ from xtuner.chat.base import AS_TRAINED, BaseChoice
 from xtuner.chat.hosts import LOOPBACK
 from xtuner.inference.batching import BatchDecoder
 from xtuner.inference.generate import Sampling
-from xtuner.inference.weight_cache import keep_weights
+from xtuner.inference.weight_cache import cache_weights
 from xtuner.serve.address import Address
 from xtuner.serve.app import Limits, Service
 from xtuner.serve.guard import Guard
@@ -75,7 +75,7 @@ def run_service(
     hosts = LOOPBACK | {address.host.lower()} if address.loopback and not address.api_key else None
     guard = Guard(api_key=address.api_key, hosts=hosts)
     service = Service(loaded, decoder, limits=limits, sampling=sampling, guard=guard)
-    if not source.packed and (kept := keep_weights(loaded.model)).num_layers:
+    if not source.packed and (kept := cache_weights(loaded.model)).num_layers:
         logger.info('%d of %d layers kept in the form that is multiplied soonest: %.2f GiB', kept.num_kept,
                     kept.num_layers, kept.num_bytes / 2**30)  # fmt: skip
     _say_what_is_served(loaded, decoder)

@@ -52,7 +52,7 @@ def summary_of(dataset: PreparedDataset, max_length: int, *, share: bool = False
         'part_conversations': len(lengths),
         'part_tokens': int(lengths.sum()),
         'packs': len(dataset),
-        'fill': dataset.fill(max_length),
+        'fill': dataset.packing_efficiency(max_length),
         'lengths': {'edges': edges.tolist(), 'counts': counts.tolist()},
     }
 

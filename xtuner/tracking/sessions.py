@@ -21,7 +21,7 @@ ABOUT_FILE = 'about.json'
 
 
 @contextmanager
-def told(
+def record_session(
     work_dir: Path, facts: dict[str, Any] | None, *, from_step: int, at_end: Callable[[Path], None]
 ) -> Iterator[None]:
     """Notes a start of the run and, when the block ends, how; then calls `at_end`. Nothing here can end a run.

@@ -25,7 +25,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         ) from error
 
 
-def keep_lines(path: Path, last_step: int) -> None:
+def truncate_after(path: Path, last_step: int) -> None:
     """Drops the lines of later steps, which a resumed run will write again, and one that a crash tore.
 
     Raises:

@@ -12,7 +12,7 @@ from tests.dataset.conftest import all_markers, make_spaced_tokenizer, make_toke
 from tests.dataset.golden_templates import golden_tokenizer
 from xtuner.dataset.conversation import Conversation, Message, to_conversation
 from xtuner.dataset.encode.conversation_encoder import Encoder, encode_conversation, encode_prompt
-from xtuner.dataset.encode.text_encoder import MIDDLE, Run, TextEncoder
+from xtuner.dataset.encode.text_encoder import MIDDLE, TextEncoder, TextRun
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import DataError
 from xtuner.model.loading import load_tokenizer
@@ -178,10 +178,10 @@ def test_ids_of_internlm_are_the_tokenizers_own(shared_data):
         '\0 \t x',
         '<TOKENS_UNUSED_2> x',
     ]
-    runs = [Run(text, MIDDLE, True) for text in texts]
+    runs = [TextRun(text, MIDDLE, True) for text in texts]
     assert encoder.encode(runs) == tokenizer(texts, add_special_tokens=False).input_ids
     spelt = ['a </s> b', '<eoa> </s>', 'x  <eoa>']
-    for text, ids in zip(spelt, encoder.encode([Run(text, MIDDLE, True) for text in spelt]), strict=True):
+    for text, ids in zip(spelt, encoder.encode([TextRun(text, MIDDLE, True) for text in spelt]), strict=True):
         assert not {2, 103028} & set(ids)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
@@ -192,7 +192,7 @@ def test_two_encoders_of_one_tokenizer_do_not_disturb_each_other(internlm_like):
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(' ', '▁')
     encoder = TextEncoder(tokenizer, {'<eoa>': tokenizer.convert_tokens_to_ids('<eoa>')})
     before = tokenizer('Hello <eoa> you', add_special_tokens=False).input_ids
-    [ids] = encoder.encode([Run('Hello <eoa> you', MIDDLE, True)])
+    [ids] = encoder.encode([TextRun('Hello <eoa> you', MIDDLE, True)])
     assert ids != before
     assert tokenizer('Hello <eoa> you', add_special_tokens=False).input_ids == before
     assert tokenizer.backend_tokenizer.normalizer is not None

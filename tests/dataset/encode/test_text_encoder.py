@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.dataset.conftest import make_spaced_tokenizer, make_tokenizer
-from xtuner.dataset.encode.text_encoder import MIDDLE, Run, TextEncoder
+from xtuner.dataset.encode.text_encoder import MIDDLE, TextEncoder, TextRun
 
 
 def encoder_of(make, names=('<A>',)):
@@ -21,7 +21,7 @@ def encoder_of(make, names=('<A>',)):
 @pytest.mark.parametrize('make', [make_tokenizer, make_spaced_tokenizer])
 def test_any_number_of_markers_that_are_no_special_tokens_become_text(make):
     tokenizer, encoder = encoder_of(make)
-    [ids] = encoder.encode([Run('x<A>' * 3000, MIDDLE, True)])
+    [ids] = encoder.encode([TextRun('x<A>' * 3000, MIDDLE, True)])
     assert tokenizer.convert_tokens_to_ids('<A>') not in ids
     assert ''.join(tokenizer.decode(ids).split()) == 'x<A>' * 3000  # the spaced one decodes with spaces between
 
@@ -31,7 +31,7 @@ def test_the_time_grows_with_the_text_and_not_with_its_square():
 
     def seconds(count: int) -> float:
         began = time.thread_time()
-        encoder.encode([Run('x<A>' * count, MIDDLE, True)])
+        encoder.encode([TextRun('x<A>' * count, MIDDLE, True)])
         return time.thread_time() - began
 
     seconds(100)
@@ -41,7 +41,7 @@ def test_the_time_grows_with_the_text_and_not_with_its_square():
 def test_what_is_left_of_a_marker_that_was_cut_is_no_marker_either():
     """`ab` cut behind its first character leaves `bc`, and `aa` leaves `aa` in a row of them."""
     tokenizer, encoder = encoder_of(make_tokenizer, names=('ab', 'bc', 'aa'))
-    [ids] = encoder.encode([Run('abc' + 'a' * 500 + 'abc', MIDDLE, True)])
+    [ids] = encoder.encode([TextRun('abc' + 'a' * 500 + 'abc', MIDDLE, True)])
     assert not {tokenizer.convert_tokens_to_ids(name) for name in ('ab', 'bc', 'aa')} & set(ids)
     assert tokenizer.decode(ids) == 'abc' + 'a' * 500 + 'abc'
 
@@ -51,11 +51,11 @@ def test_two_threads_that_encode_with_one_tokenizer_get_what_each_alone_gets():
     tokenizer = make_spaced_tokenizer(['<|eoa|>'])
     encoders = [TextEncoder(tokenizer, {'<|eoa|>': tokenizer.convert_tokens_to_ids('<|eoa|>')}) for _ in range(2)]
     texts = [f'a <|eoa|> b{number} ' + 'Hello there ' * 3000 for number in range(40)]
-    alone = encoders[0].encode([Run(text, MIDDLE, True) for text in texts])
+    alone = encoders[0].encode([TextRun(text, MIDDLE, True) for text in texts])
     found: list[list[list[int]]] = [[], []]
 
     def encode(number: int) -> None:
-        found[number] = [encoders[number].encode([Run(text, MIDDLE, True)])[0] for text in texts]
+        found[number] = [encoders[number].encode([TextRun(text, MIDDLE, True)])[0] for text in texts]
 
     threads = [threading.Thread(target=encode, args=(number,)) for number in range(2)]
     for thread in threads:

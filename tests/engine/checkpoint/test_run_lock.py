@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.engine.checkpoint import run_lock
-from xtuner.engine.checkpoint.run_lock import LOCK_FILE, alone_in
+from xtuner.engine.checkpoint.run_lock import LOCK_FILE, exclusive_run_dir
 from xtuner.errors import CheckpointError
 
 HOLD = """
@@ -41,12 +41,12 @@ def test_a_second_run_is_refused_and_the_first_one_left_alone(tmp_path: Path) ->
         for _ in range(2):
             with (
                 pytest.raises(CheckpointError, match=r'another run is under way there \(process 7 on elsewhere\)'),
-                alone_in(tmp_path),
+                exclusive_run_dir(tmp_path),
             ):
                 pytest.fail('let in')
         other.kill()
         other.wait()
-        with alone_in(tmp_path):  # a lock ends with its process, however that ends
+        with exclusive_run_dir(tmp_path):  # a lock ends with its process, however that ends
             assert 'process' in (tmp_path / LOCK_FILE).read_text(encoding='utf-8')
     assert not list(tmp_path.iterdir())
 
@@ -62,16 +62,16 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pyte
             path.unlink()
 
     monkeypatch.setattr(run_lock, '_lock', late)
-    with alone_in(tmp_path):
+    with exclusive_run_dir(tmp_path):
         assert (tmp_path / LOCK_FILE).is_file()
     assert len(locked) == 2
 
 
 def test_what_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / 'a' / 'b'):
+    with pytest.raises(ZeroDivisionError), exclusive_run_dir(tmp_path / 'a' / 'b'):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
-    with alone_in(tmp_path / 'a' / 'b'):
+    with exclusive_run_dir(tmp_path / 'a' / 'b'):
         (tmp_path / 'a' / 'b' / 'checkpoint').mkdir()
     assert [p.name for p in (tmp_path / 'a' / 'b').iterdir()] == ['checkpoint']
 
@@ -80,7 +80,7 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
     for place in (tmp_path / 'file', tmp_path / 'file' / 'below'):
         with pytest.raises(CheckpointError, match=f'cannot write to {place}: .*; give another --work-dir'):
-            alone_in(place).__enter__()
+            exclusive_run_dir(place).__enter__()
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='folders are not closed there in this way')
@@ -91,7 +91,7 @@ def test_below_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
         if root:
             os.seteuid(65534)
         with pytest.raises(CheckpointError, match=r'cannot write to .*: Permission denied; give another --work-dir'):
-            alone_in(tmp_path / 'closed' / 'a').__enter__()
+            exclusive_run_dir(tmp_path / 'closed' / 'a').__enter__()
     finally:
         if root:
             os.seteuid(0)

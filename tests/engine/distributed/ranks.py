@@ -28,11 +28,11 @@ from xtuner.engine.distributed.base import Single, Strategy
 from xtuner.engine.distributed.fsdp import FullyShard
 from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
-from xtuner.engine.schedule import Plan, StepSampler
-from xtuner.fused.enable import enable_fast_path
+from xtuner.engine.schedule import StepSampler, TrainingSchedule
+from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels.quantized import state_of
 from xtuner.model.loading import load_model
-from xtuner.model.sharded_loading import Share
+from xtuner.model.sharded_loading import ShardSpec
 from xtuner.objectives.sft import SupervisedFinetune
 
 NUM_ITEMS, VOCABULARY = 8, 61
@@ -97,7 +97,7 @@ def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = Tr
                 parameter.data.normal_(0, 0.2)
     llm = llm.to(dtype)
     if fast:
-        enable_fast_path(llm, sharded=sharded)
+        enable_fused_training(llm, sharded=sharded)
     return SupervisedFinetune(llm).train()
 
 
@@ -135,7 +135,7 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     held = held_bytes(model.llm)
     schedule = ScheduleConfig(max_steps=1, batch_size=case.batch_size, max_norm=0.5, warmup_ratio=0.0,
                               accumulative_counts=NUM_ITEMS // groups // case.batch_size)  # fmt: skip
-    plan = Plan(NUM_ITEMS, schedule, groups)
+    plan = TrainingSchedule(NUM_ITEMS, schedule, groups)
     sampler = StepSampler(EpochSampler(NUM_ITEMS, seed=3), plan, rank=rank // case.sequence)
     loader = DataLoader(items(), batch_sampler=sampler, collate_fn=lambda batch: collate(batch, pad_id=0))
     runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case}-{rank}', seed=0, trackers=[],
@@ -172,7 +172,7 @@ def cut_and_whole(rank: int, world_size: int, folder: Path) -> list[str]:
     different = []
     for method, quantization in (('full', None), ('lora', None), ('qlora', QuantizationConfig())):
         sides = []
-        for share in (None, Share(rank, world_size)):
+        for share in (None, ShardSpec(rank, world_size)):
             llm: Any = load_model(folder, dtype=torch.float32, quantization=quantization, sharded=True, share=share)
             if method == 'full':
                 llm.requires_grad_(True)
@@ -180,7 +180,7 @@ def cut_and_whole(rank: int, world_size: int, folder: Path) -> list[str]:
                 torch.manual_seed(0)
                 llm = attach_adapter(llm, {'type': LoraConfig, 'r': 3, 'target_modules': 'all-linear',
                                            'modules_to_save': ['lm_head'], 'init_lora_weights': False})  # fmt: skip
-            enable_fast_path(llm, sharded=True)
+            enable_fused_training(llm, sharded=True)
             model: Any = FullyShard(rank, world_size).wrap(SupervisedFinetune(llm).train())
             batch = collate(items(), pad_id=0)
             sides.append((model, model(**batch).detach()))

@@ -95,12 +95,12 @@ def test_only_the_first_of_a_node_tells(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch.setenv('RANK', rank)
         (tmp_path / rank).mkdir()
         monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / rank / 'error.json'))
-        told.append(ranks.tells_error('no such file'))
+        told.append(ranks.should_report('no such file'))
     assert told == [True, False]
     assert json.loads((tmp_path / '1' / 'error.json').read_text())['message']['message'] == 'no such file'
     assert not (tmp_path / '0' / 'error.json').exists()
     monkeypatch.setenv(ranks.CHILD, '1')
-    assert not ranks.tells_error('no such file')  # who started us prints it
+    assert not ranks.should_report('no such file')  # who started us prints it
 
 
 @pytest.mark.parametrize('name', ['dist_train.sh', 'slurm_train.sh'])

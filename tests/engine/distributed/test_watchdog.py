@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from xtuner.engine.distributed import watchdog as watch_module
-from xtuner.engine.distributed.watchdog import Watch
+from xtuner.engine.distributed.watchdog import Watchdog
 from xtuner.errors import TrainingError
 from xtuner.utils import processes
 from xtuner.utils.processes import this_process
@@ -27,7 +27,7 @@ def store() -> Iterator[TCPStore]:
     yield TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
 
 
-def neighbour(store: TCPStore, space: str) -> tuple[Watch, subprocess.Popen[bytes]]:
+def neighbour(store: TCPStore, space: str) -> tuple[Watchdog, subprocess.Popen[bytes]]:
     """A watch of rank 0, and a process that says it is rank 1 where process numbers have this meaning."""
     program = 'import sys; print(flush=True); sys.stdin.read()'
     child = subprocess.Popen([sys.executable, '-c', program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -35,7 +35,7 @@ def neighbour(store: TCPStore, space: str) -> tuple[Watch, subprocess.Popen[byte
     name = f'{space} {child.pid} {processes._start_time(child.pid)}'
     store.set('xtuner/process/0', json.dumps(['host', this_process()]))
     store.set('xtuner/process/1', json.dumps(['host', name]))
-    return Watch(store, rank=0, world_size=2, timeout_s=100), child
+    return Watchdog(store, rank=0, world_size=2, timeout_s=100), child
 
 
 def test_a_neighbour_that_was_killed_is_seen(store: TCPStore) -> None:
@@ -64,7 +64,7 @@ def test_all_ranks_stop_in_the_same_place(seed: int) -> None:
     """Three ranks in any order of steps; after some steps one or two of them ask to stop."""
     chance = random.Random(seed)
     store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    watches = [Watch(store, rank=rank, world_size=3, timeout_s=100) for rank in range(3)]
+    watches = [Watchdog(store, rank=rank, world_size=3, timeout_s=100) for rank in range(3)]
     asking = {rank: chance.randrange(8) for rank in chance.sample(range(3), chance.randint(1, 2))}
     passed, stopped, foremost = [0] * 3, [0] * 3, 0
     while not all(stopped):
@@ -87,7 +87,7 @@ def test_all_ranks_stop_in_the_same_place(seed: int) -> None:
     ],
 )
 def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str], message: str | None) -> None:
-    watches = [Watch(store, rank=rank, world_size=2, timeout_s=100) for rank in range(2)]
+    watches = [Watchdog(store, rank=rank, world_size=2, timeout_s=100) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(4):
             ends = [pool.submit(w.agree_on_success, 'the sample', o) for w, o in zip(watches, outcomes, strict=True)]
@@ -100,4 +100,4 @@ def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str],
 def test_a_rank_that_failed_does_not_wait_for_ever(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, '_PATIENCE_S', 0.1)
     with pytest.raises(TrainingError, match='rank 0 alone failed in the sample: no memory'):
-        Watch(store, rank=0, world_size=2, timeout_s=100).agree_on_success('the sample', 'no memory')
+        Watchdog(store, rank=0, world_size=2, timeout_s=100).agree_on_success('the sample', 'no memory')

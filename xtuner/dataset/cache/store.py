@@ -207,7 +207,7 @@ class PreparedDataset(Dataset):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
-    def fill(self, max_length: int) -> float:
+    def packing_efficiency(self, max_length: int) -> float:
         """The share of the tokens that a pack may have, `max_length`, which one has on average."""
         return float(self.lengths.mean() / max_length) if len(self) else 0.0
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from xtuner.dataset.conversation import MODEL_ROLES, Conversation, Message, to_prompt
-from xtuner.dataset.encode.text_encoder import MIDDLE, START, Run, TextEncoder
+from xtuner.dataset.encode.text_encoder import BOS_CONTEXT, MIDDLE, TextEncoder, TextRun
 from xtuner.dataset.templates.rendering import TemplateBoundError
 from xtuner.dataset.templates.template import Piece, Template
 from xtuner.errors import DataError
@@ -95,7 +95,7 @@ class Encoder:
         self._num_over_bound = 0
         self._meant = _pattern(template.answer_tokens)
         self._spellable = _pattern(set(template.allowable(tokenizer)) - set(template.answer_tokens))
-        self._plans: dict[tuple, list[tuple[Run, tuple[str, ...]]]] = {}
+        self._plans: dict[tuple, list[tuple[TextRun, tuple[str, ...]]]] = {}
 
     @property
     def begin_id(self) -> int | None:
@@ -118,7 +118,7 @@ class Encoder:
             conversations: What to encode.
             stop: Whether the first error is the last of the results, and nothing is rendered behind it.
         """
-        results: list[list[Run] | DataError] = []
+        results: list[list[TextRun] | DataError] = []
         for runs in self._runs_of_each(conversations):
             results.append(runs)
             self._count_bounds(runs)
@@ -131,7 +131,7 @@ class Encoder:
             samples = map(self._sample, good)
         return [runs if isinstance(runs, DataError) else next(samples) for runs in results]
 
-    def _count_bounds(self, runs: list[Run] | DataError) -> None:
+    def _count_bounds(self, runs: list[TextRun] | DataError) -> None:
         """Raises DataError once so many conversations cost seconds each that this will not end."""
         self._num_over_bound += isinstance(runs, TemplateBoundError)
         if self._num_over_bound >= _MOST_OVER_BOUND:
@@ -148,13 +148,13 @@ class Encoder:
         written = [message.content for message in conversation.messages if message.role in MODEL_ROLES - {'text'}]
         return {name for text in written for name in tokens.findall(text)}
 
-    def _sample(self, runs: list[Run]) -> Sample | DataError:
+    def _sample(self, runs: list[TextRun]) -> Sample | DataError:
         try:
             return self._samples([runs])[0]
         except DataError as error:
             return error
 
-    def _samples(self, conversations: Sequence[list[Run]]) -> list[Sample]:
+    def _samples(self, conversations: Sequence[list[TextRun]]) -> list[Sample]:
         runs = list(chain.from_iterable(conversations))
         ends = [0, *accumulate(map(len, conversations))]
         lists = self.texts.encode(runs)
@@ -166,26 +166,26 @@ class Encoder:
         labels = np.where(trained, ids, IGNORE_INDEX)
         return [Sample(ids[start:end], labels[start:end]) for start, end in pairwise(cuts.tolist())]
 
-    def runs(self, pieces: Sequence[Piece]) -> list[Run]:
+    def runs(self, pieces: Sequence[Piece]) -> list[TextRun]:
         """Joins neighbouring texts: runs end at control tokens, at starts of answers, and where training changes."""
-        runs: list[Run] = []
-        text, trained, before = '', False, START
+        runs: list[TextRun] = []
+        text, trained, before = '', False, BOS_CONTEXT
         for piece in pieces:
             control = self._controls.get(piece.text) if piece.control else None
             if text and (control is not None or piece.starts or piece.trained != trained):
-                runs.append(Run(text, before, trained, None, MIDDLE if control is None else control))
+                runs.append(TextRun(text, before, trained, None, MIDDLE if control is None else control))
                 text, before = '', MIDDLE
             trained = piece.trained
             if control is not None:
-                runs.append(Run('', control, trained, control))
+                runs.append(TextRun('', control, trained, control))
                 before = control
             else:
                 text += self._strings.get(piece.text, piece.text) if piece.control else piece.text
         if text:
-            runs.append(Run(text, before, trained))
+            runs.append(TextRun(text, before, trained))
         return runs
 
-    def _runs_of_each(self, conversations: Sequence[Conversation]) -> Iterator[list[Run] | DataError]:
+    def _runs_of_each(self, conversations: Sequence[Conversation]) -> Iterator[list[TextRun] | DataError]:
         """Renders conversations; a template that is a program looks at the texts, and is run for each."""
         if not self.template.fillable:
             for pieces in self.template.render_many(conversations, train_on=self.train_on):
@@ -197,7 +197,7 @@ class Encoder:
             except DataError as error:
                 yield error
 
-    def _filled_runs(self, conversation: Conversation) -> list[Run]:
+    def _filled_runs(self, conversation: Conversation) -> list[TextRun]:
         """Renders a conversation, or fills its texts into the runs of an earlier one of the same kind.
 
         Conversations of the same roles, in the same order, differ in their texts alone: rendering them is most of the
@@ -215,11 +215,11 @@ class Encoder:
                 self._plans[kind] = plan
         texts = [message.content for message in messages]
         return [
-            run if not parts else Run(_filled(parts, texts), run.before, run.trained, None, run.next)
+            run if not parts else TextRun(_filled(parts, texts), run.before, run.trained, None, run.next)
             for run, parts in plan
         ]
 
-    def _plan(self, conversation: Conversation) -> list[tuple[Run, tuple[str, ...]]]:
+    def _plan(self, conversation: Conversation) -> list[tuple[TextRun, tuple[str, ...]]]:
         """Renders with numbers for texts; a run with some goes with its parts: template text and numbers in turn."""
         numbered = [replace(message, content=f'\0{number}\0' if message.content else '')
                     for number, message in enumerate(conversation.messages)]  # fmt: skip

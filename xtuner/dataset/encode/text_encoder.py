@@ -16,10 +16,10 @@ from xtuner.errors import DataError
 _ANCHOR = '\n'  # encoded in front of a text that continues another, where a tokenizer treats beginnings differently
 _SHORT, _MOST_KNOWN = 64, 4096  # characters of a text whose encoding is kept, and how many are kept
 
-START, MIDDLE = -1, -2  # what stands before a text: nothing, or more text; otherwise the id of a control token
+BOS_CONTEXT, MIDDLE = -1, -2  # what stands before a text: nothing, or more text; otherwise the id of a control token
 
 
-class Run(NamedTuple):
+class TextRun(NamedTuple):
     """A text with the control tokens beside it, or (`id` given) one that is a control token itself."""
 
     text: str
@@ -55,7 +55,7 @@ class TextEncoder:
         self._anchored = self._begins_differently()
         self._known: dict[tuple[str, int], list[int]] = {}  # the encodings of short texts, most of them the template's
 
-    def encode(self, runs: Sequence[Run]) -> list[list[int]]:
+    def encode(self, runs: Sequence[TextRun]) -> list[list[int]]:
         """Encodes runs, in order, as lists of ids; what is not known from before in one batch."""
         result: list[list[int]] = [[]] * len(runs)
         wanted: list[int] = []
@@ -77,7 +77,7 @@ class TextEncoder:
                 self._known[key] = ids
         return result
 
-    def _stripped(self, run: Run) -> str:
+    def _stripped(self, run: TextRun) -> str:
         text = run.text.lstrip() if run.before in self._strip_after else run.text
         return text.rstrip() if run.next in self._strip_before else text
 

@@ -44,10 +44,10 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary, templat
         except DataError as error:
             if config.on_bad_record == 'error':
                 raise stopped_by(error) from None
-            summary.lose('bad', str(error))
+            summary.record_drop('bad', str(error))
             continue
         if not conversations:
-            summary.lose('left_out', record.origin)
+            summary.record_drop('left_out', record.origin)
         summary.conversations += len(conversations)
         yield from conversations
 

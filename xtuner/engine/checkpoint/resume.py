@@ -10,7 +10,7 @@ from typing import Any
 
 from xtuner.config.flatten import flatten
 from xtuner.config.schema import TrainConfig
-from xtuner.engine.checkpoint.run_lock import alone_in
+from xtuner.engine.checkpoint.run_lock import exclusive_run_dir
 from xtuner.engine.checkpoint.run_manifest import check_same_run
 from xtuner.engine.checkpoint.store import (
     MANIFEST_FILE,
@@ -33,7 +33,7 @@ NEWEST = 'newest'
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumeOptions:
     """How the user wants a run to begin.
 
     Attributes:
@@ -62,10 +62,10 @@ class Start:
             object.__setattr__(self, 'resume', folder)
 
 
-NEW_RUN = Start()
+NEW_RUN = ResumeOptions()
 
 
-def check_start(work_dir: Path, start: Start) -> None:
+def check_start(work_dir: Path, start: ResumeOptions) -> None:
     """Refuses what the names of folders tell already, before torch is imported.
 
     Raises:
@@ -92,11 +92,11 @@ def check_start(work_dir: Path, start: Start) -> None:
 
 def check_work_dir(work_dir: Path) -> None:
     """Raises CheckpointError where nothing can be written to the folder, or a run is under way; leaves no trace."""
-    with alone_in(work_dir):
+    with exclusive_run_dir(work_dir):
         pass
 
 
-def find_checkpoint(work_dir: Path, start: Start, *, rank: int) -> Path | None:
+def find_checkpoint(work_dir: Path, start: ResumeOptions, *, rank: int) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None for a new run.
 
     Raises:
@@ -141,7 +141,9 @@ def check_weights_folder(config: TrainConfig, folder: Path, base_fingerprint: st
             )
 
 
-def check_resumable(checkpoint: Path, run: Mapping[str, Any], start: Start, *, work_dir: Path, num_steps: int) -> None:
+def check_resumable(
+    checkpoint: Path, run: Mapping[str, Any], start: ResumeOptions, *, work_dir: Path, num_steps: int
+) -> None:
     """Compares the run that is to go on with the one that wrote the checkpoint.
 
     Raises:

@@ -24,7 +24,7 @@ LOCK_FILE = '.lock'
 
 
 @contextlib.contextmanager
-def alone_in(work_dir: Path) -> Iterator[None]:
+def exclusive_run_dir(work_dir: Path) -> Iterator[None]:
     """Makes the work folder and holds it for the time of a `with` block; what was made and stayed empty goes again.
 
     Raises:
@@ -55,7 +55,7 @@ def _locked(path: Path) -> int:
         try:
             _lock(descriptor, path)
             if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its run ended just now, and removed it
-                _sign(descriptor)
+                _write_owner(descriptor)
                 return descriptor
         except FileNotFoundError:
             pass
@@ -81,7 +81,7 @@ def _lock(descriptor: int, path: Path) -> None:
         ) from None
 
 
-def _sign(descriptor: int) -> None:
+def _write_owner(descriptor: int) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())

@@ -27,14 +27,14 @@ FORMAT = 2
 _PACKAGES = ('torch', 'transformers', 'peft', 'bitsandbytes')
 # Fields that change nothing in the weights, or whose effect another entry stands for: the base's fingerprint for its
 # path, the data's digest for where it came from.
-_FREE = (
+RESUMABLE_FIELDS = (
     'model.path', 'model.revision', 'model.trust_remote_code', 'model.dtype', 'dataset.cache_dir', 'checkpoint.',
     'log.', 'samples.', 'runtime.num_workers', 'runtime.max_nonfinite_steps', 'runtime.check_memory', 'parallel.',
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
     'source', 'map_fn', 'ignore', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
 # What a checkpoint brings with it, so that the config's value would be ignored.
-_FIXED = ('adapter', 'optimizer.type', 'base weights')
+IMMUTABLE_FIELDS = ('adapter', 'optimizer.type', 'base weights')
 
 
 def describe_run(
@@ -113,7 +113,9 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
     """
     _, run_then, versions_then = _read_run(folder)
     changes = _changes(run_then, now['run'])
-    fixed = [text for name, text in changes.items() if name.split('.')[0] in _FIXED or name in _FIXED]
+    fixed = [
+        text for name, text in changes.items() if name.split('.')[0] in IMMUTABLE_FIELDS or name in IMMUTABLE_FIELDS
+    ]
     if fixed:
         raise CheckpointError(
             f'{folder}: cannot resume, {"; ".join(fixed)}: that cannot change within a run; put it back, or begin a '
@@ -151,7 +153,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
     if 'data' not in names:  # the same conversations, wherever they came from
         names = [name for name in names if not name.startswith(_OF_THE_DATA)]
-    counted = [name for name in names if not name.startswith(_FREE)]
+    counted = [name for name in names if not name.startswith(RESUMABLE_FIELDS)]
     if now.get('dataset.streaming') and 'runtime.num_workers' in names:  # they take turns in the stream
         counted.append('runtime.num_workers')
     return {name: _difference(name, then.get(name), now.get(name)) for name in counted}

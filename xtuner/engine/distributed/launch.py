@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from xtuner.engine.distributed.watchdog import Watch, watch_group
+from xtuner.engine.distributed.watchdog import Watchdog, start_watchdog
 from xtuner.errors import Interrupted, TrainingError, UsageError, one_line
 from xtuner.fused.ulysses import SequenceGroup
 from xtuner.ranks import CHILD
@@ -38,7 +38,7 @@ class Group:
 
     rank: int = 0
     world_size: int = 1
-    watch: Watch | None = None
+    watch: Watchdog | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[Group]:
     patience = timedelta(seconds=2 * timeout_s + 5)
     distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=patience)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    watch = watch_group(rank, world_size, timeout_s)
+    watch = start_watchdog(rank, world_size, timeout_s)
     yield Group(rank, world_size, watch)
     # After a failure nothing is taken apart: it would wait for ranks that wait for us. The process ends anyway.
     if watch is not None:

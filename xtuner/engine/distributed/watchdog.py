@@ -35,7 +35,7 @@ _CLAIM, _STATUS = 'xtuner/failed', 1
 _GOING_ON = 'xtuner/going on'
 
 
-class Watch:
+class Watchdog:
     """Watches over a group of ranks from `start` to `stop`.
 
     Args:
@@ -59,7 +59,7 @@ class Watch:
     def start(self) -> None:
         """Makes this rank known and begins to watch; errors of this process go through the common judgement."""
         self._store.set(f'xtuner/process/{self._rank}', json.dumps([socket.gethostname(), this_process()]))
-        ranks.judge = self.claim
+        ranks.error_arbiter = self.report_failure
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,7 +67,7 @@ class Watch:
         self._store.set(f'xtuner/ended/{self._rank}', '1')
         self._ended.set()
         self._thread.join()
-        ranks.judge = None
+        ranks.error_arbiter = None
         self._store.add('xtuner/ended', 1)
         latest = time.monotonic() + _WORD_S
         while self._rank == 0 and self._store.add('xtuner/ended', 0) < self._world_size:  # the store may live in here
@@ -75,17 +75,17 @@ class Watch:
                 break
             time.sleep(0.02)
 
-    def note(self, place: str) -> None:
+    def heartbeat(self, place: str) -> None:
         """Says where this rank is, such as 'step 5, backward'; the time-out counts from here."""
         self._count += 1
         self._place, self._since = place, time.monotonic()
         self._store.set(f'xtuner/place/{self._rank}', f'{self._count} {place}')
 
-    def passes(self) -> None:
+    def on_bucket(self) -> None:
         """This rank has come one message further: it begins to add up gradients."""
-        self.note(f'{self._place.partition(", ")[0]}, adding up gradients')
+        self.heartbeat(f'{self._place.partition(", ")[0]}, adding up gradients')
 
-    def pause(self) -> None:
+    def suspend(self) -> None:
         """From here on this rank may take as long as it likes: it writes a checkpoint or generates a sample."""
         self._since = None
 
@@ -149,7 +149,7 @@ class Watch:
             rank, text = next((rank, text) for rank, text in enumerate(errors) if text)
             raise TrainingError(f'rank {rank} failed in {what}, and not all others did: {text}')
 
-    def claim(self, text: str) -> bool:
+    def report_failure(self, text: str) -> bool:
         """Whether this process is the first to fail, and so tells; called with the error's line."""
         if _is_consequence(text):  # of a rank that died, most likely: its neighbours know more in a moment
             self._ended.wait(3 * _BEAT_S)
@@ -165,14 +165,14 @@ class Watch:
     def _run(self) -> None:
         try:
             while not self._ended.wait(_BEAT_S):
-                self._look()
+                self._poll()
         except RuntimeError as error:  # no store: rank 0 or the launcher has gone
             if not self._ended.is_set():
                 logger.warning('rank %d ends, it has lost the others: %s', self._rank, error)
                 time.sleep(_LINGER_S)
                 self._end(None)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         if self._store.check([_CLAIM]):
             time.sleep(_LINGER_S)
             self._end(None)
@@ -229,8 +229,8 @@ class Watch:
         if text is not None and self._take(text):
             if '--debug' in sys.argv:
                 faulthandler.dump_traceback(all_threads=True)
-            ranks.judge = lambda _: True
-            if ranks.tells_error(text):
+            ranks.error_arbiter = lambda _: True
+            if ranks.should_report(text):
                 print(f'xtuner: error: {printable(text)}', file=sys.stderr, flush=True)
             os._exit(TrainingError.exit_status)
         if text is not None:  # another was first
@@ -251,10 +251,10 @@ def _some(numbers: list[int]) -> str:
     return shown if len(numbers) <= 4 else f'{shown} and {len(numbers) - 4} more'
 
 
-def watch_group(rank: int, world_size: int, timeout_s: float) -> Watch | None:
+def start_watchdog(rank: int, world_size: int, timeout_s: float) -> Watchdog | None:
     """A watch over the default group, started; None for a single process."""
     if world_size == 1:
         return None
-    watch = Watch(distributed.distributed_c10d._get_default_store(), rank, world_size, timeout_s)
+    watch = Watchdog(distributed.distributed_c10d._get_default_store(), rank, world_size, timeout_s)
     watch.start()
     return watch

@@ -19,7 +19,7 @@ from xtuner.inference.detokenizer import whole_characters
 from xtuner.inference.generate import Sampling, generate
 from xtuner.tracking.files import SAMPLES_FILE
 from xtuner.utils.escape import printable
-from xtuner.utils.jsonl import append_line, keep_lines
+from xtuner.utils.jsonl import append_line, truncate_after
 
 logger = logging.getLogger('xtuner')
 
@@ -60,7 +60,7 @@ class EvaluateChatHook(Hook):
         """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
         if runner.rank == 0 and self._prompts:
             last = runner.iter - (runner.iter == runner.max_iters)  # the last round comes after the last checkpoint
-            keep_lines(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
+            truncate_after(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
         if runner.iter == 0:
             self._round(runner, 0)
 

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 
 from xtuner.engine.loop import StepResult
 from xtuner.tracking.files import METRICS_FILE
-from xtuner.utils.jsonl import append_line, keep_lines
+from xtuner.utils.jsonl import append_line, truncate_after
 
 logger = logging.getLogger('xtuner')
 
@@ -34,7 +34,7 @@ class LogHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Drops the lines of steps that a resumed run will do again, so that each step stands in the file once."""
         if runner.rank == 0:
-            keep_lines(Path(runner.work_dir) / METRICS_FILE, runner.iter)
+            truncate_after(Path(runner.work_dir) / METRICS_FILE, runner.iter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Writes the step's line, and prints each `interval`-th, the first and the last."""

@@ -19,10 +19,10 @@ from xtuner.inference.decode.layers import (
     adapters_on,
     all_modules,
     most_tokens,
-    obstacle,
     read_layers,
     rotary_table,
     state_of,
+    unsupported_reason,
 )
 from xtuner.inference.decode.sampling import next_token
 from xtuner.kernels.dispatch import fused_kernels, has_triton
@@ -59,13 +59,13 @@ def find_decoder(model: Any, num_tokens: int) -> Decoder | str:
     known = [decoder for decoder in _DECODERS.get(causal, []) if decoder.modules == modules]  # none was replaced
     found = next((decoder for decoder in known if decoder.adapters == adapters), None)
     if found is None:
-        reason = obstacle(causal)
+        reason = unsupported_reason(causal)
         if reason:
             return reason
         known = known[-_MOST_VARIANTS + 1 :]
         found = Decoder(causal, modules, adapters)
     _DECODERS[causal] = [*(decoder for decoder in known if decoder is not found), found]
-    return found.obstacle(num_tokens) or found
+    return found.unsupported_reason(num_tokens) or found
 
 
 def release(model: Any) -> None:
@@ -79,7 +79,7 @@ class Decoder:
     Holds the model's parts, not the model. One answer at a time: a second thread waits.
 
     Args:
-        causal: A causal language model without `layers.obstacle`, not wrapped by peft.
+        causal: A causal language model without `layers.unsupported_reason`, not wrapped by peft.
         modules: All modules inside it.
         adapters: What `adapters_on` says of them, as long as this decoder is used.
     """
@@ -108,7 +108,7 @@ class Decoder:
         """Where the model is."""
         return self._weight.device
 
-    def obstacle(self, num_tokens: int) -> str | None:
+    def unsupported_reason(self, num_tokens: int) -> str | None:
         """Why an answer cannot be decoded here now, in a few words; None where it can."""
         if self._decoder.training:
             return 'it is in training mode'

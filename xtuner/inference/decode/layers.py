@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtuner.fused.projections import adapter_obstacle, base_of
+from xtuner.fused.projections import adapter_unsupported_reason, base_of
 from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import is_4bit
 
@@ -85,7 +85,7 @@ class Layer:
 
 
 def read_layers(decoder: Any) -> list[Layer]:
-    """The layers of a decoder that has no `obstacle`; only read."""
+    """The layers of a decoder that has no `unsupported_reason`; only read."""
     return [_read_layer(layer, decoder.config) for layer in decoder.layers]
 
 
@@ -111,7 +111,7 @@ def _form(layer: Any) -> dict[str, tuple[str, ...]] | None:
     return _FORMS.get((type(layer).__name__, type(attention).__name__))
 
 
-def obstacle(causal: Any) -> str | None:
+def unsupported_reason(causal: Any) -> str | None:
     """Why a model, as it is built, cannot be decoded here, in a few words; None where it can.
 
     Args:
@@ -124,7 +124,7 @@ def obstacle(causal: Any) -> str | None:
     if getattr(decoder.rotary_emb, 'rope_type', 'default') == 'longrope':
         return 'its rotary positions depend on the length of the text'
     for layer in layers:
-        reason = _layer_obstacle(layer)
+        reason = _layer_unsupported_reason(layer)
         if reason:
             return reason
     if decoder.config.hidden_act not in ('silu', 'swish'):  # a field of the layers above; others call it otherwise
@@ -142,7 +142,7 @@ def most_tokens(decoder: Any) -> float:
     return decoder.config.max_position_embeddings if bound else float('inf')
 
 
-def _layer_obstacle(layer: Any) -> str | None:
+def _layer_unsupported_reason(layer: Any) -> str | None:
     if hasattr(layer, 'unshard'):
         return 'its weights are spread over the ranks'
     names = _form(layer)
@@ -155,7 +155,7 @@ def _layer_obstacle(layer: Any) -> str | None:
             known = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
             if not known:
                 return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
-            reason = None if getattr(projection, 'merged', False) else adapter_obstacle(projection)
+            reason = None if getattr(projection, 'merged', False) else adapter_unsupported_reason(projection)
             if reason:
                 return reason
     return None

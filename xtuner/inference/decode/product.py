@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xtuner.fused.frozen import Adapter, FrozenLinear
+from xtuner.fused.frozen import FrozenLinear, LoraWeights
 from xtuner.fused.projections import adapter_of, base_of
 from xtuner.fused.weights import bias_of, stack_a
 from xtuner.kernels.dispatch import Kernels
@@ -127,15 +127,15 @@ def _linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, onto: Tensor
     return onto.add_(functional.linear(x_TK, weight_NK, bias_N))
 
 
-def _adapter(projection: Any, dtype: torch.dtype) -> Adapter | None:
+def _adapter(projection: Any, dtype: torch.dtype) -> LoraWeights | None:
     """A layer's adapter as it is now, in the products' dtype; None where there is none, it is off or it is merged."""
     found = None if getattr(projection, 'merged', False) else adapter_of(projection)
     if found is None:
         return None
-    return Adapter(found.a_rK.detach().to(dtype), found.b_Nr.detach().to(dtype), found.scaling, 0.0)
+    return LoraWeights(found.a_rK.detach().to(dtype), found.b_Nr.detach().to(dtype), found.scaling, 0.0)
 
 
-def _merged(layer: FrozenLinear, adapter: Adapter | None, dtype: torch.dtype) -> Tensor:
+def _merged(layer: FrozenLinear, adapter: LoraWeights | None, dtype: torch.dtype) -> Tensor:
     weight = layer.matrix(dtype).detach()
     if adapter is None:
         return weight

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-Place = tuple[int, int]
+ByteRange = tuple[int, int]
 """A tensor's first byte in the file, and the one after its last."""
 
 _LOCAL_HEADER_BYTES = 30  # before a zip member's name
 
 
-def safetensors_places(path: Path) -> dict[str, Place]:
+def safetensors_places(path: Path) -> dict[str, ByteRange]:
     """The places of all tensors of a .safetensors file, from its header."""
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
@@ -26,7 +26,7 @@ def safetensors_places(path: Path) -> dict[str, Place]:
     return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in places.items()}
 
 
-def bin_places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+def bin_places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ByteRange]:
     """The places of the contiguous tensors of a `.bin` file.
 
     torch keeps each storage uncompressed as a member of a zip archive, and maps the file as a whole: so storages lie in

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtuner.errors import ModelError, first_line, first_of, one_line
-from xtuner.model.weights.offsets import Place, bin_places, safetensors_places
+from xtuner.model.weights.offsets import ByteRange, bin_places, safetensors_places
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.files import check_regular, read_object
 
@@ -54,7 +54,7 @@ class WeightReader:
         self.folder = folder
         self._files = files
         self._open: dict[Path, Any] = {}
-        self._headers: dict[Path, dict[str, Place]] = {}
+        self._headers: dict[Path, dict[str, ByteRange]] = {}
         self._raw: dict[tuple[Path, int], Any] = {}
 
     def names(self) -> list[str]:
@@ -150,7 +150,7 @@ class WeightReader:
         except OSError as error:
             raise ModelError(f'{path} cannot be read: {error.strerror or error}') from error
 
-    def _places(self, path: Path) -> dict[str, Place]:
+    def _places(self, path: Path) -> dict[str, ByteRange]:
         """Where each tensor's bytes begin and end in a file, as far as that is known."""
         if path not in self._headers:
             safe = path.suffix == '.safetensors'

@@ -14,7 +14,7 @@ from typing import Any
 from xtuner.errors import CheckpointError, TrainingError, one_line
 from xtuner.tracking.report.charts import Line, line_chart
 from xtuner.tracking.report.parts import config_part, data_part, samples_part, sessions_part, text
-from xtuner.tracking.report.read import Run, read_run
+from xtuner.tracking.report.read import RecordedRun, read_run
 from xtuner.tracking.report.words import compact, duration, state_of
 
 logger = logging.getLogger('xtuner')
@@ -57,7 +57,7 @@ def try_to_report(work_dir: Path) -> None:
         logger.info('report: %s', path)
 
 
-def render(run: Run) -> str:
+def render(run: RecordedRun) -> str:
     """The page. Everything from files is escaped, and only the script below may run: its hash is in the policy."""
     here = Path(__file__)
     style = here.with_name('page.css').read_text(encoding='utf-8')
@@ -84,7 +84,7 @@ def render(run: Run) -> str:
     )
 
 
-def _header(run: Run) -> str:
+def _header(run: RecordedRun) -> str:
     about = run.about
     kind, words = state_of(run)
     facts = [about.get('method'), about.get('base'), about.get('data')]
@@ -95,7 +95,7 @@ def _header(run: Run) -> str:
     )
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: RecordedRun) -> str:
     loss, validation, metrics = run.series('loss'), run.validation_loss, run.metrics
     tiles = []
     if len(loss):
@@ -133,7 +133,7 @@ def _number(line: dict[str, Any], key: str) -> float:
     return value if isinstance(value, (int, float)) else 0
 
 
-def _charts(run: Run) -> str:
+def _charts(run: RecordedRun) -> str:
     lines = [Line('training', run.series('loss'), smooth=True), Line('validation', run.validation_loss, role='second')]
     legend = ''.join(f'<span><i class="{line.role}"></i>{line.name}</span>' for line in lines if len(line.series))
     drawn = line_chart(lines, label='loss over the steps', show=_loss, tick=lambda v: f'{v:g}')
@@ -157,7 +157,7 @@ def _charts(run: Run) -> str:
 
 
 def _small(
-    run: Run, title: str, key: str, show: Callable[[float], str], *, note: str = '', smooth: bool = False,
+    run: RecordedRun, title: str, key: str, show: Callable[[float], str], *, note: str = '', smooth: bool = False,
     log: bool = False, from_zero: bool = False,
 ) -> str:  # fmt: skip
     line = Line(title.lower(), run.series(key), smooth=smooth)
@@ -184,7 +184,7 @@ def _loss(value: float) -> str:
     return f'{value:.4f}' if abs(value) < 0.1 else f'{value:.3f}'
 
 
-def _footer(run: Run) -> str:
+def _footer(run: RecordedRun) -> str:
     version = (run.about.get('sessions') or [{}])[-1].get('versions', {}).get('xtuner', '')
     lines = f'{run.num_torn} line{"s" * (run.num_torn > 1)}'
     torn = f' {lines} of the logs could not be read.' if run.num_torn else ''

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from xtuner.tracking.report.charts import histogram
-from xtuner.tracking.report.read import Run
+from xtuner.tracking.report.read import RecordedRun
 from xtuner.utils.escape import printable
 
 _MOST_SESSIONS = 20
@@ -25,7 +25,7 @@ def text(value: object) -> str:
     return escape(printable(str(value)), quote=True)
 
 
-def samples_part(run: Run) -> str:
+def samples_part(run: RecordedRun) -> str:
     """Answers before, during and after, side by side; rounds between them behind a line that opens."""
     by_prompt: dict[str, dict[int, dict[str, Any]]] = {}
     for sample in run.samples:
@@ -59,7 +59,7 @@ def _answer(sample: Mapping[str, Any], last: int) -> str:
     return f'<div class="answer {when}"><h3>{name}</h3><p>{text(answer) or "<em>empty</em>"}</p></div>'
 
 
-def data_part(run: Run) -> str:
+def data_part(run: RecordedRun) -> str:
     """What became of the records of each part."""
     parts = run.about.get('dataset')
     if not isinstance(parts, dict) or not parts:
@@ -105,7 +105,7 @@ def _data_card(name: str, summary: Mapping[str, Any]) -> str:
     return f'<figure class="card"><figcaption><h2>{text(title)}</h2></figcaption>{bar}{body}</figure>'
 
 
-def sessions_part(run: Run) -> str:
+def sessions_part(run: RecordedRun) -> str:
     """Each start with its end, then versions and machine of the last."""
     sessions = [s for s in run.about.get('sessions') or [] if isinstance(s, dict)]
     if not sessions:
@@ -126,7 +126,7 @@ def sessions_part(run: Run) -> str:
     )
 
 
-def _what(run: Run) -> list[tuple[str, object]]:
+def _what(run: RecordedRun) -> list[tuple[str, object]]:
     about, plan = run.about, run.about.get('plan') or {}
     parameters = about.get('parameters') or {}
     rows: list[tuple[str, object]] = [
@@ -169,7 +169,7 @@ def _git(session: Mapping[str, Any]) -> list[tuple[str, object]]:
     return [('commit', state.get('commit')), ('branch', state.get('branch')), ('state', dirty)]
 
 
-def config_part(run: Run) -> str:
+def config_part(run: RecordedRun) -> str:
     """The flat config, comments standing back."""
     if not run.config:
         return ''

@@ -38,7 +38,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What a work folder tells.
 
     Attributes:
@@ -69,7 +69,7 @@ class Run:
         return _series(self.validation, 'val_loss')
 
 
-def read_run(work_dir: Path) -> Run:
+def read_run(work_dir: Path) -> RecordedRun:
     """Reads what there is.
 
     Raises:
@@ -87,7 +87,7 @@ def read_run(work_dir: Path) -> Run:
         config = ''
     trained = {line['step']: line for line in metrics if 'loss' in line}
     validated = {line['step']: line for line in metrics if 'val_loss' in line}
-    return Run(
+    return RecordedRun(
         name=work_dir.resolve().name,
         about=about,
         metrics=[trained[step] for step in sorted(trained)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xtuner.tracking.report.read import Run
+from xtuner.tracking.report.read import RecordedRun
 
 
 def compact(number: float) -> str:
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
     return f'{minutes} min' if minutes >= 10 else f'{minutes} min {rest:02} s'
 
 
-def state_of(run: Run) -> tuple[str, str]:
+def state_of(run: RecordedRun) -> tuple[str, str]:
     """How the run ended, as 'finished', 'stopped' or 'failed', and in words."""
     sessions = run.about.get('sessions') or [{}]
     end = str(sessions[-1].get('end', ''))
