@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PICTURE = 'demo.png'
-# The report's colours (xtuner/engine/report/page.css).
+# The report's colours (xtuner/tracking/report/page.css).
 _PAGE, _CARD, _INK, _SOFT, _HAIR, _WASH, _MAIN = (
     '#f7f7f5', '#ffffff', '#1b1d22', '#5f646d', '#e5e5e1', '#f1f1ee', '#3257c8')  # fmt: skip
 _WIDTH, _MARGIN, _GAP = 11.0, 0.35, 0.14  # inches, as all below

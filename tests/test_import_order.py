@@ -11,20 +11,9 @@ import pytest
 import xtuner
 
 PACKAGE = Path(xtuner.__file__).parent
-ORDER = [
-    'aliases',
-    'errors',
-    'utils',
-    'ranks',
-    'registry',
-    'config',
-    'dataset',
-    'kernels',
-    'model',
-    'adapters',
-    'fused',
-]
-ORDER += ['inference', 'memory', 'tracking', 'objectives', 'convert', 'engine', 'chat', 'serve', 'cli']
+ORDER = ['aliases', 'errors', 'utils', 'ranks', 'registry', 'config', 'dataset', 'parallel', 'kernels', 'model']
+ORDER += ['adapters', 'fused', 'inference', 'memory', 'tracking', 'objectives', 'convert', 'engine']
+ORDER += ['chat', 'serve', 'cli']
 # `model.chat(...)` and `model.stream_chat(...)` are methods of InternLM's model classes, as on its model cards. They
 # decode, which is a later package's work.
 FACADE = 'xtuner.model.families.chat_api'

@@ -36,7 +36,7 @@ def test_every_config_is_found_and_loads_from_the_installed_package(installed: P
     assert run(installed, 'list-cfg').splitlines() == list(list_configs())
     assert "path='internlm/internlm-7b'" in run(installed, 'print-config', 'internlm_7b_qlora_oasst1')
     for name in ('tools/train.py', 'tools/web_demo.py', 'tools/.streamlit/config.toml', 'chat/web/icon.svg',
-                 'engine/report/page.css', 'engine/report/page.js'):  # fmt: skip
+                 'tracking/report/page.css', 'tracking/report/page.js'):  # fmt: skip
         assert (installed / 'xtuner' / name).is_file(), name
 
 
