@@ -1,4 +1,4 @@
-"""What goes with what, as data: method, quantisation, strategy, packing, checkpointing, sequence parallelism.
+"""What goes with what, as data: method, quantisation, strategy, packing, checkpointing, sequences, objective.
 
 A rule names a combination that cannot be, why, and what to take instead. `check` is asked before anything is loaded;
 the table in docs/scale.md is made from the same rules (`python -m xtuner.config.compatibility` prints it).
@@ -31,6 +31,8 @@ class Combination:
         fast: `runtime.fast`.
         fp8: `runtime.fp8`.
         optimizer: Name of the optimizer's class.
+        with_base: Whether the objective compares with the base model without the adapter.
+        by_sample: Whether the objective sums over samples.
     """
 
     method: str
@@ -42,6 +44,8 @@ class Combination:
     fast: bool = True
     fp8: bool = False
     optimizer: str = 'AdamW'
+    with_base: bool = False
+    by_sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,30 @@ RULES = (
          'DeepSpeed averages over ranks that it takes for holders of different samples', '`ddp` or `fsdp`'),
     Rule({'strategy': ('single',), 'sequence': (True,)},
          'one rank has nobody to share a pack with', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
+    Rule({'with_base': (True,), 'method': ('full',)},
+         'without an adapter there is no base model left to compare with', 'LoRA or QLoRA'),
+    Rule({'with_base': (True,), 'strategy': ('fsdp', 'deepspeed_zero3')},
+         'the base model is a second forward pass before the one with gradients, while weights are sharded for one',
+         '`ddp`, or `deepspeed_zero2`'),
+    Rule({'with_base': (True,), 'sequence': (True,)},
+         'the pass of the base model is not spread over ranks', 'a shorter `dataset.max_length`'),
+    Rule({'by_sample': (True,), 'sequence': (True,)},
+         'each rank has a part of a sample and its sum', 'a shorter `dataset.max_length`'),
 )  # fmt: skip
 
 
-def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = None) -> Combination:
-    """A config's combination under a strategy; `dtype` where it is known better than the config says."""
+def combination_of(
+    config: TrainConfig,
+    strategy: str,
+    *,
+    dtype: str | None = None,
+    with_base: bool = False,
+    by_sample: bool = False,
+) -> Combination:
+    """A config's combination under a strategy; `dtype` where it is known better than the config says.
+
+    `with_base` and `by_sample` are facts of the objective, which this package does not import.
+    """
     return Combination(
         method=_method(config),
         strategy=strategy,
@@ -111,6 +134,8 @@ def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = No
         fast=config.runtime.fast,
         fp8=config.runtime.fp8,
         optimizer=_name(config.optimizer['type']),
+        with_base=with_base,
+        by_sample=by_sample,
     )
 
 
@@ -133,7 +158,7 @@ def check(combination: Combination) -> None:
 _TEXTS = {
     'method': 'method', 'strategy': 'strategy', 'packing': 'packing', 'checkpointing': 'activation checkpointing',
     'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'fp8': 'runtime.fp8',
-    'optimizer': 'optimizer',
+    'optimizer': 'optimizer', 'with_base': 'comparison with the base', 'by_sample': 'sums over samples',
 }  # fmt: skip
 assert set(_TEXTS) == {field.name for field in fields(Combination)}
 

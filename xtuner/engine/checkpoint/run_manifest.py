@@ -33,6 +33,8 @@ RESUMABLE_FIELDS = (
 )  # fmt: skip
 _OF_THE_DATA = tuple(f'dataset.{name}' for name in (
     'source', 'map_fn', 'ignore', 'on_bad_record', 'max_dropped', 'val_ratio', 'val_file', 'unique_id'))  # fmt: skip
+# Fields that earlier releases did not have, and what their runs did.
+_ADDED = {'objective': 'sft'}
 # What a checkpoint brings with it, so that the config's value would be ignored.
 IMMUTABLE_FIELDS = ('adapter', 'optimizer.type', 'base weights')
 
@@ -112,7 +114,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
         CheckpointError: something differs and is not allowed, or cannot be changed within a run at all.
     """
     _, run_then, versions_then = _read_run(folder)
-    changes = _changes(run_then, now['run'])
+    changes = _changes({**_ADDED, **run_then}, {**_ADDED, **now['run']})
     fixed = [
         text for name, text in changes.items() if name.split('.')[0] in IMMUTABLE_FIELDS or name in IMMUTABLE_FIELDS
     ]
@@ -170,7 +172,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
         return ('this may be because the run began with an earlier release, which did not read fields that are used '
                 'now, such as `system` and `history` (`dataset.ignore` leaves them out), but did read files of a '
                 'folder that are left out now: test*, val*, hidden ones (name them in `dataset.source`)')  # fmt: skip
-    shown = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
+    shown = f'`{name}`' if '.' in name or name in ('adapter', 'objective', 'quantization', 'hooks') else f'the {name}'
     return f'{shown} was {_short(then)} and is now {_short(now)}'
 
 

@@ -1,0 +1,66 @@
+"""The objective that a config names: a shipped one, a user's class, or a user's function on the target rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from xtuner.config.short_types import OBJECTIVES
+from xtuner.errors import ConfigError
+from xtuner.objectives.base import Metrics, Objective, Statistics, TargetRows, check_needs
+from xtuner.registry import build, check_arguments, resolve
+
+_OF_A_FUNCTION = ('needs', 'no_grad')
+
+
+class FunctionObjective(Objective):
+    """A function `loss(rows, **arguments)` that returns the summed loss, or the loss and a dict of metrics.
+
+    Args:
+        function: The user's.
+        arguments: What the config gives it.
+        needs: Names of `objectives.base.FIELDS`.
+        no_grad: Those of them that the loss is not differentiated by.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], needs: list[str], no_grad: list[str]
+    ) -> None:
+        self.needs, self.no_grad = needs, no_grad
+        self._loss = functools.partial(function, **arguments)
+        self.name = getattr(function, '__name__', type(function).__name__)
+
+    def loss(self, rows: TargetRows, statistics: Statistics | None) -> tuple[Tensor, Metrics]:
+        """What the function returns."""
+        found = self._loss(rows)
+        return found if isinstance(found, tuple) else (found, {})
+
+
+def make_objective(section: Any) -> Objective:
+    """The objective of a config's `objective`.
+
+    Args:
+        section: 'sft'; 'module:name' or 'file.py:name'; or a dict of `type`, one of these or the class or function
+            itself, and arguments. A function also takes `needs` and `no_grad` there; without them it gets `log_prob`.
+
+    Raises:
+        ConfigError: no such name, arguments that do not fit, or `needs` that do not exist.
+    """
+    values = dict(section) if isinstance(section, Mapping) else {'type': section}
+    kind = values.pop('type', None)
+    target = resolve(OBJECTIVES.get(kind, kind) if isinstance(kind, str) else kind)
+    if isinstance(target, type) and issubclass(target, Objective):
+        objective = build({'type': target, **values}, 'objective')
+    elif isinstance(target, type):
+        raise ConfigError(
+            f'`objective`: {target.__name__} is a class, but not a subclass of xtuner.objectives.Objective'
+        )
+    else:
+        own = {name: values.pop(name) for name in _OF_A_FUNCTION if name in values}
+        check_arguments({'type': target, **values}, 'objective', given=('rows',))
+        objective = FunctionObjective(target, values, own.get('needs', ['log_prob']), own.get('no_grad', []))
+    check_needs(objective, 'objective')
+    return objective
