@@ -224,6 +224,9 @@ class TrainConfig:
 # Comments for the arguments of the open sections that users change most.
 ARGUMENT_TEXTS = {
     'type': 'AdamW, LoraConfig or the like, or any class or function; the other keys are its arguments',
+    'objective.type': 'sft, "file.py:name" or "module:name"; the other keys are its arguments',
+    'objective.needs': 'which values of each target token the function gets',
+    'objective.no_grad': 'those of them that are not differentiated by',
     'lr': 'peak learning rate',
     'betas': 'decay of the two moments',
     'weight_decay': 'decoupled weight decay',

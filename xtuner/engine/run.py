@@ -54,7 +54,7 @@ from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sharded_loading import ShardSpec, num_parameters
-from xtuner.objectives.load import make_objective
+from xtuner.objectives.load import make_objective, objective_code
 from xtuner.objectives.model import TrainingModel
 from xtuner.objectives.model_checks import check_family
 from xtuner.registry import build, check_arguments
@@ -125,6 +125,7 @@ def _run(
         num_groups=plan.world_size,
         world_size=group.world_size,
         formats={**(recorded or {}), **data.dataset.summary.formats},
+        objective_code=objective_code(config.objective),
     )
     if checkpoint is not None:
         run['format'] = format_of_run(checkpoint)
