@@ -239,8 +239,8 @@ class TrainLoop(BaseLoop):
     def _statistics(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """What the objective sums over the step before its loss; dropout masks are those of the pass that follows."""
         self._note('collecting statistics')
-        model, batches = self.strategy.bare, self._until_stopped(micro_batches)
-        found = sum_statistics(model, batches, autocast=self.autocast, over_ranks=self._over_ranks)
+        batches = ((batch, True) for batch in self._until_stopped(micro_batches))
+        found = sum_statistics(self.strategy.bare, batches, autocast=self.autocast, over_ranks=self._over_ranks)
         if found is not None:
             self._seed_step()
         return found

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from xtuner.errors import TrainingError
+from xtuner.objectives.base import has_statistics
 
 
 @torch.no_grad()
 def sum_statistics(
     model: Any,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[tuple[Mapping[str, Tensor], bool]],
     *,
     autocast: Callable[[], torch.autocast],
     over_ranks: Callable[[Tensor], Tensor],
@@ -23,7 +24,8 @@ def sum_statistics(
 
     Args:
         model: A `TrainingModel`.
-        batches: This rank's micro-batches, at least one.
+        batches: This rank's micro-batches, at least one, and whether each counts: one that does not is computed because
+            other ranks, which hold parts of the weights, compute theirs.
         autocast: The context that a forward pass runs in.
         over_ranks: Sums a tensor over the ranks.
 
@@ -33,10 +35,10 @@ def sum_statistics(
     Raises:
         TrainingError: the objective's method does not return tensors by name, or others than for the batch before.
     """
-    if model.objective.statistics is None:
+    if not has_statistics(model.objective):
         return None
     total: dict[str, Tensor] = {}
-    for batch in batches:
+    for batch, counted in batches:
         with autocast():
             found = model(**batch, only_statistics=True)
         wrong = not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values())
@@ -45,7 +47,9 @@ def sum_statistics(
                 f'objective {model.objective.name}: `statistics` must return tensors under the same names for '
                 f'every micro-batch, got {list(found) if isinstance(found, Mapping) else type(found).__name__}'
             )
-        total = {name: total.get(name, 0) + found[name].detach().double() for name in sorted(found)}
+        part = {name: found[name].detach().double() for name in sorted(found)}
+        part = part if counted else {name: torch.zeros_like(value) for name, value in part.items()}
+        total = {name: total.get(name, 0) + value for name, value in part.items()}
     if not total:
         return {}
     flat = over_ranks(torch.cat([value.reshape(-1) for value in total.values()]))

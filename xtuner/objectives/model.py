@@ -86,7 +86,6 @@ class TrainingModel(nn.Module):
         """
         rows = self._rows(input_ids, labels, position_ids, batch)
         if only_statistics:
-            assert self.objective.statistics is not None
             return self.objective.statistics(rows)
         loss, metrics = self.objective.loss(rows, statistics)
         if not scalar(loss):
@@ -100,7 +99,7 @@ class TrainingModel(nn.Module):
         """Runs the decoder, and computes of the targets what the objective needs."""
         base, needs = self.base, self.objective.needs
         fields: dict[str, Any] = {'batch': batch}
-        samples = _sample_numbers(positions) if 'samples' in needs else None
+        samples, num_samples = _sample_numbers(positions, labels) if 'samples' in needs else (None, 0)
         if str(base.config._attn_implementation).startswith('flash'):
             # It tells samples apart by their positions in a batch of one row only.
             ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
@@ -114,8 +113,7 @@ class TrainingModel(nn.Module):
         rows = target_rows(targets_N)
         device = base.get_output_embeddings().weight.device
         if samples is not None:
-            fields['num_samples'] = int(samples[-1]) + 1
-            fields['samples'] = samples[rows].to(device)
+            fields |= {'num_samples': num_samples, 'samples': samples[rows].to(device)}
         if 'positions' in needs:
             fields['positions'] = own_positions.reshape(-1)[rows].to(device)
         ids, targets_N, rows = (t.to(device, non_blocking=True) for t in (ids, targets_N, rows))
@@ -210,10 +208,19 @@ def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Ten
     return ranks.own(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
 
 
-def _sample_numbers(positions_BS: Tensor) -> Tensor:
-    """int64 (N,): the sample that each token belongs to. A sample begins wherever positions do not go on by one."""
+def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, int]:
+    """The sample that each token belongs to, int64 (N,), and the number of samples.
+
+    A sample begins wherever positions do not go on by one. The last of a row is padding if it has no target, and is
+    not counted.
+    """
     begins = functional.pad(positions_BS[:, 1:] != positions_BS[:, :-1] + 1, (1, 0), value=True)
-    return begins.flatten().cumsum(0) - 1
+    within = begins.cumsum(1) - 1  # counted from 0 in each row
+    last = within[:, -1]
+    trained = ((labels_BS != IGNORE_INDEX) & (within == last[:, None]))[:, 1:].any(1)
+    sizes = last + trained
+    before = sizes.cumsum(0) - sizes
+    return (within + before[:, None]).flatten(), int(sizes.sum())
 
 
 def _vocabulary(base: Any) -> int:
