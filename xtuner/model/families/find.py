@@ -1,0 +1,27 @@
+"""Looks up the spec of a model. To add a family, add its file and list it here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner.model.families import llama
+from xtuner.model.families.internlm import spec as internlm
+from xtuner.model.families.internlm2 import spec as internlm2
+from xtuner.model.families.internlm3 import spec as internlm3
+from xtuner.model.families.spec import ModelSpec
+
+SPECS = (llama.SPEC, internlm.SPEC, internlm2.SPEC, internlm3.SPEC)
+GENERIC = ModelSpec('generic', layers=frozenset(), paths=None, isolates_packs=None)
+"""Of a model that no spec describes: every forward pass is the model's own, and a probe measures the rest at load."""
+
+_BY_TYPE = {kind: spec for spec in SPECS for kind in spec.model_types}
+
+
+def spec_of(config: Any) -> ModelSpec:
+    """The spec of a model.
+
+    Args:
+        config: A transformers config; of a composite model, its language model's counts.
+    """
+    text = config.get_text_config(decoder=True) if hasattr(config, 'get_text_config') else config
+    return _BY_TYPE.get(getattr(text, 'model_type', ''), GENERIC)
