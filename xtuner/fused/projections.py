@@ -13,7 +13,7 @@ from xtuner.model.families.find import spec_of
 
 def static_unsupported_reason(decoder: Any) -> str | None:
     """Why a decoder can never take the fused path, in a few words; None where it can."""
-    config = decoder.config
+    config: Any = getattr(decoder, 'config', None)
     spec = spec_of(config)
     if reason := spec.mismatch(decoder):
         return reason

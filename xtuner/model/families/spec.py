@@ -88,7 +88,8 @@ class ModelSpec:
             decoder: The module that `get_decoder()` returns.
         """
         if self.paths is None:
-            return f'models of type {getattr(decoder.config, "model_type", "?")!r} have no spec'
+            config = getattr(decoder, 'config', None)
+            return f'no spec describes {getattr(config, "model_type", type(decoder).__name__)}'
         missing = [name for name in self.decoder if not hasattr(decoder, name)]
         if missing or not len(decoder.layers):
             return f'{type(decoder).__name__} has no {missing[0] if missing else "layers"}'
