@@ -12,11 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from xtuner.errors import ModelError, one_line
+from xtuner.model.families.find import spec_of
 from xtuner.model.weights.reader import WeightReader, open_weights
-
-# Families whose published tensors have the names of their modules. What transformers renames while it loads cannot
-# be checked before; its own report is checked after loading.
-_NAMED_ALIKE = ('internlm', 'internlm2', 'internlm3', 'llama')
 
 _LAYER = re.compile(r'[^\d]*\.\d+(?=\.)')  # up to the first number of a name: 'model.layers.0'
 _PACKED = 16  # numbers of a model in one of a file, at most: 4-bit weights in 32-bit words, twice for what is shared
@@ -37,7 +34,8 @@ def check_weights(folder: Path, config: Any) -> None:
     if type(config).__module__.startswith('transformers_modules.'):  # code of the model's own, which may run
         return
     model = check_size(reader, config)
-    if config.model_type not in _NAMED_ALIKE or hasattr(config, 'quantization_config'):
+    # What transformers renames while it loads cannot be checked before; its own report is checked after loading.
+    if not spec_of(config).module_names_on_disk or hasattr(config, 'quantization_config'):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = set(reader.names())

@@ -11,7 +11,7 @@ from xtuner.model.families.internlm3 import spec as internlm3
 from xtuner.model.families.spec import ModelSpec
 
 SPECS = (llama.SPEC, internlm.SPEC, internlm2.SPEC, internlm3.SPEC)
-GENERIC = ModelSpec('generic', layers=frozenset(), paths=None, isolates_packs=None)
+GENERIC = ModelSpec('generic', layers=frozenset(), paths=None, isolates_packs=None, module_names_on_disk=False)
 """Of a model that no spec describes: every forward pass is the model's own, and a probe measures the rest at load."""
 
 _BY_TYPE = {kind: spec for spec in SPECS for kind in spec.model_types}

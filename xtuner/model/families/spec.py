@@ -64,6 +64,8 @@ class ModelSpec:
         qkv_by_key_head: Whether the one qkv projection's rows are grouped by key head: its query heads, the key head,
             the value head.
         isolates_packs: Whether position ids alone keep the samples of a pack apart; None: measured when a model loads.
+        module_names_on_disk: Whether published checkpoints name tensors after the modules, so that names and shapes can
+            be checked before loading.
         logits: From a config to what the model does to its head's logits.
         llama_fields: From a config to the fields that differ in the `LlamaConfig` of the same model; None: the family
             has no Llama layout. It raises `ModelError` where one model has none.
@@ -78,6 +80,7 @@ class ModelSpec:
     head: str = 'lm_head.weight'
     qkv_by_key_head: bool = False
     isolates_packs: bool | None = True
+    module_names_on_disk: bool = True
     logits: Callable[[Any], LogitRule] = field(default=logit_rule, repr=False)
     llama_fields: Callable[[Any], Mapping[str, Any]] | None = field(default=None, repr=False)
 
