@@ -36,6 +36,7 @@ class FullyShard(Strategy):
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(rank, world_size)
         self._local: dict[str, nn.Parameter] = {}
+        self._layers: set[nn.Module] = set()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shards in place, layer by layer."""
@@ -46,6 +47,7 @@ class FullyShard(Strategy):
         mesh = init_device_mesh(device.type, (self.world_size,))
         keep_quantisation_states(decoder)
         rows = set_rows_aside(outer)
+        self._layers = set(decoder.layers)
         for layer in decoder.layers:
             fully_shard(layer, mesh=mesh)
         # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
@@ -62,7 +64,7 @@ class FullyShard(Strategy):
         outer._get_fsdp_state()._lazy_init()
         for module in _sharded(outer):  # makes the whole tensors ordinary ones, which generation alone would not
             module.unshard()
-            if _is_layer(module):
+            if module in self._layers:
                 read_scales_from_parameters(module)
             module.reshard()
         self._local = {name: _local(p) for name, p in trainable_parameters(outer).items()}
@@ -96,7 +98,7 @@ class FullyShard(Strategy):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Puts together what belongs to no layer; layers come and go by themselves."""
-        roots = [module for module in _sharded(self.bare) if not _is_layer(module)]
+        roots = [module for module in _sharded(self.bare) if not module in self._layers]
         for module in roots:
             module.unshard()
         try:
@@ -187,10 +189,6 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return hasattr(module, 'self_attn')
 
 
 def _sharded(model: nn.Module) -> list[Any]:
