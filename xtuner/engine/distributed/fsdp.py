@@ -98,7 +98,7 @@ class FullyShard(Strategy):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Puts together what belongs to no layer; layers come and go by themselves."""
-        roots = [module for module in _sharded(self.bare) if not module in self._layers]
+        roots = [module for module in _sharded(self.bare) if module not in self._layers]
         for module in roots:
             module.unshard()
         try:
