@@ -18,8 +18,8 @@ def static_unsupported_reason(decoder: Any) -> str | None:
     if reason := spec.mismatch(decoder):
         return reason
     assert spec.paths is not None
-    if config.hidden_act not in ('silu', 'swish'):
-        return f'its activation is {config.hidden_act}, not silu'
+    if reason := spec.activation_reason(config):
+        return reason
     if config.attention_dropout:
         return 'it drops attention weights (attention_dropout > 0)'
     if any(p.requires_grad for n, p in decoder.named_parameters() if 'norm' in n.rsplit('.', 2)[-2]):

@@ -13,13 +13,12 @@ from torch import nn
 
 import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
 from xtuner.adapters.attach import attach_adapter
-from xtuner.errors import ModelError
 from xtuner.fused.context import LayerParts
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.projections import adapter_unsupported_reason, base_of, static_unsupported_reason
 from xtuner.kernels.dispatch import PLAIN
 from xtuner.model.check import build_on_meta
-from xtuner.model.families.find import spec_of
+from xtuner.model.families.find import layers_of, spec_of
 from xtuner.model.families.spec import LLAMA_PATHS, LayerPaths
 
 
@@ -99,7 +98,7 @@ def model_dims(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_c
             model = attach_adapter(model, adapter)
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     decoder = causal.get_decoder()
-    layers = _layers(decoder, config.model_type)
+    layers = layers_of(decoder)
     spec = spec_of(decoder.config)
     reason = static_unsupported_reason(decoder)
     if not reason and spec.paths:
@@ -122,18 +121,6 @@ def model_dims(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_c
         parts=None if reason else FusedDecoder(decoder, PLAIN, fused_lora=True).layers[0],
         **base,
     )
-
-
-def _layers(decoder: nn.Module, kind: str) -> nn.ModuleList:
-    """A decoder's layers, whatever it calls them: its longest list.
-
-    Raises:
-        ModelError: it has none.
-    """
-    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ModelError(f'a model of type {kind!r} has no list of layers, so its memory cannot be estimated')
-    return max(lists, key=len)
 
 
 def _count_base(model: Any) -> dict[str, Any]:

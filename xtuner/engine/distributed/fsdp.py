@@ -25,6 +25,7 @@ from xtuner.engine.distributed.shards import (
     read_scales_from_parameters,
     set_rows_aside,
 )
+from xtuner.model.families.find import layers_of
 
 
 class FullyShard(Strategy):
@@ -43,17 +44,18 @@ class FullyShard(Strategy):
         outer: Any = model
         base = outer.llm.get_base_model() if hasattr(outer.llm, 'get_base_model') else outer.llm
         decoder, head = base.get_decoder(), base.get_output_embeddings()
-        device = next(decoder.layers[0].parameters()).device
+        embedding, layers = base.get_input_embeddings(), layers_of(decoder)
+        device = next(layers[0].parameters()).device
         mesh = init_device_mesh(device.type, (self.world_size,))
         keep_quantisation_states(decoder)
         rows = set_rows_aside(outer)
-        self._layers = set(decoder.layers)
-        for layer in decoder.layers:
+        self._layers = set(layers)
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
-        if head.weight is not decoder.embed_tokens.weight and not _trained(head):
+        if head.weight is not embedding.weight and not _trained(head):
             fully_shard(head, mesh=mesh)
-        ignored = set() if _trained(decoder.embed_tokens) else set(decoder.embed_tokens.parameters())
+        ignored = set() if _trained(embedding) else set(embedding.parameters())
         fully_shard(outer, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
         put_rows_back(rows)
         for module in _sharded(outer):  # the sum is wanted, not the mean

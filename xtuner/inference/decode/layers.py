@@ -103,8 +103,8 @@ def unsupported_reason(causal: Any) -> str | None:
     for layer in decoder.layers:
         if reason := _layer_unsupported_reason(layer, spec.paths):
             return reason
-    if decoder.config.hidden_act not in ('silu', 'swish'):
-        return f'its activation is {decoder.config.hidden_act}, not silu'
+    if reason := spec.activation_reason(decoder.config):
+        return reason
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:
         return 'its weights lie on several devices'

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from xtuner.errors import ModelError
 from xtuner.model.families import llama
 from xtuner.model.families.internlm import spec as internlm
 from xtuner.model.families.internlm2 import spec as internlm2
@@ -25,3 +28,16 @@ def spec_of(config: Any) -> ModelSpec:
     """
     text = config.get_text_config(decoder=True) if hasattr(config, 'get_text_config') else config
     return _BY_TYPE.get(getattr(text, 'model_type', ''), GENERIC)
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    """A decoder's layers, whatever it calls them: its longest list of modules.
+
+    Raises:
+        ModelError: it has none.
+    """
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        kind = getattr(getattr(decoder, 'config', None), 'model_type', type(decoder).__name__)
+        raise ModelError(f'a model of type {kind!r} has no list of decoder layers')
+    return max(lists, key=len)

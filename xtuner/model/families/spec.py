@@ -59,6 +59,7 @@ class ModelSpec:
             something else.
         paths: Submodules of a decoder layer; None: not described, so no fused path.
         decoder: Attributes of the decoder: its input embedding, layers, last norm and rotary embedding.
+        activation_field: The field of the config that names the MLP's activation; only SiLU is fused.
         embedding: Name of the input embedding's weight in a checkpoint.
         head: Name of the output head's weight in a checkpoint.
         qkv_by_key_head: Whether the one qkv projection's rows are grouped by key head: its query heads, the key head,
@@ -76,6 +77,7 @@ class ModelSpec:
     layers: frozenset[tuple[str, str]] = frozenset({('LlamaDecoderLayer', 'LlamaAttention')})
     paths: LayerPaths | None = LLAMA_PATHS
     decoder: tuple[str, ...] = ('embed_tokens', 'layers', 'norm', 'rotary_emb')
+    activation_field: str = 'hidden_act'
     embedding: str = 'model.embed_tokens.weight'
     head: str = 'lm_head.weight'
     qkv_by_key_head: bool = False
@@ -83,6 +85,11 @@ class ModelSpec:
     module_names_on_disk: bool = True
     logits: Callable[[Any], LogitRule] = field(default=logit_rule, repr=False)
     llama_fields: Callable[[Any], Mapping[str, Any]] | None = field(default=None, repr=False)
+
+    def activation_reason(self, config: Any) -> str | None:
+        """Why the MLP's activation is not supported by the fused paths; None where it is SiLU."""
+        name = getattr(config, self.activation_field)
+        return None if name in ('silu', 'swish') else f'its activation is {name}, not silu'
 
     def mismatch(self, decoder: Any) -> str | None:
         """Why a decoder is not built as this spec says, in a few words; None where it is.
