@@ -29,6 +29,7 @@ from torch import Tensor
 from xtuner.convert.direct_io import DirectIOWriter
 from xtuner.errors import ModelError
 from xtuner.model.weights.reader import DTYPES
+from xtuner.utils.units import gigabytes
 
 logger = logging.getLogger('xtuner')
 
@@ -97,7 +98,7 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     total = sum(plan.nbytes for _, shard in todo for plan in shard)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise ModelError(f'{folder.parent} has {size_text(free)} free, {size_text(total)} are to be written')
+        raise ModelError(f'{folder.parent} has {gigabytes(free)} free, {gigabytes(total)} are to be written')
     if len(todo) < len(shards):
         logger.info('going on after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
     _write_shards(todo, blocks, _Progress(total))
@@ -107,11 +108,6 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
         index = {'metadata': {'total_size': num_bytes}, 'weight_map': weight_map}
         (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
     return num_bytes
-
-
-def size_text(num_bytes: int) -> str:
-    """'14.6 GB', '8.4 MB'."""
-    return f'{num_bytes / 1e9:.1f} GB' if num_bytes >= 10**9 else f'{num_bytes / 1e6:.1f} MB'
 
 
 class _Progress:
@@ -133,7 +129,7 @@ class _Progress:
                 left = (self._total - self._done) / speed
                 logger.info(
                     '%s of %s, %.0f MB/s, eta %.0f s',
-                    size_text(self._done), size_text(self._total), speed / 1e6, left,
+                    gigabytes(self._done), gigabytes(self._total), speed / 1e6, left,
                 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from xtuner.engine.loop import StepResult
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line, truncate_after
+from xtuner.utils.units import clock
 
 logger = logging.getLogger('xtuner')
 
@@ -76,13 +77,6 @@ class LogHook(Hook):
                 result.grad_norm,
                 f'{speed:,.0f}',
                 peak,
-                _clock((last - step) * self._seconds),
+                clock((last - step) * self._seconds),
                 skipped,
             )
-
-
-def _clock(seconds: float) -> str:
-    """'1:02:03' for 3723 seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f'{hour}:{minute:02}:{second:02}'
