@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
-from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.errors import ConfigError, DataError
+from xtuner.utils.units import counted
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
 _UNPACKED_MULTIPLE = 64
