@@ -74,7 +74,7 @@ REFUSALS = {
     'start from nothing': ([*TRAIN, '--start-from', 'none'], 1, '--start-from none: no such folder'),
     'both': ([*TRAIN, '--resume', '--start-from', 'adapter'], 2, 'give one of them'),
     'train without a model': (['train', CONFIG, '--model', './none'], 1, "model './none': no such folder"),
-    'train without data': ([*TRAIN, '--data', 'dat.jsonl'], 1, 'dat.jsonl: there is no such file or folder; did you'),
+    'train without data': ([*TRAIN, '--data', 'dat.jsonl'], 1, 'dat.jsonl: no such file or folder; did you'),
     'unknown key': ([*TRAIN, '--cfg-options', 'schedule.batch=2'], 1, 'unknown key `schedule.batch`'),
     'several devices': ([*TRAIN, '--work-dir', 'used', '--nproc-per-node', '2'], 1, 'already holds checkpoints'),
     'chat without a model': (['chat', 'none/../none'], 1, "model 'none/../none': no such folder"),
@@ -96,7 +96,7 @@ REFUSALS = {
     'check of nothing': (
         ['check-custom-dataset', CONFIG, '--model', 'model', '--data', './none'],
         1,
-        './none: there is no such file',
+        './none: no such file',
     ),
     'estimate of nothing': (['estimate', CONFIG, '--model', './none'], 1, "model './none': no such folder"),
 }

@@ -7,7 +7,7 @@ import torch
 
 from xtuner.kernels import cpu_gemm
 
-pytestmark = pytest.mark.skipif(not cpu_gemm.can_lay_out(torch.empty(256, 256)), reason='no oneDNN for this processor')
+pytestmark = pytest.mark.skipif(not cpu_gemm.can_pack(torch.empty(256, 256)), reason='no oneDNN for this processor')
 
 
 @pytest.mark.parametrize('rows', [(1,), (16,), (2, 3), (300,), (0,)])
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not cpu_gemm.can_lay_out(torch.empty(256, 256)),
 def test_the_product(rows: tuple[int, ...], bias: bool, laid_out: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, more = (torch.randn(*shape, generator=generator) for shape in ((*rows, 200), (310, 200), (310,)))
-    used = cpu_gemm.lay_out(weight) if laid_out else weight
+    used = cpu_gemm.pack_weight(weight) if laid_out else weight
     got = cpu_gemm.linear(x, used, more if bias else None)
     want = x.double() @ weight.double().t() + (more.double() if bias else 0)
     # Float32 sums of 200 products of order 1.
@@ -35,9 +35,9 @@ def test_few_numbers_of_rows() -> None:
 
 
 def test_what_is_not_laid_out() -> None:
-    assert not cpu_gemm.can_lay_out(torch.empty(256, 256, dtype=torch.bfloat16))
-    assert not cpu_gemm.can_lay_out(torch.empty(64, 64)), 'too small to be worth it'
-    assert not cpu_gemm.can_lay_out(torch.empty(256, 256, device='meta'))
+    assert not cpu_gemm.can_pack(torch.empty(256, 256, dtype=torch.bfloat16))
+    assert not cpu_gemm.can_pack(torch.empty(64, 64)), 'too small to be worth it'
+    assert not cpu_gemm.can_pack(torch.empty(256, 256, device='meta'))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from xtuner.errors import ModelError
 from xtuner.kernels.dequantize import dequantized
-from xtuner.kernels.quantized import is_4bit, state_of
+from xtuner.kernels.quantized import is_4bit, quant_state_of
 
 _WIDTH = 64  # of the layer that is tried; one quantisation block
 
@@ -80,7 +80,7 @@ def read_blocks_across_rows(model: nn.Module) -> int:
         How many layers needed it; their `forward` is replaced on the instance.
     """
     layers: list[Any] = [m for m in model.modules() if is_4bit(m) and m.weight.device.type == 'cpu']
-    layers = [layer for layer in layers if layer.in_features % state_of(layer).blocksize]
+    layers = [layer for layer in layers if layer.in_features % quant_state_of(layer).blocksize]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
     return len(layers)
