@@ -79,10 +79,10 @@ REFUSALS = {
     'several devices': ([*TRAIN, '--work-dir', 'used', '--nproc-per-node', '2'], 1, 'already holds checkpoints'),
     'chat without a model': (['chat', 'none/../none'], 1, "model 'none/../none': no such folder"),
     'chat with a hub id that is not here': (['chat', 'no-such-model'], 1, "model 'no-such-model' is no local folder"),
-    'chat without an adapter': (['chat', 'model', '--adapter', 'none'], 1, 'none: no adapter there'),
+    'chat without an adapter': (['chat', 'model', '--adapter', 'none'], 1, 'none: no adapter found'),
     'web on a taken port': (['chat', 'model', '--web', '--port', 'PORT'], 2, '--port PORT: Address already in use'),
     'serve without a model': (['serve', './none', '--port', '0'], 1, "model './none': no such folder"),
-    'serve without an adapter': (['serve', 'model', '--port', '0', '--adapter', 'x=none'], 1, 'none: no adapter there'),
+    'serve without an adapter': (['serve', 'model', '--port', '0', '--adapter', 'x=none'], 1, 'none: no adapter found'),
     'serve two of a name': (
         ['serve', 'model', '--adapter', 'a=adapter', '--adapter', 'a=full'],
         2,
@@ -91,7 +91,7 @@ REFUSALS = {
     'serve on a taken port': (['serve', 'model', '--port', 'PORT'], 2, '127.0.0.1:PORT cannot be had'),
     'serve at no address': (['serve', 'model', '--host', '999.1.1.1'], 2, '--host 999.1.1.1: '),
     'merge into a full folder': (['convert', 'merge', 'model', 'adapter', 'full'], 1, 'full is not empty'),
-    'merge of nothing': (['convert', 'merge', 'model', 'none', 'out'], 1, 'none: no adapter there'),
+    'merge of nothing': (['convert', 'merge', 'model', 'none', 'out'], 1, 'none: no adapter found'),
     'merge into nothing': (['convert', 'merge', './none', 'adapter', 'out'], 1, "model './none': no such folder"),
     'check of nothing': (
         ['check-custom-dataset', CONFIG, '--model', 'model', '--data', './none'],

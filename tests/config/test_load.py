@@ -89,7 +89,7 @@ def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
         ('adapter.r', 0, '`adapter.r` must be at least 1, got 0'),
         ('adapter.r', 'eight', "`adapter.r` must be a whole number, got 'eight'"),
         ('adapter.r', 10**10, '`adapter.r` must be at most 65536, got 10000000000'),
-        ('adapter.target_modules', '[', '`adapter.target_modules` is no regular expression (unterminated character'),
+        ('adapter.target_modules', '[', '`adapter.target_modules` is not a regular expression (unterminated character'),
         ('adapter.lora_alpha', float('nan'), '`adapter.lora_alpha` must be a finite number'),
         ('optimizer.lr', None, '`optimizer.lr` needs a number, got None'),
         ('optimizer.lr', 'nan', "`optimizer.lr` must be a number, got 'nan'"),

@@ -85,8 +85,8 @@ def test_a_choice_that_cannot_be_is_refused():
     tokenizer = tokenizer_of()
     template = get_template('internlm_chat', tokenizer)
     for choice, message in ((['<nothing>'], "names '<nothing>', which is not a token of the tokenizer"),
-                            (['<eoa>'], "names '<eoa>', which the template or the tokenizer uses to separate messages"),
-                            (['</s>'], "names '</s>', which the template"), ([5], 'names 5, which is not a token')):  # fmt: skip
+                            (['<eoa>'], "names '<eoa>', which the template or the tokenizer uses to separate"),
+                            (['</s>'], "'</s>', which the template"), ([5], '5, which is not a token')):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             template.allowing(choice, tokenizer)
     assert template.allowing(False, tokenizer) is template

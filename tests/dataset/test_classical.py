@@ -82,7 +82,7 @@ def test_templates_are_found_by_attribute_and_by_key():
     assert PROMPT_TEMPLATE.internlm_chat is PROMPT_TEMPLATE['internlm_chat'] is get_template('internlm_chat')
     assert 'internlm2_chat' in PROMPT_TEMPLATE and 'alpaca' in SYSTEM_TEMPLATE
     assert SYSTEM_TEMPLATE.alpaca.endswith('\n')
-    with pytest.raises(AttributeError, match='not a prompt template; known: alpaca'):
+    with pytest.raises(AttributeError, match="no prompt template 'internlm'; known: alpaca"):
         _ = PROMPT_TEMPLATE.internlm
     with pytest.raises(KeyError, match='no system template'):
         SYSTEM_TEMPLATE['nobody']

@@ -237,10 +237,10 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
                                 '`adapter.r` is 4, and'),
     'a work folder as the model': (['chat', 'DONE'], "holds an adapter, not a model; give its base as the model ('"),
     'a file beneath which nothing can be': (['convert', 'merge', 'MODEL', 'DONE', 'DATA/merged'], 'is a file'),
-    'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter there'),
+    'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter found'),
     'merge into a folder that holds something': (
         ['convert', 'merge', 'MODEL', 'DONE/checkpoint-00000002', 'DONE'], 'is not empty'),
-    'chat with an adapter that is none': (['chat', 'MODEL', '--adapter', 'none'], 'no adapter there'),
+    'chat with an adapter that is none': (['chat', 'MODEL', '--adapter', 'none'], 'no adapter found'),
     'chat with a model that is none': (['chat', './none'], 'none'),
     'chat with a template that is none': (['chat', 'MODEL', '--prompt-template', 'internlm_chatt'],
                                           "did you mean 'internlm_chat'"),

@@ -26,12 +26,12 @@ def test_the_product(rows: tuple[int, ...], bias: bool, laid_out: bool) -> None:
 
 def test_few_numbers_of_rows() -> None:
     """Code is compiled for each."""
-    usual = [cpu_gemm._usual_number(rows) for rows in range(513)]
+    usual = [cpu_gemm._padded_rows(rows) for rows in range(513)]
     assert sorted(set(usual)) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     assert all(rows <= size and (rows < 2 or size < 2 * rows) for rows, size in enumerate(usual))
     for rows in range(513, 5000):  # what is added is computed
-        assert rows <= cpu_gemm._usual_number(rows) <= 1.25 * rows
-    assert len({cpu_gemm._usual_number(rows) for rows in range(513, 4097)}) == 12
+        assert rows <= cpu_gemm._padded_rows(rows) <= 1.25 * rows
+    assert len({cpu_gemm._padded_rows(rows) for rows in range(513, 4097)}) == 12
 
 
 def test_what_is_not_laid_out() -> None:
@@ -45,7 +45,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every float32 product goes to oneDNN, and is counted."""
     calls: list[int] = []
     linear = cpu_gemm.linear
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     monkeypatch.setattr(cpu_gemm, 'linear', lambda *args: calls.append(1) or linear(*args))
     return calls
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.published import write_model
-from xtuner.adapters.attach import looks_at_the_base
+from xtuner.adapters.attach import needs_base_weights
 from xtuner.config.schema import QuantizationConfig
 from xtuner.model.loading import load_model
 from xtuner.model.sharded_loading import ShardSpec, num_parameters, shard_on_load, whole_shapes
@@ -93,4 +93,4 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     ],
 )
 def test_which_adapters_need_whole_weights(section: dict[str, Any] | None, expected: bool) -> None:
-    assert looks_at_the_base(section) is expected
+    assert needs_base_weights(section) is expected

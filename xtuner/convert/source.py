@@ -92,7 +92,8 @@ class MergeSource:
             return scratch.resize_(rows.shape).copy_(rows)
 
         combined = combine(self.parts, plan.name, lambda a, b: in_float(rows(a, b)), plan.shape)
-        changed = all(part.adapter.carried(plan.name) for part in self.parts if plan.name in part.adapter.targets)
+        adapters = [part.adapter for part in self.parts if plan.name in part.adapter.targets]
+        changed = all(adapter.may_be_unchanged(plan.name) for adapter in adapters)
         for start, stop in row_blocks(plan.shape):
             before = rows(start, stop)
             merged = combined.rows(in_float(before), start, stop)

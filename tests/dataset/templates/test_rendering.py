@@ -243,7 +243,7 @@ def test_one_record_on_which_the_template_loops_is_bad_and_the_others_are_used(s
 def test_many_such_records_end_the_preparation_and_nothing_behind_the_first_is_rendered_where_it_stops(
     short, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(conversation_encoder, '_MOST_OVER_BOUND', 3)
+    monkeypatch.setattr(conversation_encoder, '_MAX_OVER_BOUND', 3)
     tokenizer = make_tokenizer(['<|end|>'])
     tokenizer.chat_template = TRAP
     template = get_template('from_tokenizer', tokenizer)
@@ -276,7 +276,7 @@ def test_slow_renderings_leave_the_quick_ones_their_places(short):
     while any(thread.is_alive() for thread in threads):
         during += shown(TRAP, 'Hi') == ['user: Hi<|end|>']
         computing = sum(state == 'R' for state in renderers().values())
-        assert computing <= worker_pool._QUICK_PLACES + worker_pool._SLOW_PLACES
+        assert computing <= worker_pool._QUICK_SLOTS + worker_pool._SLOW_SLOTS
     for thread in threads:
         thread.join()
     assert during > 10

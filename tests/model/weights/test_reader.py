@@ -145,7 +145,7 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path) -> None:
 def test_an_empty_file_is_said_to_be_damaged(tmp_path: Path) -> None:
     """Where torch raises an error without a word."""
     (tmp_path / 'pytorch_model.bin').touch()
-    with pytest.raises(ModelError, match=r'pytorch_model\.bin is damaged or cut off'):
+    with pytest.raises(ModelError, match=r'pytorch_model\.bin is damaged or truncated'):
         open_weights(tmp_path)
 
 

@@ -167,7 +167,7 @@ def _explain(function: MapFn, record: Record, error: Exception) -> str:
     missing = [column for column in needed or () if column not in record.value]
     if missing:
         return (f'{record.origin}: `{name}` needs the column{"s" if len(missing) > 1 else ""} {", ".join(missing)}; '
-                f'the record has {columns}; {nearest_format(record.value)}')  # fmt: skip
+                f'found {columns}; {nearest_format(record.value)}')  # fmt: skip
     if isinstance(error, KeyError) and error.args and error.args[0] not in record.value:
         return (f'{record.origin}: `{name}` reads {error.args[0]!r}, which this record lacks; it has '
                 f'{columns}; read optional columns with `.get({error.args[0]!r})`')  # fmt: skip
