@@ -161,7 +161,7 @@ def test_a_bin_file_is_read_as_data(base: Path, saved: tuple[Path, torch.Tensor]
     torch.testing.assert_close(logits(loaded), saved[1])
     assert main(['convert', 'merge', str(base), str(folder), str(tmp_path / 'merged')]) == 0
     torch.save({'a': Path('/')}, folder / 'adapter_model.bin')
-    with pytest.raises(CheckpointError, match='something else than tensors'):
+    with pytest.raises(CheckpointError, match='objects other than tensors'):
         load_adapter(skeleton(base), folder)
 
 

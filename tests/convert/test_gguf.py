@@ -165,5 +165,6 @@ def test_a_merged_model_says_which_base_it_has(tmp_path: Path, fake: Path, capsy
     (base / 'xtuner.json').write_text(json.dumps(record))
     for command, out in (('gguf', 'a.gguf'), ('ollama', 'b')):
         assert main(['convert', command, str(base), str(tmp_path / out), '--converter', str(fake)]) == 0
-        assert ('merged into the published weights; compared with the base in 4 bit (nf4) plus adapter, as '
-                'trained: same likeliest token at 50.0 % of 40 positions, KL 0.75') in capsys.readouterr().err  # fmt: skip
+        assert ('merged into the published weights; compared with the base in 4 bit (nf4) plus '
+                'adapter, as trained: same likeliest token at 50.0 % of 40 positions, KL '
+                '0.75') in capsys.readouterr().err  # fmt: skip

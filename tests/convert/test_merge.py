@@ -157,9 +157,7 @@ def test_an_adapter_that_would_do_nothing_or_something_else_is_refused(
     )
     refused(CheckpointError, r'2 of its 30 tensors do not match it, .*layers.9.mlp', base, surplus, out)
     zero = variant('zero', {key: torch.zeros_like(value) for key, value in tensors.items() if 'lora_B' in key})
-    refused(
-        CheckpointError, r'changes nothing: the update of 'model\S+ \(and 13 more\) is all zero', base, zero, out
-    )
+    refused(CheckpointError, r"changes nothing: the update of 'model\S+ \(and 13 more\) is all zero", base, zero, out)
     tiny = variant('tiny', {key: torch.full_like(value, 1e-14) for key, value in tensors.items() if 'lora_B' in key})
     refused(CheckpointError, r'in float16 no value of .* \(and 13 more\) changes', base, tiny, out, dtype='fp16')
     part = variant('part', {key: None for key in tensors if '.layers.1.' in key})

@@ -64,7 +64,7 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match='is not empty'):
         to_llama(str(folder), folder)
     (folder / 'tokenizer.model').unlink()
-    with pytest.raises(ModelError, match='holds no tokenizer'):
+    with pytest.raises(ModelError, match='contains no tokenizer'):
         to_llama(str(folder), tmp_path / 'llama')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['model']
 

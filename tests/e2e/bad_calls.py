@@ -114,7 +114,7 @@ BAD_VALUES: dict[str, tuple[list[str], str]] = {
     'a dropout above one': (['adapter.lora_dropout=1.5'], 'adapter'),
     'an optimizer that is none': (['optimizer.type=torch.optim:AdamZ'], 'AdamZ'),
     'an optimizer of a module that is none': (['optimizer.type=nowhere:Adam'], 'nowhere'),
-    'a type that cannot be called': (['optimizer.type=torch:__version__'], 'cannot be called'),
+    'a type that is not callable': (['optimizer.type=torch:__version__'], 'not callable'),
     'a misspelt argument of the optimizer': (['optimizer.learning_rate=1'], 'optimizer.learning_rate'),
     'a negative learning rate': (['optimizer.lr=-1'], 'optimizer'),
     'a learning rate as text': (['optimizer.lr=fast'], 'optimizer'),
@@ -205,7 +205,7 @@ BAD_MODELS: dict[str, tuple[dict[str, object], str]] = {
     'an index of missing files': (
         {'model.safetensors.index.json': b'{"weight_map": {"a": "b.safetensors"}}'}, 'b.safetensors'),
     'weights of another shape': ({'config.json': {'intermediate_size': 96}}, 'mlp'),
-    'more layers than weights': ({'config.json': {'num_hidden_layers': 3}}, 'but the weights hold 2 layers'),
+    'more layers than weights': ({'config.json': {'num_hidden_layers': 3}}, 'but the weights contain 2 layers'),
     'fewer layers than weights': ({'config.json': {'num_hidden_layers': 1}}, 'layers.1'),
     'a smaller vocabulary than the weights': ({'config.json': {'vocab_size': 700}}, 'embed_tokens'),
     'an unknown kind of model': ({'config.json': {'model_type': 'nonesuch'}}, 'nonesuch'),
@@ -235,7 +235,7 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'start from nowhere': ([*TRAIN, '--start-from', 'none', *SMALL], 'no such folder'),
     'start from another rank': ([*TRAIN, '--start-from', 'DONE/checkpoint-00000002', *SMALL, 'adapter.r=4'],
                                 '`adapter.r` is 4, and'),
-    'a work folder as the model': (['chat', 'DONE'], "holds an adapter, not a model; give its base as the model ('"),
+    'a work folder as the model': (['chat', 'DONE'], "contains an adapter, not a model; use its base as the model ('"),
     'a file beneath which nothing can be': (['convert', 'merge', 'MODEL', 'DONE', 'DATA/merged'], 'is a file'),
     'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter found'),
     'merge into a folder that holds something': (
