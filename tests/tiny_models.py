@@ -58,6 +58,28 @@ def tiny_llama(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32)
     return model.to(DEVICE)
 
 
+def tiny_internlm2(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32):
+    """As `tiny_llama`: its qkv rows are grouped by key head, two query heads each."""
+    from xtuner.model.families.internlm2.configuration import InternLM2Config
+    from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
+
+    torch.manual_seed(0)
+    config = InternLM2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, bias=bias, max_position_embeddings=64, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    model = InternLM2ForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('bias'):
+                parameter.normal_(std=0.1)
+            if 'norm' in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if 'layers' in name and parameter.dim() == 2:
+                parameter.mul_(5)
+    return model.to(DEVICE)
+
+
 def quantise(model, dtype=torch.float32):
     """The model's projections in 4 bit, as bitsandbytes keeps them."""
     import bitsandbytes as bnb
@@ -100,8 +122,10 @@ def dequantised(model):
 def with_adapter(model, *, dropout=0.0, rank=8, targets=None, **kwargs):
     from peft import LoraConfig, get_peft_model
 
+    from xtuner.model.families.find import spec_of
+
     model.requires_grad_(False)
-    every = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+    every = [path.rsplit('.', 1)[-1] for group in spec_of(model.config).paths.groups for path in group]
     config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=targets or every, **kwargs)
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)

@@ -39,12 +39,12 @@ def error(grads, exact):
     return max(each.values())
 
 
-def force(model, kernels, *, folded):
+def force(model, kernels, *, fused_lora):
     """The fast path with these kernels, whatever the device."""
     path = enable_fused_training(model)
     assert path.taken
     decoder = model.get_base_model().model
-    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=folded)
+    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=fused_lora)
     return path
 
 
@@ -255,17 +255,17 @@ class _Shelf:
     def __init__(self, depth):
         self.depth, self.kept, self.taken = depth, [], 0
 
-    choose = HostOffload.select
+    select = HostOffload.select
 
-    def put(self, tensors):
+    def offload(self, tensors):
         self.kept.append([t.clone() for t in tensors])
         return len(self.kept) - 1
 
-    def take(self, place):
+    def reload(self, place):
         self.taken += 1
         return self.kept[place]
 
-    def expect(self):
+    def prefetch(self):
         pass
 
 

@@ -64,8 +64,8 @@ def test_products_in_pieces_are_the_products(monkeypatch):
     group, x = Group(layers), torch.randn(9, 192 + 12, device=DEVICE)
     dy = torch.randn(9, 1000 + 12, device=DEVICE)
     results = []
-    for slim in (False, True):
-        how = ComputePolicy(PLAIN, torch.float32, fused_lora=True, slim=slim)
+    for low_memory in (False, True):
+        how = ComputePolicy(PLAIN, torch.float32, fused_lora=True, low_memory=low_memory)
         y, _ = group.forward(how, x.clone(), adapters, SEEDS)
         dx, _ = group.input_grad(how, dy.clone(), adapters, SEEDS)
         results.append((y, dx))

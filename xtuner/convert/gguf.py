@@ -14,8 +14,9 @@ from typing import Any
 from xtuner.adapters.attach import read_provenance
 from xtuner.adapters.trained_base import merged_note
 from xtuner.convert.output import check_parent
-from xtuner.convert.to_llama import FAMILIES, to_llama
+from xtuner.convert.to_llama import to_llama
 from xtuner.errors import ModelError, UsageError
+from xtuner.model.families.find import spec_of
 from xtuner.model.families.internlm.tokenization import PREFIX_KEY
 from xtuner.model.loading import load_config, load_tokenizer, read_generation_settings, read_json, resolve_model
 
@@ -75,7 +76,7 @@ def prepare(source: Path, folder: Path) -> Path:
     format of transformers before version 5: added tokens, whether a space is prefixed, and a single end token, for
     which the first token that ends an answer is used.
     """
-    if load_config(source).model_type in FAMILIES:
+    if spec_of(load_config(source)).llama_fields is not None:
         to_llama(str(source), folder)
     else:
         folder.mkdir()

@@ -132,15 +132,16 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
     """Applies rotary position embedding (RoPE), or its inverse.
 
     Args:
-        x_TAD: T tokens, A heads of size D; any strides between tokens and heads.
+        x_TAD: T tokens, A heads of size D, or (T, K, G, D): heads in K groups of G; any strides but the last.
         cos_TD: (T, D / 2) cosines.
         sin_TD: (T, D / 2) sines.
-        out_TAD: Output; may be `x` itself.
+        out_TAD: Output of the same shape; may be `x` itself.
         inverse: Rotate by the negative angle, as the backward pass does.
 
     """
     half = x_TAD.shape[-1] // 2
-    cos, sin = cos_TD[:, None], -sin_TD[:, None] if inverse else sin_TD[:, None]
+    shape = (len(cos_TD), *[1] * (x_TAD.dim() - 2), half)
+    cos, sin = cos_TD.reshape(shape), (-sin_TD if inverse else sin_TD).reshape(shape)
     x1, x2 = _wide(x_TAD[..., :half]), _wide(x_TAD[..., half:])
     rotated = (x2 * cos).addcmul_(x1, sin)  # computed before any input is overwritten
     out_TAD[..., :half].copy_((x1 * cos).addcmul_(x2, sin, value=-1))

@@ -12,11 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from xtuner.errors import ModelError, one_line
+from xtuner.model.families.find import spec_of
 from xtuner.model.weights.reader import WeightReader, open_weights
-
-# Families whose stored tensors are named like their modules. Renaming by transformers during loading cannot be checked
-# in advance; for other families its own report is checked after loading.
-_SAME_NAMES = ('internlm', 'internlm2', 'internlm3', 'llama')
 
 _LAYER = re.compile(r'[^\d]*\.\d+(?=\.)')  # a name up to its first number: 'model.layers.0'
 _PACKED = 16  # maximum parameters per stored element: 4-bit weights in 32-bit words, doubled for tied weights
@@ -38,7 +35,8 @@ def check_weights(folder: Path, config: Any) -> None:
     if type(config).__module__.startswith('transformers_modules.'):  # the model's own code, which was allowed to run
         return
     model = check_size(reader, config)
-    if config.model_type not in _SAME_NAMES or hasattr(config, 'quantization_config'):
+    # Renaming by transformers during loading cannot be checked in advance; its own report is checked after loading.
+    if not spec_of(config).module_names_on_disk or hasattr(config, 'quantization_config'):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = set(reader.names())

@@ -77,6 +77,23 @@ def test_rotate_and_back(dtype, heads, size):
         assert error(out, x.double()) < 2 * ERROR[dtype]
 
 
+@pytest.mark.parametrize(('groups', 'queries', 'size'), [(2, 2, 16), (3, 7, 12), (1, 4, 8)])
+def test_rotate_moves_heads_out_of_groups_and_back(groups, queries, size):
+    """Queries grouped by key head, with the key and the value behind them, as InternLM2's are."""
+    grouped = rand(6, groups * (queries + 2) * size, dtype=torch.float32).unflatten(-1, (groups, queries + 2, size))
+    angles = rand(6, size // 2)
+    q = grouped[:, :, :-2]
+    for kernels in (reference_kernels, FUSED):
+        expected = torch.empty(6, groups * queries, size, device=DEVICE)
+        kernels.rotate(q.flatten(1, 2), angles.cos(), angles.sin(), expected, inverse=False)
+        out = torch.full_like(expected, float('nan'))
+        kernels.rotate(q, angles.cos(), angles.sin(), out.unflatten(1, (groups, queries)), inverse=False)
+        assert torch.equal(out, expected)
+        back = torch.full_like(grouped, float('nan'))
+        kernels.rotate(out.unflatten(1, (groups, queries)), angles.cos(), angles.sin(), back[:, :, :-2], inverse=True)
+        assert error(back[:, :, :-2], q) < 1e-6 and back[:, :, -2:].isnan().all()
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('size', [32, 2051])
 def test_swiglu_forward_and_backward(dtype, size):

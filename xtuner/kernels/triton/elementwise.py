@@ -47,7 +47,7 @@ def _rms_norm_backward(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, heads, x_token, x_head, out_token, out_head, sign,
+    x, cos, sin, out, heads, group, x_token, x_group, x_head, out_token, out_group, out_head, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -56,10 +56,11 @@ def _rotate(
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     c = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :] * sign
-    source = x + token * x_token + head[:, None] * x_head + column[None, :]
+    outer, inner = (head // group)[:, None], (head % group)[:, None]
+    source = x + token * x_token + outer * x_group + inner * x_head + column[None, :]
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    target = out + token * out_token + head[:, None] * out_head + column[None, :]
+    target = out + token * out_token + outer * out_group + inner * out_head + column[None, :]
     tl.store(target, x1 * c - x2 * s, mask=inside)
     tl.store(target + HALF, x2 * c + x1 * s, mask=inside)
 
@@ -136,10 +137,12 @@ def rms_norm_backward(
 
 def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, inverse: bool) -> None:
     """See `reference.rotate`."""
-    tokens, heads, size = x_TAD.shape
-    half, heads_each = size // 2, min(16, triton.next_power_of_2(heads))
+    x_TKGD, out_TKGD = (x if x.dim() == 4 else x.unsqueeze(1) for x in (x_TAD, out_TAD))
+    tokens, groups, group, size = x_TKGD.shape
+    heads, half = groups * group, size // 2
+    heads_each = min(16, triton.next_power_of_2(heads))
     _rotate[(tokens, triton.cdiv(heads, heads_each))](
-        x_TAD, cos_TD, sin_TD, out_TAD, heads, x_TAD.stride(0), x_TAD.stride(1), out_TAD.stride(0), out_TAD.stride(1),
+        x_TAD, cos_TD, sin_TD, out_TAD, heads, group, *x_TKGD.stride()[:3], *out_TKGD.stride()[:3],
         -1.0 if inverse else 1.0, HEADS=heads_each, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
 
