@@ -1,4 +1,4 @@
-"""InternLM, 2 and 3 as a plain Llama checkpoint, which every tool runs without code of the model's own."""
+"""Converts InternLM, InternLM2 and InternLM3 to Llama checkpoints, which other tools run without custom code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from xtuner import __version__
 from xtuner.convert.folder import copy_companions
-from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.output import atomic_folder, check_output
 from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
@@ -26,7 +26,7 @@ from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.weights.blocks import row_blocks
 from xtuner.model.weights.reader import fingerprint, open_weights
 
-# Fields that mean the same in both configs.
+# Fields with the same meaning in both configs.
 _SHARED = (
     'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
     'num_key_value_heads', 'head_dim', 'hidden_act', 'attention_bias', 'mlp_bias',
@@ -40,15 +40,15 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
 
     Args:
         llm: An InternLM model of any generation: a folder, a hub id or `modelscope:OWNER/NAME`.
-        out: A folder that is missing or empty. It appears as a whole at the end.
-        revision: Of a hub model.
-        max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
+        out: A missing or empty folder. It appears only once it is complete.
+        revision: Revision of a hub model.
+        max_shard_bytes: Maximum bytes per .safetensors file, unless a single tensor is larger.
 
     Returns:
         `out`.
 
     Raises:
-        ModelError: the model cannot be read or is of another family, or `out` is not empty or cannot be written.
+        ModelError: The model cannot be read or is of another family, or `out` is not empty or cannot be written.
     """
     check_output(out)
     base = resolve_model(llm, revision=revision)
@@ -62,13 +62,13 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
         raise ModelError(f'{base}: {error}') from None
     check_weights(base, config)
     job = ['to-llama', __version__, fingerprint(open_weights(base)), max_shard_bytes]
-    with whole_folder(out, job) as folder:
+    with atomic_folder(out, job) as folder:
         _write(base, config, converted, folder, max_shard_bytes)
     return out
 
 
 def llama_config(config: Any) -> LlamaConfig:
-    """Llama's config of the same model.
+    """Returns the equivalent Llama config.
 
     Args:
         config: An `InternLMConfig`, `InternLM2Config` or `InternLM3Config`.
@@ -81,11 +81,11 @@ def llama_config(config: Any) -> LlamaConfig:
 
 
 def llama_tensors(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """A published tensor under its name, or names, in Llama.
+    """Yields a published tensor under its Llama name, or names.
 
     Args:
         name: Its published name.
-        tensor: Its value; a fused `wqkv` becomes three.
+        tensor: Its value; a fused `wqkv` is split into three.
         config: The published config.
     """
     spec = spec_of(config)
@@ -115,7 +115,7 @@ def _others(paths: LayerPaths) -> tuple[str, ...]:
 
 def _write(base: Path, config: Any, converted: LlamaConfig, folder: Path, max_shard_bytes: int) -> None:
     reader = open_weights(base)
-    source: dict[str, str] = {}  # for each of Llama's names the published one
+    source: dict[str, str] = {}  # published name by Llama name
     plans = []
     for name in reader.names():
         empty = torch.empty(reader.shape(name), dtype=reader.dtype(name), device='meta')
@@ -124,7 +124,7 @@ def _write(base: Path, config: Any, converted: LlamaConfig, folder: Path, max_sh
             plans.append(TensorPlan(llama_name, tuple(tensor.shape), tensor.dtype))
 
     def blocks(plan: TensorPlan) -> Iterator[Tensor]:
-        """See `shards.Blocks`; a tensor that is cut or put together is read whole."""
+        """See `shards.Blocks`; a tensor that is split or joined is read as a whole."""
         name = source[plan.name]
         if reader.shape(name) == plan.shape:
             yield from (reader.rows(name, start, stop) for start, stop in row_blocks(plan.shape))

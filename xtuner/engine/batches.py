@@ -88,7 +88,7 @@ class MicroBatches:
         found = self.dataset.num_packs()
         source, workers = self._config.dataset.source, max(1, self._config.runtime.num_workers)
         if not found:
-            return f'`dataset.source` {source!r} holds no conversation; ' + ' | '.join(self.dataset.summary.lines())
+            return f'`dataset.source` {source!r} contains no conversation; ' + ' | '.join(self.dataset.summary.lines())
         return (
             f'`dataset.source` {source!r} makes {counted(found, "pack")}, too few for {self.dataset.world_size} groups '
             f'of processes x {workers} readers to have one each; use fewer, a smaller `dataset.max_length`, or '

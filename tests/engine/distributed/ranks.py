@@ -30,7 +30,7 @@ from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.fused.enable import enable_fused_training
-from xtuner.kernels.quantized import state_of
+from xtuner.kernels.quantized import quant_state_of
 from xtuner.model.families.internlm2.configuration import InternLM2Config
 from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
 from xtuner.model.loading import load_model
@@ -168,7 +168,7 @@ def held_bytes(llm: Any) -> int:
     base = llm.get_base_model() if hasattr(llm, 'get_base_model') else llm
     named = base.model.layers.named_parameters()
     tensors = [getattr(p, '_local_tensor', p) for name, p in named if 'lora_' not in name]
-    states = (state_of(module) for module in base.model.layers.modules())
+    states = (quant_state_of(module) for module in base.model.layers.modules())
     tensors += [state.absmax for state in states if state is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

@@ -6,7 +6,7 @@ import torch
 from tests.tiny_models import DEVICE, triton_obstacle
 from xtuner.kernels import reference as reference_kernels
 from xtuner.kernels.dispatch import fused_kernels
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 
 if triton_obstacle():
     pytest.skip(triton_obstacle(), allow_module_level=True)
@@ -49,8 +49,8 @@ def test_rms_norm_forward_and_backward(dtype, size):
         assert error(out, exact_out) < ERROR[dtype] and tail.isnan().all()
         dx = kernels.rms_norm_backward(dh, x, rstd, weight, skip)
         assert dx.dtype == dtype and error(dx, exact_dx + skip.double()) < ERROR[dtype]
-        roomy = kernels.rms_norm_backward(dh, x, rstd, weight, None, spare=5)
-        assert error(roomy, exact_dx) < ERROR[dtype] and roomy.stride() == (size + 5, 1)
+        spacious = kernels.rms_norm_backward(dh, x, rstd, weight, None, spare=5)
+        assert error(spacious, exact_dx) < ERROR[dtype] and spacious.stride() == (size + 5, 1)
 
 
 def test_copy_rows():
@@ -120,7 +120,7 @@ def test_dequantize_equals_bitsandbytes(dtype, nested, kind, shape):
     linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type=kind, compress_statistics=nested)
     linear.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     linear = linear.to(DEVICE)
-    weight = take_apart(linear)
+    weight = unpack_weight(linear)
     expected = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).double()
     for kernels in (reference_kernels, FUSED):
         out, tail = poisoned(*shape, dtype=dtype, wide=8)
@@ -137,7 +137,7 @@ def test_dequantize_where_blocks_straddle_rows():
     linear = linear.to(DEVICE)
     for kernels in (reference_kernels, FUSED):
         out, tail = poisoned(5, 96, dtype=torch.float32, wide=8)
-        kernels.dequantize_into(out, take_apart(linear))
+        kernels.dequantize_into(out, unpack_weight(linear))
         assert error(out, original.double()) < 0.12 and tail.isnan().all()
 
 
