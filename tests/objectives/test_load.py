@@ -99,7 +99,7 @@ def test_a_class_of_ones_own() -> None:
             "`no_grad` names 'entropy', which does not exist; known: log",
         ),
         ('FILE:scale', "cannot be imported: module '.*' has no 'scale'"),
-        ('FILE:LIST', 'is a list, which cannot be called'),
+        ('FILE:LIST', 'is a list, which is not callable'),
         ('FILE:NoObjective', 'NoObjective is a class, but not a subclass of xtuner.objectives.Objective'),
         ('nowhere.py:scaled', 'cannot be imported: FileNotFoundError'),
     ],
@@ -171,7 +171,7 @@ def test_every_field_can_be_needed() -> None:
         (
             Anchored,
             {'parallel.strategy': 'fsdp'},
-            'comparison with the base on, strategy `fsdp` do not go',
+            'comparison with the base on, strategy `fsdp` cannot be combined',
         ),
         (Anchored, {'parallel.sequence_parallel_size': 2}, 'the pass of the base model is not spread over ranks'),
         (Preference, {'parallel.strategy': 'fsdp'}, 'comparison with the base'),

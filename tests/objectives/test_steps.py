@@ -126,7 +126,7 @@ def test_metrics_are_logged_by_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('named', 'words'),
     [
-        (lambda call: {'loss': 1.0}, r"metrics named \['loss'\]; names must be none of those every step has"),
+        (lambda call: {'loss': 1.0}, r"metrics named \['loss'\], as numbers that every step has; rename them"),
         (lambda call: {f'part {call}': 1.0}, r'names must be the same in every micro-batch'),
     ],
 )

@@ -24,10 +24,10 @@ from torch import Tensor
 from xtuner.fused.loss import cap_logits_, slice_tokens_for, target_rows
 from xtuner.kernels.cpu_gemm import product, sum_of_products
 from xtuner.kernels.dispatch import kernels_for
-from xtuner.kernels.reference import SOFTMAX_SUMS
+from xtuner.kernels.reference_softmax import SOFTMAX_SUMS
 
 VALUES = ('log_prob', 'log_sum_exp', 'entropy', 'sum_log_probs', 'kl_to_base', 'base_log_prob')
-"""What can be asked for of each target; see `reference.softmax_sums`."""
+"""What can be asked for of each target; see `reference_softmax.softmax_sums`."""
 BASE_VALUES = ('kl_to_base', 'base_log_prob')
 """Those that need the base model's hidden states too."""
 
