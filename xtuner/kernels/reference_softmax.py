@@ -13,6 +13,7 @@ from xtuner.kernels.reference import wide
 SOFTMAX_SUMS = ('log_prob', 'log_sum_exp', 'entropy', 'sum_log_probs', 'kl_to_base', 'base_log_prob',
                 'base_log_sum_exp')  # fmt: skip
 """The rows of what `softmax_sums` returns."""
+_LEAST = -1e4  # of log p in a product with p, which is 0 there: -inf times 0 would be NaN
 
 
 def softmax_sums(
@@ -34,18 +35,19 @@ def softmax_sums(
     sums = logits.new_zeros(len(SOFTMAX_SUMS), len(targets_T))
     column = targets_T[:, None]
     sums[1] = logits.logsumexp(-1)
+    sums[0] = logits.gather(1, column)[:, 0] - sums[1]
     if not over_vocabulary and base_TV is None:
-        sums[0] = logits.gather(1, column)[:, 0] - sums[1]
         return sums
     log_p = logits - sums[1][:, None]
-    p = log_p.exp()
-    sums[0], sums[2], sums[3] = log_p.gather(1, column)[:, 0], torch.special.entr(p).sum(-1), log_p.sum(-1)
+    sums[3] = log_p.sum(-1)
+    p = log_p.clamp_(min=_LEAST).exp()
     if base_TV is not None:
         base = wide(base_TV)
         sums[6] = base.logsumexp(-1)
-        log_q = base - sums[6][:, None]
-        sums[4] = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-        sums[5] = log_q.gather(1, column)[:, 0]
+        log_q = (base - sums[6][:, None]).clamp_(min=_LEAST)
+        sums[5] = base.gather(1, column)[:, 0] - sums[6]
+        sums[4] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
+    sums[2] = -p.mul_(log_p).sum(-1)
     return sums
 
 
@@ -63,11 +65,17 @@ def softmax_gradient_(
         factors_5T: f0 to f4 of each row, float32 or wider.
         base_TV: Logits of the base model, where f4 counts.
     """
-    log_p = wide(logits_TV) - sums_7T[1][:, None]
-    p = log_p.exp()
-    inner = factors_5T[2][:, None] + factors_5T[3][:, None] * log_p
-    if base_TV is not None:
-        inner += factors_5T[4][:, None] * (wide(base_TV) - sums_7T[6][:, None])
-    gradient = torch.where(p > 0, p * inner, 0) + factors_5T[1][:, None]
+    logits = wide(logits_TV)  # the logits themselves where they are wide: what can be is done in place
+    log_p = logits.sub_(sums_7T[1][:, None])
+    if factors_5T[3:].any():
+        inner = factors_5T[3][:, None] * log_p.clamp_(min=_LEAST) + factors_5T[2][:, None]
+        if base_TV is not None:
+            inner += factors_5T[4][:, None] * (wide(base_TV) - sums_7T[6][:, None]).clamp_(min=_LEAST)
+    else:
+        inner = factors_5T[2][:, None]
+    gradient = log_p.exp_().mul_(inner)
+    if factors_5T[1].any():
+        gradient += factors_5T[1][:, None]
     gradient[torch.arange(len(targets_T), device=targets_T.device), targets_T] += factors_5T[0]
-    logits_TV.copy_(gradient)
+    if gradient is not logits_TV:
+        logits_TV.copy_(gradient)

@@ -20,7 +20,8 @@ from xtuner.fused.enable import reads_host_positions, share_sequences
 from xtuner.fused.loss import target_rows
 from xtuner.fused.target_values import BASE_VALUES, VALUES
 from xtuner.fused.ulysses import SequenceGroup
-from xtuner.model.logits import LogitRule, logit_rule
+from xtuner.model.families.find import spec_of
+from xtuner.model.logits import LogitRule
 from xtuner.objectives.base import Objective, Statistics, TargetRows, as_metric, check_needs, needs_base, scalar
 from xtuner.objectives.head import is_plain, next_token_loss, target_values, values_of_logits
 from xtuner.utils.out_of_memory import is_out_of_memory
@@ -48,7 +49,7 @@ class TrainingModel(nn.Module):
         self.llm = llm
         check_needs(objective, objective.name)
         self.objective = objective
-        self.rule: LogitRule | None = logit_rule(self.base.config)
+        self.rule: LogitRule | None = spec_of(self.base.config).logits(self.base.config)
         self.metrics: dict[str, Tensor] = {}
         self._sequence: SequenceGroup | None = None
 
