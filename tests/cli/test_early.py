@@ -78,7 +78,7 @@ REFUSALS = {
     'unknown key': ([*TRAIN, '--cfg-options', 'schedule.batch=2'], 1, 'unknown key `schedule.batch`'),
     'several devices': ([*TRAIN, '--work-dir', 'used', '--nproc-per-node', '2'], 1, 'already holds checkpoints'),
     'chat without a model': (['chat', 'none/../none'], 1, "model 'none/../none': no such folder"),
-    'chat with a hub id that is not here': (['chat', 'no-such-model'], 1, "model 'no-such-model' is not a local folder"),
+    'chat with an unknown hub id': (['chat', 'no-such-model'], 1, "model 'no-such-model' is not a local folder"),
     'chat without an adapter': (['chat', 'model', '--adapter', 'none'], 1, 'none: no adapter found'),
     'web on a taken port': (['chat', 'model', '--web', '--port', 'PORT'], 2, '--port PORT: Address already in use'),
     'serve without a model': (['serve', './none', '--port', '0'], 1, "model './none': no such folder"),

@@ -18,7 +18,7 @@ from xtuner.engine import preflight
 from xtuner.engine.build import RunInputs
 from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
 from xtuner.errors import TrainingError, UsageError
-from xtuner.memory.gpus import GPUS, find_card, flops_per_token
+from xtuner.memory.gpus import GPUS, find_gpu, flops_per_token
 from xtuner.memory.predict import predict_memory
 
 GIB = 2**30
@@ -39,13 +39,13 @@ def test_flagship_by_hand(folder_7b: Path) -> None:
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     trained = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
     found = estimate(load_config(FLAGSHIP), folder_7b)
-    assert found.setup.shape.num_trained == trained == 159_907_840
-    assert found.setup.shape.num_base == 7_321_948_160
+    assert found.setup.dims.num_trained == trained == 159_907_840
+    assert found.setup.dims.num_base == 7_321_948_160
     scales = linear / 64 * (1 + 4 / 256)
     head_norms_biases = 2 * (words * hidden + layers * (4 * hidden + 2 * hidden) + hidden)
     assert found.memory.terms['base'] == pytest.approx(linear / 2 + scales + head_norms_biases, rel=1e-6)
     assert found.memory.terms['adapter'] == 4 * trained
-    assert found.memory.beside['paged optimizer'] == 8 * trained
+    assert found.memory.untracked['paged optimizer'] == 8 * trained
     assert found.memory.host['embedding'] == 2 * words * hidden
     assert 'embedding' not in found.memory.terms
     assert found.checkpoint_bytes == pytest.approx(12 * trained, rel=0.01)
@@ -56,7 +56,7 @@ def test_memory_goes_the_way_of_each_setting(folder_7b: Path) -> None:
     def peak(*options: str, name: str = FLAGSHIP) -> int:
         overrides = dict(option.split('=') for option in options)
         values = {k: json.loads(v) for k, v in overrides.items()}
-        return estimate(load_config(name, values), folder_7b).memory.on_card
+        return estimate(load_config(name, values), folder_7b).memory.on_gpu
 
     least = peak('runtime.activation_checkpointing=true')
     assert peak() == least  # 'auto' without a card: the least
@@ -74,7 +74,7 @@ def test_auto_takes_what_the_card_has(folder_7b: Path) -> None:
     large, small = (estimate(config, folder_7b, free=GPUS[name].num_bytes) for name in ('h200', 'l4'))
     assert large.setup.recomputed_layers == 0
     assert 0 < small.setup.recomputed_layers < 32
-    assert small.memory.on_card < GPUS['l4'].num_bytes < large.memory.on_card
+    assert small.memory.on_gpu < GPUS['l4'].num_bytes < large.memory.on_gpu
     assert large.least == estimate(config, folder_7b).memory
 
 
@@ -87,7 +87,7 @@ def test_knobs_are_sorted_and_each_saves_what_it_says(folder_7b: Path) -> None:
     assert {'quantization.bits=4', 'schedule.batch_size=2 schedule.accumulative_counts=32', 'adapter.r=32',
             'dataset.max_length=1024', 'runtime.fast=True'} == set(texts)  # fmt: skip
     halved = replace(setup, tokens=2 * 2048)
-    saved = predict_memory(setup).on_card - predict_memory(halved).on_card
+    saved = predict_memory(setup).on_gpu - predict_memory(halved).on_gpu
     assert found[texts.index('schedule.batch_size=2 schedule.accumulative_counts=32')].saved == saved
 
 
@@ -113,9 +113,9 @@ def test_flops_are_those_of_the_notes(folder_7b: Path) -> None:
 
 
 def test_cards_by_name() -> None:
-    assert find_card('RTX 4090').gib == 24
-    with pytest.raises(UsageError, match=r'no card .h10. is known; known: .*; did you mean .*h100.*\?$'):
-        find_card('h10')
+    assert find_gpu('RTX 4090').gib == 24
+    with pytest.raises(UsageError, match=r'unknown GPU .h10.; known: .*; did you mean .*h100.*\?$'):
+        find_gpu('h10')
 
 
 def test_steps_and_tokens_follow_the_data(folder_7b: Path) -> None:

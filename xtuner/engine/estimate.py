@@ -125,10 +125,10 @@ def setup_of(
 def _again_by_memory(setup: Setup, free: int) -> int:
     """How many layers the fast path will compute again on a GPU with so much free memory."""
     held = sum(term(setup) for term in (base_weights, input_embedding, trained_weights, library_space))
-    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.shape.num_trained, 'cuda')
-    assert setup.shape.parts is not None
+    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.dims.num_trained, 'cuda')
+    assert setup.dims.parts is not None
     return num_recomputed_layers(
-        setup.shape.parts, setup.group_ranks, setup.shape.num_layers,
+        setup.dims.parts, setup.group_ranks, setup.dims.num_layers,
         tokens=setup.tokens, item_bytes=setup.value_bytes, room=room,
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def optimizer_memory(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def checkpoint_bytes(setup: Setup) -> int:
     """Of one checkpoint on disk: what is trained in float32, its optimizer state, tokenizer and settings."""
-    return int((4 + setup.optimizer_bytes) * setup.shape.num_trained) + OVERHEAD_BYTES
+    return int((4 + setup.optimizer_bytes) * setup.dims.num_trained) + OVERHEAD_BYTES
 
 
 def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> TrainingSchedule | None:
@@ -168,7 +168,7 @@ def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> Trai
 
 def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> list[Knob]:
     """Settings that would take memory off, the one that saves most first, and those left out that save too little."""
-    schedule, shape = config.schedule, setup.shape
+    schedule, shape = config.schedule, setup.dims
     changes: list[tuple[str, dict[str, Any]]] = []
     if schedule.batch_size > 1:
         half = schedule.batch_size // 2
@@ -189,14 +189,14 @@ def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> lis
     if config.adapter and isinstance(config.adapter.get('r'), int) and config.adapter['r'] >= 16:
         smaller = replace(shape, num_trained=shape.num_trained // 2, ranks=tuple(r // 2 for r in shape.ranks))
         changes.append((f'adapter.r={config.adapter["r"] // 2}', {'shape': smaller}))
-    now = predict_memory(setup).on_card
-    found = [Knob(text, now - predict_memory(replace(setup, **change)).on_card) for text, change in changes]
+    now = predict_memory(setup).on_gpu
+    found = [Knob(text, now - predict_memory(replace(setup, **change)).on_gpu) for text, change in changes]
     return sorted((knob for knob in found if knob.saved > least_saved), key=lambda knob: -knob.saved)
 
 
 def _as_adapter(setup: Setup) -> dict[str, Any]:
     """Full training turned into LoRA with about 2 % of the weights."""
-    shape = replace(setup.shape, num_trained=setup.shape.num_base // 50)
+    shape = replace(setup.dims, num_trained=setup.dims.num_base // 50)
     return {'shape': shape, 'bits': None}
 
 
@@ -227,13 +227,13 @@ class Estimate:
         steps = self.plan.num_steps if self.plan else None
         return {
             'memory': dataclasses.asdict(self.memory) | {
-                'allocated': self.memory.allocated, 'on_card': self.memory.on_card
+                'allocated': self.memory.allocated, 'on_card': self.memory.on_gpu
             },
             'data': dataclasses.asdict(self.data) if self.data else None,
             'steps': steps,
             'tokens_per_step': self.tokens_per_step,
             'checkpoint_bytes': self.checkpoint_bytes,
-            'fast_path': self.setup.shape.unsupported_reason or self.setup.on_fast_path,
+            'fast_path': self.setup.dims.unsupported_reason or self.setup.on_fast_path,
         }  # fmt: skip
 
     @property

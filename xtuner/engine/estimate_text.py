@@ -29,9 +29,9 @@ def describe(
     """
     setup = estimate.setup
     lines = [*_model(config, setup), '', *_memory(estimate.memory, setup)]
-    if estimate.least is not None and estimate.least.on_card < estimate.memory.on_card:
-        again = f'{setup.recomputed_layers} of {setup.shape.num_layers} layers computed twice'
-        lines.append(f'As the memory allows, {again}; with all of them {gib(estimate.least.on_card)}.')
+    if estimate.least is not None and estimate.least.on_gpu < estimate.memory.on_gpu:
+        again = f'{setup.recomputed_layers} of {setup.dims.num_layers} layers computed twice'
+        lines.append(f'As the memory allows, {again}; with all of them {gib(estimate.least.on_gpu)}.')
     least = estimate.least or estimate.memory
     lines += _fit(config, setup, estimate.memory, least, card)
     lines += ['', *_run(config, estimate), *_time(estimate, card, step_seconds)]
@@ -42,7 +42,7 @@ def describe(
 
 
 def _model(config: TrainConfig, setup: Setup) -> list[str]:
-    shape = setup.shape
+    shape = setup.dims
     share = shape.num_trained / (shape.num_base + (0 if setup.full else shape.num_trained))
     held = f'in {config.quantization.bits} bit' if config.quantization else 'in half precision'
     path = (
@@ -71,10 +71,10 @@ def _memory(memory: Prediction, setup: Setup) -> list[str]:
         'fragments': "pieces that torch's allocator cannot use",
         'CUDA': 'context and kernels, measured on an H100',
     }
-    lines = [f'{"peak memory":{_WIDTH}}{"GiB":>8}   highest at {memory.moment}']
+    lines = [f'{"peak memory":{_WIDTH}}{"GiB":>8}   highest at {memory.phase}']
     lines += _rows(memory.terms, texts)
-    lines += [f'{"counted by torch":{_WIDTH}}{memory.allocated / GIB:8.2f}', *_rows(memory.beside, texts)]
-    lines.append(f'{"on the card":{_WIDTH}}{memory.on_card / GIB:8.2f}')
+    lines += [f'{"counted by torch":{_WIDTH}}{memory.allocated / GIB:8.2f}', *_rows(memory.untracked, texts)]
+    lines.append(f'{"on the card":{_WIDTH}}{memory.on_gpu / GIB:8.2f}')
     if memory.host:
         terms = ', '.join(f'{name} {gib(size)}' for name, size in memory.host.items())
         lines.append(f'{"pinned on host":{_WIDTH}}{sum(memory.host.values()) / GIB:8.2f}   {terms}')
@@ -92,12 +92,12 @@ def _rows(terms: Mapping[str, int], texts: Mapping[str, str]) -> list[str]:
 def _fit(config: TrainConfig, setup: Setup, memory: Prediction, least: Prediction, card: GpuSpec | None) -> list[str]:
     """Whether it fits the card, or which cards it fits; what to turn where it does not."""
     if card is None:
-        fitting = [name for name, known in GPUS.items() if least.on_card <= known.num_bytes]
+        fitting = [name for name, known in GPUS.items() if least.on_gpu <= known.num_bytes]
         return [f'Fits: {", ".join(fitting) if fitting else "none of the known cards"}.']
-    if memory.on_card <= card.num_bytes:
-        return [f'Fits {card.name}: {gib(card.num_bytes - memory.on_card)} of {card.gib:.1f} GiB stay free.']
+    if memory.on_gpu <= card.num_bytes:
+        return [f'Fits {card.name}: {gib(card.num_bytes - memory.on_gpu)} of {card.gib:.1f} GiB stay free.']
     return [
-        f'Does not fit {card.name}: {gib(memory.on_card - card.num_bytes)} more than its {card.gib:.1f} GiB.',
+        f'Does not fit {card.name}: {gib(memory.on_gpu - card.num_bytes)} more than its {card.gib:.1f} GiB.',
         *(f'  {text}' for text in knob_texts(knobs(config, setup))),
     ]
 

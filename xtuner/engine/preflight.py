@@ -43,7 +43,7 @@ def check_memory(
         logger.warning('memory is not compared with what is free: %s', error)
         return
     # The process's own context is there already; a paged optimizer's state goes to the host where it must.
-    needed = memory.on_card - CONTEXT_BYTES - memory.beside.get('paged optimizer', 0)
+    needed = memory.on_gpu - CONTEXT_BYTES - memory.untracked.get('paged optimizer', 0)
     if needed < free * (1 - _TOLERANCE):
         return
     largest = sorted(memory.terms.items(), key=lambda term: -term[1])[:_SHOWN_TERMS]

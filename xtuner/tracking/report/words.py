@@ -1,4 +1,4 @@
-"""Numbers and states in words."""
+"""Formats numbers and states for the report."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def duration(seconds: float) -> str:
     return f'{minutes} min' if minutes >= 10 else f'{minutes} min {rest:02} s'
 
 
-def state_of(run: RecordedRun) -> tuple[str, str]:
-    """How the run ended, as 'finished', 'stopped' or 'failed', and in words."""
+def run_state(run: RecordedRun) -> tuple[str, str]:
+    """How the run ended: 'finished', 'stopped' or 'failed', and a description."""
     sessions = run.about.get('sessions') or [{}]
     end = str(sessions[-1].get('end', ''))
     step = run.metrics[-1]['step'] if run.metrics else 0
