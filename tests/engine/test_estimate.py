@@ -16,7 +16,7 @@ from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.engine import preflight
 from xtuner.engine.build import RunInputs
-from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
+from xtuner.engine.estimate import DataSize, dims_of, estimate, memory_savings, optimizer_memory, setup_of
 from xtuner.errors import TrainingError, UsageError
 from xtuner.memory.gpus import GPUS, find_gpu, flops_per_token
 from xtuner.memory.predict import predict_memory
@@ -80,8 +80,8 @@ def test_auto_takes_what_the_card_has(folder_7b: Path) -> None:
 
 def test_knobs_are_sorted_and_each_saves_what_it_says(folder_7b: Path) -> None:
     config = load_config(FLAGSHIP, {'schedule.batch_size': 4, 'runtime.fast': False, 'quantization': None})
-    setup = setup_of(config, shape_of(config, folder_7b))
-    found = knobs(config, setup)
+    setup = setup_of(config, dims_of(config, folder_7b))
+    found = memory_savings(config, setup)
     assert [knob.saved for knob in found] == sorted((knob.saved for knob in found), reverse=True)
     texts = [knob.text for knob in found]
     assert {'quantization.bits=4', 'schedule.batch_size=2 schedule.accumulative_counts=32', 'adapter.r=32',
@@ -109,7 +109,7 @@ def test_optimizer_memory(section: dict[str, Any], expected: tuple[float, bool, 
 def test_flops_are_those_of_the_notes(folder_7b: Path) -> None:
     """30.5 GFLOP a token without recomputation, in benchmarks/notes_qlora_step.md."""
     config = load_config(FLAGSHIP, {'runtime.activation_checkpointing': False})
-    assert flops_per_token(setup_of(config, shape_of(config, folder_7b))) == pytest.approx(30.5e9, rel=0.01)
+    assert flops_per_token(setup_of(config, dims_of(config, folder_7b))) == pytest.approx(30.5e9, rel=0.01)
 
 
 def test_cards_by_name() -> None:
@@ -137,7 +137,7 @@ def test_command(tiny_internlm: Path, conversations: Path, capsys: pytest.Captur
     assert 'on 2 x h100' in out
     assert main([*words, '--step-seconds', '1800', '--max-steps', '3']) == 2
     assert main([*words, '--step-seconds', '1800', '--cfg-options', 'schedule.max_steps=3']) == 0
-    assert 'time: 1 h 30 min at 1800 s a step' in capsys.readouterr().out
+    assert 'time: 1 h 30 min at 1800 s per step' in capsys.readouterr().out
     assert main([*words, '--json', '--no-data']) == 0
     assert json.loads(capsys.readouterr().out)['memory']['allocated'] > 0
 
@@ -148,7 +148,7 @@ def test_command_without_the_data_still_tells_the_memory(
     assert main(['estimate', FLAGSHIP, '--model', str(folder_7b), '--data', str(tmp_path / 'none.jsonl')]) == 0
     found = capsys.readouterr()
     assert 'the size of the data is not known' in found.err
-    assert 'the number of steps is not known' in found.out
+    assert 'the number of steps is unknown' in found.out
     assert '  base               3.90   frozen weights' in found.out
 
 
