@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.convert.adapters import make_base, save_trained
-from xtuner.convert import output, shards
+from xtuner.convert import shards
 from xtuner.convert.merge import merge
 from xtuner.convert.output import atomic_folder
 from xtuner.convert.shards import TensorPlan, write_weights
@@ -25,6 +25,7 @@ from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.weights import blocks as weight_blocks
 from xtuner.model.weights.blocks import row_blocks
 from xtuner.model.weights.reader import open_weights
+from xtuner.utils import locks
 
 # The merge as the command runs it, with blocks so small and slow that a signal falls between any two of them.
 SLOW = """
@@ -195,7 +196,7 @@ def test_the_lock_is_closed_before_it_is_removed_where_open_files_cannot_be(
             raise PermissionError(13, 'in use', str(path))
         unlink(path, missing_ok=missing_ok)
 
-    monkeypatch.setattr(output, 'fcntl', None)
+    monkeypatch.setattr(locks, 'fcntl', None)
     monkeypatch.setattr(Path, 'unlink', unlink_as_windows)
     with atomic_folder(tmp_path / 'out', 'job') as folder:
         (folder / 'file').write_text('done')

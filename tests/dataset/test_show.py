@@ -6,7 +6,7 @@ import numpy as np
 
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import encode_conversation
-from xtuner.dataset.show import counted, histogram, printable, show_sample
+from xtuner.dataset.show import histogram, printable, show_sample
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.builtin import get_template
 
@@ -40,10 +40,6 @@ def test_histogram_counts_everything_once():
         assert count == np.sum((lengths >= low) & (lengths <= high)), line
     assert histogram(np.array([])) == ['no conversation']
     assert len(histogram(np.array([7]))) == 1 and len(histogram(np.array([1, 2, 9]), num_bins=2)) == 2
-
-
-def test_one_is_not_many():
-    assert [counted(n, 'pack') for n in (0, 1, 2000)] == ['0 packs', '1 pack', '2,000 packs']
 
 
 def test_one_record_is_not_many():

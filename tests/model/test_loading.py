@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -202,3 +203,28 @@ def test_what_cannot_be_had(tmp_path: Path) -> None:
         load_model(folder, dtype=FP32, attention='flash_attention_2')
     with pytest.raises(ModelError, match='cannot compute in 4 bit on meta'):
         load_model(folder, dtype=FP32, quantization=QuantizationConfig(), device='meta')
+
+
+def test_loading_draws_no_bar_where_stderr_is_no_terminal(
+    tiny_internlm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, 'xtuner')
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    monkeypatch.setattr('xtuner.utils.progress._EVERY_S', 0)
+    load_model(tiny_internlm, dtype=torch.float32)
+    err = capsys.readouterr().err  # lines of the log, where an earlier test has begun one
+    assert '\r' not in err and 'it/s' not in err
+    assert any(line.startswith('Loading weights: ') for line in caplog.messages)
+
+
+def test_bitsandbytes_does_not_advise_a_package_that_is_never_used() -> None:
+    log = logging.getLogger('bitsandbytes.backends.cpu.ops')
+
+    def passes(text: str) -> bool:
+        return bool(log.filter(log.makeRecord(log.name, logging.WARNING, __file__, 1, text, ('x',), None)))
+
+    assert not passes('Failed to load CPU gemm_4bit_forward: %s. Please make sure you already `pip install kernels`')
+    assert passes('something else: %s')

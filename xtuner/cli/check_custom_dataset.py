@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.dataset.check import TrainingPart, check_dataset
     from xtuner.dataset.prepare import check_dropped
-    from xtuner.dataset.show import counted, printable
     from xtuner.engine.schedule import TrainingSchedule, few_steps_note
     from xtuner.errors import DataError
+    from xtuner.utils.escape import printable
+    from xtuner.utils.units import counted
 
     data = config.dataset
     training = TrainingPart(data)

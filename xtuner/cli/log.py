@@ -24,6 +24,16 @@ class _StderrHandler(logging.StreamHandler):
     def stream(self, value: TextIO) -> None:
         pass
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line above the progress bars, where something has drawn any."""
+        if 'tqdm' not in sys.modules:
+            super().emit(record)
+            return
+        from xtuner.utils.progress import above_bars
+
+        with above_bars():
+            super().emit(record)
+
 
 def start_logging() -> None:
     """Sends `xtuner` log lines to stderr and quiets what the libraries below say of themselves.
@@ -35,7 +45,7 @@ def start_logging() -> None:
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # else a config's model_type makes transformers fetch kernels
     if not sys.stderr.isatty():
-        os.environ.setdefault('TQDM_DISABLE', '1')  # a bar that is redrawn makes an unreadable file
+        os.environ.setdefault('TQDM_DISABLE', '1')  # bars that are not ours: redrawn, they make an unreadable file
     handler = _StderrHandler()
     handler.setFormatter(PrintableFormatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')

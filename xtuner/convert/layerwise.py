@@ -19,6 +19,7 @@ from xtuner.adapters.delta import Rows
 from xtuner.adapters.load import AdapterWeights, load_adapter
 from xtuner.convert.base import skeleton
 from xtuner.model.weights.blocks import row_blocks
+from xtuner.utils.progress import Progress
 
 _BLOCK_ELEMENTS = 2**20  # elements of a weight per block; several threads compute on it
 _PREFIX = 'base_model.model.'
@@ -135,7 +136,9 @@ class Layerwise:
     def logits(self, rows: Opener, ids: Tensor) -> Tensor:
         """Returns logits, float32 (N, S, V), on the CPU; see `Adapted.logits`."""
         self._weights.rows = rows
-        return self._model(input_ids=ids.to(self._weights.device), use_cache=False).logits.float().cpu()
+        total = sum(parameter.numel() for parameter in self._model.parameters() if parameter.is_meta)
+        with Progress(total=total, desc='comparing models', unit='weights', unit_scale=True) as self._weights.progress:
+            return self._model(input_ids=ids.to(self._weights.device), use_cache=False).logits.float().cpu()
 
     def _install(self, module: Any, prefix: str) -> None:
         meta, kind = _meta_parameters(module, prefix), type(module)
@@ -191,9 +194,10 @@ def _with(module: nn.Module, adapter: str | None, forward: Callable[..., Tensor]
 
 
 class _BaseWeights:
-    """The base's tensors, in float32 on the device; opened by `rows`."""
+    """The base's tensors, in float32 on the device; `rows` opens them, `progress` counts their values."""
 
     rows: Opener
+    progress: Progress
 
     def __init__(self, model: Any, device: torch.device) -> None:
         ties = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
@@ -204,7 +208,9 @@ class _BaseWeights:
         """Yields ranges of a tensor's rows."""
         rows = self.rows(self._ties.get(name, name))
         for start, stop in ranges:
-            yield rows(start, stop).to(self.device, torch.float32)
+            block = rows(start, stop).to(self.device, torch.float32)
+            self.progress.update(block.numel())
+            yield block
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Returns a whole tensor."""

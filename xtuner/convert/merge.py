@@ -15,12 +15,13 @@ from xtuner.convert.base import PublishedBase, QuantizedBase
 from xtuner.convert.layerwise import Adapted
 from xtuner.convert.output import atomic_folder, check_output
 from xtuner.convert.prompts import choose_prompts
-from xtuner.convert.shards import TensorPlan, size_text, write_weights
+from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.convert.source import DTYPES, MergeSource, check_changed, dtype_name, open_source, plan_tensors
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.weights.reader import fingerprint
 from xtuner.tracking.model_card import write_card
+from xtuner.utils.units import gigabytes
 
 logger = logging.getLogger('xtuner')
 
@@ -79,7 +80,7 @@ def merge(
         raise
     size = sum(plan.nbytes for plan in plans)
     logger.info('merging %s into %s: %s in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
-                size_text(size), dtype)  # fmt: skip
+                gigabytes(size), dtype)  # fmt: skip
     verifier = _verifier(source, plans, changes, verify, size)
     source, trained = _with_base(source, base, verifier)
     with atomic_folder(out, _job(source, plans, max_shard_bytes)) as folder:
@@ -107,8 +108,8 @@ def _verifier(
     if verify == 0:
         return None
     if verify is None and size > CHEAP_BYTES[source.device.type]:
-        logger.info('not verified against base and adapter, which reads %.1f GB several times; enable it with '
-                    '--verify 4, which needs no more memory', size / 1e9)  # fmt: skip
+        logger.info('not verified against base and adapter, which reads %s several times; enable it with '
+                    '--verify 4, which needs no more memory', gigabytes(size))  # fmt: skip
         return None
     vocab_size = adapted.model.config.get_text_config().vocab_size
     prompts = choose_prompts(source.reader.folder, parts[-1][0].resolve().parent, verify, vocab_size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.errors import ModelError, XTunerError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from xtuner.utils.locks import is_at, try_lock
 
 logger = logging.getLogger('xtuner')
 
@@ -83,21 +78,15 @@ def _exclusive(partial: Path, out: Path) -> Iterator[None]:
     """
     lock = partial.with_name(f'{partial.name}.lock')
     with lock.open('a') as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ended = not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat())
-            except BlockingIOError:
-                ended = True
-            except OSError:  # a file system without locks
-                ended = False
-            if ended:  # the other process holds the lock, or removed the file since it was opened here
-                raise ModelError(f'{out} is being written by another process; wait for it, or name another folder')
+        state = try_lock(file.fileno())
+        # The other process holds the lock, or removed the file since it was opened here.
+        if state == 'taken' or (state == 'ours' and not is_at(file.fileno(), lock)):
+            raise ModelError(f'{out} is being written by another process; wait for it, or name another folder')
         try:
             yield
         finally:
             # Windows cannot remove an open file; elsewhere the lock must last until the file is removed.
-            if fcntl is None:
+            if state == 'no locks':
                 file.close()
             with suppress(OSError):  # another process has it open; a leftover file locks nothing
                 lock.unlink(missing_ok=True)

@@ -13,8 +13,6 @@ import json
 import logging
 import math
 import shutil
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +27,13 @@ from torch import Tensor
 from xtuner.convert.direct_io import DirectIOWriter
 from xtuner.errors import ModelError
 from xtuner.model.weights.reader import DTYPES
+from xtuner.utils.progress import Progress
+from xtuner.utils.units import gigabytes
 
 logger = logging.getLogger('xtuner')
 
 _MAX_THREADS = 4  # enough to keep a disk busy; each takes memory
 _OPEN_SHARDS = 2  # so that no thread waits for the end of a shard
-_REPORT_SECONDS = 5.0
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -97,10 +96,11 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     total = sum(plan.nbytes for _, shard in todo for plan in shard)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise ModelError(f'{folder.parent} has {size_text(free)} free but {size_text(total)} are needed')
+        raise ModelError(f'{folder.parent} has {gigabytes(free)} free but {gigabytes(total)} are needed')
     if len(todo) < len(shards):
         logger.info('resuming after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
-    _write_shards(todo, blocks, _Progress(total))
+    with Progress(total=total, desc='writing weights', unit='B') as progress:
+        _write_shards(todo, blocks, progress)
     num_bytes = sum(plan.nbytes for plan in plans)
     if len(shards) > 1:
         weight_map = {plan.name: file for file, shard in zip(files, shards, strict=True) for plan in shard}
@@ -109,39 +109,11 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     return num_bytes
 
 
-def size_text(num_bytes: int) -> str:
-    """'14.6 GB', '8.4 MB'."""
-    return f'{num_bytes / 1e9:.1f} GB' if num_bytes >= 10**9 else f'{num_bytes / 1e6:.1f} MB'
-
-
-class _Progress:
-    """Logs the progress of writing every few seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._reported = time.perf_counter()
-        self._lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        """Counts written bytes."""
-        with self._lock:
-            self._done += num_bytes
-            now = time.perf_counter()
-            if now - self._reported > _REPORT_SECONDS or self._done == self._total:
-                self._reported = now
-                speed = self._done / max(now - self._started, 1e-9)
-                left = (self._total - self._done) / speed
-                logger.info(
-                    '%s of %s, %.0f MB/s, eta %.0f s',
-                    size_text(self._done), size_text(self._total), speed / 1e6, left,
-                )  # fmt: skip
-
-
 class _Shard:
     """A shard that threads are writing under a temporary name."""
 
     def __init__(
-        self, path: Path, plans: Sequence[TensorPlan], blocks: Blocks, progress: _Progress, pool: ThreadPoolExecutor
+        self, path: Path, plans: Sequence[TensorPlan], blocks: Blocks, progress: Progress, pool: ThreadPoolExecutor
     ) -> None:
         self._path, self._part = path, path.with_name(f'{path.name}.part')
         self._blocks, self._progress = blocks, progress
@@ -173,11 +145,11 @@ class _Shard:
             assert block.dtype == plan.dtype, f'{plan.name}: {block.dtype} is not {plan.dtype}'
             yield _bytes(block)
             written += block.nbytes
-            self._progress.add(block.nbytes)
+            self._progress.update(block.nbytes)
         assert written == plan.nbytes, f'{plan.name}: got {written} bytes, planned {plan.nbytes}'
 
 
-def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks, progress: _Progress) -> None:
+def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks, progress: Progress) -> None:
     """Writes the shards in order, starting the next one before the current one is finished."""
     unfinished: deque[_Shard] = deque()
     with _threads() as pool:

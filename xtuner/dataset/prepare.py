@@ -27,12 +27,12 @@ from xtuner.dataset.map_fns import formats, resolve_map_fn
 from xtuner.dataset.mapping.map_records import map_records, stopped_by
 from xtuner.dataset.packing.pack import Packs, pack_samples
 from xtuner.dataset.packing.split import split_samples
-from xtuner.dataset.show import counted
 from xtuner.dataset.sources.source import Source, open_sources
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 from xtuner.errors import ConfigError, DataError
 from xtuner.ranks import is_first_process
+from xtuner.utils.units import counted
 
 logger = logging.getLogger('xtuner')
 

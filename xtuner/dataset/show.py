@@ -42,8 +42,3 @@ def histogram(lengths: np.ndarray, *, num_bins: int = 10, width: int = 40) -> li
         bar = '█' * round(width * count / counts.max())
         lines.append(f'{low:{digits}} - {high:{digits}} tokens  {count:6}  {bar}'.rstrip())
     return lines
-
-
-def counted(number: int, name: str) -> str:
-    """Formats a count with its noun: '1 pack', '1,200 packs'."""
-    return f'{number:,} {name}{"" if number == 1 else "s"}'

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xtuner.dataset.mapping.unread_fields import kind_of
-from xtuner.dataset.show import counted, printable
 from xtuner.errors import one_line
+from xtuner.utils.escape import printable
+from xtuner.utils.units import counted
 
 _REASONS = {
     'bad': 'could not be used',

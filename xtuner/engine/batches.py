@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
-from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.errors import ConfigError, DataError, first_few
+from xtuner.utils.units import counted
 
 # Without packing, rows are padded to a multiple of this many tokens on a GPU.
 _UNPACKED_MULTIPLE = 64
@@ -33,10 +33,18 @@ class MicroBatches:
         plan: The run's schedule.
         pad_id: The id that pads rows.
         rank: Rank of this process.
+        collate: Joins items into a micro-batch; see `Objective.collate`.
     """
 
     def __init__(
-        self, dataset: Any, config: TrainConfig, plan: TrainingSchedule, *, pad_id: int, rank: int = 0
+        self,
+        dataset: Any,
+        config: TrainConfig,
+        plan: TrainingSchedule,
+        *,
+        pad_id: int,
+        rank: int = 0,
+        collate: Callable[..., dict[str, Tensor]] = collate,
     ) -> None:
         self.start_step = 0
         self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank

@@ -18,7 +18,7 @@ def static_unsupported_reason(decoder: Any) -> str | None:
     if reason := spec.mismatch(decoder):
         return reason
     assert spec.paths is not None
-    if reason := spec.activation_reason(config):
+    if reason := spec.config_reason(config):
         return reason
     if config.attention_dropout:
         return 'it drops attention weights (attention_dropout > 0)'

@@ -10,6 +10,7 @@ from typing import Any
 from xtuner.errors import ModelError, first_line
 from xtuner.model.run_folder import model_folder
 from xtuner.utils.files import read_object
+from xtuner.utils.progress import Progress
 
 logger = logging.getLogger('xtuner')
 
@@ -58,7 +59,7 @@ def _from_hugging_face(name: str, revision: str | None, excluded: list[str]) -> 
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=excluded))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=excluded, tqdm_class=Progress))
     except RevisionNotFoundError as error:
         raise ModelError(f'model {name!r} has no revision {revision!r} on the hub') from error
     except LocalEntryNotFoundError as error:

@@ -24,7 +24,7 @@ from xtuner.model.load_config import load_config, read_generation_settings
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.sharded_loading import ShardSpec, shard_on_load
 from xtuner.model.tokenizer import load_tokenizer
-from xtuner.utils.progress import progress_as_lines
+from xtuner.utils.progress import shown_by_transformers
 
 __all__ = [
     'load_config',
@@ -88,7 +88,7 @@ def load_model(
     check_weights(folder, config)
     try:
         sharding = nullcontext() if share is None else shard_on_load(share, tied=config.tie_word_embeddings)
-        with progress_as_lines(), sharding:
+        with shown_by_transformers(), sharding:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
         raise ModelError(f'{folder}: the model cannot be loaded: {one_line(error)}') from error

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from xtuner.errors import TrainingError
+from xtuner.utils.files import write_atomically
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """A record as one line, with its line break; text of any language as it is."""
+    return json.dumps(record, ensure_ascii=False) + '\n'
+
+
+def objects(raw: bytes) -> list[dict[str, Any]]:
+    """The JSON objects among the lines of `raw`; lines that are none, such as one that a crash tore, are left out."""
+    found = []
+    for line in raw.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -18,7 +36,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """
     try:
         with path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+            file.write(to_line(record))
     except OSError as error:
         raise TrainingError(
             f'cannot write {path}: {error.strerror}; the last checkpoint is kept, and --resume continues from it'
@@ -37,10 +55,8 @@ def truncate_after(path: Path, last_step: int) -> None:
     kept = [line for line in lines if _step_of(line) <= last_step]
     if len(kept) == len(lines):
         return
-    partial = path.with_name(f'{path.name}.partial')
     try:
-        partial.write_bytes(b''.join(kept))
-        os.replace(partial, path)  # atomic: a kill at this point loses nothing
+        write_atomically(path, b''.join(kept))
     except OSError as error:
         raise TrainingError(f'cannot write {path}: {error.strerror}') from error
 

@@ -69,7 +69,10 @@ def test_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_an_address_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (('RANK', '0'), ('WORLD_SIZE', '2'), ('LOCAL_RANK', '0'), ('MASTER_ADDR', 'nobody.invalid')):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=r'MASTER_ADDR nobody\.invalid cannot be resolved on this machine'), launch.process_group('pytorch'):
+    with (
+        pytest.raises(UsageError, match=r'MASTER_ADDR nobody\.invalid cannot be resolved on this machine'),
+        launch.process_group('pytorch'),
+    ):
         raise AssertionError('a group was made')
 
 
@@ -84,7 +87,9 @@ def test_the_error_of_a_run_is_the_one_that_began_it() -> None:
     # A rank that was killed comes before what the others say of it.
     assert 'rank 1 was killed by SIGKILL' in str(launch._failure({0: told, 1: failed(-9)}))
     assert 'rank 1 was killed by SIGSEGV' in str(launch._failure({1: failed(-11)}))
-    assert 'no error message' in str(launch._failure({2: failed(7)})) and launch._failure({2: failed(7)}).exit_status == 7
+    assert (
+        'no error message' in str(launch._failure({2: failed(7)})) and launch._failure({2: failed(7)}).exit_status == 7
+    )
 
 
 def test_only_the_first_of_a_node_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ abc.part-...    unfinished output; each builder has its own
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -18,22 +17,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from xtuner.utils.files import expanded
+from xtuner.utils.locks import LockState, read_owner, try_lock, unlock, write_owner
 
 logger = logging.getLogger('xtuner')
 
 _POLL_S = 0.2
 _ABANDONED_S = 86400.0  # unfinished output of another machine or boot is removed after this long without a write
 _BOOT_ID = Path('/proc/sys/kernel/random/boot_id')
-
-_State = Literal['ours', 'taken', 'no locks']
 
 
 def cache_root(configured: str | None = None) -> Path:
@@ -73,53 +65,31 @@ def build_once(
             if state != 'taken':
                 return not is_complete(folder) and _build(folder, build, is_complete, lock, state)
         if not waited:
-            waiting(_lock_owner(lock))
+            waiting(read_owner(lock) or 'another process')
             waited = True
         time.sleep(_POLL_S)
     return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[_State]:
+def _locked(path: Path) -> Iterator[LockState]:
     """Tries to lock the file for the duration of the block.
 
-    The kernel holds the lock and releases it when the process ends, so there is no time-out to misjudge after a
-    suspend and no process id to misread in another PID namespace; NFS asks its server. The file is never removed:
-    that could remove the lock of another process that has just opened it.
+    The file is never removed: that could remove the lock of another process that has just opened it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        state = _lock(descriptor)
+        state = try_lock(descriptor)
         if state != 'taken':
-            with contextlib.suppress(OSError):  # full disk: the lock holds without the owner's name
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+            write_owner(descriptor)
         yield state
     finally:
-        with contextlib.suppress(OSError):
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would not release it while a forked child lives
+        unlock(descriptor)
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> _State:
-    if fcntl is None:
-        return 'no locks'
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return 'taken' if error.errno in (errno.EACCES, errno.EAGAIN) else 'no locks'
-    return 'ours'
-
-
-def _lock_owner(lock: Path) -> str:
-    with contextlib.suppress(OSError):
-        return lock.read_text(encoding='utf-8', errors='replace') or 'another process'
-    return 'another process'
-
-
 def _build(
-    folder: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], lock: Path, state: _State
+    folder: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], lock: Path, state: LockState
 ) -> bool:
     """Builds and publishes the folder; returns whether the result is this process's."""
     _clear_parts(folder, lock, locked=state == 'ours')

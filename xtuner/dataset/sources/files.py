@@ -8,10 +8,10 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from xtuner.errors import DataError, nearest, one_line
 from xtuner.utils.files import check_regular
@@ -20,6 +20,7 @@ TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
 KINDS = (*TEXT_KINDS, '.parquet')
 
 
+_BUFFER = 2**17
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 
 
@@ -62,32 +63,54 @@ def check_data_file(path: Path) -> os.stat_result:
     return check_regular(path, DataError, '; data is read more than once, so write it into a file first')
 
 
+Advance = Callable[[int], object]
+"""Gets the number of bytes of a file, or of records, that were read since its last call."""
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path, advance: Advance | None = None) -> Iterator[BinaryIO]:
     """Opens a data file, decompressing it if its name says that it is compressed.
+
+    Args:
+        path: The file.
+        advance: Gets the bytes that are read, before they are decompressed.
 
     Raises:
         DataError: It cannot be read, is damaged, or changes while it is read.
     """
     with unchanging(path):
         try:
-            with _open(path) as file:
+            raw = path.open('rb') if advance is None else io.BufferedReader(_Counted(path, advance), _BUFFER)
+            with raw, _decompressed(raw, path.suffix.lower()) as file:
                 yield file
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f'{path}: the compressed file is damaged or truncated: {one_line(error)}') from None
 
 
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
+class _Counted(io.FileIO):
+    """A file that says how many bytes were read from it."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads into the buffer; returns the number of bytes, 0 at the end."""
+        count = super().readinto(buffer) or 0
+        self._advance(count)
+        return count
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == '.gz':
-        return cast(BinaryIO, gzip.open(path))
+        return cast(BinaryIO, gzip.open(raw))
     if suffix in ('.bz2', '.xz'):
-        return cast(BinaryIO, (bz2 if suffix == '.bz2' else lzma).open(path))
+        return cast(BinaryIO, (bz2 if suffix == '.bz2' else lzma).open(raw))
     if suffix == '.zst':
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
-    return path.open('rb')
+        return io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'))
+    return raw
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xtuner.dataset.sources.files import as_text, kind_of_file, opened, unchanging
+from xtuner.dataset.sources.files import Advance, as_text, kind_of_file, opened, unchanging
 from xtuner.errors import DataError, one_line
 
 MAX_RECORD_BYTES = 32 * 2**20
@@ -35,15 +35,19 @@ class Record:
     error: str = ''
 
 
-def read_file(path: Path) -> Iterator[Record]:
+def read_file(path: Path, advance: Advance | None = None) -> Iterator[Record]:
     """Yields the records of a JSON, JSONL, CSV, TSV or parquet file; the text formats may be compressed.
+
+    Args:
+        path: The file.
+        advance: Gets the number of bytes of the file that were read since its last call.
 
     Raises:
         DataError: The file does not exist, cannot be opened, has an unknown format, or changes while it is read.
     """
     reader = READERS[kind_of_file(path)]
     try:
-        yield from reader(path)
+        yield from reader(path, advance)
     except OSError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror or one_line(error)}') from None
 
@@ -66,11 +70,11 @@ def parse(text: bytes, origin: str) -> Record:
     return Record(origin, value)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path, advance: Advance | None) -> Iterator[Record]:
     if _is_list(path):
-        yield from _read_list(path)
+        yield from _read_list(path, advance)
         return
-    with opened(path) as file:
+    with opened(path, advance) as file:
         for number, line in enumerate(_lines(file), start=1):
             origin = f'{path}:{number}'
             if line is None:
@@ -108,13 +112,13 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
             yield line
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path, advance: Advance | None) -> Iterator[Record]:
     """Reads a JSON list of records; a file with one record per line is read as JSONL, whatever its name."""
     character, first, second = _beginning(path)
     if character == b'[':
-        yield from _read_list(path)
+        yield from _read_list(path, advance)
     elif first == b'' or _is_one_record_a_line(first, second):
-        yield from _read_jsonl(path)
+        yield from _read_jsonl(path, advance)
     else:
         yield Record(f'{path}:1', error='neither a list of records nor one record per line; write it as '
                      '`[{...}, {...}]` or as JSONL')  # fmt: skip
@@ -127,10 +131,10 @@ def _is_one_record_a_line(first: bytes | None, second: bytes | None) -> bool:
     return not second or second.lstrip().startswith(b'{')
 
 
-def _read_list(path: Path) -> Iterator[Record]:
+def _read_list(path: Path, advance: Advance | None) -> Iterator[Record]:
     """Reads the elements of a JSON list one by one; after a malformed element the rest cannot be parsed."""
     decoder = json.JSONDecoder()
-    with opened(path) as binary:
+    with opened(path, advance) as binary:
         file = as_text(binary)
         text, line = '', 1
         for char in iter(lambda: file.read(1), '['):  # up to the start of the list
@@ -206,7 +210,7 @@ def _utf8(value: Any, origin: str) -> Record:
     return Record(origin, value)
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, advance: Advance | None) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     with opened(path) as binary:
         start = binary.read(2)
@@ -214,7 +218,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
         yield Record(f'{path}:1', error=f'not UTF-8: byte 0x{start[0]:02x} at column 1{_WIDE}')
         return
     delimiter = '\t' if kind_of_file(path) == '.tsv' else ','
-    with opened(path) as binary:
+    with opened(path, advance) as binary:
         reader = csv.reader(as_text(binary), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -242,14 +246,17 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 yield _utf8(dict(zip(header, row, strict=True)), origin)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, advance: Advance | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
         with unchanging(path), pyarrow.parquet.ParquetFile(path) as file:
+            row_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=512):
+                if advance is not None:
+                    advance(round(batch.num_rows * row_bytes))
                 for value in batch.to_pylist():
                     yield Record(f'{path}[{row}]', value)
                     row += 1
@@ -259,6 +266,6 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         yield Record(f'{path}[{row}]', error=f'not parquet: {error}')
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, Advance | None], Iterator[Record]]] = {
     '.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.tsv': _read_csv, '.parquet': _read_parquet,
 }  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xtuner.dataset.sources.files import check_data_file, is_data_file, kind_of_file
+from xtuner.dataset.sources.files import Advance, check_data_file, is_data_file, kind_of_file
 from xtuner.dataset.sources.folder import data_files
 from xtuner.dataset.sources.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest, one_line
@@ -23,19 +23,24 @@ class Source:
 
     Attributes:
         name: Its name in messages.
-        records: Yields its records, from the start at every call.
+        records: Yields its records, from the start at every call. Calls its argument, if it gets one, with the number
+            of `unit` read since the last call.
         fingerprint: A hash that changes when the records change.
         map_fn: This source's own map function; None uses the config's.
         weight: How often it counts: 0.5 takes half of its conversations, 2 takes each twice.
         notes: Remarks for the log, such as files of a folder that are skipped.
+        total: How many of `unit` there are; None: unknown.
+        unit: The unit of progress: 'B' for bytes of files, or 'records'.
     """
 
     name: str
-    records: Callable[[], Iterator[Record]]
+    records: Callable[..., Iterator[Record]]
     fingerprint: Callable[[], str]
     map_fn: Any = None
     weight: float = 1.0
     notes: tuple[str, ...] = ()
+    total: int | None = None
+    unit: str = 'records'
 
 
 def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
@@ -123,9 +128,11 @@ def _open(path: str, options: Mapping[str, Any]) -> Source:
 def _files(name: str, files: list[Path], notes: list[str]) -> Source:
     return Source(
         name,
-        lambda: (record for file in files for record in read_file(file)),
+        lambda advance=None: (record for file in files for record in read_file(file, advance)),
         lambda: hashlib.blake2b(b''.join(map(hash_file, files)), digest_size=16).hexdigest(),
         notes=tuple(notes),
+        total=sum(file.stat().st_size for file in files if file.exists()),
+        unit='B',
     )
 
 
@@ -161,7 +168,13 @@ def _loaded(dataset: Any, name: str) -> Source:
             digest.update(repr(row).encode('utf-8', 'surrogatepass'))
         return digest.hexdigest()
 
-    return Source(name, lambda: (Record(f'{name}[{i}]', row) for i, row in enumerate(dataset)), fingerprint)
+    def records(advance: Advance | None = None) -> Iterator[Record]:
+        for i, row in enumerate(dataset):
+            yield Record(f'{name}[{i}]', row)
+            if advance is not None:
+                advance(1)
+
+    return Source(name, records, fingerprint, total=len(dataset) if isinstance(dataset, Sized) else None)
 
 
 def _is_saved(folder: Path) -> bool:

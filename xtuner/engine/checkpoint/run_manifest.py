@@ -48,6 +48,7 @@ def describe_run(
     num_groups: int,
     world_size: int,
     formats: Mapping[str, str],
+    objective_code: str | None = None,
 ) -> dict[str, Any]:
     """Returns the content of `run.json`: its format, `run` with what must not change, `versions` with what should not.
 
@@ -60,12 +61,15 @@ def describe_run(
         num_groups: Groups of processes that read different items.
         world_size: Number of processes.
         formats: The format detected in each source, which a resumed run keeps.
+        objective_code: Hash of the file of a user's objective; None for a built-in one.
     """
     schedule = config.schedule
     run = _flat(vars(config), '')
     run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
             'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups,
             'number of processes': world_size}  # fmt: skip
+    if objective_code is not None:
+        run['objective code'] = objective_code
     versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
     content = {'format': FORMAT, 'run': run, 'versions': versions | _versions(), 'formats': dict(formats)}
     return json.loads(json.dumps(content, default=_text))
@@ -113,7 +117,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
         CheckpointError: A difference is not allowed, or cannot change within a run at all.
     """
     _, run_then, versions_then = _read_run(folder)
-    changes = _changes(run_then, now['run'])
+    changes = _changes(_with_objective(run_then), now['run'])
     immutable = [
         text for name, text in changes.items() if name.split('.')[0] in IMMUTABLE_FIELDS or name in IMMUTABLE_FIELDS
     ]
@@ -128,6 +132,12 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
             'resume anyway, or start a new run with --start-from'
         )
     return [*changes.values(), *_changes(versions_then, now['versions']).values()]
+
+
+def _with_objective(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adds the objective to a recorded run; earlier releases had only one, and did not record it."""
+    named = any(name == 'objective' or name.startswith('objective.') for name in run)
+    return run if named else {**run, 'objective': 'sft'}
 
 
 def format_of_run(folder: Path) -> int:
@@ -160,10 +170,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     return {name: _difference(name, then.get(name), now.get(name)) for name in relevant}
 
 
+_HASHED = {'data': 'conversations or their packs', 'base weights': 'weights of the base model',
+         'objective code': "contents of the objective's file"}  # fmt: skip
+
+
 def _difference(name: str, then: Any, now: Any) -> str:
-    if name in ('data', 'base weights'):
-        what = 'conversations or their packs' if name == 'data' else 'weights of the base model'
-        return f'the {what} differ ({str(then)[:12]} then, {str(now)[:12]} now)'
+    if name in _HASHED and then is not None and now is not None:
+        return f'the {_HASHED[name]} differ ({str(then)[:12]} then, {str(now)[:12]} now)'
     if name == 'items a step' and then:  # the data continues at completed steps x items per step
         fate = 'skipped' if now > then else 'read again'
         return f'the {name} were {then} and are now {now}: {abs(now - then)} for each completed step are {fate}'
@@ -171,7 +184,8 @@ def _difference(name: str, then: Any, now: Any) -> str:
         return ('the run may have begun with an earlier release, which did not read fields that are read '
                 'now, such as `system` and `history` (ignore them with `dataset.ignore`), but did read files of a '
                 'folder that are skipped now: test*, val*, hidden ones (name them in `dataset.source`)')  # fmt: skip
-    name_text = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
+    sections = ('adapter', 'objective', 'quantization', 'hooks')
+    name_text = f'`{name}`' if '.' in name or name in sections else f'the {name}'
     return f'{name_text} was {shown(then)} and is now {shown(now)}'
 
 

@@ -103,7 +103,7 @@ def unsupported_reason(causal: Any) -> str | None:
     for layer in decoder.layers:
         if reason := _layer_unsupported_reason(layer, spec.paths):
             return reason
-    if reason := spec.activation_reason(decoder.config):
+    if reason := spec.config_reason(decoder.config):
         return reason
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:

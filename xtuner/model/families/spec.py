@@ -48,6 +48,14 @@ class LayerPaths:
 LLAMA_PATHS = LayerPaths()
 
 
+def attention_window(config: Any) -> int | None:
+    """The window of a config's sliding-window layers, in tokens; None where every layer sees the whole sample."""
+    window = getattr(config, 'sliding_window', None)
+    layers = getattr(config, 'layer_types', None)
+    slides = 'sliding_attention' in layers if layers else getattr(config, 'use_sliding_window', True)
+    return window if window and slides else None
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A family of models. The fields' defaults are Llama's.
@@ -86,10 +94,14 @@ class ModelSpec:
     logits: Callable[[Any], LogitRule] = field(default=logit_rule, repr=False)
     llama_fields: Callable[[Any], Mapping[str, Any]] | None = field(default=None, repr=False)
 
-    def activation_reason(self, config: Any) -> str | None:
-        """Why the MLP's activation is not supported by the fused paths; None where it is SiLU."""
-        name = getattr(config, self.activation_field)
-        return None if name in ('silu', 'swish') else f'its activation is {name}, not silu'
+    def config_reason(self, config: Any) -> str | None:
+        """Why a config keeps a model off the fused paths, in a few words; None where it does not."""
+        activation = getattr(config, self.activation_field)
+        if activation not in ('silu', 'swish'):
+            return f'its activation is {activation}, not silu'
+        if window := attention_window(config):
+            return f'its attention has a window of {window} tokens'
+        return None
 
     def mismatch(self, decoder: Any) -> str | None:
         """Why a decoder is not built as this spec says, in a few words; None where it is.
