@@ -388,7 +388,7 @@ def test_a_loss_log_that_is_torn_is_mended(place: Place) -> None:
 
 def test_a_resumed_run_computes_the_same_layers_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` decides by the memory that is free; on a GPU, a layer that is computed again has other last bits."""
-    room, auto = 'xtuner.fused.decoder.room_for_activations', 'runtime.activation_checkpointing=auto'
+    room, auto = 'xtuner.fused.decoder.activation_budget_bytes', 'runtime.activation_checkpointing=auto'
     with monkeypatch.context() as patch:
         patch.setattr(room, lambda *_: 0)
         place.whole(auto)

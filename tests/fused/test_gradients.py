@@ -39,12 +39,12 @@ def error(grads, exact):
     return max(each.values())
 
 
-def force(model, kernels, *, folded):
+def force(model, kernels, *, fused_lora):
     """The fast path with these kernels, whatever the device."""
     path = enable_fused_training(model)
     assert path.taken
     decoder = model.get_base_model().model
-    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=folded)
+    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=fused_lora)
     return path
 
 
@@ -108,7 +108,7 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
         group.kept = group.kept if kept else None
     torch.manual_seed(3)
     loss, grads = step(model, batch)
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     torch.manual_seed(3)
     other_loss, other = step(model, batch)
     exact_loss, exact = step(dequantised(model), batch)
@@ -131,7 +131,7 @@ def test_no_layer_returns_a_view(batch, monkeypatch):
         return out, kept
 
     plain_forward = layer.layer_forward
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     monkeypatch.setattr(layer, 'layer_forward', spy)
     model = with_adapter(quantise(tiny_llama()))
     enable_fused_training(model)
@@ -255,17 +255,17 @@ class _Shelf:
     def __init__(self, depth):
         self.depth, self.kept, self.taken = depth, [], 0
 
-    choose = HostOffload.select
+    select = HostOffload.select
 
-    def put(self, tensors):
+    def offload(self, tensors):
         self.kept.append([t.clone() for t in tensors])
         return len(self.kept) - 1
 
-    def take(self, place):
+    def reload(self, place):
         self.taken += 1
         return self.kept[place]
 
-    def expect(self):
+    def prefetch(self):
         pass
 
 

@@ -53,7 +53,7 @@ def test_what_cannot_be_cut_stays_whole():
 
 
 def test_rows_that_split_a_group_of_scales_are_refused():
-    with pytest.raises(ValueError, match='no whole blocks of scales'):
+    with pytest.raises(ValueError, match='not aligned with blocks of scales'):
         layer(512, 128).parts().rows(3, 512)
 
 
@@ -64,8 +64,8 @@ def test_products_in_pieces_are_the_products(monkeypatch):
     group, x = Group(layers), torch.randn(9, 192 + 12, device=DEVICE)
     dy = torch.randn(9, 1000 + 12, device=DEVICE)
     results = []
-    for slim in (False, True):
-        how = ComputePolicy(PLAIN, torch.float32, fused_lora=True, slim=slim)
+    for low_memory in (False, True):
+        how = ComputePolicy(PLAIN, torch.float32, fused_lora=True, low_memory=low_memory)
         y, _ = group.forward(how, x.clone(), adapters, SEEDS)
         dx, _ = group.input_grad(how, dy.clone(), adapters, SEEDS)
         results.append((y, dx))

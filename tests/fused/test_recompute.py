@@ -80,7 +80,7 @@ def test_layers_that_do_not_fit_are_computed_again(batch, monkeypatch, caplog, l
     parts, tokens = fast.layers[0], batch['input_ids'].numel()
     one = recompute.kept_bytes(parts, tokens, [24, 8, 16, 8], 4)
     room = int(layers_that_fit * one + recompute.working_bytes(parts, tokens, 4) + one // 2)
-    monkeypatch.setattr('xtuner.fused.decoder.room_for_activations', lambda *_: room)
+    monkeypatch.setattr('xtuner.fused.decoder.activation_budget_bytes', lambda *_: room)
     computed = []
     once = fast._num_recomputed
     monkeypatch.setattr(fast, '_num_recomputed', lambda *args: computed.append(once(*args)) or computed[-1])
@@ -102,7 +102,7 @@ def test_under_fully_shard_room_is_left_for_weights_that_are_put_together(batch,
     """Two layers, each twice; or one beside the head, where that is larger."""
     free = []
     monkeypatch.setattr('xtuner.fused.decoder.free_bytes', lambda _: 10 * 2**30)
-    monkeypatch.setattr('xtuner.fused.decoder.room_for_activations', lambda room, *_: free.append(room) or room)
+    monkeypatch.setattr('xtuner.fused.decoder.activation_budget_bytes', lambda room, *_: free.append(room) or room)
     for sharded in (False, True):
         model = with_adapter(tiny_llama(layers=4))
         enable_fused_training(model, recompute_by_memory=True, sharded=sharded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import DataError, ModelError
 from xtuner.inference.detokenizer import TextStream, whole_characters
 from xtuner.inference.generate import Sampling, generate
+from xtuner.utils.jsonl import to_line
 from xtuner.utils.out_of_memory import is_out_of_memory
 
 
@@ -97,7 +97,7 @@ class ChatSession:
         messages = [{'role': message.role, 'content': message.content} for message in self._with_system(self.history)]
         try:
             with path.open('a', encoding='utf-8') as file:
-                file.write(json.dumps({'messages': messages}, ensure_ascii=False) + '\n')
+                file.write(to_line({'messages': messages}))
         except OSError as error:
             raise DataError(f'{path} cannot be written: {error.strerror}') from error
 

@@ -24,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer, template = load_data_config(args)
 
     from xtuner.dataset.check import TrainingPart, check_dataset
-    from xtuner.dataset.prepare import check_losses
-    from xtuner.dataset.show import counted, printable
+    from xtuner.dataset.prepare import check_dropped
     from xtuner.engine.schedule import TrainingSchedule, few_steps_note
     from xtuner.errors import DataError
+    from xtuner.utils.escape import printable
+    from xtuner.utils.units import counted
 
     data = config.dataset
     training = TrainingPart(data)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f'{wrong:,} of {counted(summary.records, "record")} {verb} invalid, listed above by file and line'
         )
-    check_losses(summary, data)
+    check_dropped(summary, data)
     num_packs, num_conversations = training.sizes()
     if note := few_steps_note(TrainingSchedule(num_packs, config.schedule), num_conversations):
         print(f'training: {note}')

@@ -24,6 +24,16 @@ class _StderrHandler(logging.StreamHandler):
     def stream(self, value: TextIO) -> None:
         pass
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line above the progress bars, if any are drawn."""
+        if 'tqdm' not in sys.modules:
+            super().emit(record)
+            return
+        from xtuner.utils.progress import above_bars
+
+        with above_bars():
+            super().emit(record)
+
 
 def start_logging() -> None:
     """Sends `xtuner` log lines to stderr and suppresses informational output of the libraries below.
@@ -35,7 +45,7 @@ def start_logging() -> None:
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # otherwise transformers fetches kernels for some model types
     if not sys.stderr.isatty():
-        os.environ.setdefault('TQDM_DISABLE', '1')  # redrawn progress bars make log files unreadable
+        os.environ.setdefault('TQDM_DISABLE', '1')  # bars of other libraries: redrawn, they make log files unreadable
     handler = _StderrHandler()
     handler.setFormatter(PrintableFormatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')

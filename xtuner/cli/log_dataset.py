@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.dataset.encode.length import num_targets
     from xtuner.dataset.prepare import prepare_dataset
-    from xtuner.dataset.show import counted, histogram, show_sample
+    from xtuner.dataset.show import histogram, show_sample
     from xtuner.errors import ConfigError
+    from xtuner.utils.units import counted
 
     dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part=args.part)
     if dataset is None:

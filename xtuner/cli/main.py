@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_rank(error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
+        _close_bars()
         print('xtuner: interrupted', file=sys.stderr)
         return 130
     except Exception as error:
@@ -160,7 +161,15 @@ def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
     if unexpected:
         text = f'unexpected {type(error).__name__}: {text} (run again with --debug for the traceback)'
     if should_report(text):
+        _close_bars()
         print(f'xtuner: error: {printable(" ".join(text.split()))}', file=sys.stderr)
+
+
+def _close_bars() -> None:
+    if 'tqdm' in sys.modules:
+        from xtuner.utils.progress import close_bars
+
+        close_bars()
 
 
 def _unreadable_name(error: UnicodeEncodeError) -> str | None:

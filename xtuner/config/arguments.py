@@ -67,5 +67,5 @@ def _pattern_fault(path: str, value: Any) -> str | None:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
-        return f'`{path}` is not a valid regular expression ({error}), got {shown(value)}'
+        return f'`{path}` is not a regular expression ({error}), got {shown(value)}'
     return None

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from xtuner.config.schema import TrainConfig
 from xtuner.dataset.packing.collate import collate
 from xtuner.dataset.packing.sampler import EpochSampler, LengthGroupedEpochSampler
-from xtuner.dataset.show import counted
 from xtuner.dataset.stream import PackStream
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.errors import ConfigError, DataError
+from xtuner.utils.units import counted
 
 # Tokens to a multiple of which rows of single conversations are filled up on a GPU.
 _UNPACKED_MULTIPLE = 64
@@ -88,7 +88,7 @@ class MicroBatches:
         found = self.dataset.num_packs()
         source, workers = self._config.dataset.source, max(1, self._config.runtime.num_workers)
         if not found:
-            return f'`dataset.source` {source!r} holds no conversation; ' + ' | '.join(self.dataset.summary.lines())
+            return f'`dataset.source` {source!r} contains no conversation; ' + ' | '.join(self.dataset.summary.lines())
         return (
             f'`dataset.source` {source!r} makes {counted(found, "pack")}, too few for {self.dataset.world_size} groups '
             f'of processes x {workers} readers to have one each; use fewer, a smaller `dataset.max_length`, or '

@@ -14,7 +14,7 @@ from torch import nn
 from xtuner.adapters.attach import (
     Provenance,
     attach_adapter,
-    looks_at_the_base,
+    needs_base_weights,
     trainable_parameters,
 )
 from xtuner.adapters.load import load_adapter
@@ -104,7 +104,7 @@ def load_for_training(
         device=default_device(),
         trust_remote_code=config.model.trust_remote_code,
         sharded=strategy == 'fsdp',
-        share=share if strategy == 'fsdp' and not looks_at_the_base(config.adapter) else None,
+        share=share if strategy == 'fsdp' and not needs_base_weights(config.adapter) else None,
     )
     check_vocabulary(data.tokenizer, base, data.model_folder)
     model = _adapted(base, config, checkpoint, data.base_fingerprint)

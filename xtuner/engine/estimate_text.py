@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xtuner.config.schema import TrainConfig
-from xtuner.dataset.show import counted
 from xtuner.engine.estimate import Estimate, Knob, is_predicted, knobs
 from xtuner.engine.schedule import few_steps_note
 from xtuner.memory.gpus import GPUS, GpuSpec, tokens_per_second
 from xtuner.memory.predict import Prediction, Setup
-from xtuner.utils.units import GIB, clock, gib
+from xtuner.utils.units import GIB, compact, counted, duration, gib
 
 _WIDTH = 17
 _MOST_KNOBS = 3
@@ -49,9 +48,9 @@ def _model(config: TrainConfig, setup: Setup) -> list[str]:
         'the fast path' if setup.on_fast_path else f'the stock path: {shape.unsupported_reason or "as the config says"}'
     )
     return [
-        f'{config.model.path}: {_count(shape.num_base)} parameters '
+        f'{config.model.path}: {compact(shape.num_base)} parameters '
         f'{"in float32" if setup.full or (setup.value_bytes == 4 and not config.quantization) else held}, '
-        f'{_count(shape.num_trained)} trained ({share:.2%}); on {path}',
+        f'{compact(shape.num_trained)} trained ({share:.2%}); on {path}',
         f'a micro-batch of {setup.tokens // setup.longest} x {setup.longest} tokens'
         + (f', {setup.target_share:.0%} of them trained' if setup.target_share < 1 else ''),
     ]
@@ -79,10 +78,6 @@ def _memory(memory: Prediction, setup: Setup) -> list[str]:
         terms = ', '.join(f'{name} {gib(size)}' for name, size in memory.host.items())
         lines.append(f'{"pinned on host":{_WIDTH}}{sum(memory.host.values()) / GIB:8.2f}   {terms}')
     return lines
-
-
-def _count(number: int) -> str:
-    return f'{number / 1e9:.2f} B' if number >= 10**9 else f'{number / 1e6:.1f} M'
 
 
 def _rows(terms: Mapping[str, int], texts: Mapping[str, str]) -> list[str]:
@@ -140,7 +135,7 @@ def _time(estimate: Estimate, card: GpuSpec | None, step_seconds: float | None) 
         return []
     steps = estimate.plan.num_steps
     if step_seconds is not None:
-        return [f'time: {clock(steps * step_seconds)} at {step_seconds:g} s a step']
+        return [f'time: {duration(steps * step_seconds)} at {step_seconds:g} s a step']
     if card is None or not card.tflops:
         return ['time: not known; give --gpu CARD, or --step-seconds from the first steps of the run']
     world = estimate.plan.world_size
@@ -150,6 +145,6 @@ def _time(estimate: Estimate, card: GpuSpec | None, step_seconds: float | None) 
     if seconds < 60:
         return [f'time: below a minute of computing on {on}; loading, samples and checkpoints take longer']
     return [
-        f'time: about {clock(seconds)} on {on}, at {speed:,.0f} tokens/s; the share of the peak is the one '
+        f'time: about {duration(seconds)} on {on}, at {speed:,.0f} tokens/s; the share of the peak is the one '
         'measured on an H200'
     ]

@@ -25,7 +25,6 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.first_prompts import first_prompts
 from xtuner.dataset.mapping.recorded_formats import with_recorded_formats
 from xtuner.dataset.probe import write_probe
-from xtuner.dataset.show import counted
 from xtuner.dataset.templates.template import Template
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.build import RunInputs, load_data, load_for_training, write_model
@@ -60,6 +59,7 @@ from xtuner.registry import build, check_arguments
 from xtuner.tracking.metadata import latest_losses
 from xtuner.tracking.report.page import try_to_report
 from xtuner.tracking.sessions import record_session
+from xtuner.utils.units import counted
 
 logger = logging.getLogger('xtuner')
 

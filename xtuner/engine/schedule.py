@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from xtuner.config.schema import ScheduleConfig
 from xtuner.dataset.packing.sampler import EpochSampler
-from xtuner.dataset.show import counted
+from xtuner.utils.units import counted
 
 
 @dataclass(frozen=True)

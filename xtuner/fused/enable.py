@@ -1,8 +1,8 @@
 """The fast path of a training step, on a model as transformers and peft built it.
 
-`enable_fast_path(model)` gives the decoder of this one model another forward pass for training; modules, parameters,
-names and what is saved stay what they were. Whatever the fast path does not cover (generation, evaluation, attention
-masks, caches, DoRA, several active adapters, merged ones) goes through the model's own forward pass, as before.
+`enable_fused_training(model)` gives the decoder of this one model another forward pass for training; modules,
+parameters, names and what is saved stay what they were. Whatever the fast path does not cover (generation, evaluation,
+attention masks, caches, DoRA, several active adapters, merged ones) goes through the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def enable_fused_training(
         ConfigError: `fp8` where products cannot be in FP8.
 
     Example:
-        path = enable_fast_path(peft_model); print(path)  ->  fast path on: triton kernels
+        path = enable_fused_training(peft_model); print(path)  ->  fast path on: triton kernels
 
     """
     causal, decoder = _decoder_of(model)
@@ -173,7 +173,7 @@ def share_sequences(model: nn.Module, ranks: SequenceGroup) -> None:
     """Spreads each row of a training batch over ranks.
 
     Args:
-        model: What `enable_fast_path` was called on.
+        model: What `enable_fused_training` was called on.
         ranks: Who shares rows.
 
     Raises:

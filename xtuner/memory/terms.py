@@ -15,7 +15,7 @@ from xtuner.fused.recompute import kept_bytes
 from xtuner.memory.dims import ModelDims
 
 _PLACES = 3  # `graphs._AHEAD`: places for layers' inputs beside recorded graphs
-_OFFLOAD_FROM = 2**28  # `FastDecoder.offload_from_bytes`
+_OFFLOAD_FROM = 2**28  # `FusedDecoder.offload_from_bytes`
 _BLOCK, _COARSE = 64, 256  # bitsandbytes: values that share a scale, scales that share one
 # cuBLAS keeps 32 MiB for each stream that multiplies on compute capability 9.0, 8 MiB before; 9.0 is assumed.
 _PRODUCT_SPACE = 2**25
@@ -89,7 +89,7 @@ class Setup:
 
     @property
     def offloaded(self) -> bool:
-        """Whether layers' inputs go to the host (`FastDecoder._store`); the host is assumed to have room."""
+        """Whether layers' inputs go to the host (`FusedDecoder._store`); the host is assumed to have room."""
         return self.on_fast_path and self.recomputed_layers * row_bytes(self) >= _OFFLOAD_FROM
 
     @property
@@ -205,7 +205,7 @@ def final_norm(setup: Setup) -> int:
 
 
 def in_flight(setup: Setup) -> int:
-    """On the way to or from the host: 2 T H b, for large batches also gate and up, 2 T I b (`HostStore`)."""
+    """On the way to or from the host: 2 T H b, for large batches also gate and up, 2 T I b (`HostOffload`)."""
     if not setup.offloaded:
         return 0
     deep = setup.tokens > MOST_TOKENS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from xtuner.dataset.cache.store import PreparedDataset
 from xtuner.registry import reference
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.tracking.model_card import public_name
+from xtuner.utils.jsonl import objects
 
 _BINS = 24
 _TAIL_BYTES = 2**16  # of the metrics: enough for the last steps
@@ -62,14 +62,10 @@ def latest_losses(work_dir: Path) -> dict[str, Any]:
     try:
         with (work_dir / METRICS_FILE).open('rb') as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().splitlines()
+            tail = file.read()
     except OSError:
         return {}
     found: dict[str, Any] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in objects(tail):
         found |= {key: record[key] for key in ('step', 'loss', 'val_loss') if key in record}
     return found

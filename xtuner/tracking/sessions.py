@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -13,7 +12,7 @@ from typing import Any
 
 from xtuner.errors import CheckpointError, Interrupted
 from xtuner.tracking.environment import devices, git_state, versions
-from xtuner.utils.files import read_object
+from xtuner.utils.files import read_object, write_atomically
 
 logger = logging.getLogger('xtuner')
 
@@ -69,10 +68,8 @@ def read_about(work_dir: Path) -> dict[str, Any]:
 
 def _write(work_dir: Path, about: dict[str, Any]) -> None:
     path = work_dir / ABOUT_FILE
-    partial = path.with_name(f'{path.name}.partial')
     try:
-        partial.write_text(json.dumps(about, indent=1, ensure_ascii=False, default=str) + '\n', encoding='utf-8')
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(about, indent=1, ensure_ascii=False, default=str) + '\n')
     except OSError as error:
         logger.warning('cannot write %s: %s', path, error.strerror)
 

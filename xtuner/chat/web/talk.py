@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from xtuner.chat.session import ChatSession
 from xtuner.dataset.conversation import Message
 from xtuner.errors import XTunerError
 from xtuner.inference.generate import Sampling
+from xtuner.utils.jsonl import to_line
 
 logger = logging.getLogger('xtuner')
 
@@ -155,7 +155,7 @@ class Talk:
         for turn in self.turns:
             if (answer := turn.answers.get(voice)) and answer.text:
                 messages += [{'role': 'user', 'content': turn.text}, {'role': 'assistant', 'content': answer.text}]
-        return json.dumps({'messages': messages}, ensure_ascii=False) + '\n'
+        return to_line({'messages': messages})
 
     def _session(self, voice: str) -> ChatSession:
         """A session with the history of the voice; a base that is new starts with the history of its adapter."""

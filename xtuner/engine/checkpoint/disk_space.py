@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from xtuner.errors import CheckpointError
+from xtuner.utils.units import gib
 
 OVERHEAD_BYTES = 5 * 2**20
 """What a checkpoint holds beside weights and moments: tokenizer, settings, manifest. InternLM's take 4.5 MB."""
@@ -40,7 +41,7 @@ def check_space(work_dir: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f'{work_dir} has {_size(free)} free, and {what} need up to {_size(needed)}; '
+            f'{work_dir} has {gib(free)} free, and {what} need up to {gib(needed)}; '
             'free some, lower checkpoint.max_keep, or give another --work-dir'
         )
 
@@ -51,7 +52,3 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(_tensor_bytes, value.values()))
     return 0
-
-
-def _size(num_bytes: int) -> str:
-    return f'{num_bytes / 2**30:.1f} GiB' if num_bytes >= 2**30 else f'{num_bytes / 2**20:.0f} MiB'

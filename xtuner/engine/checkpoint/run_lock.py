@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from xtuner.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from xtuner.utils.locks import is_at, read_owner, try_lock, write_owner
 
 logger = logging.getLogger('xtuner')
 
@@ -54,11 +48,9 @@ def _locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, path)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):  # else its run ended just now, and removed it
-                _write_owner(descriptor)
+            if is_at(descriptor, path):
+                write_owner(descriptor)
                 return descriptor
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(descriptor)
             raise
@@ -66,22 +58,11 @@ def _locked(path: Path) -> int:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning('%s: this file system has no locks (%s); a second run there would not be noticed',
-                           path.parent, error.strerror)  # fmt: skip
-            return
-        holder = path.read_text(encoding='utf-8', errors='replace').strip() or 'unknown'
+    state = try_lock(descriptor, per_process=True)
+    if state == 'no locks':
+        logger.warning('%s: this file system has no locks; a second run there would not be noticed', path.parent)
+    elif state == 'taken':
         raise CheckpointError(
-            f'{path.parent}: another run is under way there ({holder}); wait for its end, or give another --work-dir'
-        ) from None
-
-
-def _write_owner(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+            f'{path.parent}: another run is under way there ({read_owner(path) or "unknown"}); '
+            'wait for its end, or give another --work-dir'
+        )

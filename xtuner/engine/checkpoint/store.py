@@ -36,13 +36,12 @@ from safetensors import SafetensorError
 from xtuner.engine.checkpoint.trainer_state import STATE_FILE, validation_loss, write_state
 from xtuner.errors import CheckpointError, one_line
 from xtuner.model.run_folder import BEST_FILE, LAST_FILE
-from xtuner.utils.files import read_object
+from xtuner.utils.files import flush, read_object, write_atomically
 
 logger = logging.getLogger('xtuner')
 
 MANIFEST_FILE = 'manifest.json'
 _PREFIX = 'checkpoint-'
-_POSIX = os.name == 'posix'
 _NAME = re.compile(r'checkpoint-[0-9]{1,15}')
 # Of the trainer alone: other commands that write into a work folder have names of their own.
 _PARTIAL = '.saving-'
@@ -127,7 +126,7 @@ def point_to_checkpoints(work_dir: Path, step: int) -> None:
     folders = _up_to(work_dir, step)
     for name, folder in ((LAST_FILE, folders[-1] if folders else None), (BEST_FILE, _best(folders))):
         if folder is not None:
-            _write_atomically(work_dir / name, folder.name + '\n')
+            write_atomically(work_dir / name, folder.name + '\n', durable=True)
 
 
 def recover(work_dir: Path) -> None:
@@ -170,7 +169,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
         final.rename(aside)
         logger.warning('%s is a link, or was not written by xtuner: it is called %s now', final, aside.name)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _may_go(folder: Path) -> bool:
@@ -254,8 +253,8 @@ def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob('*') if p.is_file())
     manifest = {p.relative_to(folder).as_posix(): {'bytes': p.stat().st_size, 'sha256': _digest(p)} for p in files}
     for path in files:
-        _flush(path)
-    _write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + '\n')
+        flush(path)
+    write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + '\n', durable=True)
 
 
 def _digest(path: Path) -> str:
@@ -264,22 +263,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f'{path.name}.partial')
-    partial.write_text(text, encoding='utf-8')
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Makes the disk keep a file's content, or the names in a folder, before what follows."""
-    if path.is_dir() and not _POSIX:  # elsewhere folders cannot be opened, and need not be
-        return
-    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR)  # Windows flushes only what may be written
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,7 @@ from xtuner.inference.generate import Sampling, generate
 from xtuner.tracking.files import SAMPLES_FILE
 from xtuner.utils.escape import printable
 from xtuner.utils.jsonl import append_line, truncate_after
+from xtuner.utils.progress import Progress
 
 logger = logging.getLogger('xtuner')
 
@@ -84,7 +85,7 @@ class EvaluateChatHook(Hook):
         model.eval()
         try:
             with runner.strategy.whole():
-                for number, messages in enumerate(self._prompts, 1):
+                for number, messages in enumerate(Progress(self._prompts, 'sampling answers', unit='answers'), 1):
                     self._sample(runner, messages, number, step)
         except (Interrupted, TrainingError):
             raise

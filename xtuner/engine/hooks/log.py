@@ -12,6 +12,8 @@ from mmengine.hooks import Hook
 from xtuner.engine.loop import StepResult
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line, truncate_after
+from xtuner.utils.progress import Progress
+from xtuner.utils.units import clock
 
 logger = logging.getLogger('xtuner')
 
@@ -30,11 +32,20 @@ class LogHook(Hook):
     def __init__(self, interval: int = 1) -> None:
         self._interval = interval
         self._seconds: float | None = None
+        self._bar: Progress | None = None
 
     def before_train(self, runner: Any) -> None:
         """Drops the lines of steps that a resumed run will do again, so that each step stands in the file once."""
         if runner.rank == 0:
             truncate_after(Path(runner.work_dir) / METRICS_FILE, runner.iter)
+            self._bar = Progress(
+                desc='training', total=runner.max_iters, initial=runner.iter, unit='steps', lines=False
+            )
+
+    def after_train(self, runner: Any) -> None:
+        """Erases the bar."""
+        if self._bar is not None:
+            self._bar.close()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Writes the step's line, and prints each `interval`-th, the first and the last."""
@@ -63,6 +74,8 @@ class LogHook(Hook):
         first = self._seconds is None
         before = result.seconds if self._seconds is None else self._seconds
         self._seconds = _SMOOTHING * before + (1 - _SMOOTHING) * result.seconds
+        if self._bar is not None:
+            self._bar.update()
         if first or step % self._interval == 0 or step == last or result.skipped:
             epoch = runner.train_loop.plan.epochs_after(step)
             place = f'step {step:{len(str(last))}}/{last} · epoch {epoch:.2f}'
@@ -76,13 +89,6 @@ class LogHook(Hook):
                 result.grad_norm,
                 f'{speed:,.0f}',
                 peak,
-                _clock((last - step) * self._seconds),
+                clock((last - step) * self._seconds),
                 skipped,
             )
-
-
-def _clock(seconds: float) -> str:
-    """'1:02:03' for 3723 seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f'{hour}:{minute:02}:{second:02}'

@@ -16,6 +16,7 @@ from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.dataset.packing.collate import collate, count_targets
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line
+from xtuner.utils.progress import Progress
 
 logger = logging.getLogger('xtuner')
 
@@ -67,7 +68,8 @@ class ValidateHook(Hook):
     def _batches(self, rank: int, world_size: int, num_groups: int) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's batches, as many on every rank: where weights are put together for a batch, all take part."""
         mine = range(rank // (world_size // num_groups), len(self._dataset), num_groups)
-        for start in range(0, math.ceil(len(self._dataset) / num_groups), self._batch_size):
+        starts = range(0, math.ceil(len(self._dataset) / num_groups), self._batch_size)
+        for start in Progress(starts, 'validating', unit='batches'):
             chosen = mine[start : start + self._batch_size]
             batch = collate([self._dataset[i] for i in chosen or (0,)], pad_id=self._pad_id)
             if not chosen:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from xtuner.errors import CheckpointError, TrainingError, one_line
 from xtuner.tracking.report.charts import Line, line_chart
 from xtuner.tracking.report.parts import config_part, data_part, samples_part, sessions_part, text
-from xtuner.tracking.report.read import RecordedRun, read_run
-from xtuner.tracking.report.words import compact, duration, state_of
+from xtuner.tracking.report.read import RecordedRun, read_run, state_of
+from xtuner.utils.files import write_atomically
+from xtuner.utils.units import compact, duration
 
 logger = logging.getLogger('xtuner')
 
@@ -38,10 +38,8 @@ def write_report(work_dir: Path) -> Path:
             f'{one_line(error)}'
         ) from error
     path = work_dir / REPORT_FILE
-    partial = path.with_name(f'{REPORT_FILE}.partial')
     try:
-        partial.write_text(page, encoding='utf-8')
-        os.replace(partial, path)
+        write_atomically(path, page)
     except OSError as error:
         raise TrainingError(f'cannot write {path}: {error.strerror}') from error
     return path

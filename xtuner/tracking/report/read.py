@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from xtuner.tracking.files import METRICS_FILE, SAMPLES_FILE
 from xtuner.tracking.sessions import ABOUT_FILE, read_about
 from xtuner.utils.fields import Field, check_fields
 from xtuner.utils.files import check_regular
+from xtuner.utils.jsonl import objects
 
 _DICT = Field(dict[str, Any] | None)
 _ABOUT_FIELDS = {'sessions': Field(list[dict[str, Any]] | None), 'plan': _DICT, 'parameters': _DICT, 'dataset': _DICT}
@@ -98,21 +98,26 @@ def read_run(work_dir: Path) -> RecordedRun:
     )
 
 
+def state_of(run: RecordedRun) -> tuple[str, str]:
+    """How the run ended, as 'finished', 'stopped' or 'failed', and in words."""
+    sessions = run.about.get('sessions') or [{}]
+    end = str(sessions[-1].get('end', ''))
+    step = run.metrics[-1]['step'] if run.metrics else 0
+    if end == 'finished':
+        return 'finished', 'finished'
+    if end.startswith('failed'):
+        return 'failed', f'failed at step {step:,}'
+    return 'stopped', f'{"interrupted" if end.startswith("interrupted") else "not finished"} at step {step:,}'
+
+
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a JSON lines file with a step, and how many lines are none."""
     if not path.exists():
         return [], 0
     check_regular(path, CheckpointError)
-    raw = path.read_bytes().splitlines()
-    records = []
-    for line in raw:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get('step'), int):
-            records.append(record)
-    return records, len(raw) - len(records)
+    raw = path.read_bytes()
+    records = [record for record in objects(raw) if isinstance(record.get('step'), int)]
+    return records, len(raw.splitlines()) - len(records)
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> Series:
