@@ -156,6 +156,6 @@ def build(section: Mapping[str, Any], where: str, *args: Any) -> Any:
     values = {k: v for k, v in section.items() if k != 'type'}
     try:
         return target(*args, **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:  # `betas=''` is an IndexError
         given = ', '.join(f'{key}={shown(value)}' for key, value in values.items())
         raise ConfigError(f'`{where}`: {reference(target)} refused {given}: {one_line(error)}') from error

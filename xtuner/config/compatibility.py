@@ -1,4 +1,4 @@
-"""Supported combinations of method, quantization, strategy, packing, checkpointing and sequence parallelism, as data.
+"""Supported combinations of method, quantization, strategy, packing, checkpointing, sequence parallelism and objective.
 
 A rule describes an unsupported combination, the reason, and an alternative. `check` runs before anything is loaded. The
 table in docs/scale.md is generated from the same rules (`python -m xtuner.config.compatibility` prints it).
@@ -31,6 +31,8 @@ class Combination:
         fast: `runtime.fast`.
         fp8: `runtime.fp8`.
         optimizer: Name of the optimizer's class.
+        with_base: Whether the objective compares with the base model without the adapter.
+        by_sample: Whether the objective sums over samples.
     """
 
     method: str
@@ -42,6 +44,8 @@ class Combination:
     fast: bool = True
     fp8: bool = False
     optimizer: str = 'AdamW'
+    with_base: bool = False
+    by_sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,30 @@ RULES = (
          'DeepSpeed averages over all ranks as if each held different samples', '`ddp` or `fsdp`'),
     Rule({'strategy': ('single',), 'sequence': (True,)},
          'a single rank cannot distribute a pack', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
+    Rule({'with_base': (True,), 'method': ('full',)},
+         'without an adapter there is no base model left to compare with', 'LoRA or QLoRA'),
+    Rule({'with_base': (True,), 'strategy': ('fsdp', 'deepspeed_zero3')},
+         'the base model is a second forward pass before the one with gradients, while weights are sharded for one',
+         '`ddp`, or `deepspeed_zero2`'),
+    Rule({'with_base': (True,), 'sequence': (True,)},
+         'the pass of the base model is not spread over ranks', 'a shorter `dataset.max_length`'),
+    Rule({'by_sample': (True,), 'sequence': (True,)},
+         'each rank has a part of a sample and its sum', 'a shorter `dataset.max_length`'),
 )  # fmt: skip
 
 
-def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = None) -> Combination:
-    """A config's combination with a strategy; `dtype` replaces the config's, if given (for `auto`)."""
+def combination_of(
+    config: TrainConfig,
+    strategy: str,
+    *,
+    dtype: str | None = None,
+    with_base: bool = False,
+    by_sample: bool = False,
+) -> Combination:
+    """A config's combination with a strategy; `dtype` replaces the config's, if given (for `auto`).
+
+    `with_base` and `by_sample` are facts of the objective, which this package does not import.
+    """
     return Combination(
         method=_method(config),
         strategy=strategy,
@@ -111,6 +134,8 @@ def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = No
         fast=config.runtime.fast,
         fp8=config.runtime.fp8,
         optimizer=_name(config.optimizer['type']),
+        with_base=with_base,
+        by_sample=by_sample,
     )
 
 
@@ -133,7 +158,7 @@ def check(combination: Combination) -> None:
 _TEXTS = {
     'method': 'method', 'strategy': 'strategy', 'packing': 'packing', 'checkpointing': 'activation checkpointing',
     'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'fp8': 'runtime.fp8',
-    'optimizer': 'optimizer',
+    'optimizer': 'optimizer', 'with_base': 'comparison with the base', 'by_sample': 'sums over samples',
 }  # fmt: skip
 assert set(_TEXTS) == {field.name for field in fields(Combination)}
 

@@ -24,7 +24,9 @@ from xtuner.utils.escape import printable
 from xtuner.utils.fields import Field, shown
 
 # Sections with a callable `type` and its arguments, which are checked against the signature when it is called.
-OPEN_SECTIONS = ('optimizer', 'adapter')
+OPEN_SECTIONS = ('optimizer', 'adapter', 'objective')
+# Sections that may be a function, which a file may define or import under their name.
+_FUNCTION_SECTIONS = ('objective',)
 _Section = typing.TypeVar('_Section')
 
 
@@ -120,7 +122,7 @@ def read_file(path: Path) -> dict[str, Any]:
     values = _without_lazy(lazy, path)
     # Names with a leading underscore are helpers of the file, and so are its functions, modules and imports.
     helpers = (types.FunctionType, types.ModuleType)  # mmengine does import modules of the standard library
-    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, helpers))}
+    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, helpers))} - {*_FUNCTION_SECTIONS}
     return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
 
 
@@ -214,6 +216,6 @@ def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faul
     fault = Field(hint, **limits).fault(path, value)
     if fault:
         faults.append(fault)
-    elif path in OPEN_SECTIONS and 'type' not in value:
+    elif path in OPEN_SECTIONS and isinstance(value, Mapping) and 'type' not in value:
         faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
     return value

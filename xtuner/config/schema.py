@@ -200,6 +200,9 @@ class TrainConfig:
     model: ModelConfig = option('the base model')
     dataset: DatasetConfig = option('the conversations')
     optimizer: dict[str, Any] = option('the optimizer: type and its arguments')
+    objective: str | dict[str, Any] = option(
+        'the training loss: sft, "file.py:function", or a dict of type and its arguments (docs/objectives.md)', 'sft'
+    )
     quantization: QuantizationConfig | None = option('quantization of the base; None: unquantized', None)
     adapter: dict[str, Any] | None = option('a peft config: type and its arguments; None: full fine-tuning', None)
     schedule: ScheduleConfig = option('steps, batches and learning rate', ScheduleConfig())
@@ -224,6 +227,8 @@ class TrainConfig:
             )
         # torch and peft check them only after data and model are loaded
         faults = [*argument_faults(self.optimizer, 'optimizer'), *argument_faults(self.adapter, 'adapter')]
+        if isinstance(self.objective, dict):
+            faults += argument_faults(self.objective, 'objective')
         if faults:
             raise ConfigError('; '.join(faults))
 
@@ -231,6 +236,9 @@ class TrainConfig:
 # Comments for the most common arguments of the open sections.
 ARGUMENT_TEXTS = {
     'type': 'AdamW, LoraConfig or the like, or any class or function; the other keys are its arguments',
+    'objective.type': 'sft, "file.py:name" or "module:name"; the other keys are its arguments',
+    'objective.needs': 'values per target token that the function receives',
+    'objective.no_grad': 'those of them without gradient',
     'lr': 'peak learning rate',
     'betas': 'decay rates of the two moments',
     'weight_decay': 'decoupled weight decay',

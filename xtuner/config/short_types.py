@@ -1,4 +1,4 @@
-"""Short names of optimizers and adapters, such as `AdamW` for torch's; a table, so that nothing is imported."""
+"""Short names of optimizers, adapters and objectives, such as `AdamW` for torch's; nothing is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import BUILDER
+from xtuner.utils.fields import shown
 
 _TORCH = ('ASGD', 'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'AdamW', 'Adamax', 'LBFGS', 'Muon', 'NAdam', 'RAdam',
           'RMSprop', 'Rprop', 'SGD', 'SparseAdam')  # fmt: skip
@@ -28,6 +29,10 @@ SHORT_TYPES: dict[str, dict[str, str]] = {
 """Section -> short name -> 'module:name'."""
 
 
+OBJECTIVES = {'sft': 'xtuner.objectives.sft:Sft'}
+"""Shipped objectives; a config keeps their short names."""
+
+
 def with_full_types(config: TrainConfig) -> TrainConfig:
     """Replaces short names in a config by 'module:name', so that the config of a run stays unambiguous.
 
@@ -44,4 +49,19 @@ def with_full_types(config: TrainConfig) -> TrainConfig:
             hint = nearest(kind, names) or f'; available: {", ".join(sorted(names))}'
             raise ConfigError(f'unknown `{where}.type` {kind!r}{hint}; write any other class as "module:name"')
         changed[where] = {**section, 'type': names[kind]}
-    return replace(config, **changed)
+    return replace(config, **changed, objective=_known_objective(config.objective))
+
+
+def _known_objective(objective: Any) -> Any:
+    """Normalizes the `objective` of a config; one without arguments becomes its name alone.
+
+    Raises:
+        ConfigError: the name is neither a shipped objective nor 'module:name'.
+    """
+    section = objective if isinstance(objective, Mapping) else {'type': objective}
+    kind = section['type']
+    if isinstance(kind, str) and ':' not in kind and kind not in OBJECTIVES:
+        hint = nearest(kind, OBJECTIVES) or f'; known: {", ".join(OBJECTIVES)}'
+        raise ConfigError(f'`objective` {shown(kind)} is not known{hint}; a function or class of your own is written '
+                          '"module:name" or "file.py:name"')  # fmt: skip
+    return kind if set(section) == {'type'} and isinstance(kind, str) else objective

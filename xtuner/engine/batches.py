@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -33,10 +33,18 @@ class MicroBatches:
         plan: The run's arithmetic.
         pad_id: Fills rows up.
         rank: This process.
+        collate: Joins items into a micro-batch; see `Objective.collate`.
     """
 
     def __init__(
-        self, dataset: Any, config: TrainConfig, plan: TrainingSchedule, *, pad_id: int, rank: int = 0
+        self,
+        dataset: Any,
+        config: TrainConfig,
+        plan: TrainingSchedule,
+        *,
+        pad_id: int,
+        rank: int = 0,
+        collate: Callable[..., dict[str, Tensor]] = collate,
     ) -> None:
         self.start_step = 0
         self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank

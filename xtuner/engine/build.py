@@ -33,7 +33,8 @@ from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights.files import apply_umask
 from xtuner.model.weights.reader import fingerprint, open_weights
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.objectives.load import make_objective
+from xtuner.objectives.model import TrainingModel
 from xtuner.tracking.model_card import prompt_example, write_card
 
 logger = logging.getLogger('xtuner')
@@ -82,7 +83,7 @@ def load_for_training(
     checkpoint: Path | None,
     strategy: str = 'single',
     share: ShardSpec | None = None,
-) -> SupervisedFinetune:
+) -> TrainingModel:
     """The base model with its adapter, on its device, ready to be trained.
 
     Args:
@@ -111,7 +112,7 @@ def load_for_training(
     path = _prepare_for_training(model, config.runtime, strategy)
     _describe(model, config, time.perf_counter() - started)
     logger.info('%s', path)
-    return SupervisedFinetune(model)
+    return TrainingModel(model, make_objective(config.objective))
 
 
 def _open_dataset(config: TrainConfig, tokenizer: Any, template: Template, rank: int, world_size: int) -> Any:
@@ -162,7 +163,7 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
 def write_model(
     config: TrainConfig,
     data: RunInputs,
-    model: SupervisedFinetune,
+    model: TrainingModel,
     dtype: torch.dtype,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,

@@ -15,6 +15,7 @@ NAMES = (
     'dequantize_into', 'dequantize_transposed_into', 'quantize_rows', 'fp8_product', 'copy_rows', 'rms_norm',
     'rms_norm_backward', 'rotate', 'swiglu', 'swiglu_backward_',
     'dropout_project', 'dropout_project_weight_grad', 'dropout_project_input_grad_', 'cross_entropy_',
+    'softmax_sums', 'softmax_gradient_',
 )  # fmt: skip
 
 
@@ -37,6 +38,8 @@ class Kernels:
     dropout_project_weight_grad: Callable
     dropout_project_input_grad_: Callable
     cross_entropy_: Callable
+    softmax_sums: Callable
+    softmax_gradient_: Callable
 
 
 PLAIN = Kernels('plain', *(getattr(reference, name) for name in NAMES))
@@ -50,9 +53,9 @@ def fused_kernels() -> Kernels:
         ImportError: Triton is not installed.
 
     """
-    from xtuner.kernels.triton import cross_entropy, dropout, elementwise, fp8, nf4
+    from xtuner.kernels.triton import cross_entropy, dropout, elementwise, fp8, nf4, softmax_sums
 
-    modules = (nf4, fp8, elementwise, dropout, cross_entropy)
+    modules = (nf4, fp8, elementwise, dropout, cross_entropy, softmax_sums)
     return Kernels('triton', *(next(getattr(m, n) for m in modules if n in m.__dict__) for n in NAMES))
 
 

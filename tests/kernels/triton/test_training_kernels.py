@@ -184,3 +184,29 @@ def test_cross_entropy_and_its_gradient(dtype, vocabulary):
         loss = kernels.cross_entropy_(grad, targets)
         assert loss.dtype == torch.float32 and error(loss, exact.detach()) < 1e-6
         assert error(grad, exact_grad) < ERROR[dtype]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('vocabulary', [40, 9001])
+@pytest.mark.parametrize('with_base', [False, True])
+def test_softmax_sums_and_their_gradient(dtype, vocabulary, with_base):
+    logits = (rand(4, vocabulary, dtype=dtype, wide=6) * 4).clone()
+    base = (rand(4, vocabulary, dtype=dtype, wide=3) * 4).clone() if with_base else None
+    targets = torch.tensor([0, 3, vocabulary - 1, 7], device=DEVICE)
+    factors = torch.rand(5, 4, device=DEVICE) - 0.5
+    exact = reference_kernels.softmax_sums(logits.double(), targets, None if base is None else base.double())
+    exact_grad = logits.double()
+    reference_kernels.softmax_gradient_(
+        exact_grad, targets, exact, factors.double(), None if base is None else base.double()
+    )
+    for kernels in (reference_kernels, FUSED):
+        sums = kernels.softmax_sums(logits, targets, base)
+        assert sums.dtype == torch.float32
+        for ours, expected in zip(sums, exact, strict=True):
+            assert not expected.any() or error(ours, expected) < 1e-5
+        short = kernels.softmax_sums(logits, targets, base, over_vocabulary=False)
+        rows = [0, 1, *((4, 5, 6) if with_base else ())]
+        assert torch.allclose(short[rows], sums[rows], rtol=1e-5)
+        grad = logits.clone()
+        kernels.softmax_gradient_(grad, targets, sums, factors, base)
+        assert error(grad, exact_grad) < ERROR[dtype]

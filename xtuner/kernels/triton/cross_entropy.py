@@ -11,11 +11,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _cross_entropy(logits, targets, loss, vocabulary, row_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start_of_row = logits + row * row_stride
-    target = tl.load(targets + row)
-    target_logit = tl.load(start_of_row + target).to(tl.float32)
+def log_sum_exp(start_of_row, vocabulary, BLOCK: tl.constexpr):
+    """The logarithm of the sum of exponentials of a row, in one read."""
     row_max = tl.full((BLOCK,), -float('inf'), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocabulary, BLOCK):  # each lane keeps its own running maximum, which needs no reduction
@@ -26,8 +23,16 @@ def _cross_entropy(logits, targets, loss, vocabulary, row_stride, BLOCK: tl.cons
         row_sum = tl.where(finite, row_sum * tl.exp(row_max - new_max) + tl.exp(value - new_max), 0.0)
         row_max = new_max
     peak = tl.max(row_max, axis=0)
-    row_sum = tl.sum(tl.where(row_max > -float('inf'), row_sum * tl.exp(row_max - peak), 0.0), axis=0)
-    log_sum = peak + tl.log(row_sum)
+    return peak + tl.log(tl.sum(tl.where(row_max > -float('inf'), row_sum * tl.exp(row_max - peak), 0.0), axis=0))
+
+
+@triton.jit
+def _cross_entropy(logits, targets, loss, vocabulary, row_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start_of_row = logits + row * row_stride
+    target = tl.load(targets + row)
+    target_logit = tl.load(start_of_row + target).to(tl.float32)
+    log_sum = log_sum_exp(start_of_row, vocabulary, BLOCK)
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(start_of_row + column, mask=column < vocabulary, other=0.0).to(tl.float32)
@@ -40,7 +45,7 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """See `reference.cross_entropy_`."""
     rows, vocabulary = logits_TV.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits_TV.device)
-    block = min(8192, triton.next_power_of_2(vocabulary))
+    block, num_warps = launch_size(vocabulary)
     _cross_entropy[(rows,)](
         logits_TV,
         targets_T,
@@ -48,6 +53,12 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         vocabulary,
         logits_TV.stride(0),
         BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=num_warps,
     )
     return loss
+
+
+def launch_size(vocabulary: int) -> tuple[int, int]:
+    """Columns a block, and warps, of a program that reads a row of logits."""
+    block = min(8192, triton.next_power_of_2(vocabulary))
+    return block, max(1, min(16, block // 256))
