@@ -86,9 +86,9 @@ REFUSALS = {
     'serve two of a name': (
         ['serve', 'model', '--adapter', 'a=adapter', '--adapter', 'a=full'],
         2,
-        "--adapter a=full: the name 'a' is taken",
+        "--adapter a=full: the name 'a' is already used",
     ),
-    'serve on a taken port': (['serve', 'model', '--port', 'PORT'], 2, '127.0.0.1:PORT cannot be had'),
+    'serve on a taken port': (['serve', 'model', '--port', 'PORT'], 2, 'cannot listen on 127.0.0.1:PORT'),
     'serve at no address': (['serve', 'model', '--host', '999.1.1.1'], 2, '--host 999.1.1.1: '),
     'merge into a full folder': (['convert', 'merge', 'model', 'adapter', 'full'], 1, 'full is not empty'),
     'merge of nothing': (['convert', 'merge', 'model', 'none', 'out'], 1, 'none: no adapter found'),

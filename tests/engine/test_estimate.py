@@ -147,7 +147,7 @@ def test_command_without_the_data_still_tells_the_memory(
 ) -> None:
     assert main(['estimate', FLAGSHIP, '--model', str(folder_7b), '--data', str(tmp_path / 'none.jsonl')]) == 0
     found = capsys.readouterr()
-    assert 'the size of the data is not known' in found.err
+    assert 'the size of the data is unknown' in found.err
     assert 'the number of steps is unknown' in found.out
     assert '  base               3.90   frozen weights' in found.out
 
