@@ -25,7 +25,7 @@ def test_what_was_taught_kept_and_merged_is_counted() -> None:
 
 @pytest.mark.parametrize(
     ('taught', 'general', 'message'),
-    [([0, 10, 10], [4, 3, 3], ''), ([1, 10, 10], [4, 4, 4], 'the base model gives 1'), ([0, 7, 7], [4, 4, 4], 'model 7'),
+    [([0, 10, 10], [4, 3, 3], ''), ([1, 10, 10], [4, 4, 4], 'base model gives 1'), ([0, 7, 7], [4, 4, 4], 'model 7'),
      ([0, 10, 10], [5, 3, 5], 'the base model answers 5, the fine-tuned one 3')],
 )  # fmt: skip
 def test_too_little_learnt_or_too_much_forgotten_fails(taught: list[int], general: list[int], message: str) -> None:
