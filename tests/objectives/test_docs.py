@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.objectives.test_model import adapted, make_batch
+from xtuner.config.flatten import flatten
+from xtuner.config.load import load_config
 from xtuner.objectives.base import FIELDS
 from xtuner.objectives.load import make_objective
 from xtuner.objectives.model import TrainingModel
@@ -28,9 +29,10 @@ def test_there_are_examples() -> None:
 def test_an_example_trains(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'my_losses.py').write_text('\n'.join(b for b in BLOCKS if b not in SECTIONS), encoding='utf-8')
-    config: dict[str, Any] = {}
-    exec(section, config)
-    model, batch = TrainingModel(adapted('llama'), make_objective(config['objective'])), make_batch()
+    base = flatten(load_config('internlm_7b_qlora_oasst1'), title='base').replace("objective = 'sft'", '')
+    (tmp_path / 'config.py').write_text(base + section, encoding='utf-8')
+    objective = make_objective(load_config('config.py').objective)
+    model, batch = TrainingModel(adapted('llama'), objective), make_batch()
     statistics = model(**batch, only_statistics=True) if 'Centred' in section else None
     loss = model(**batch, statistics=statistics)
     loss.backward()

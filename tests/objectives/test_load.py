@@ -173,7 +173,11 @@ def test_every_field_can_be_needed() -> None:
             {'parallel.strategy': 'fsdp'},
             'comparison with the base on, strategy `fsdp` cannot be combined',
         ),
-        (Anchored, {'parallel.sequence_parallel_size': 2}, 'the pass of the base model is not spread over ranks'),
+        (
+            Anchored,
+            {'parallel.sequence_parallel_size': 2},
+            'the forward pass of the base model is not split over ranks',
+        ),
         (Preference, {'parallel.strategy': 'fsdp'}, 'comparison with the base'),
     ],
 )
@@ -190,5 +194,5 @@ def test_sums_over_samples_need_whole_samples() -> None:
     class Sums(Objective):
         needs = ('log_prob', 'samples')
 
-    with pytest.raises(ConfigError, match='each rank has a part of a sample'):
+    with pytest.raises(ConfigError, match='each rank computes only a part of a sample'):
         choose_strategy(load_config(NAME, {'parallel.sequence_parallel_size': 2}), 2, objective=Sums())

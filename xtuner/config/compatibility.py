@@ -103,12 +103,12 @@ RULES = (
     Rule({'with_base': (True,), 'method': ('full',)},
          'without an adapter there is no base model left to compare with', 'LoRA or QLoRA'),
     Rule({'with_base': (True,), 'strategy': ('fsdp', 'deepspeed_zero3')},
-         'the base model is a second forward pass before the one with gradients, while weights are sharded for one',
+         'the base model takes a second forward pass, which is not supported with sharded weights',
          '`ddp`, or `deepspeed_zero2`'),
     Rule({'with_base': (True,), 'sequence': (True,)},
-         'the pass of the base model is not spread over ranks', 'a shorter `dataset.max_length`'),
+         'the forward pass of the base model is not split over ranks', 'a shorter `dataset.max_length`'),
     Rule({'by_sample': (True,), 'sequence': (True,)},
-         'each rank has a part of a sample and its sum', 'a shorter `dataset.max_length`'),
+         'each rank computes only a part of a sample', 'a shorter `dataset.max_length`'),
 )  # fmt: skip
 
 
