@@ -37,13 +37,13 @@ class _Unsettled(Exception):
 
 
 @dataclass
-class _Found:
+class _Edits:
     """Edits of a text: offsets at which to insert a backslash, and spans to remove."""
 
     escapes: set[int] = field(default_factory=set)
     cuts: list[tuple[int, int]] = field(default_factory=list)
 
-    def applied(self, text: str) -> str:
+    def apply(self, text: str) -> str:
         """Applies the edits."""
         cut = {offset for start, stop in self.cuts for offset in range(start, stop)}
         marked = (('\\' if i in self.escapes else '') + c for i, c in enumerate(text) if i not in cut)
@@ -61,10 +61,10 @@ def safe_markdown(text: str) -> str:
     text = safe = printable(text.replace('\r\n', '\n').replace('\r', '\n'))
     try:
         for _ in range(_ROUNDS if len(text) <= _MAX_CHARACTERS else 0):
-            found = _found(safe)
-            if not (found.escapes or found.cuts):
+            edits = _find_edits(safe)
+            if not (edits.escapes or edits.cuts):
                 return safe
-            safe = found.applied(safe)
+            safe = edits.apply(safe)
     except (_Unsettled, RecursionError):  # nested deeper than Python's stack
         pass
     return '  \n'.join(map(plain_markdown, text.split('\n')))
@@ -76,30 +76,30 @@ def plain_markdown(text: str) -> str:
     return ''.join(f'\\{c}' if c in '\\`*_{}[]()<>#+-.!|$:~&@' else c for c in line)
 
 
-def _found(text: str) -> _Found:
+def _find_edits(text: str) -> _Edits:
     parser = _parser()
     env: dict[str, Any] = {}
     lines = text.split('\n')
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
-    found, cells = _Found(), dict[int, int]()
+    edits, cells = _Edits(), dict[int, int]()
     for token in parser.parse(text, env):
         if token.map is None:
             continue
         first = token.map[0]
         if token.type == 'inline':
             offsets = _offsets(token, lines, starts, cells)
-            found.escapes |= {offsets[i] for i in _inline(parser, token.content, env)}
+            edits.escapes |= {offsets[i] for i in _inline(parser, token.content, env)}
         elif token.type == 'html_block':
-            found.escapes.add(starts[first] + _position(_HTML_BEGIN, lines[first]))
+            edits.escapes.add(starts[first] + _position(_HTML_BEGIN, lines[first]))
         elif token.type == 'fence' and 'mermaid' in token.info.lower():
             end = lines[first].rindex(token.markup) + len(token.markup) if token.markup in lines[first] else -1
-            found.cuts.append((starts[first] + end, starts[first] + len(lines[first])))
+            edits.cuts.append((starts[first] + end, starts[first] + len(lines[first])))
     defined = [*env.get('references', {}).items(), *((r['label'], r) for r in env.get('duplicate_refs', ()))]
     for label, reference in defined:
-        found.escapes |= set(_definition(label, reference, lines, starts))
-    return found
+        edits.escapes |= set(_definition(label, reference, lines, starts))
+    return edits
 
 
 def _definition(label: str, reference: Any, lines: list[str], starts: list[int]) -> Iterator[int]:
@@ -181,10 +181,10 @@ def _reporting(rule: Any, report: Any) -> Any:
     """Wraps a rule of the parser so that it also reports the position to escape."""
 
     def reporting(state: StateInline, silent: bool) -> bool:
-        start, known = state.pos, len(state.tokens)
+        start, num_tokens = state.pos, len(state.tokens)
         matched = rule(state, silent)
         if matched and not silent:
-            report(state, start, state.tokens[known:])
+            report(state, start, state.tokens[num_tokens:])
         return matched
 
     return reporting
