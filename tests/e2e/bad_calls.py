@@ -41,7 +41,7 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     'no process': ([*TRAIN, '--nproc-per-node', '0'], 'at least 1'),
     'an option without =': ([*TRAIN, '--cfg-options', 'adapter.r'], 'KEY=VALUE'),
     'an option without a key': ([*TRAIN, '--cfg-options', '=3'], 'KEY=VALUE'),
-    'resume and start-from': ([*TRAIN, '--resume', '--start-from', 'MODEL'], 'give one of them'),
+    'resume and start-from': ([*TRAIN, '--resume', '--start-from', 'MODEL'], 'use one of them'),
     'changes without resume': ([*TRAIN, '--allow-changes'], 'add --resume'),
     'chat without a model': (['chat'], 'llm'),
     'bits that are none': (['chat', 'MODEL', '--bits', '5'], '--bits'),
@@ -216,10 +216,10 @@ BAD_MODELS: dict[str, tuple[dict[str, object], str]] = {
 
 # Command line -> exit status 1 and a part of the message; DONE is a work folder with checkpoint-00000001 and 2.
 BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
-    'a run is there already': ([*IN_DONE, *SMALL], 'already holds checkpoints; add --resume'),
+    'a run is there already': ([*IN_DONE, *SMALL], 'already contains checkpoints; add --resume'),
     'resume from nowhere': ([*TRAIN, '--resume', 'none/checkpoint-00000001', *SMALL], 'no such folder'),
     'resume from a file': ([*TRAIN, '--resume', 'DATA', *SMALL], 'no such folder'),
-    'resume from a model': ([*TRAIN, '--resume', 'MODEL', *SMALL], 'not a whole checkpoint'),
+    'resume from a model': ([*TRAIN, '--resume', 'MODEL', *SMALL], 'not a complete checkpoint'),
     'another learning rate': (
         [*IN_DONE, '--resume', *SMALL, 'optimizer.lr=1'], '`optimizer.lr` was 0.0002 and is now 1'),
     'another rank': ([*IN_DONE, '--resume', *SMALL, 'adapter.r=4'],

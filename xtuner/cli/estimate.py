@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe
-    from xtuner.memory.gpus import find_card, local_card
+    from xtuner.memory.gpus import find_gpu, local_gpu
     from xtuner.model.hub import resolve_model
 
-    card = find_card(args.gpu) if args.gpu else local_card()
+    card = find_gpu(args.gpu) if args.gpu else local_gpu()
     model = config.model
     folder = resolve_model(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False
