@@ -117,8 +117,8 @@ def test_what_is_wrong_is_named(section: Any, message: str, file: Path) -> None:
 @pytest.mark.parametrize(
     ('value', 'message'),
     [
-        ('sftt', "`objective` 'sftt' is not known; did you mean 'sft'"),
-        ('some.module.loss', 'is not known; known: sft; a function or class of your own is written "module:name"'),
+        ('sftt', "unknown `objective` 'sftt'; did you mean 'sft'"),
+        ('some.module.loss', '; available: sft; write your own function or class as "module:name"'),
         (3, '`objective` must be a dict or text, got 3'),
         (None, '`objective` must be a dict or text, got None'),
         ({'needs': []}, '`objective` needs a `type`'),
