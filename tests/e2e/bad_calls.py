@@ -51,8 +51,8 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     'a share of nothing': (['chat', 'MODEL', '--top-p', '0'], '--top-p'),
     'no new token': (['chat', 'MODEL', '--max-new-tokens', '0'], '--max-new-tokens'),
     'merge without a folder to write': (['convert', 'merge', 'MODEL', 'DONE'], 'out'),
-    'a size that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', 'big'], 'is not a size'),
-    'a size of nothing': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', '0GB'], 'is not a size'),
+    'a size that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', 'big'], 'not a size'),
+    'a size of nothing': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', '0GB'], 'not a size'),
     'a dtype that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--dtype', 'int8'], 'int8'),
     'to-llama without a model': (['convert', 'to-llama'], 'model'),
     'copy-cfg without a folder': (['copy-cfg', FLAGSHIP], 'folder'),
@@ -247,6 +247,6 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'to-llama of nothing': (['convert', 'to-llama', './none', 'RUN'], 'none'),
     'a shipped config that is none': (['train', 'internlm_7b_qlora_oast1'], "did you mean 'internlm_7b_qlora_oasst1'"),
     'a config file that is none': (['print-config', 'none.py'], 'no config file'),
-    'a config that is a folder': (['print-config', 'MODEL'], 'no config'),
+    'a config that is a folder': (['print-config', 'MODEL'], 'is not a config'),
     'copy of a config that is none': (['copy-cfg', 'nonesuch', 'RUN'], 'no config'),
 }  # fmt: skip
