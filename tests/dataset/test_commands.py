@@ -58,7 +58,7 @@ def test_check_custom_dataset_says_what_is_wrong_where(config, tmp_path, capsys)
     assert 'every record can be used' in capsys.readouterr().out
     (tmp_path / 'none.csv').write_text('question,answer\n')
     assert main(['check-custom-dataset', config, '--data', str(tmp_path / 'none.csv')]) == 1
-    assert "none.csv' holds no conversation" in capsys.readouterr().err
+    assert "none.csv' contains no conversation" in capsys.readouterr().err
     bad = tmp_path / 'bad.jsonl'
     bad.write_bytes(
         b'{"question": "q", "answer": "a"}\n{"question": "q"}\n{"question": \n{"question": "q", "answer": ""}'

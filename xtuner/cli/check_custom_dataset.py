@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer, template = load_data_config(args)
 
     from xtuner.dataset.check import TrainingPart, check_dataset
-    from xtuner.dataset.prepare import check_losses
+    from xtuner.dataset.prepare import check_dropped
     from xtuner.engine.schedule import TrainingSchedule, few_steps_note
     from xtuner.errors import DataError
     from xtuner.utils.escape import printable
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f'{wrong:,} of {counted(summary.records, "record")} {verb} wrong, listed above by file and line'
         )
-    check_losses(summary, data)
+    check_dropped(summary, data)
     num_packs, num_conversations = training.sizes()
     if note := few_steps_note(TrainingSchedule(num_packs, config.schedule), num_conversations):
         print(f'training: {note}')

@@ -35,7 +35,7 @@ def check_adapters(*paths: Path) -> None:
     """Raises CheckpointError where one of the paths does not exist; what is in them is looked at when they are read."""
     for path in paths:
         if not path.exists():
-            raise CheckpointError(f'{path}: no adapter there (no such file or folder)')
+            raise CheckpointError(f'{path}: no adapter found (no such file or folder)')
 
 
 def check_config(config: TrainConfig, *, data: bool = True) -> None:

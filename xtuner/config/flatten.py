@@ -31,7 +31,10 @@ def _section(field: dataclasses.Field[Any], value: Any, imports: set[tuple[str, 
     if dataclasses.is_dataclass(value):
         rows = [(f.name, getattr(value, f.name), _comment(f)) for f in dataclasses.fields(value)]
     elif isinstance(value, Mapping):
-        rows = [(key, item, ARGUMENT_TEXTS.get(key, '')) for key, item in value.items()]
+        rows = [
+            (key, item, ARGUMENT_TEXTS.get(f'{field.name}.{key}', ARGUMENT_TEXTS.get(key, '')))
+            for key, item in value.items()
+        ]
     else:
         return f'\n# {title}\n{field.name} = {_source(value, imports)}'
     body = '\n'.join(_row(f'    {k}={_source(v, imports, is_type=_is_import(k, v))},', text) for k, v, text in rows)

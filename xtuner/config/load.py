@@ -24,7 +24,9 @@ from xtuner.utils.escape import printable
 from xtuner.utils.fields import Field, shown
 
 # Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
-OPEN_SECTIONS = ('optimizer', 'adapter')
+OPEN_SECTIONS = ('optimizer', 'adapter', 'objective')
+# Sections that may be a function, which a file may define or import under their name.
+_FUNCTION_SECTIONS = ('objective',)
 _Section = typing.TypeVar('_Section')
 
 
@@ -119,7 +121,7 @@ def read_file(path: Path) -> dict[str, Any]:
     values = _without_lazy(lazy, path)
     # Names with a leading underscore are a file's own helpers; so are its functions, modules and imports.
     own = (types.FunctionType, types.ModuleType)  # mmengine imports modules of a system's Python for good
-    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, own))}
+    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, own))} - {*_FUNCTION_SECTIONS}
     return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
 
 
@@ -212,6 +214,6 @@ def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faul
     wrong = Field(hint, **{name: field.metadata[name] for name in ('minimum', 'maximum', 'allowed')}).fault(path, value)
     if wrong:
         faults.append(wrong)
-    elif path in OPEN_SECTIONS and 'type' not in value:
+    elif path in OPEN_SECTIONS and isinstance(value, Mapping) and 'type' not in value:
         faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
     return value

@@ -188,6 +188,9 @@ class TrainConfig:
     model: ModelConfig = option('the base model')
     dataset: DatasetConfig = option('the conversations')
     optimizer: dict[str, Any] = option('the optimizer: type and its own arguments')
+    objective: str | dict[str, Any] = option(
+        'what is minimised: sft, "file.py:function", or a dict of type and its arguments (docs/objectives.md)', 'sft'
+    )
     quantization: QuantizationConfig | None = option('None: the base stays in its own precision', None)
     adapter: dict[str, Any] | None = option('a peft config: type and its arguments; None trains all weights', None)
     schedule: ScheduleConfig = option('steps, batches and learning rate', ScheduleConfig())
@@ -212,6 +215,8 @@ class TrainConfig:
             )
         # torch and peft look at them once data and model are there
         faults = [*argument_faults(self.optimizer, 'optimizer'), *argument_faults(self.adapter, 'adapter')]
+        if isinstance(self.objective, dict):
+            faults += argument_faults(self.objective, 'objective')
         if faults:
             raise ConfigError('; '.join(faults))
 
@@ -219,6 +224,9 @@ class TrainConfig:
 # Comments for the arguments of the open sections that users change most.
 ARGUMENT_TEXTS = {
     'type': 'AdamW, LoraConfig or the like, or any class or function; the other keys are its arguments',
+    'objective.type': 'sft, "file.py:name" or "module:name"; the other keys are its arguments',
+    'objective.needs': 'which values of each target token the function gets',
+    'objective.no_grad': 'those of them that are not differentiated by',
     'lr': 'peak learning rate',
     'betas': 'decay of the two moments',
     'weight_decay': 'decoupled weight decay',

@@ -1,4 +1,4 @@
-"""Names of optimizers and adapters without a module: `AdamW` is torch's. Known by name, so that nothing is imported."""
+"""Names of optimizers, adapters and objectives without a module: `AdamW` is torch's. Nothing is imported for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import BUILDER
+from xtuner.utils.fields import shown
 
 _TORCH = ('ASGD', 'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'AdamW', 'Adamax', 'LBFGS', 'Muon', 'NAdam', 'RAdam',
           'RMSprop', 'Rprop', 'SGD', 'SparseAdam')  # fmt: skip
@@ -28,6 +29,10 @@ SHORT_TYPES: dict[str, dict[str, str]] = {
 """For each section, what a name without a module stands for."""
 
 
+OBJECTIVES = {'sft': 'xtuner.objectives.sft:Sft'}
+"""Shipped objectives, which keep their short name in a config."""
+
+
 def with_full_types(config: TrainConfig) -> TrainConfig:
     """The config with 'module:name' for each short name, so that a run keeps what it meant.
 
@@ -44,4 +49,19 @@ def with_full_types(config: TrainConfig) -> TrainConfig:
             hint = nearest(kind, names) or f'; known: {", ".join(sorted(names))}'
             raise ConfigError(f'`{where}.type` {kind!r} is not known{hint}; any other class is written "module:name"')
         changed[where] = {**section, 'type': names[kind]}
-    return replace(config, **changed)
+    return replace(config, **changed, objective=_known_objective(config.objective))
+
+
+def _known_objective(objective: Any) -> Any:
+    """The `objective` of a config, a shipped one without arguments as its name alone.
+
+    Raises:
+        ConfigError: a name that is none of a shipped one, and no 'module:name' either.
+    """
+    section = objective if isinstance(objective, Mapping) else {'type': objective}
+    kind = section['type']
+    if isinstance(kind, str) and ':' not in kind and kind not in OBJECTIVES:
+        hint = nearest(kind, OBJECTIVES) or f'; known: {", ".join(OBJECTIVES)}'
+        raise ConfigError(f'`objective` {shown(kind)} is not known{hint}; a function or class of your own is written '
+                          '"module:name" or "file.py:name"')  # fmt: skip
+    return kind if set(section) == {'type'} and isinstance(kind, str) else objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -33,10 +33,18 @@ class MicroBatches:
         plan: The run's arithmetic.
         pad_id: Fills rows up.
         rank: This process.
+        collate: Joins items into a micro-batch; see `Objective.collate`.
     """
 
     def __init__(
-        self, dataset: Any, config: TrainConfig, plan: TrainingSchedule, *, pad_id: int, rank: int = 0
+        self,
+        dataset: Any,
+        config: TrainConfig,
+        plan: TrainingSchedule,
+        *,
+        pad_id: int,
+        rank: int = 0,
+        collate: Callable[..., dict[str, Tensor]] = collate,
     ) -> None:
         self.start_step = 0
         self.dataset, self._config, self._plan, self._rank = dataset, config, plan, rank
@@ -88,7 +96,7 @@ class MicroBatches:
         found = self.dataset.num_packs()
         source, workers = self._config.dataset.source, max(1, self._config.runtime.num_workers)
         if not found:
-            return f'`dataset.source` {source!r} holds no conversation; ' + ' | '.join(self.dataset.summary.lines())
+            return f'`dataset.source` {source!r} contains no conversation; ' + ' | '.join(self.dataset.summary.lines())
         return (
             f'`dataset.source` {source!r} makes {counted(found, "pack")}, too few for {self.dataset.world_size} groups '
             f'of processes x {workers} readers to have one each; use fewer, a smaller `dataset.max_length`, or '

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xtuner.dataset.cache.build_once import cache_root
 from xtuner.kernels.dispatch import fused_kernels, has_triton
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 from xtuner.tracking.environment import devices, versions
 
 OK, FAILED, ABSENT, NOTE = 'ok', 'FAILED', 'absent', 'note'
@@ -125,7 +125,7 @@ def check_4bit(device: torch.device) -> Check:
     out = layer(x)
     out.float().square().sum().backward()
     floats = torch.empty(64, 128, device=device)
-    reference.dequantize_into(floats, take_apart(layer))
+    reference.dequantize_into(floats, unpack_weight(layer))
     expected = x.detach().float() @ floats.t()
     assert x.grad is not None
     error = max(_error(out, expected), _error(x.grad, 2 * expected @ floats))

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from xtuner.adapters.attach import Provenance
-from xtuner.adapters.trained_base import held, merged_note
+from xtuner.adapters.trained_base import merged_note, precision_text
 from xtuner.dataset.templates.from_tokenizer import prompt_text
 from xtuner.errors import ConfigError, DataError
 from xtuner.utils.escape import printable
@@ -119,7 +119,7 @@ def _what(provenance: Provenance, kind: str, sources: list[str], training: Mappi
     on = f' on {", ".join(_linked(source, "datasets/") for source in sources)}{count}' if sources else ''
     note = merged_note(provenance)
     if not note and provenance.quantization:
-        note = f'the base was held {held(provenance.quantization)} while it was trained'
+        note = f'the base was kept {precision_text(provenance.quantization)} in training'
     how = f' {note[0].upper()}{note[1:]}.' if note else ''
     fingerprint = _code(str(provenance.base_fingerprint)[:16])
     return (

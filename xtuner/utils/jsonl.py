@@ -1,4 +1,4 @@
-"""Files of JSON lines: a run appends one a step, a resumed run drops those of later steps, a report reads them."""
+"""JSON lines files with one record per step, which a run appends to and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def objects(raw: bytes) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line; `record` holds the `step` it belongs to.
+    """Appends a record, which contains the `step` it belongs to.
 
     Raises:
-        TrainingError: the file cannot be written, as on a full disk.
+        TrainingError: The file cannot be written, for example on a full disk.
     """
     try:
         with path.open('a', encoding='utf-8') as file:
             file.write(to_line(record))
     except OSError as error:
         raise TrainingError(
-            f'cannot write {path}: {error.strerror}; the last checkpoint is kept, and --resume goes on from it'
+            f'cannot write {path}: {error.strerror}; the last checkpoint is kept, and --resume continues from it'
         ) from error
 
 
 def truncate_after(path: Path, last_step: int) -> None:
-    """Drops the lines of later steps, which a resumed run will write again, and one that a crash tore.
+    """Drops the lines of later steps, which a resumed run writes again, and an incomplete last line.
 
     Raises:
-        TrainingError: the file cannot be written.
+        TrainingError: The file cannot be written.
     """
     if not path.is_file():
         return
@@ -62,7 +62,7 @@ def truncate_after(path: Path, last_step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; a torn one counts as beyond the end."""
+    """The step of a line; an incomplete line counts as after the last step."""
     try:
         return int(json.loads(line)['step']) if line.endswith(b'\n') else float('inf')
     except (ValueError, KeyError, TypeError):

@@ -188,9 +188,9 @@ def test_unfinished_folders_of_others_stay(tmp_path: Path, name: str) -> None:
 
 
 def test_a_merge_into_the_work_folder_outlives_a_save(tmp_path: Path) -> None:
-    from xtuner.convert.output import whole_folder
+    from xtuner.convert.output import atomic_folder
 
-    with whole_folder(tmp_path / 'merged', {'job': 1}) as folder:
+    with atomic_folder(tmp_path / 'merged', {'job': 1}) as folder:
         (folder / 'config.json').write_text('{}', encoding='utf-8')
         write(tmp_path, 1)
     assert (tmp_path / 'merged' / 'config.json').is_file()

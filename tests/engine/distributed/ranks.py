@@ -30,7 +30,9 @@ from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.fused.enable import enable_fused_training
-from xtuner.kernels.quantized import state_of
+from xtuner.kernels.quantized import quant_state_of
+from xtuner.model.families.internlm2.configuration import InternLM2Config
+from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
 from xtuner.model.loading import load_model
 from xtuner.model.sharded_loading import ShardSpec
 from xtuner.objectives.sft import SupervisedFinetune
@@ -44,7 +46,7 @@ class Case:
 
     Attributes:
         strategy: 'single', 'ddp' or 'fsdp'.
-        method: 'lora', 'qlora' or 'full'.
+        method: 'lora', 'qlora' or 'full' on Llama; 'internlm2': QLoRA on fused qkv projections, by key head.
         batch_size: Items of a micro-batch.
         sequence: Ranks that share a pack.
     """
@@ -64,7 +66,8 @@ def cases(world_size: int) -> list[Case]:
         for batch_size in (1, 2)
     ]
     shared = [Case('ddp', 'lora', sequence=size) for size in (2, 4) if size <= world_size]
-    return [*found, *shared, Case('fsdp', 'qlora', sequence=2)]
+    fused_qkv = [Case('ddp', 'internlm2'), Case('fsdp', 'internlm2'), Case('ddp', 'internlm2', sequence=2)]
+    return [*found, *shared, Case('fsdp', 'qlora', sequence=2), *fused_qkv]
 
 
 def items() -> list[dict[str, np.ndarray]]:
@@ -84,10 +87,13 @@ def items() -> list[dict[str, np.ndarray]]:
 def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = True, sharded: bool = False) -> Any:
     """The same small model for the same method, adapters not zero."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, initializer_range=0.2)  # fmt: skip
-    llm: Any = LlamaForCausalLM(config)
-    if method == 'qlora':
+    sizes = {'vocab_size': VOCABULARY, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
+             'num_attention_heads': 4, 'initializer_range': 0.2}  # fmt: skip
+    if method == 'internlm2':
+        llm: Any = InternLM2ForCausalLM(InternLM2Config(**sizes, num_key_value_heads=2, bias=False))
+    else:
+        llm = LlamaForCausalLM(LlamaConfig(**sizes))
+    if method in ('qlora', 'internlm2'):
         quantise(llm, torch.float32 if sharded else torch.uint8)
     if method != 'full':
         adapter = LoraConfig(r=3, lora_alpha=6, target_modules='all-linear', task_type='CAUSAL_LM')
@@ -105,7 +111,7 @@ def quantise(llm: Any, storage: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for layer in llm.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in layer.children():
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32,
@@ -162,7 +168,7 @@ def held_bytes(llm: Any) -> int:
     base = llm.get_base_model() if hasattr(llm, 'get_base_model') else llm
     named = base.model.layers.named_parameters()
     tensors = [getattr(p, '_local_tensor', p) for name, p in named if 'lora_' not in name]
-    states = (state_of(module) for module in base.model.layers.modules())
+    states = (quant_state_of(module) for module in base.model.layers.modules())
     tensors += [state.absmax for state in states if state is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

@@ -39,7 +39,7 @@ def neighbour(store: TCPStore, space: str) -> tuple[Watchdog, subprocess.Popen[b
 
 
 def test_a_neighbour_that_was_killed_is_seen(store: TCPStore) -> None:
-    watch, child = neighbour(store, processes._space())
+    watch, child = neighbour(store, processes._pid_scope())
     assert watch._dead_neighbour() is None
     child.kill()
     child.communicate()
@@ -51,7 +51,7 @@ def test_a_neighbour_that_was_killed_is_seen(store: TCPStore) -> None:
 @pytest.mark.parametrize('word', [0, 1, 2])
 def test_a_process_in_another_container_of_the_same_host_name_is_left_to_its_own(store: TCPStore, word: int) -> None:
     """Its number belongs to nobody here, or to somebody else."""
-    space = processes._space().split()
+    space = processes._pid_scope().split()
     space[word] = 'other'
     watch, child = neighbour(store, ' '.join(space))
     child.kill()

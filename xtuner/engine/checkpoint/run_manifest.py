@@ -47,6 +47,7 @@ def describe_run(
     num_groups: int,
     world_size: int,
     formats: Mapping[str, str],
+    objective_code: str | None = None,
 ) -> dict[str, Any]:
     """The content of `run.json`: its format, under `run` what must stay as it is, under `versions` what had better.
 
@@ -59,12 +60,15 @@ def describe_run(
         num_groups: Groups of processes that read different items.
         world_size: Number of processes.
         formats: The format that was detected in each source; a run that goes on keeps it.
+        objective_code: Hash of the file of a user's objective; None for a shipped one.
     """
     schedule = config.schedule
     run = _flat(vars(config), '')
     run |= {'base weights': base_fingerprint, 'data': data_digest, 'compute dtype': compute_dtype,
             'items a step': schedule.batch_size * schedule.accumulative_counts * num_groups,
             'number of processes': world_size}  # fmt: skip
+    if objective_code is not None:
+        run['objective code'] = objective_code
     versions = {'xtuner': __version__, 'python': platform.python_version(), 'device': device}
     content = {'format': FORMAT, 'run': run, 'versions': versions | _versions(), 'formats': dict(formats)}
     return json.loads(json.dumps(content, default=_text))
@@ -112,7 +116,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
         CheckpointError: something differs and is not allowed, or cannot be changed within a run at all.
     """
     _, run_then, versions_then = _read_run(folder)
-    changes = _changes(run_then, now['run'])
+    changes = _changes(_with_objective(run_then), now['run'])
     fixed = [
         text for name, text in changes.items() if name.split('.')[0] in IMMUTABLE_FIELDS or name in IMMUTABLE_FIELDS
     ]
@@ -127,6 +131,12 @@ def check_same_run(folder: Path, now: Mapping[str, Any], *, allow_changes: bool)
             'on all the same, or begin a new run with --start-from'
         )
     return [*changes.values(), *_changes(versions_then, now['versions']).values()]
+
+
+def _with_objective(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run as it was recorded; earlier releases had only one objective, and did not name it."""
+    named = any(name == 'objective' or name.startswith('objective.') for name in run)
+    return run if named else {**run, 'objective': 'sft'}
 
 
 def format_of_run(folder: Path) -> int:
@@ -159,9 +169,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     return {name: _difference(name, then.get(name), now.get(name)) for name in counted}
 
 
+_WHAT = {'data': 'conversations or their packs', 'base weights': 'weights of the base model',
+         'objective code': "contents of the objective's file"}  # fmt: skip
+
+
 def _difference(name: str, then: Any, now: Any) -> str:
-    if name in ('data', 'base weights'):
-        what = 'conversations or their packs' if name == 'data' else 'weights of the base model'
+    if name in _WHAT and then is not None and now is not None:
+        what = _WHAT[name]
         return f'the {what} are not the same ({str(then)[:12]} then, {str(now)[:12]} now)'
     if name == 'items a step' and then:  # the data goes on at steps done x items a step
         fate = 'left out' if now > then else 'read again'
@@ -170,7 +184,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
         return ('this may be because the run began with an earlier release, which did not read fields that are used '
                 'now, such as `system` and `history` (`dataset.ignore` leaves them out), but did read files of a '
                 'folder that are left out now: test*, val*, hidden ones (name them in `dataset.source`)')  # fmt: skip
-    shown = f'`{name}`' if '.' in name or name in ('adapter', 'quantization', 'hooks') else f'the {name}'
+    shown = f'`{name}`' if '.' in name or name in ('adapter', 'objective', 'quantization', 'hooks') else f'the {name}'
     return f'{shown} was {_short(then)} and is now {_short(now)}'
 
 

@@ -42,7 +42,7 @@ class Strategy:
         self.optimizer: Any = None
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Strategy:
-        """Takes a `SupervisedFinetune` on its device; afterwards `module` is what the loop calls, `bare` the model."""
+        """Takes a `TrainingModel` on its device; afterwards `module` is what the loop calls, `bare` the model."""
         self.bare = model
         self.module = self.wrap(model)
         self.optimizer = make_optimizer(self.parameters())

@@ -7,15 +7,19 @@ from xtuner.config.deepspeed import stage_of
 from xtuner.config.schema import TrainConfig
 from xtuner.engine.distributed.base import Single, Strategy
 from xtuner.errors import ConfigError
+from xtuner.objectives.base import Objective, needs_base
 
 
-def choose_strategy(config: TrainConfig, world_size: int, *, dtype: str | None = None) -> str:
+def choose_strategy(
+    config: TrainConfig, world_size: int, *, dtype: str | None = None, objective: Objective | None = None
+) -> str:
     """The strategy's name: what the config says, where 'auto' is `single` for one process and `ddp` for several.
 
     Args:
         config: A run.
         world_size: Its processes.
         dtype: 'bf16', 'fp16' or 'fp32', where `model.dtype` is auto and it is known already.
+        objective: What is trained for, where it is known already.
 
     Raises:
         ConfigError: no such strategy, a combination that cannot be (see `config.compatibility`), or numbers that do
@@ -26,7 +30,11 @@ def choose_strategy(config: TrainConfig, world_size: int, *, dtype: str | None =
         name = 'single' if world_size == 1 else 'ddp'
     if name == 'single' and world_size > 1:
         raise ConfigError(f'`parallel.strategy` is single, but {world_size} processes were started; use ddp or fsdp')
-    compatibility.check(compatibility.combination_of(config, stage_of(name), dtype=dtype))
+    with_base = objective is not None and needs_base(objective)
+    by_sample = objective is not None and 'samples' in objective.needs
+    compatibility.check(
+        compatibility.combination_of(config, stage_of(name), dtype=dtype, with_base=with_base, by_sample=by_sample)
+    )
     if world_size % size:
         raise ConfigError(
             f'`parallel.sequence_parallel_size` is {size}, which does not divide the {world_size} processes; start a '

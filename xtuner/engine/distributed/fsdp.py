@@ -25,6 +25,7 @@ from xtuner.engine.distributed.shards import (
     read_scales_from_parameters,
     set_rows_aside,
 )
+from xtuner.model.families.find import layers_of
 
 
 class FullyShard(Strategy):
@@ -36,22 +37,25 @@ class FullyShard(Strategy):
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__(rank, world_size)
         self._local: dict[str, nn.Parameter] = {}
+        self._layers: set[nn.Module] = set()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Shards in place, layer by layer."""
         outer: Any = model
         base = outer.llm.get_base_model() if hasattr(outer.llm, 'get_base_model') else outer.llm
         decoder, head = base.get_decoder(), base.get_output_embeddings()
-        device = next(decoder.layers[0].parameters()).device
+        embedding, layers = base.get_input_embeddings(), layers_of(decoder)
+        device = next(layers[0].parameters()).device
         mesh = init_device_mesh(device.type, (self.world_size,))
         keep_quantisation_states(decoder)
         rows = set_rows_aside(outer)
-        for layer in decoder.layers:
+        self._layers = set(layers)
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
-        if head.weight is not decoder.embed_tokens.weight and not _trained(head):
+        if head.weight is not embedding.weight and not _trained(head):
             fully_shard(head, mesh=mesh)
-        ignored = set() if _trained(decoder.embed_tokens) else set(decoder.embed_tokens.parameters())
+        ignored = set() if _trained(embedding) else set(embedding.parameters())
         fully_shard(outer, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
         put_rows_back(rows)
         for module in _sharded(outer):  # the sum is wanted, not the mean
@@ -62,7 +66,7 @@ class FullyShard(Strategy):
         outer._get_fsdp_state()._lazy_init()
         for module in _sharded(outer):  # makes the whole tensors ordinary ones, which generation alone would not
             module.unshard()
-            if _is_layer(module):
+            if module in self._layers:
                 read_scales_from_parameters(module)
             module.reshard()
         self._local = {name: _local(p) for name, p in trainable_parameters(outer).items()}
@@ -96,7 +100,7 @@ class FullyShard(Strategy):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Puts together what belongs to no layer; layers come and go by themselves."""
-        roots = [module for module in _sharded(self.bare) if not _is_layer(module)]
+        roots = [module for module in _sharded(self.bare) if module not in self._layers]
         for module in roots:
             module.unshard()
         try:
@@ -187,10 +191,6 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return hasattr(module, 'self_attn')
 
 
 def _sharded(model: nn.Module) -> list[Any]:

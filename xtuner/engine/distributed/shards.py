@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from xtuner.kernels.quantized import is_4bit
-from xtuner.model.sharded_loading import scales_as, whole_shapes
+from xtuner.model.sharded_loading import full_shapes, scales_as
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def set_rows_aside(model: nn.Module) -> list[Rows]:
     """Puts a parameter without memory, of the whole shape, in the place of each one that is cut, for `fully_shard`."""
     aside = []
     for module in model.modules():
-        for name, shape in whole_shapes(module).items():
+        for name, shape in full_shapes(module).items():
             own = module.get_parameter(name)
             aside.append(Rows(module, name, own.data))
             empty = torch.empty(shape, dtype=own.dtype, device='meta')

@@ -51,7 +51,7 @@ class LogHook(Hook):
         """Writes the step's line, and prints each `interval`-th, the first and the last."""
         if runner.rank != 0:
             return
-        result = StepResult(**outputs)
+        result = StepResult.of_outputs(outputs)
         step, last = runner.iter + 1, runner.max_iters
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         speed = result.num_tokens / result.seconds
@@ -67,6 +67,7 @@ class LogHook(Hook):
             'peak_memory_gib': round(memory, 3),
             'skipped': result.skipped,
             'num_skipped': result.num_skipped,
+            **result.metrics,
         }
         append_line(Path(runner.work_dir) / METRICS_FILE, numbers)
         scalars = {f'train/{k}': v for k, v in numbers.items() if k != 'step'}
@@ -81,10 +82,12 @@ class LogHook(Hook):
             place = f'step {step:{len(str(last))}}/{last} · epoch {epoch:.2f}'
             peak = f' · peak {memory:.1f} GiB' if memory else ''
             skipped = ' · SKIPPED: gradient not finite' if result.skipped else ''
+            metrics = ''.join(f' · {name} {value:.4g}' for name, value in result.metrics.items())
             logger.info(
-                '%s · loss %.4f · lr %.2e · grad norm %.3f · %s tokens/s%s · eta %s%s',
+                '%s · loss %.4f%s · lr %.2e · grad norm %.3f · %s tokens/s%s · eta %s%s',
                 place,
                 result.loss,
+                metrics,
                 result.lr,
                 result.grad_norm,
                 f'{speed:,.0f}',
