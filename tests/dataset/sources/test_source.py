@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import lzma
+import random
 import types
+from pathlib import Path
 
 import pytest
 
-from xtuner.dataset.sources.source import hash_file, open_sources
+from xtuner.dataset.sources.source import hash_file, open_sources, with_progress
 from xtuner.errors import ConfigError, DataError
 
 ROWS = [{'input': str(n), 'output': 'x'} for n in range(3)]
@@ -214,3 +217,44 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
             open_sources(path)
     (tmp_path / '~.jsonl').write_text(json.dumps(ROWS[0]))
     assert values('~.jsonl') == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    'suffix', ['jsonl', 'json', 'csv', 'jsonl.gz', 'jsonl.bz2', 'jsonl.xz', 'jsonl.zst', 'parquet']
+)
+def test_all_bytes_of_a_file_are_counted_while_it_is_read(tmp_path: Path, suffix: str) -> None:
+    import pyarrow.parquet
+
+    draw = random.Random(0)
+    rows = [{'a': str(i), 'b': f'{draw.getrandbits(400):x}'} for i in range(20_000)]
+    path = tmp_path / f'data.{suffix}'
+    if suffix == 'parquet':
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == 'csv':
+        path.write_text('a,b\n' + ''.join(f'{row["a"]},{row["b"]}\n' for row in rows))
+    else:
+        text = json.dumps(rows) if suffix == 'json' else '\n'.join(map(json.dumps, rows)) + '\n'
+        codec = {'gz': 'gzip', 'bz2': 'bz2', 'zst': 'zstd'}.get(suffix[-3:].strip('.l'))
+        if suffix.endswith('xz'):
+            path.write_bytes(lzma.compress(text.encode()))
+        else:
+            with pyarrow.output_stream(str(path), compression=codec) as file:
+                file.write(text.encode())
+    (source,) = open_sources(str(path))
+    steps: list[int] = []
+    assert sum(1 for _ in source.records(steps.append)) == len(rows)
+    assert source.unit == 'B' and source.total == path.stat().st_size
+    assert len(steps) > 3 and sum(steps) == pytest.approx(source.total, rel=0.01)
+
+
+def test_rows_of_a_loaded_data_set_are_counted_and_progress_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    import datasets
+
+    caplog.set_level('INFO', 'xtuner')
+    (source,) = open_sources([datasets.Dataset.from_list(ROWS)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('xtuner.utils.progress._EVERY_S', 0)
+        with with_progress(source) as read:
+            assert [record.value for record in read.records()] == ROWS
+    assert source.total == len(ROWS) and source.unit == 'records'
+    assert caplog.messages[0].startswith(f'reading {source.name}: ')
