@@ -14,6 +14,8 @@ from xtuner.dataset.map_fns import resolve_map_fn
 from xtuner.errors import ConfigError, UsageError
 from xtuner.registry import check_arguments
 
+pytestmark = pytest.mark.unit
+
 FLAGSHIP = 'internlm_7b_qlora_oasst1'
 
 
@@ -23,6 +25,7 @@ def write(folder: Path, text: str, name: str = 'mine.py') -> str:
     return str(path)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('name', sorted(list_configs()))
 def test_every_shipped_config_loads_and_its_open_sections_fit_what_they_name(name: str) -> None:
     config = load_config(name)
@@ -71,6 +74,7 @@ def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
     assert 'read_base' not in flat
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
@@ -161,6 +165,7 @@ def test_a_file_may_have_helpers_with_an_underscore(tmp_path: Path) -> None:
     assert load_config(path).optimizer['lr'] == 3e-4
 
 
+@pytest.mark.torch
 def test_an_argument_that_a_type_lacks_is_named_with_the_nearest() -> None:
     config = load_config(FLAGSHIP, {'optimizer.beta': (0.9, 0.99)})
     with pytest.raises(ConfigError, match=r"unknown key `optimizer.beta` .*did you mean 'betas'"):

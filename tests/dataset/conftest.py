@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from xtuner.dataset.templates.builtin import TEMPLATES
+
+if TYPE_CHECKING:  # unit tests share this file, and import no transformers
+    from transformers import PreTrainedTokenizerFast
 
 _TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
           'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick fox', '你好'] * 4  # fmt: skip
@@ -27,7 +31,7 @@ def make_tokenizer(markers: list[str], *, bos: str | None = '<s>', eos: str = '<
     trainer = trainers.BpeTrainer(vocab_size=300 + len(special), special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     backend.train_from_iterator(_TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
+    return _fast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
 
 
 def make_spaced_tokenizer(markers: list[str], *, scheme: str = 'first') -> PreTrainedTokenizerFast:
@@ -43,7 +47,13 @@ def make_spaced_tokenizer(markers: list[str], *, scheme: str = 'first') -> PreTr
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in ('<unk>', '<s>', '</s>', *markers)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    return _fast(tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+
+
+def _fast(**options: object) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(**options)
 
 
 @pytest.fixture(scope='session')

@@ -12,6 +12,8 @@ from xtuner.dataset.mapping.map_records import apply_map_fn
 from xtuner.dataset.sources.readers import Record
 from xtuner.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.unit
+
 ISSUE_NAMES = {
     'alpaca', 'alpaca_zh', 'code_alpaca', 'oasst1', 'openai', 'sharegpt', 'arxiv', 'colors', 'crime_kg_assitant',
     'law_reference', 'medical', 'msagent_react', 'openorca', 'pretrain', 'sql', 'stack_exchange', 'tiny_codes',
@@ -131,6 +133,7 @@ def test_an_unknown_format_names_the_nearest():
         detect_map_fn([1], 'file:1')
 
 
+@pytest.mark.torch
 def test_a_function_of_ones_own_needs_no_registration():
     def mine(example):
         return {'conversation': [{'input': example['x'], 'output': 'y'}]}

@@ -12,6 +12,8 @@ from xtuner.chat.plugins import equations
 from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.solve import Solve
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(('text', 'solutions'), [
     ('x^2 - 3x + 2 = 0', 'x=1; x=2'), ('x**2-3*x+2', 'x=1; x=2'), ('2x + 1 = 4', 'x=3/2'), ('0.1y = 1', 'y=10'),

@@ -10,6 +10,8 @@ import xtuner.dataset.sources.readers as readers
 from xtuner.dataset.sources.readers import READERS, read_file
 from xtuner.errors import DataError
 
+pytestmark = pytest.mark.unit
+
 ROWS = [{'a': 'x', 'b': '1'}, {'a': 'é\n"', 'b': ' 2, 3'}, {'a': '', 'b': '你好'}]
 
 

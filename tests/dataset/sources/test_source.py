@@ -11,6 +11,8 @@ import pytest
 from xtuner.dataset.sources.source import hash_file, open_sources, with_progress
 from xtuner.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.unit
+
 ROWS = [{'input': str(n), 'output': 'x'} for n in range(3)]
 
 
@@ -51,6 +53,7 @@ def test_a_data_set_saved_or_loaded_by_the_datasets_library(tmp_path):
         open_sources(str(tmp_path / 'test_only'))
 
 
+@pytest.mark.torch
 def test_the_classical_form_of_a_source(folder, tmp_path):
     datasets = pytest.importorskip('datasets')
     spec = {'type': datasets.load_dataset, 'path': 'json', 'data_files': str(folder / 'a.jsonl'),
@@ -226,7 +229,7 @@ def test_all_bytes_of_a_file_are_counted_while_it_is_read(tmp_path: Path, suffix
     import pyarrow.parquet
 
     draw = random.Random(0)
-    rows = [{'a': str(i), 'b': f'{draw.getrandbits(400):x}'} for i in range(20_000)]
+    rows = [{'a': str(i), 'b': f'{draw.getrandbits(400):x}'} for i in range(6_000)]
     path = tmp_path / f'data.{suffix}'
     if suffix == 'parquet':
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
