@@ -150,6 +150,16 @@ def real_vocabulary_internlm(tmp_path_factory: pytest.TempPathFactory, shared_da
     return write_internlm(folder, vocab_size=103168)
 
 
+@pytest.fixture(scope='session')
+def folder_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternLM-7B as far as an estimate needs it: one file of settings."""
+    from benchmarks.internlm_7b import SHAPE
+
+    folder = tmp_path_factory.mktemp('internlm-7b')
+    (folder / 'config.json').write_text(json.dumps(SHAPE), encoding='utf-8')
+    return folder
+
+
 @pytest.fixture
 def conversations(tmp_path: Path) -> Path:
     """Twelve short conversations in the OpenAI form."""

@@ -1,19 +1,27 @@
-"""Small tokenizers whose ids can be looked at: byte-level and, like Llama's, with a space put before each text."""
+"""Small tokenizers whose ids can be looked at, and data prepared with one.
+
+They are byte-level or, like Llama's, put a space before each text.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from xtuner.dataset.templates.builtin import TEMPLATES
+from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.templates.builtin import TEMPLATES, get_template
 
 if TYPE_CHECKING:  # unit tests share this file, and import no transformers
     from transformers import PreTrainedTokenizerFast
 
 _TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
           'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick fox', '你好'] * 4  # fmt: skip
+
+
+RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}. ' * (n % 5 + 1)} for n in range(60)]
 
 
 def all_markers() -> list[str]:
@@ -66,3 +74,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def internlm_like() -> PreTrainedTokenizerFast:
     """Like InternLM's: `<eoh>` and `<eoa>` are tokens, `<|User|>` is text."""
     return make_tokenizer(['<eoh>', '<eoa>'])
+
+
+@pytest.fixture
+def prepare(tmp_path, internlm_like, capsys):
+    """Prepares records, in a fresh cache, and returns the data set; `prepare.folder` is where the files are."""
+    from xtuner.dataset.prepare import prepare_dataset
+
+    template = get_template('internlm_chat', internlm_like)
+
+    def run(records=RECORDS, *, part='train', **options):
+        if records is not None:
+            lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
+            (tmp_path / 'data.jsonl').write_bytes(b'\n'.join(lines))
+            options.setdefault('source', str(tmp_path / 'data.jsonl'))
+        options.setdefault('cache_dir', str(tmp_path / 'cache'))
+        run.config = DatasetConfig(**{'max_length': 128, **options})
+        return prepare_dataset(run.config, tokenizer=internlm_like, template=template, part=part)
+
+    run.folder, run.template, run.tokenizer = tmp_path, template, internlm_like
+    return run
