@@ -21,7 +21,7 @@ from benchmarks.qlora_model import add_adapter, build_base, set_checkpointing, s
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.enable import enable_fused_training, fused_linear_cross_entropy
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
-from xtuner.kernels.quantized import is_4bit, take_apart
+from xtuner.kernels.quantized import is_4bit, unpack_weight
 
 
 def gradients(
@@ -142,7 +142,7 @@ def time_fp8(tokens: int) -> None:
         linear = bnb.nn.Linear4bit(m, n, bias=False, quant_type='nf4', device='cuda')
         data = torch.randn(n, m, device='cuda', dtype=torch.bfloat16) * 0.02
         linear.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type='nf4').to('cuda')
-        parts = take_apart(linear)
+        parts = unpack_weight(linear)
         weight = torch.zeros(n, m + 64, device='cuda').to(torch.float8_e4m3fn)
         turned = torch.zeros(m, n + 64, device='cuda').to(torch.float8_e4m3fn)
         size = n * m * (1.5 + 1 / 64)
@@ -183,7 +183,7 @@ def time_kernels(tokens: int) -> None:
     for n, m in ((h, h), (i, h), (h, i)):
         linear = bnb.nn.Linear4bit(m, n, bias=False, quant_type='nf4', device='cuda')
         linear.weight = bnb.nn.Params4bit(new(n, m), requires_grad=False, quant_type='nf4').to('cuda')
-        parts, wide = take_apart(linear), torch.empty(n, m + r, device='cuda', dtype=torch.bfloat16)
+        parts, wide = unpack_weight(linear), torch.empty(n, m + r, device='cuda', dtype=torch.bfloat16)
         size = n * m * (2.5 + 1 / 64)
         timed(f'dequantise {n}x{m}', lambda p=parts, w=wide, m=m: k.dequantize_into(w[:, :m], p), size)
         timed('  bitsandbytes', lambda m=linear.weight: bnb.functional.dequantize_4bit(m.data, m.quant_state), size)

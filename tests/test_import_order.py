@@ -11,7 +11,7 @@ import pytest
 import xtuner
 
 PACKAGE = Path(xtuner.__file__).parent
-ORDER = ['aliases', 'errors', 'utils', 'ranks', 'registry', 'config', 'dataset', 'parallel', 'kernels', 'model']
+ORDER = ['aliases', 'errors', 'ranks', 'utils', 'registry', 'config', 'dataset', 'parallel', 'kernels', 'model']
 ORDER += ['adapters', 'fused', 'inference', 'memory', 'tracking', 'objectives', 'convert', 'engine']
 ORDER += ['chat', 'serve', 'cli']
 # `model.chat(...)` and `model.stream_chat(...)` are methods of InternLM's model classes, as on its model cards. They

@@ -27,7 +27,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize('name', [*WORDS_OF_CODE, None, 3, [], {}])
 def test_nothing_is_imported_for_a_name_from_a_file(name: object, canary: Path) -> None:
     assert registered(TEMPLATES, name) is None
-    with pytest.raises(ConfigError, match='is no prompt template') as caught:
+    with pytest.raises(ConfigError, match='is not a prompt template') as caught:
         get_template(name)
     assert len(str(caught.value)) < 1000
     assert not canary.exists()

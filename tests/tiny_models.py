@@ -37,16 +37,19 @@ def _pairs(case):
     return set(itertools.combinations(enumerate(case), 2))
 
 
-def tiny_llama(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_model(kind, *, layers=2, heads=4, kv_heads=2, dtype=torch.float32, **fields):
+    """A random model of a type that transformers or a spec knows, with norms and biases that are not trivial."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from xtuner.model.families.auto import register
+
+    register()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, attention_bias=bias, max_position_embeddings=64, tie_word_embeddings=False,
-        use_cache=False,
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, max_position_embeddings=64, tie_word_embeddings=False, use_cache=False, **fields,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith('bias'):
@@ -56,6 +59,15 @@ def tiny_llama(*, layers=2, heads=4, kv_heads=2, bias=True, dtype=torch.float32)
             if 'layers' in name and parameter.dim() == 2:
                 parameter.mul_(5)
     return model.to(DEVICE)
+
+
+def tiny_llama(*, bias=True, **sizes):
+    return tiny_model('llama', attention_bias=bias, **sizes)
+
+
+def tiny_internlm2(*, bias=True, **sizes):
+    """Its qkv rows are grouped by key head, two query heads each."""
+    return tiny_model('internlm2', bias=bias, **sizes)
 
 
 def quantise(model, dtype=torch.float32):
@@ -100,8 +112,10 @@ def dequantised(model):
 def with_adapter(model, *, dropout=0.0, rank=8, targets=None, **kwargs):
     from peft import LoraConfig, get_peft_model
 
+    from xtuner.model.families.find import spec_of
+
     model.requires_grad_(False)
-    every = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+    every = [path.rsplit('.', 1)[-1] for group in spec_of(model.config).paths.groups for path in group]
     config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=targets or every, **kwargs)
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)

@@ -1,7 +1,7 @@
-"""What a user can cause, one class a kind; `assert` and every other exception mean a bug of ours.
+"""Errors that a user can cause, one class per kind; `assert` and all other exceptions indicate bugs.
 
 A message is one line: what is wrong, where (file, line, field, value), and what to do next.
-Each class also inherits the built-in exception that callers of a library would expect to catch.
+Each class also inherits the built-in exception that callers of a library expect to catch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 
 
 class XTunerError(Exception):
-    """Base of all errors that a user can cause and mend. The command line prints it and exits with `exit_status`."""
+    """Base of all errors that a user can cause and fix. The command line prints it and exits with `exit_status`."""
 
     exit_status = 1
 
 
 class UsageError(XTunerError, ValueError):
-    """The command was called wrongly."""
+    """The command line was wrong."""
 
     exit_status = 2
 
@@ -35,15 +35,15 @@ class ModelError(XTunerError, ValueError):
 
 
 class CheckpointError(XTunerError, ValueError):
-    """A checkpoint or an adapter is torn, missing or belongs to something else."""
+    """A checkpoint or an adapter is damaged, missing or belongs to something else."""
 
 
 class TrainingError(XTunerError, RuntimeError):
-    """A run cannot go on: no gradient, no target, too many non-finite steps."""
+    """A run cannot continue: no gradient, no target, too many non-finite steps."""
 
 
 class Interrupted(XTunerError):
-    """A signal ended the run, which saved first. The command line exits with 128 + the signal's number."""
+    """A signal ended the run after it saved a checkpoint. The command line exits with 128 + the signal number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -51,20 +51,27 @@ class Interrupted(XTunerError):
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Returns a hint such as `; did you mean 'a' or 'b'?` for a misspelt `name`, or '' where nothing is near."""
+    """Returns a hint such as `; did you mean 'a' or 'b'?` for a misspelled `name`, or '' if nothing is similar."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
     return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The first of some names and how many there are beside it: "'a'", "'a' (and 2 more)"."""
+    """The first of several names and the number of others: "'a'", "'a' (and 2 more)"."""
     return repr(names[0]) + (f' (and {len(names) - 1} more)' if len(names) > 1 else '')
 
 
-def one_line(error: object) -> str:
-    """An exception of another library, or its text, on one line of an error message.
+def first_few(names: Sequence[object], most: int) -> str:
+    """The first `most` of several names, and the number of others: 'a, b and 2 more'."""
+    more = f' and {len(names) - most:,} more' if len(names) > most else ''
+    return ', '.join(map(str, names[:most])) + more
 
-    The text of a KeyError is the key alone, and that of an assertion is often empty: the exception's name comes first.
+
+def one_line(error: object) -> str:
+    """An exception of another library, or its text, on one line for an error message.
+
+    The text of a KeyError is only the key, and that of an assertion is often empty, so the exception's name comes
+    first.
     """
     text = ' '.join(str(error).split())[:500]
     if not text or isinstance(error, (LookupError, AssertionError, ArithmeticError, AttributeError, MemoryError)):
@@ -73,5 +80,5 @@ def one_line(error: object) -> str:
 
 
 def first_line(error: object) -> str:
-    """What an exception of another library says first; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """First non-empty line of another library's exception; its type if it has no text."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

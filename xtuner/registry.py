@@ -1,8 +1,8 @@
-"""The registries, and the one way from a `type` in a config to the object it names.
+"""The registries, and the resolution of a `type` in a config to the object that it names.
 
-- `BUILDER` holds short names for anything that a `dict(type=...)` may build.
-- `MAP_FUNC` holds the functions that turn a raw record into a conversation (`xtuner.dataset.map_fns`).
-- `TEMPLATES` holds the prompt formats (`xtuner.dataset.templates.builtin`).
+- `BUILDER`: short names for anything that a `dict(type=...)` may build.
+- `MAP_FUNC`: functions that turn a raw record into a conversation (`xtuner.dataset.map_fns`).
+- `TEMPLATES`: prompt templates (`xtuner.dataset.templates.builtin`).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ TEMPLATES = Registry('template', locations=['xtuner.dataset.templates.builtin'])
 
 
 def registered(registry: Registry, name: Any) -> Any:
-    """What is registered under a name; None where nothing is.
+    """Returns the object registered under a name; None if there is none.
 
-    mmengine's own `Registry.get` imports the module that a name with a dot spells. A name may come from a file that
-    somebody else wrote, an adapter's `xtuner.json` for one, so nothing is imported here.
+    mmengine's own `Registry.get` imports the module of a dotted name. A name may come from an untrusted file, such as
+    an adapter's `xtuner.json`, so nothing is imported here.
 
     Args:
-        registry: One of the registries above; whoever fills it has been imported.
-        name: Any value; what is no text has no entry.
+        registry: One of the registries above; the modules that fill it must have been imported.
+        name: Any value; only strings can be registered.
     """
     return registry.module_dict.get(name) if isinstance(name, str) else None
 
 
 def resolve(target: Any) -> Callable[..., Any]:
-    """The callable behind a `type`: itself, a registered name, 'module:name' or 'file.py:name', which is imported.
+    """Resolves a `type` to a callable: a callable, a registered name, 'module:name' or 'file.py:name'.
 
     Raises:
-        ConfigError: the module or the name does not exist, or is not callable.
+        ConfigError: The module or the name does not exist, or is not callable.
     """
     if callable(target):
         return target
@@ -53,7 +53,7 @@ def resolve(target: Any) -> Callable[..., Any]:
         raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {shown(target)}')
     if ':' not in target:
         found = registered(BUILDER, target)
-        if found is None and '.' in target:  # a config is the user's own and may name code: 'torch.optim.AdamW'
+        if found is None and '.' in target:  # a config is trusted and may name code: 'torch.optim.AdamW'
             found = _by_dotted_name(target)
         if not callable(found):
             raise ConfigError(
@@ -72,14 +72,14 @@ def _by_dotted_name(target: str) -> Any:
 
 
 def imported(target: str, what: str) -> Callable[..., Any]:
-    """The callable that 'module:name' or 'file.py:name' names.
+    """Imports the callable named by 'module:name' or 'file.py:name'.
 
     Args:
-        target: The text; a module must be importable, a file is run once as a module of its own.
-        what: What the text is, for the message.
+        target: The name; a module must be importable, a file is run once as a module.
+        what: Where the name comes from, for the error message.
 
     Raises:
-        ConfigError: there is no such module, file or name, it fails while it runs, or is not callable.
+        ConfigError: The module, file or name does not exist, fails to run, or is not callable.
     """
     module_name, _, name = target.rpartition(':')
     try:
@@ -89,15 +89,15 @@ def imported(target: str, what: str) -> Callable[..., Any]:
         raise ConfigError(f'{what} {target!r} cannot be imported: module {module_name!r} has no {name!r}') from error
     except Exception as error:  # the user's module may raise anything
         raise ConfigError(f'{what} {target!r} cannot be imported: {type(error).__name__}: {error}; a module must be '
-                          'importable from where the command runs (PYTHONPATH), or lie beside the config; a file must '
+                          'importable from where the command runs (PYTHONPATH), or be next to the config; a file must '
                           'run by itself') from error  # fmt: skip
     if not callable(found):
-        raise ConfigError(f'{what} {target!r} is a {type(found).__name__}, which cannot be called')
+        raise ConfigError(f'{what} {target!r} is a {type(found).__name__}, which is not callable')
     return found
 
 
 def _module_of(file: Path) -> ModuleType:
-    """Runs a file as a module, once."""
+    """Runs a file as a module; cached."""
     file = file.resolve()
     name = f'xtuner_file_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}'
     if name not in sys.modules:
@@ -156,6 +156,6 @@ def build(section: Mapping[str, Any], where: str, *args: Any) -> Any:
     values = {k: v for k, v in section.items() if k != 'type'}
     try:
         return target(*args, **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:  # `betas=''` is an IndexError
         given = ', '.join(f'{key}={shown(value)}' for key, value in values.items())
         raise ConfigError(f'`{where}`: {reference(target)} refused {given}: {one_line(error)}') from error

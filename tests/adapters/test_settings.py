@@ -53,7 +53,7 @@ def changed(world: Path, tmp_path: Path) -> Any:
         ({'init_lora_weights': 'pissa_niter_1000000'}, '`init_lora_weights` must be True, False'),
         ({'peft_type': 'ADALORA', 'rank_pattern': {'q': [10**9]}}, '`q` must be a list of True or False'),
         ({'bias': 'evil'}, '`bias` must be one of'),
-        ({'megatron_config': {'a': 1}, 'megatron_core': 'this.s'}, '`megatron_config` is refused'),
+        ({'megatron_config': {'a': 1}, 'megatron_core': 'this.s'}, '`megatron_config` is rejected'),
         ({'lora_dropout': float('nan')}, '`lora_dropout` must be a finite number'),
         ({'target_modules': {'a': 1}}, '`target_modules` must be a list of text or text or None'),
     ],
@@ -134,7 +134,7 @@ def test_cut_weights_are_damaged_and_no_misfit(world: Path, changed: Any) -> Non
     whole = (folder / 'adapter_model.safetensors').read_bytes()
     (folder / 'adapter_model.safetensors').unlink()
     (folder / 'adapter_model.safetensors').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match='is damaged or cut off'):
+    with pytest.raises(CheckpointError, match='is damaged or truncated'):
         load_adapter(load_model(world / 'base', dtype=torch.float32), folder)
 
 

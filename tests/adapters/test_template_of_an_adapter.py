@@ -12,7 +12,7 @@ from xtuner.errors import CheckpointError
 
 @pytest.mark.parametrize('name', ['this.s', 'os.system', '', 'internlm_chatt'])
 def test_an_unknown_template_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf'xtuner\.json: `template`: .*{name!r}.* is no prompt template'):
+    with pytest.raises(CheckpointError, match=rf'xtuner\.json: `template`: .*{name!r}.* is not a prompt template'):
         check_template(Provenance('base', 'print', name, 'fp32'), tmp_path)
 
 

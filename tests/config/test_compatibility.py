@@ -30,7 +30,7 @@ def test_one_process_is_single_and_several_are_ddp() -> None:
 def test_a_rule_refuses_each_of_its_combinations_and_says_what_instead(rule: object) -> None:
     for values in product(*rule.when.values()):  # type: ignore[attr-defined]
         chosen = {'method': 'lora', 'strategy': 'ddp'} | dict(zip(rule.when, values, strict=True))  # type: ignore[attr-defined]
-        with pytest.raises(ConfigError, match=r'do not go together: .*; use '):
+        with pytest.raises(ConfigError, match=r'cannot be combined: .*; use '):
             check(Combination(**chosen))
 
 

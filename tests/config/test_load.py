@@ -89,7 +89,7 @@ def test_a_flat_copy_is_the_same_config(name: str, tmp_path: Path) -> None:
         ('adapter.r', 0, '`adapter.r` must be at least 1, got 0'),
         ('adapter.r', 'eight', "`adapter.r` must be a whole number, got 'eight'"),
         ('adapter.r', 10**10, '`adapter.r` must be at most 65536, got 10000000000'),
-        ('adapter.target_modules', '[', '`adapter.target_modules` is no regular expression (unterminated character'),
+        ('adapter.target_modules', '[', '`adapter.target_modules` is not a regular expression (unterminated character'),
         ('adapter.lora_alpha', float('nan'), '`adapter.lora_alpha` must be a finite number'),
         ('optimizer.lr', None, '`optimizer.lr` needs a number, got None'),
         ('optimizer.lr', 'nan', "`optimizer.lr` must be a number, got 'nan'"),
@@ -150,7 +150,7 @@ def test_faults_of_options_are_not_laid_on_the_file(tmp_path: Path) -> None:
     path.write_text("model = {'path': 7}\ndataset = {'source': 'a.jsonl', 'max_lenght': 9}\n", encoding='utf-8')
     with pytest.raises(ConfigError) as caught:
         load_config(str(path), {'model.path': 'here', 'schedule.max_epochs': 'two'})
-    of_file, of_options = str(caught.value).split('; options given: ')
+    of_file, of_options = str(caught.value).split('; command-line options: ')
     assert of_file.startswith(f'{path}: unknown key `dataset.max_lenght`') and 'model.path' not in of_file
     assert of_options == "`schedule.max_epochs` must be a number, got 'two'"
 
@@ -206,13 +206,13 @@ def mine(example):
 """
 
 
-@pytest.mark.parametrize('place', ['in the config', 'beside the config', 'by the name of its file'])
+@pytest.mark.parametrize('place', ['in the config', 'next to the config', 'by the name of its file'])
 def test_a_map_function_of_ones_own(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It works from any folder, and the flat config of the run finds it again."""
     beside = write(tmp_path, FUNCTION, 'functions_beside.py')
     start, value = {
         'in the config': (FUNCTION, 'mine'),
-        'beside the config': ('from functions_beside import mine\n', 'mine'),
+        'next to the config': ('from functions_beside import mine\n', 'mine'),
         'by the name of its file': ('', repr(f'{beside}:mine')),
     }[place]
     file = write(tmp_path, f"{start}{MINIMAL}dataset = dict(source='a.jsonl', map_fn={value})\n", f'{place[:2]}_x.py')

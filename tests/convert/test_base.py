@@ -15,7 +15,7 @@ from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import base as module
 from xtuner.convert.base import QuantizedBase
 from xtuner.fused.frozen import FrozenLinear
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 from xtuner.kernels.reference import dequantize_into
 from xtuner.model.loading import load_model
 from xtuner.model.weights.reader import open_weights
@@ -113,6 +113,6 @@ def test_blocks_that_cross_rows(shape: tuple[int, int], settings: str) -> None:
     )
     layer.load_state_dict({'weight': weight})
     expected = torch.empty(shape)
-    dequantize_into(expected, take_apart(layer.to('cpu')))
+    dequantize_into(expected, unpack_weight(layer.to('cpu')))
     torch.testing.assert_close(module.requantize(weight.clone(), chosen), expected)
     assert (expected - weight).abs().mean() < 0.11

@@ -96,7 +96,7 @@ def test_what_was_taught_is_kept_by_default_and_lost_on_the_published_weights(
     assert 'as trained: merged with --base dequantized, same likeliest token at 100.0 %' in told
     assert kept_by(tmp_path / 'auto') == len(LESSONS)
     assert main(['convert', 'merge', str(base), str(run), str(tmp_path / 'original'), '--base', 'original']) == 0
-    assert 'merged with --base original, the model differs from the one that was trained' in capsys.readouterr().err
+    assert 'merged with --base original, the model differs from the trained one' in capsys.readouterr().err
     assert kept_by(tmp_path / 'original') < len(LESSONS) - 2
     merged = {
         kind: json.loads((tmp_path / kind / 'xtuner.json').read_text())['merged'] for kind in ('auto', 'original')
@@ -135,17 +135,17 @@ def test_neither_reaches_the_bound(
     monkeypatch.setattr(verify, 'MOST_KL', -1.0)
     words = ['convert', 'merge', str(base), str(run), str(tmp_path / 'merged')]
     assert main(words) == 1
-    assert 'differs from the one that was trained' in capsys.readouterr().err
+    assert 'differs from the trained one' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert main([*words, '--base', 'dequantized']) == 0  # asked for by name: a warning
-    assert 'it may not keep what was taught' in capsys.readouterr().err
+    assert 'it may not preserve what was trained' in capsys.readouterr().err
 
 
 def test_without_a_measurement_the_trained_values_are_taken(
     base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(['convert', 'merge', str(base), str(run), str(tmp_path / 'merged'), '--verify', '0']) == 0
-    assert 'base dequantized: not measured here' in capsys.readouterr().err
+    assert 'base dequantized: not measured' in capsys.readouterr().err
     assert json.loads((tmp_path / 'merged' / 'xtuner.json').read_text())['merged'] == {'base': 'dequantized'}
     assert kept_by(tmp_path / 'merged') == len(LESSONS)
 

@@ -34,7 +34,7 @@ NO_FORM = {'chatglm2', 'internlm_chat_2023'}
 def test_a_modelfile_has_the_format_of_training(name: str, messages: list[Message]) -> None:
     template = get_template(name)
     if name in NO_FORM:
-        with pytest.raises(UsageError, match='has no form in a Modelfile'):
+        with pytest.raises(UsageError, match='cannot be a Modelfile'):
             go_template(template, Tokenizer)
         return
     expected = ''.join(piece.text for piece in template.render(Conversation(tuple(messages)), prompt=True))
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(['convert', *words]) == status
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert 'does not say which template' in error(2, 'ollama', str(folder), str(tmp_path / 'o'))
+    assert 'does not record its prompt template' in error(2, 'ollama', str(folder), str(tmp_path / 'o'))
     assert 'no such file' in error(2, 'gguf', str(folder), str(out), '--converter', str(tmp_path / 'none.py'))
     script = tmp_path / 'convert_hf_to_gguf.py'
     script.write_text('import sys\nprint("cannot do it", file=sys.stderr)\nsys.exit(3)\n')
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     script.write_text(f'import sys\nopen(sys.argv[sys.argv.index("--outfile") + 1], "w").write({sys.executable!r})\n')
     assert main(['convert', 'gguf', str(folder), str(out), '--converter', str(script)]) == 0
     assert out.read_text() == sys.executable
-    assert 'is there already' in error(1, 'gguf', str(folder), str(out), '--converter', str(script))
+    assert 'already exists' in error(1, 'gguf', str(folder), str(out), '--converter', str(script))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['convert_hf_to_gguf.py', 'model', 'out.gguf']
 
 
@@ -165,5 +165,6 @@ def test_a_merged_model_says_which_base_it_has(tmp_path: Path, fake: Path, capsy
     (base / 'xtuner.json').write_text(json.dumps(record))
     for command, out in (('gguf', 'a.gguf'), ('ollama', 'b')):
         assert main(['convert', command, str(base), str(tmp_path / out), '--converter', str(fake)]) == 0
-        assert ('merged on the published weights; against the base in 4 bit (nf4) with its adapter, as trained: same '
-                'likeliest token at 50.0 % of 40 positions, KL 0.75') in capsys.readouterr().err  # fmt: skip
+        assert ('merged into the published weights; compared with the base in 4 bit (nf4) plus '
+                'adapter, as trained: same likeliest token at 50.0 % of 40 positions, KL '
+                '0.75') in capsys.readouterr().err  # fmt: skip

@@ -64,7 +64,7 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match='is not empty'):
         to_llama(str(folder), folder)
     (folder / 'tokenizer.model').unlink()
-    with pytest.raises(ModelError, match='holds no tokenizer'):
+    with pytest.raises(ModelError, match='contains no tokenizer'):
         to_llama(str(folder), tmp_path / 'llama')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['model']
 
@@ -78,7 +78,7 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 
 def test_biases_that_llama_has_no_form_for(tmp_path: Path) -> None:
     folder = write_tokenizer(write_model(tmp_path / 'model', 'v3-mixed'))
-    with pytest.raises(ModelError, match='Llama has no form'):
+    with pytest.raises(ModelError, match='Llama does not support'):
         to_llama(str(folder), tmp_path / 'llama')
 
 

@@ -84,9 +84,9 @@ def test_prompts_with_earlier_answers_are_what_training_saw():
 def test_a_choice_that_cannot_be_is_refused():
     tokenizer = tokenizer_of()
     template = get_template('internlm_chat', tokenizer)
-    for choice, message in ((['<nothing>'], "names '<nothing>', which is no token of the tokenizer"),
-                            (['<eoa>'], "names '<eoa>', with which the template or the tokenizer separates messages"),
-                            (['</s>'], "names '</s>', with which"), ([5], 'names 5, which is no token')):  # fmt: skip
+    for choice, message in ((['<nothing>'], "names '<nothing>', which is not a token of the tokenizer"),
+                            (['<eoa>'], "names '<eoa>', which the template or the tokenizer uses to separate"),
+                            (['</s>'], "'</s>', which the template"), ([5], '5, which is not a token')):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             template.allowing(choice, tokenizer)
     assert template.allowing(False, tokenizer) is template
@@ -134,11 +134,11 @@ def test_an_answer_whose_thoughts_the_prompt_opens_is_trained_behind_that_prompt
 @pytest.mark.parametrize('template', [WHOLE, STRIPPED], ids=['whole', 'stripped'])
 def test_an_answer_that_does_not_begin_as_the_prompt_ends_is_refused_with_that_reason(template):
     tokenizer = tokenizer_of(template)
-    message = r"file:3: the generation prompt of the chat template ends with '<think>\\n', and the answer in message 2"
+    message = r"file:3: the generation prompt of the chat template ends with '<think>\\n', but the answer in message 2"
     with pytest.raises(DataError, match=message):
         encoded(tokenizer, turns('a', 'yes'))
     if template == STRIPPED:
-        with pytest.raises(DataError, match=r"shows answer 2 in another way .*train_on = 'last_turn'"):
+        with pytest.raises(DataError, match=r"renders answer 2 differently .*train_on = 'last_turn'"):
             encoded(tokenizer, turns('a', THOUGHT, 'b', THOUGHT))
     last = encoded(tokenizer, turns('a', THOUGHT, 'b', THOUGHT), train_on='last_turn')
     assert tokenizer.decode(last.labels[last.labels >= 0]) == 'hm\n</think>\n\nyes<|im_end|>'

@@ -48,9 +48,9 @@ def test_tools_and_calls_are_kept():
         ({'messages': [USER, ANSWER, ANSWER]}, "message 3, 'assistant', follows 'assistant'"),
         ({'messages': [USER, {'role': 'tool', 'content': 'r'}]}, "message 2, 'tool', follows 'user'"),
         ({'messages': [USER, {'role': 'system', 'content': 's'}]}, "message 2, 'system', follows 'user'"),
-        ({'messages': [USER, ANSWER], 'tools': '{'}, '`tools` is text that is not JSON'),
+        ({'messages': [USER, ANSWER], 'tools': '{'}, '`tools` is not valid JSON'),
         ({'messages': [USER, ANSWER], 'tools': 3}, '`tools` must be a list, got int'),
-        ({'messages': [USER, {'role': 'assistant', 'content': 'half \ud800'}]}, 'half of a surrogate pair'),
+        ({'messages': [USER, {'role': 'assistant', 'content': 'half \ud800'}]}, 'lone surrogate'),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(record, text):

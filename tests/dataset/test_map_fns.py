@@ -160,7 +160,7 @@ def test_a_system_text_may_be_called_system_prompt(name):
     assert texts(name, {**record, 'system_prompt': 'Be brief.'}) == expected
     assert texts(name, {**record, 'system': 'Be brief.', 'system_prompt': 'Be brief.'}) == expected
     assert texts(name, {**record, 'system': '', 'system_prompt': 'Be brief.'}) == expected
-    with pytest.raises(DataError, match=r'file:1: `system` and `system_prompt` are different texts; leave one'):
+    with pytest.raises(DataError, match=r'file:1: `system` and `system_prompt` differ; ignore one'):
         texts(name, {**record, 'system': 'Be long.', 'system_prompt': 'Be brief.'})
     with pytest.raises(DataError, match=r'file:1: `system_prompt` must be text, got list'):
         texts(name, {**record, 'system_prompt': ['x']})

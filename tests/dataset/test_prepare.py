@@ -90,7 +90,7 @@ def test_a_second_start_maps_nothing(prepare, monkeypatch, log):
     monkeypatch.setattr(mapping, 'apply_map_fn', lambda *args: pytest.fail('mapped again'))
     second = prepare()
     assert second.folder == first.folder
-    assert 'data: taken from' in log.text
+    assert 'data: loaded from' in log.text
     with pytest.raises(pytest.fail.Exception):
         prepare(max_length=96)
 
@@ -145,7 +145,7 @@ def test_a_bad_record_is_an_error_with_file_and_line_or_a_counted_skip(prepare, 
 
 def test_unused_and_ignored_fields_are_reported_also_from_the_cache(prepare, log):
     records = [{**record, 'id': n, 'score': 0.5} for n, record in enumerate(RECORDS)]
-    for said in ('prepared in', 'taken from'):
+    for said in ('prepared in', 'loaded from'):
         log.clear()
         assert prepare(records).summary.unused == {'id': 60, 'score': 60}
         assert f'data: {said}' in log.text and '`score` is not used (60 records)' in log.text
@@ -153,7 +153,7 @@ def test_unused_and_ignored_fields_are_reported_also_from_the_cache(prepare, log
     used = prepare(records)
     assert '`system`' not in used.summary.report()
     ignored = prepare(records, ignore=['system', 'score'])
-    assert '`system` (system text) is left out by dataset.ignore (1 record)' in ignored.summary.report()
+    assert '`system` (system text) is ignored by dataset.ignore (1 record)' in ignored.summary.report()
     assert used.digest != ignored.digest == prepare(RECORDS).digest
     records[40]['chat_history'] = [['a', 'b']]
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_losing_too_much_is_an_error(prepare):
     with pytest.raises(DataError, match=r'3 of 10 conversations would be dropped, and `dataset.max_dropped` is 0.2; '):
         prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip')
     assert len(prepare([*RECORDS[:7], b'a', b'b', b'c'], on_bad_record='skip', max_dropped=0.5)) > 0
-    with pytest.raises(DataError, match='holds no conversation'):
+    with pytest.raises(DataError, match='contains no conversation'):
         prepare([])
 
 
@@ -213,11 +213,11 @@ def test_a_validation_file_is_prepared_like_the_training_file(prepare, log):
     options = {'val_file': str(prepare.folder / 'val.jsonl')}
     assert prepare(**options).summary.kept == 60
     assert prepare(part='val', **options).summary.kept == 1
-    assert log.text.count('1 of 1 conversations of `dataset.val_file` are in the training data too') == 1
+    assert log.text.count('1 of 1 conversations of `dataset.val_file` are also in the training data') == 1
     (prepare.folder / 'val.jsonl').write_text(json.dumps({'question': 'new', 'answer': 'new'}))
     log.clear()
     assert prepare(part='val', **options).summary.kept == 1
-    assert 'too, so' not in log.text
+    assert 'training data, so' not in log.text
     with pytest.raises(ConfigError, match=r'`dataset.val_file` and `dataset.val_ratio` are both set'):
         prepare(val_ratio=0.1, **options)
     with pytest.raises(DataError, match='leaves none to train'):
@@ -290,7 +290,7 @@ def test_a_start_from_the_cache_looks_at_no_sample(prepare, monkeypatch, log):
     for _ in range(2):
         prepare(val_file=str(prepare.folder / 'val.jsonl'))
         prepare(val_file=str(prepare.folder / 'val.jsonl'), part='val')
-        assert 'warning: 2 of 3 conversations of `dataset.val_file` are in the training data too' in log.text
+        assert 'warning: 2 of 3 conversations of `dataset.val_file` are also in the training data' in log.text
         log.clear()
         monkeypatch.setattr(PreparedDataset, 'sample', lambda *_: pytest.fail('a sample was read'))
     monkeypatch.setattr(pipeline, 'is_first_process', lambda: False)

@@ -84,7 +84,7 @@ def test_hidden_folder(case, texts):
     folder = case('hidden_folder', files) / 'data'
     found, summary = texts(folder)
     assert len(found) == 1
-    assert summary.notes == [f'{folder}: 1 file not read as it is hidden: .ipynb_checkpoints']
+    assert summary.notes == [f'{folder}: 1 file not read because it is hidden: .ipynb_checkpoints']
 
 
 def test_reasoning_dropped(case, texts, internlm_like):
@@ -93,8 +93,8 @@ def test_reasoning_dropped(case, texts, internlm_like):
     config = DatasetConfig(source=str(folder / 'data.jsonl'))
     summary = check_dataset(config, tokenizer=internlm_like, template=get_template('internlm_chat'))
     [message] = summary.examples['bad']
-    assert message.startswith(f'{folder}/data.jsonl:1: `messages[1].reasoning_content` (reasoning) has no place in the '
-                              'template `internlm_chat`')  # fmt: skip
+    assert message.startswith(f'{folder}/data.jsonl:1: `messages[1].reasoning_content` (reasoning) is not supported by '
+                              'the template `internlm_chat`')  # fmt: skip
     _, summary = texts(folder / 'data.jsonl', ignore=['reasoning_content'])
     assert summary.ignored == {'reasoning_content': 1}
 
@@ -116,5 +116,5 @@ def test_train_test_folder(case, texts, tmp_path):
     found, summary = texts(folder)
     assert len(found) == 1
     [note] = summary.notes
-    assert note.startswith(f'{folder}: 1 file not trained as it is a test or validation split; ')
+    assert note.startswith(f'{folder}: 1 file not trained because it is a test or validation split; ')
     assert note.endswith('data/test-00000-of-00001.parquet')

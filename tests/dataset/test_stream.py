@@ -66,15 +66,15 @@ def test_data_that_never_ends_is_read_only_as_far_as_needed(stream):
 
 
 def test_what_needs_the_whole_data_is_refused(stream, tmp_path):
-    with pytest.raises(ConfigError, match='a stream knows no `val_ratio` and no `weight`'):
+    with pytest.raises(ConfigError, match='a stream supports neither `val_ratio` nor `weight`'):
         stream(val_ratio=0.1)
-    with pytest.raises(ConfigError, match='a stream knows no'):
+    with pytest.raises(ConfigError, match='a stream supports neither'):
         stream(source={'path': str(tmp_path / 'data.jsonl'), 'weight': 2})
 
 
 @pytest.mark.parametrize(('records', 'reason'), [
-    (RECORDS[:1], 'makes 1 pack, too few for 2 groups of processes x 1 readers to have one each'),
-    ([], 'holds no conversation; 0 records'),
+    (RECORDS[:1], 'yields 1 pack, too few for 2 groups of processes x 1 readers to have one each'),
+    ([], 'contains no conversation; 0 records'),
     ([{'question': 'Hi', 'answer': ''}], '1 could not be used'),
 ])  # fmt: skip
 def test_a_rank_that_finds_no_pack_says_why(stream, tmp_path, records, reason):

@@ -55,7 +55,7 @@ def test_a_work_folder_that_holds_a_run_is_not_overwritten(place: Place, capsys:
     assert place.train() == 0
     before = sorted((p.name, p.stat().st_mtime_ns) for p in place.work_dir.iterdir())
     assert place.train() == 1
-    assert 'already holds checkpoints; add --resume' in capsys.readouterr().err
+    assert 'already contains checkpoints; add --resume' in capsys.readouterr().err
     assert sorted((p.name, p.stat().st_mtime_ns) for p in place.work_dir.iterdir()) == before
 
 
@@ -70,14 +70,14 @@ def test_merge_refuses_what_it_should(place: Place, tmp_path: Path, capsys: pyte
         return capsys.readouterr().err.splitlines()[-1]
 
     assert 'was trained on another base' in merge(other, adapter, out)
-    assert 'no adapter there' in merge(place.model, tmp_path / 'nothing', out)
+    assert 'no adapter found' in merge(place.model, tmp_path / 'nothing', out)
     assert not out.exists()
     out.mkdir()
     (out / 'precious.txt').write_text('mine', encoding='utf-8')
     assert 'is not empty; nothing was written' in merge(place.model, adapter, out)
     assert [p.name for p in out.iterdir()] == ['precious.txt']
     cut('run/checkpoint-00000001/adapter_model.safetensors')(place)
-    assert 'is damaged or cut off' in merge(place.model, adapter, tmp_path / 'new')
+    assert 'is damaged or truncated' in merge(place.model, adapter, tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 

@@ -12,7 +12,7 @@ from xtuner.fused.enable import enable_fused_training
 from xtuner.fused.fp8 import product_unsupported_reason
 from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 
 bnb = pytest.importorskip('bitsandbytes')
 # e4m3 has three bits after the point: to the nearest, an entry is off by at most 1/16 of itself, 2.6 % in the mean.
@@ -58,7 +58,7 @@ def test_rows_are_rounded_to_the_nearest_under_their_own_scale(dtype, size, rank
 def test_4bit_weights_to_fp8_and_transposed(nested):
     linear = bnb.nn.Linear4bit(128, 48, bias=False, quant_type='nf4', compress_statistics=nested)
     linear.weight.data.normal_(generator=torch.Generator().manual_seed(1))
-    weight = take_apart(linear.to(DEVICE))
+    weight = unpack_weight(linear.to(DEVICE))
     values = torch.empty(48, 128, device=DEVICE)
     reference.dequantize_into(values, weight)
     scale = values.abs().amax() / reference.FP8_MAX

@@ -108,7 +108,7 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
         group.kept = group.kept if kept else None
     torch.manual_seed(3)
     loss, grads = step(model, batch)
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     torch.manual_seed(3)
     other_loss, other = step(model, batch)
     exact_loss, exact = step(dequantised(model), batch)
@@ -131,7 +131,7 @@ def test_no_layer_returns_a_view(batch, monkeypatch):
         return out, kept
 
     plain_forward = layer.layer_forward
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     monkeypatch.setattr(layer, 'layer_forward', spy)
     model = with_adapter(quantise(tiny_llama()))
     enable_fused_training(model)

@@ -53,7 +53,7 @@ def test_what_cannot_be_cut_stays_whole():
 
 
 def test_rows_that_split_a_group_of_scales_are_refused():
-    with pytest.raises(ValueError, match='no whole blocks of scales'):
+    with pytest.raises(ValueError, match='not aligned with blocks of scales'):
         layer(512, 128).parts().rows(3, 512)
 
 

@@ -61,7 +61,7 @@ def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: boo
     ids = torch.arange(7, 7 + shape[0] * shape[1]).view(shape)
     before = model(ids).logits
     done = cache_weights(model)
-    can = cpu_gemm.can_lay_out(torch.empty(256, 256))
+    can = cpu_gemm.can_pack(torch.empty(256, 256))
     assert done.num_kept == done.num_layers == (8 if can else 0)
     # Sums of 400 float32 products in another order.
     torch.testing.assert_close(model(ids).logits, before, atol=2e-5, rtol=1e-4)

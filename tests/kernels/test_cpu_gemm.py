@@ -7,7 +7,7 @@ import torch
 
 from xtuner.kernels import cpu_gemm
 
-pytestmark = pytest.mark.skipif(not cpu_gemm.can_lay_out(torch.empty(256, 256)), reason='no oneDNN for this processor')
+pytestmark = pytest.mark.skipif(not cpu_gemm.can_pack(torch.empty(256, 256)), reason='no oneDNN for this processor')
 
 
 @pytest.mark.parametrize('rows', [(1,), (16,), (2, 3), (300,), (0,)])
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not cpu_gemm.can_lay_out(torch.empty(256, 256)),
 def test_the_product(rows: tuple[int, ...], bias: bool, laid_out: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, more = (torch.randn(*shape, generator=generator) for shape in ((*rows, 200), (310, 200), (310,)))
-    used = cpu_gemm.lay_out(weight) if laid_out else weight
+    used = cpu_gemm.pack_weight(weight) if laid_out else weight
     got = cpu_gemm.linear(x, used, more if bias else None)
     want = x.double() @ weight.double().t() + (more.double() if bias else 0)
     # Float32 sums of 200 products of order 1.
@@ -26,18 +26,18 @@ def test_the_product(rows: tuple[int, ...], bias: bool, laid_out: bool) -> None:
 
 def test_few_numbers_of_rows() -> None:
     """Code is compiled for each."""
-    usual = [cpu_gemm._usual_number(rows) for rows in range(513)]
+    usual = [cpu_gemm._padded_rows(rows) for rows in range(513)]
     assert sorted(set(usual)) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     assert all(rows <= size and (rows < 2 or size < 2 * rows) for rows, size in enumerate(usual))
     for rows in range(513, 5000):  # what is added is computed
-        assert rows <= cpu_gemm._usual_number(rows) <= 1.25 * rows
-    assert len({cpu_gemm._usual_number(rows) for rows in range(513, 4097)}) == 12
+        assert rows <= cpu_gemm._padded_rows(rows) <= 1.25 * rows
+    assert len({cpu_gemm._padded_rows(rows) for rows in range(513, 4097)}) == 12
 
 
 def test_what_is_not_laid_out() -> None:
-    assert not cpu_gemm.can_lay_out(torch.empty(256, 256, dtype=torch.bfloat16))
-    assert not cpu_gemm.can_lay_out(torch.empty(64, 64)), 'too small to be worth it'
-    assert not cpu_gemm.can_lay_out(torch.empty(256, 256, device='meta'))
+    assert not cpu_gemm.can_pack(torch.empty(256, 256, dtype=torch.bfloat16))
+    assert not cpu_gemm.can_pack(torch.empty(64, 64)), 'too small to be worth it'
+    assert not cpu_gemm.can_pack(torch.empty(256, 256, device='meta'))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every float32 product goes to oneDNN, and is counted."""
     calls: list[int] = []
     linear = cpu_gemm.linear
-    monkeypatch.setattr(cpu_gemm, '_WORTH_PRODUCT', 1)
+    monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
     monkeypatch.setattr(cpu_gemm, 'linear', lambda *args: calls.append(1) or linear(*args))
     return calls
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from xtuner.kernels.last_used import LastUsed
+from xtuner.kernels.last_used import LRUTensors
 
 
 def test_the_last_used_stay() -> None:
@@ -11,7 +11,7 @@ def test_the_last_used_stay() -> None:
     def get(name: str) -> torch.Tensor:
         return memory.get(name, lambda: made.append(name) or torch.zeros(10, dtype=torch.uint8))
 
-    memory = LastUsed(20)
+    memory = LRUTensors(20)
     first = get('a')
     get('b')
     assert get('a') is first and made == ['a', 'b']
@@ -22,7 +22,7 @@ def test_the_last_used_stay() -> None:
 
 
 def test_one_that_is_too_large_stays_alone() -> None:
-    memory = LastUsed(5)
+    memory = LRUTensors(5)
     for name in 'abc':
         assert memory.get(name, lambda: torch.zeros(10)).shape == (10,)
         assert len(memory) == 1

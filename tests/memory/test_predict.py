@@ -21,7 +21,7 @@ from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, Kernels
 from xtuner.memory import terms as terms_kernels
 from xtuner.memory.dims import model_dims
-from xtuner.memory.predict import Setup, moments, predict_memory
+from xtuner.memory.predict import Setup, phase_memory, predict_memory
 from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.families.internlm.configuration import InternLMConfig
 from xtuner.objectives.sft import SupervisedFinetune
@@ -41,16 +41,20 @@ def hollow() -> Kernels:
     functions |= {
         'name': 'hollow',
         'rms_norm': lambda x, weight, eps, out: torch.empty(len(x)),
-        'rms_norm_backward': lambda dh, x, rstd, weight, residual, spare=0: reference.roomy(x, spare),
+        'rms_norm_backward': lambda dh, x, rstd, weight, residual, spare=0: reference.empty_with_spare(x, spare),
         'dropout_project_weight_grad': _weight_grad,
         'cross_entropy_': lambda logits, targets: torch.empty(len(logits)),
     }
     return Kernels(**functions)
 
 
-def setup_of(*, fast: bool, layers: int, checkpointing: bool, dropout: float, kv_heads: int = 4) -> tuple[Any, Setup]:
+def setup_of(
+    *, fast: bool, layers: int, checkpointing: bool, dropout: float, kv_heads: int = 4, family: str = 'internlm'
+) -> tuple[Any, Setup]:
     """A model in bfloat16 under an adapter of rank 16, and what the prediction is told of it."""
-    model = build_base('cpu', quantise=False, num_hidden_layers=layers, num_key_value_heads=kv_heads, **SIZES)
+    model = build_base(
+        'cpu', family=family, quantise=False, num_hidden_layers=layers, num_key_value_heads=kv_heads, **SIZES
+    )
     section = {'type': 'peft:LoraConfig', 'r': 16, 'lora_dropout': dropout, 'target_modules': 'all-linear',
                'task_type': 'CAUSAL_LM'}  # fmt: skip
     setup = Setup(model_dims(model.config, section), TOKENS, TOKENS, bits=None, checkpointing=checkpointing,
@@ -80,20 +84,23 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 @pytest.mark.parametrize(
-    ('fast', 'checkpointing', 'dropout', 'kv_heads'),
-    [(True, False, 0.0, 4), (True, True, 0.0, 4), (True, False, 0.1, 4), (True, False, 0.0, 2),
-     (False, False, 0.0, 4), (False, True, 0.0, 4)],
+    ('fast', 'checkpointing', 'dropout', 'kv_heads', 'family'),
+    [(True, False, 0.0, 4, 'internlm'), (True, True, 0.0, 4, 'internlm'), (True, False, 0.1, 4, 'internlm'),
+     (True, False, 0.0, 2, 'internlm'), (False, False, 0.0, 4, 'internlm'), (False, True, 0.0, 4, 'internlm'),
+     (True, False, 0.0, 2, 'internlm2'), (True, True, 0.0, 2, 'internlm2')],
 )  # fmt: skip
 def test_prediction_is_what_lives(
-    fast: bool, checkpointing: bool, dropout: float, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    fast: bool, checkpointing: bool, dropout: float, kv_heads: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, setup = setup_of(fast=fast, layers=4, checkpointing=checkpointing, dropout=dropout, kv_heads=kv_heads)
+    model, setup = setup_of(
+        fast=fast, layers=4, checkpointing=checkpointing, dropout=dropout, kv_heads=kv_heads, family=family
+    )
     kept, peak = measure(model, setup, monkeypatch)
     # Beside the layers: the loss's gradient by the hidden states, one row; labels and rotary angles are small.
     row = TOKENS * 256 * 2
     assert kept == pytest.approx(kept_activations(setup) + row + (0 if setup.checkpointing else cast_weights(setup)),
                                  rel=0.06)  # fmt: skip
-    ordinary = {name: terms for name, terms in moments(setup).items() if 'record' not in name}
+    ordinary = {name: terms for name, terms in phase_memory(setup).items() if 'record' not in name}
     # 8 %: attention on CUDA sums its gradient in float32, which is in the prediction and not in this CPU's routine.
     assert max(sum(terms.values()) for terms in ordinary.values()) == pytest.approx(peak, rel=0.08)
 
@@ -111,7 +118,7 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
-    assert terms_kernels._PLACES == cuda_graphs._AHEAD
+    assert terms_kernels._INPUT_BUFFERS == cuda_graphs._AHEAD
     assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
 

@@ -67,7 +67,7 @@ def test_what_transformers_refuses_is_left_out_with_a_warning(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING, logger='xtuner'):
         found = generation_settings(base(tmp_path, {'max_new_tokens': -1, 'bos_token_id': 1}), [5])
     assert found == {'bos_token_id': 1, 'eos_token_id': [5]}
-    assert 'only its special tokens are taken over' in caplog.text
+    assert 'keeping only its special tokens' in caplog.text
 
 
 @pytest.mark.parametrize('ends', ['</s>', [1, '2'], True, -1, {'a': 1}, [[1]]])

@@ -97,11 +97,11 @@ def test_a_revision_from_modelscope(hub: Hub) -> None:
 
 def test_what_modelscope_does_not_have(hub: Hub) -> None:
     with pytest.raises(
-        ModelError, match=r"'nobody/nothing' cannot be fetched from ModelScope: .*(?i:not found|404)"
+        ModelError, match=r"'nobody/nothing' cannot be downloaded from ModelScope: .*(?i:not found|404)"
     ) as caught:
         resolve_model('modelscope:nobody/nothing')
     assert '\n' not in str(caught.value)
-    with pytest.raises(ModelError, match=r"at revision 'v9' cannot be fetched from ModelScope"):
+    with pytest.raises(ModelError, match=r"at revision 'v9' cannot be downloaded from ModelScope"):
         resolve_model(f'modelscope:{ID}', revision='v9')
 
 

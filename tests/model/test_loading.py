@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_backbone_of_a_reward_model(tmp_path: Path, name: str) -> None:
     assert type(backbone) is InternLM2Model
     assert not report['missing_keys']
     torch.testing.assert_close(backbone(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
-    with pytest.raises(ModelError, match=r"no file holds tensor 'output\.weight'"):  # it is no language model
+    with pytest.raises(ModelError, match=r"no file contains tensor 'output\.weight'"):  # it is no language model
         load_model(folder, dtype=FP32)
 
 
@@ -92,11 +93,11 @@ def test_backbone_of_a_reward_model(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ('missing', r"no file holds tensor 'model.norm.weight'; looked in .*model"),
-        ('surplus', r"model[-0-9of]*\.(bin|safetensors): tensor 'model.extra' belongs to no part of the model"),
+        ('missing', r"no file contains tensor 'model.norm.weight'; searched .*model"),
+        ('surplus', r"model[-0-9of]*\.(bin|safetensors): tensor 'model.extra' is not part of the model"),
         ('shape', r"model[-0-9of]*\.(bin|safetensors): tensor 'model.norm.weight' has shape \(31,\), .* \(32,\)"),
-        ('layers', r"tensor 'model.layers.1.[a-z_.]*' belongs to no part of the model, and 12 more"),
-        ('bias', r"tensor 'model.layers.0.self_attn.k_proj.bias' belongs to no part of the model"),
+        ('layers', r"tensor 'model.layers.1.[a-z_.]*' is not part of the model, and 12 more"),
+        ('bias', r"tensor 'model.layers.0.self_attn.k_proj.bias' is not part of the model"),
     ],
 )
 def test_wrong_tensors_are_named_with_their_file(tmp_path: Path, layout: str, change: str, message: str) -> None:
@@ -119,7 +120,7 @@ def test_wrong_tensors_are_named_with_their_file(tmp_path: Path, layout: str, ch
 def test_a_payload_never_runs(tmp_path: Path) -> None:
     folder = write_model(tmp_path, 'v1')
     torch.save({'evil': Payload()}, folder / 'pytorch_model.bin')
-    with pytest.raises(ModelError, match=r'pytorch_model\.bin was refused'):
+    with pytest.raises(ModelError, match=r'pytorch_model\.bin was rejected'):
         load_model(folder, dtype=FP32)
     assert not Path('/tmp/xtuner-payload-ran').exists()
 
@@ -129,7 +130,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         load_model(tmp_path, dtype=FP32)
     folder = write_model(tmp_path / 'model', 'v1')
     (folder / 'pytorch_model.bin').unlink()
-    with pytest.raises(ModelError, match='holds no weights'):
+    with pytest.raises(ModelError, match='contains no weights'):
         load_model(folder, dtype=FP32)
     (folder / 'config.json').write_text('{')
     with pytest.raises(ModelError, match=r'config\.json cannot be read'):
@@ -184,7 +185,7 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_model_may_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ('./absent', 'a/b/c', '/nowhere/at/all'):
-        with pytest.raises(ModelError, match='no such folder, and no hub id'):
+        with pytest.raises(ModelError, match='no such folder, and not a hub id'):
             load_model(name, dtype=FP32)
     file = tmp_path / 'config.json'
     shutil.copyfile(write_model(tmp_path / 'model', 'v1') / 'config.json', file)
@@ -202,3 +203,28 @@ def test_what_cannot_be_had(tmp_path: Path) -> None:
         load_model(folder, dtype=FP32, attention='flash_attention_2')
     with pytest.raises(ModelError, match='cannot compute in 4 bit on meta'):
         load_model(folder, dtype=FP32, quantization=QuantizationConfig(), device='meta')
+
+
+def test_loading_draws_no_bar_where_stderr_is_no_terminal(
+    tiny_internlm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, 'xtuner')
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    monkeypatch.setattr('xtuner.utils.progress._EVERY_S', 0)
+    load_model(tiny_internlm, dtype=torch.float32)
+    err = capsys.readouterr().err  # lines of the log, where an earlier test has begun one
+    assert '\r' not in err and 'it/s' not in err
+    assert any(line.startswith('Loading weights: ') for line in caplog.messages)
+
+
+def test_bitsandbytes_does_not_advise_a_package_that_is_never_used() -> None:
+    log = logging.getLogger('bitsandbytes.backends.cpu.ops')
+
+    def passes(text: str) -> bool:
+        return bool(log.filter(log.makeRecord(log.name, logging.WARNING, __file__, 1, text, ('x',), None)))
+
+    assert not passes('Failed to load CPU gemm_4bit_forward: %s. Please make sure you already `pip install kernels`')
+    assert passes('something else: %s')

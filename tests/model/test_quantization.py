@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xtuner.config.schema import QuantizationConfig
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 from xtuner.model.loading import load_model
 from xtuner.model.quantization import keep_plain_layout, read_blocks_across_rows
 
@@ -38,7 +38,7 @@ def test_a_width_that_is_no_multiple_of_a_block(nested: bool) -> None:
     holder = torch.nn.Sequential(layer)
     keep_plain_layout(holder)
     assert read_blocks_across_rows(holder) == 1
-    parts = take_apart(layer)
+    parts = unpack_weight(layer)
     codes = torch.stack([parts.packed.flatten() >> 4, parts.packed.flatten() & 15], dim=1).flatten().long()
     weight = (parts.table[codes] * parts.scales().repeat_interleave(64)).view(48, 176)
     assert (weight - plain.weight).abs().mean() < 0.1 * plain.weight.abs().mean()

@@ -38,7 +38,7 @@ def test_each_way_to_name_a_checkpoint(run: Path) -> None:
 @pytest.mark.parametrize('content', ['checkpoint-00000003', '../elsewhere', '', 'x' * 10_000])
 def test_a_file_that_names_none(run: Path, content: str) -> None:
     (run / 'last').write_text(content)
-    with pytest.raises(CheckpointError, match=r'run/last names .*, and no such checkpoint is there'):
+    with pytest.raises(CheckpointError, match=r'run/last names .*, but there is no such checkpoint'):
         resolve_checkpoint(run)
     (run / 'last').write_bytes(b'\xff')
     with pytest.raises(CheckpointError, match='run/last cannot be read'):
@@ -48,7 +48,7 @@ def test_a_file_that_names_none(run: Path, content: str) -> None:
 def test_an_adapter_is_no_model_and_names_its_base(run: Path) -> None:
     for named in (run, run / 'last', run / 'checkpoint-00000001'):
         with pytest.raises(
-            ModelError, match=r"holds an adapter, not a model; give its base as the model \('some/base'\)"
+            ModelError, match=r"contains an adapter, not a model; use its base as the model \('some/base'\)"
         ):
             resolve_model(named)
 
@@ -61,5 +61,5 @@ def test_a_run_of_all_weights_is_a_model(run: Path) -> None:
 
 def test_no_run_goes_on_from_a_plain_adapter(run: Path) -> None:
     (run / 'checkpoint-00000002' / 'manifest.json').unlink()
-    with pytest.raises(CheckpointError, match=r"without the trainer's state.*--start-from takes its weights"):
+    with pytest.raises(CheckpointError, match=r"without the trainer's state.*--start-from uses its weights"):
         ResumeOptions(resume=run)

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.published import write_model
-from xtuner.adapters.attach import looks_at_the_base
+from xtuner.adapters.attach import needs_base_weights
 from xtuner.config.schema import QuantizationConfig
 from xtuner.model.loading import load_model
-from xtuner.model.sharded_loading import ShardSpec, num_parameters, shard_on_load, whole_shapes
+from xtuner.model.sharded_loading import ShardSpec, full_shapes, num_parameters, shard_on_load
 
 RANKS = 3  # divides few of the sizes
 
@@ -34,10 +34,10 @@ def test_rows_of_all_ranks_are_the_whole(tmp_path: Path, name: str, quantization
     for path, module in whole.named_modules():
         own = [part.get_submodule(path) for part in parts]
         if not isinstance(module, nn.Linear):
-            assert not any(whole_shapes(part) for part in own)
+            assert not any(full_shapes(part) for part in own)
             continue
         num_cut += 1
-        assert whole_shapes(own[0])['weight'] == module.weight.shape
+        assert full_shapes(own[0])['weight'] == module.weight.shape
         assert torch.equal(torch.cat([part.weight.data for part in own]), module.weight.data)
         assert len(own[0].weight) == -(-len(module.weight) // RANKS)  # what is held, and in memory of its own
         assert own[0].weight.untyped_storage().nbytes() == own[0].weight.nbytes
@@ -45,7 +45,7 @@ def test_rows_of_all_ranks_are_the_whole(tmp_path: Path, name: str, quantization
         if state is not None:
             scales = [part.weight.quant_state.absmax for part in own]
             together = torch.cat(scales)
-            assert whole_shapes(own[0])['absmax'] == together.shape and together.is_floating_point()
+            assert full_shapes(own[0])['absmax'] == together.shape and together.is_floating_point()
             if state.nested:
                 together = together.view(torch.uint8)[: state.absmax.numel()]
             assert torch.equal(together, state.absmax)
@@ -64,7 +64,7 @@ def test_a_tied_head_stays_whole(tmp_path: Path, written: bool) -> None:
         save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
     model = load(tmp_path, None, ShardSpec(1, 2))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.shape == (64, 32) and not whole_shapes(model.lm_head)
+    assert model.lm_head.weight.shape == (64, 32) and not full_shapes(model.lm_head)
     assert model.model.layers[0].mlp.up_proj.weight.shape == (24, 32)
 
 
@@ -93,4 +93,4 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     ],
 )
 def test_which_adapters_need_whole_weights(section: dict[str, Any] | None, expected: bool) -> None:
-    assert looks_at_the_base(section) is expected
+    assert needs_base_weights(section) is expected

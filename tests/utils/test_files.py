@@ -1,4 +1,4 @@
-"""JSON files of others: each that cannot be read is one line that names it."""
+"""JSON files of others: each that cannot be read is one line that names it. Files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from xtuner.errors import ModelError
-from xtuner.utils.files import expanded, read_object
+from xtuner.utils import files
+from xtuner.utils.files import expanded, read_object, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,29 @@ def test_a_file_too_large_is_not_parsed(tmp_path: Path) -> None:
 def test_a_home_of_nobody_is_a_name() -> None:
     assert expanded('~.jsonl') == Path('~.jsonl')
     assert expanded('~/x') == Path.home() / 'x'
+
+
+@pytest.mark.parametrize('durable', [False, True])
+def test_a_write_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / 'about.json'
+    write_atomically(path, '你好\r\n', durable=durable)
+    assert path.read_bytes() == '你好\r\n'.encode()
+    monkeypatch.setattr(files.os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError(28, 'No space left')))
+    with pytest.raises(OSError, match='No space left'):
+        write_atomically(path, b'other', durable=durable)
+    assert path.read_bytes() == '你好\r\n'.encode()
+
+
+def test_a_durable_write_flushes_the_file_then_names_it_then_flushes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    replace = os.replace
+    monkeypatch.setattr(files, 'flush', lambda path: order.append(f'flush {path.name}'))
+    monkeypatch.setattr(files.os, 'replace', lambda a, b: (order.append(f'name {b.name}'), replace(a, b)))
+    write_atomically(tmp_path / 'plain', '')
+    assert order == ['name plain']
+    write_atomically(tmp_path / 'last', '', durable=True)
+    assert order[1:] == ['flush last.partial', 'name last', f'flush {tmp_path.name}']

@@ -21,7 +21,7 @@ def changed(word: int, value: str) -> str:
 
 
 def named(pid: int) -> str:
-    return f'{processes._space()} {pid} {processes._start_time(pid)}'
+    return f'{processes._pid_scope()} {pid} {processes._start_time(pid)}'
 
 
 def test_this_process_lives() -> None:
@@ -64,12 +64,12 @@ def test_a_text_of_another_form_tells_nothing(text: str) -> None:
 
 @linux
 def test_an_unknown_namespace_is_never_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes._space.cache_clear()
+    processes._pid_scope.cache_clear()
     monkeypatch.setattr(processes, '_PROC', processes._PROC / 'absent')
     try:
         assert not is_visible(this_process()) and not has_ended(changed(3, '999999999'))
     finally:
-        processes._space.cache_clear()
+        processes._pid_scope.cache_clear()
 
 
 @linux

@@ -1,1 +1,1 @@
-"""Adapters: attach, save, load, and the change that they make to a weight."""
+"""Adapters: attaching, saving and loading them, and the change that they make to a weight."""

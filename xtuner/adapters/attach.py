@@ -1,7 +1,7 @@
-"""Adapters: attach one, save one; what is trained and on which base it belongs. `adapter_load` loads them.
+"""Attaches a new adapter to a base model, and records on which base it was trained; `adapters.load` loads adapters.
 
-A saved adapter is peft's own form (`adapter_config.json`, `adapter_model.safetensors`) beside `xtuner.json`, which
-says on which base it was trained. Plain `PeftModel.from_pretrained` loads the folder without us.
+A saved adapter consists of peft's own files (`adapter_config.json`, `adapter_model.safetensors`) and `xtuner.json`,
+which records the base that it was trained on. `PeftModel.from_pretrained` loads the folder without this package.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _TRAINING_FIELDS = {'data': Field(list[str] | None)}
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an adapter needs to be used as it was trained.
+    """Training metadata that is needed to use an adapter as it was trained.
 
     Attributes:
         base: The base model's path or id, as the config named it.
         base_fingerprint: `xtuner.model.weights.reader.fingerprint` of its weights.
         template: Name of the prompt template.
         compute_dtype: 'bf16', 'fp16' or 'fp32'.
-        quantization: The `quantization` section in force, or None.
+        quantization: The `quantization` section used in training, or None.
         xtuner: The version that wrote the adapter.
-        training: How it was trained, as `engine.metadata.training_facts` gives it for the model card; None: unknown.
-        merged: Of a merged model: `base`, on which it was merged ('original' or 'dequantized'), and, where it was
-            measured against the trained model, `agreement` (share of the likeliest tokens), `kl` (nats), `positions`.
+        training: Training facts for the model card, from `engine.metadata.training_facts`; None: unknown.
+        merged: For a merged model: `base`, into which it was merged ('original' or 'dequantized'), and, if it was
+            compared with the trained model, `agreement` (share of equal most likely tokens), `kl` (nats), `positions`.
     """
 
     base: str
@@ -62,22 +62,22 @@ class Provenance:
 
     @property
     def answer_tokens(self) -> list[str] | None:
-        """The special tokens that the model was taught to write, which earlier answers in a prompt spell."""
-        found = (self.training or {}).get('special_tokens_in_answers')
-        return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+        """Special tokens that the model was trained to write, and that earlier answers in a prompt contain as text."""
+        tokens = (self.training or {}).get('special_tokens_in_answers')
+        return tokens if isinstance(tokens, list) and all(isinstance(name, str) for name in tokens) else None
 
     def write(self, folder: Path) -> None:
         """Writes `xtuner.json` into the folder."""
-        known = {key: value for key, value in asdict(self).items() if key != 'merged' or value is not None}
-        text = json.dumps(known, indent=2, ensure_ascii=False)
+        content = {key: value for key, value in asdict(self).items() if key != 'merged' or value is not None}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / PROVENANCE_FILE).write_text(text + '\n', encoding='utf-8')
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """What `xtuner.json` in an adapter's folder says; None for an adapter that another tool wrote.
+    """Reads `xtuner.json` from an adapter's folder; returns None for an adapter of another tool.
 
     Raises:
-        CheckpointError: the file is there and cannot be understood.
+        CheckpointError: The file exists but is invalid.
     """
     path = folder / PROVENANCE_FILE
     if not path.exists() and not path.is_symlink():
@@ -88,11 +88,9 @@ def read_provenance(folder: Path) -> Provenance | None:
     check_fields(content, _FIELDS, path, CheckpointError)
     check_fields(content.get('training') or {}, _TRAINING_FIELDS, f'{path}: in `training`', CheckpointError)
     if missing := [name for name in required if name not in content]:
-        raise CheckpointError(f'{path}: `{missing[0]}` is missing; restore the file, or remove it to do without')
+        raise CheckpointError(f'{path}: `{missing[0]}` is missing; restore the file, or remove it')
     if surplus := [name for name in content if name not in names]:
-        raise CheckpointError(
-            f'{path}: unknown field {shown(surplus[0])}; restore the file, or remove it to do without'
-        )
+        raise CheckpointError(f'{path}: unknown field {shown(surplus[0])}; restore the file, or remove it')
     try:
         if content.get('quantization') is not None:
             section_of(QuantizationConfig, content['quantization'], 'quantization')
@@ -102,10 +100,10 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 def check_template(provenance: Provenance | None, folder: Path) -> None:
-    """Refuses an adapter whose prompt template is none that is known here, before a model is loaded.
+    """Checks before a model is loaded that an adapter's prompt template is known.
 
     Raises:
-        CheckpointError: it names none; says file, field and value.
+        CheckpointError: The template is unknown; names file, field and value.
     """
     if provenance is None or provenance.template == FROM_TOKENIZER:
         return
@@ -116,17 +114,17 @@ def check_template(provenance: Provenance | None, folder: Path) -> None:
 
 
 def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
-    """Freezes a base model and puts a new peft adapter, in float32, on it.
+    """Freezes a base model and attaches a new peft adapter in float32.
 
     Args:
-        model: A transformers model, its base possibly quantised.
-        section: The config's `adapter`: `type` (a peft config class) and its arguments.
+        model: A transformers model; its base weights may be quantized.
+        section: The config's `adapter` section: `type` (a peft config class) and its arguments.
 
     Returns:
         The `peft.PeftModel`; only the adapter's parameters require gradients.
 
     Raises:
-        ConfigError: the section does not fit its type, no module matches, or nothing would be trained.
+        ConfigError: The section does not fit its type, no module matches, or nothing would be trained.
     """
     from peft import get_peft_model
 
@@ -137,21 +135,21 @@ def attach_adapter(model: nn.Module, section: Mapping[str, Any]) -> Any:
     model.requires_grad_(False)
     try:
         adapted = get_peft_model(model, adapter_config, autocast_adapter_dtype=True)
-    except Exception as error:  # target modules that match nothing, a rank that is text, memory for a huge one
+    except Exception as error:  # no matching target module, an invalid rank, out of memory for a huge one
         raise ConfigError(f'`adapter`: {one_line(error)}') from error
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     if not trained:
-        raise ConfigError('`adapter` leaves nothing to train; see `adapter.target_modules`')
+        raise ConfigError('`adapter` has no trainable parameter; see `adapter.target_modules`')
     for _, parameter in trained:
         parameter.data = parameter.data.float()  # modules_to_save copies keep the base's dtype otherwise
     return adapted
 
 
-def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
-    """Whether the adapter of a config is made from the base's weights, or changes them, when it is attached.
+def needs_base_weights(section: Mapping[str, Any] | None) -> bool:
+    """Whether attaching a config's adapter reads or changes the base's weights.
 
-    Plain LoRA does not; DoRA takes their norms, PiSSA and its like take them apart, others were not looked at. None,
-    all weights, does not either.
+    Plain LoRA does not; DoRA reads their norms, PiSSA and similar methods decompose them; other methods are assumed to.
+    None (full fine-tuning) does not.
     """
     if section is None:
         return False
@@ -165,15 +163,15 @@ def looks_at_the_base(section: Mapping[str, Any] | None) -> bool:
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """The names of a model's modules, which the patterns of an adapter's settings are matched with."""
+    """Names of a model's modules, against which the patterns of an adapter's settings are matched."""
     return [name for name, _ in model.named_modules()]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name.
+    """Returns the trainable parameters by name.
 
     Raises:
-        ModelError: there are none, or one is not float32 (a half-precision one would lose small updates).
+        ModelError: There are none, or one is not float32 (half precision would lose small updates).
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:

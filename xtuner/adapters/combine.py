@@ -1,4 +1,4 @@
-"""The sum of what several adapters change: `W + sum of weight_i * (adapter_i(W) - W)`."""
+"""Combines the changes of several adapters: `W + sum of weight_i * (adapter_i(W) - W)`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xtuner.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter and how much of its change is taken; 1 is all of it."""
+    """An adapter and the factor of its change; 1 is the full change."""
 
     adapter: AdapterFile
     weight: float = 1.0
@@ -25,18 +25,18 @@ class Combined:
     """All changes of one tensor.
 
     Attributes:
-        deltas: What each adapter does to it, and its weight.
+        deltas: Each adapter's change and its weight.
     """
 
     deltas: tuple[tuple[Delta, float], ...]
 
     def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
-        """The changed rows.
+        """Returns rows of the changed tensor.
 
         Args:
-            base: float32, these rows of the base's tensor; may be written over.
-            start: The first of the rows.
-            stop: The row after the last.
+            base: float32, the same rows of the base's tensor; may be overwritten.
+            start: First row.
+            stop: Row after the last.
         """
         if len(self.deltas) == 1 and self.deltas[0][1] == 1:
             return self.deltas[0][0].rows(base, start, stop)
@@ -51,31 +51,31 @@ class Combined:
 
 
 def combine(parts: Sequence[Weighted], target: str, weight: Rows, shape: tuple[int, ...]) -> Combined:
-    """All that the adapters do to one tensor.
+    """Combines the changes that adapters make to one tensor.
 
     Args:
         parts: The adapters.
         target: The tensor's name.
-        weight: Its rows in the base, float32.
-        shape: Its shape, as `merged_shape` says.
+        weight: Opens the base's rows, float32.
+        shape: The shape returned by `merged_shape`.
     """
-    own = [part for part in parts if target in part.adapter.targets]
-    return Combined(tuple((part.adapter.delta(target, weight, shape), part.weight) for part in own))
+    changing = [part for part in parts if target in part.adapter.targets]
+    return Combined(tuple((part.adapter.delta(target, weight, shape), part.weight) for part in changing))
 
 
 def merged_shape(parts: Sequence[Weighted], target: str, base: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a merged tensor: the base's, unless one adapter alone brings it in another size.
+    """Returns the shape of a merged tensor: the base's, unless a single adapter resizes it.
 
     Raises:
-        CheckpointError: an adapter does not fit the base, or several change a tensor that one has resized.
+        CheckpointError: An adapter does not fit the base, or several adapters change a tensor that one has resized.
     """
-    own = [part for part in parts if target in part.adapter.targets]
-    shapes = {part.adapter.shape(target, base) for part in own}
+    changing = [part for part in parts if target in part.adapter.targets]
+    shapes = {part.adapter.shape(target, base) for part in changing}
     if shapes <= {base}:
         return base
-    if len(own) > 1 or own[0].weight != 1:
+    if len(changing) > 1 or changing[0].weight != 1:
         raise CheckpointError(
-            f'{own[0].adapter.folder}: {target} has another size than in the base ({shapes} and {base}), so it cannot '
-            'be weighted or added to; merge this adapter alone, with weight 1'
+            f'{changing[0].adapter.folder}: {target} has a different shape than in the base ({shapes}, {base}), so it '
+            'cannot be weighted or summed; merge this adapter alone, with weight 1'
         )
     return shapes.pop()

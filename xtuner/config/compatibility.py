@@ -1,7 +1,7 @@
-"""What goes with what, as data: method, quantisation, strategy, packing, checkpointing, sequence parallelism.
+"""Supported combinations of method, quantization, strategy, packing, checkpointing, sequence parallelism and objective.
 
-A rule names a combination that cannot be, why, and what to take instead. `check` is asked before anything is loaded;
-the table in docs/scale.md is made from the same rules (`python -m xtuner.config.compatibility` prints it).
+A rule describes an unsupported combination, the reason, and an alternative. `check` runs before anything is loaded. The
+table in docs/scale.md is generated from the same rules (`python -m xtuner.config.compatibility` prints it).
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ METHODS = ('full', 'lora', 'qlora-4bit', 'qlora-8bit', 'other adapter')
 
 @dataclass(frozen=True)
 class Combination:
-    """A run, as far as the rules look at it.
+    """The settings of a run that the rules depend on.
 
     Attributes:
-        method: One of `METHODS`; 'other adapter' is any but plain LoRA.
+        method: One of `METHODS`; 'other adapter' is anything but plain LoRA.
         strategy: One of `STRATEGIES`.
-        packing: 'packed', or 'none': a conversation a row.
-        checkpointing: Whether activations are computed again.
-        sequence: Whether packs are spread over ranks (`parallel.sequence_parallel_size` above 1).
+        packing: 'packed', or 'none': one conversation per row.
+        checkpointing: Whether activations are recomputed.
+        sequence: Whether packs are distributed over ranks (`parallel.sequence_parallel_size` above 1).
         dtype: 'bf16', 'fp16', 'fp32', or 'auto'.
         fast: `runtime.fast`.
         fp8: `runtime.fp8`.
         optimizer: Name of the optimizer's class.
+        with_base: Whether the objective compares with the base model without the adapter.
+        by_sample: Whether the objective sums over samples.
     """
 
     method: str
@@ -42,16 +44,18 @@ class Combination:
     fast: bool = True
     fp8: bool = False
     optimizer: str = 'AdamW'
+    with_base: bool = False
+    by_sample: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination that cannot be: all of `when` hold.
+    """An unsupported combination: one for which all of `when` hold.
 
     Attributes:
-        when: Field of `Combination` to the values that are meant.
-        why: Completes "cannot be: ...".
-        instead: What to take.
+        when: Field of `Combination` to the values that the rule applies to.
+        why: The reason.
+        instead: The alternative.
     """
 
     when: dict[str, tuple[object, ...]]
@@ -61,46 +65,65 @@ class Rule:
 
 _SHARDED = ('fsdp', 'deepspeed_zero1', 'deepspeed_zero2', 'deepspeed_zero3')
 _ZERO = ('deepspeed_zero1', 'deepspeed_zero2', 'deepspeed_zero3')
-# The 8-bit optimizers of bitsandbytes, whose state is cut into blocks of 256 elements.
+# The 8-bit optimizers of bitsandbytes, whose state is quantized in blocks of 256 elements.
 _BLOCKWISE = ('Adam8bit', 'AdamW8bit', 'PagedAdam8bit', 'PagedAdamW8bit', 'Lion8bit', 'PagedLion8bit', 'AdEMAMix8bit',
               'PagedAdEMAMix8bit', 'RMSprop8bit', 'SGD8bit', 'LAMB8bit', 'Adagrad8bit')  # fmt: skip
-# Their update of one element looks at others, which are on other ranks.
+# The update of one element depends on other elements, which are on other ranks.
 _WHOLE_TENSOR = ('Adafactor', 'LAMB', 'LAMB32bit', 'LARS', 'LARS32bit', 'PytorchLARS', 'Muon')
 
 RULES = (
     Rule({'method': ('qlora-4bit', 'qlora-8bit'), 'strategy': ('deepspeed_zero3',)},
-         'ZeRO-3 shards float weights only, a quantised base would stay whole on every rank',
+         'ZeRO-3 shards float weights only; a quantized base would not be sharded',
          '`fsdp`, which shards a 4-bit base, or `deepspeed_zero2`'),
     Rule({'method': ('other adapter',), 'strategy': ('deepspeed_zero3',)},
-         'such an adapter reads weights outside the layers that ZeRO-3 puts together; with DoRA samples failed',
+         'such an adapter reads weights outside the modules that ZeRO-3 gathers; sample generation failed with DoRA',
          'LoRA, `fsdp`, or `deepspeed_zero2`'),
     Rule({'method': ('qlora-8bit',), 'strategy': ('fsdp',)},
-         "bitsandbytes' 8-bit layers keep their scales inside the weight and cannot be sharded",
+         "bitsandbytes' 8-bit layers store their scales with the weight and cannot be sharded",
          '`quantization.bits = 4`, or `ddp`'),
     Rule({'strategy': _SHARDED, 'dtype': ('fp16',)},
-         'fp16 scales the loss, and ranks that hold different gradients would skip different steps',
+         'fp16 uses loss scaling, and ranks with different gradient shards would skip different steps',
          '`model.dtype = "bf16"`, or `ddp`'),
     Rule({'strategy': _SHARDED, 'optimizer': _BLOCKWISE},
-         'its state is cut into blocks that do not fit the shards, and no other strategy could go on with it',
-         'the 32-bit form of the optimizer (its state is sharded anyway), or `ddp`'),
+         'its quantized state blocks do not align with the shards, so no other strategy could resume from it',
+         'the 32-bit version of the optimizer (its state is sharded anyway), or `ddp`'),
     Rule({'strategy': _SHARDED, 'optimizer': _WHOLE_TENSOR},
-         'its update needs whole tensors', 'AdamW, or `ddp`'),
+         'its update needs unsharded tensors', 'AdamW, or `ddp`'),
     Rule({'method': ('full', 'other adapter', 'qlora-8bit'), 'sequence': (True,)},
-         'sequence parallelism lives in the fast path, which is for plain LoRA on a float or 4-bit base',
+         'sequence parallelism needs the fused path, which supports plain LoRA on an unquantized or 4-bit base',
          'LoRA or 4-bit QLoRA, or a shorter `dataset.max_length` with `fsdp`'),
     Rule({'strategy': ('fsdp', 'deepspeed_zero3'), 'fp8': (True,)},
-         'the scales of FP8 products are taken from whole weights', '`runtime.fp8 = False`, or `ddp`'),
+         'the scales of FP8 products are computed from unsharded weights', '`runtime.fp8 = False`, or `ddp`'),
     Rule({'fast': (False,), 'sequence': (True,)},
-         'sequence parallelism lives in the fast path', '`runtime.fast = True`'),
+         'sequence parallelism needs the fused path', '`runtime.fast = True`'),
     Rule({'strategy': _ZERO, 'sequence': (True,)},
-         'DeepSpeed averages over ranks that it takes for holders of different samples', '`ddp` or `fsdp`'),
+         'DeepSpeed averages over all ranks as if each held different samples', '`ddp` or `fsdp`'),
     Rule({'strategy': ('single',), 'sequence': (True,)},
-         'one rank has nobody to share a pack with', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
+         'a single rank cannot distribute a pack', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
+    Rule({'with_base': (True,), 'method': ('full',)},
+         'without an adapter there is no base model left to compare with', 'LoRA or QLoRA'),
+    Rule({'with_base': (True,), 'strategy': ('fsdp', 'deepspeed_zero3')},
+         'the base model is a second forward pass before the one with gradients, while weights are sharded for one',
+         '`ddp`, or `deepspeed_zero2`'),
+    Rule({'with_base': (True,), 'sequence': (True,)},
+         'the pass of the base model is not spread over ranks', 'a shorter `dataset.max_length`'),
+    Rule({'by_sample': (True,), 'sequence': (True,)},
+         'each rank has a part of a sample and its sum', 'a shorter `dataset.max_length`'),
 )  # fmt: skip
 
 
-def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = None) -> Combination:
-    """A config's combination under a strategy; `dtype` where it is known better than the config says."""
+def combination_of(
+    config: TrainConfig,
+    strategy: str,
+    *,
+    dtype: str | None = None,
+    with_base: bool = False,
+    by_sample: bool = False,
+) -> Combination:
+    """A config's combination with a strategy; `dtype` replaces the config's, if given (for `auto`).
+
+    `with_base` and `by_sample` are facts of the objective, which this package does not import.
+    """
     return Combination(
         method=_method(config),
         strategy=strategy,
@@ -111,11 +134,13 @@ def combination_of(config: TrainConfig, strategy: str, *, dtype: str | None = No
         fast=config.runtime.fast,
         fp8=config.runtime.fp8,
         optimizer=_name(config.optimizer['type']),
+        with_base=with_base,
+        by_sample=by_sample,
     )
 
 
 def broken_rule(combination: Combination) -> Rule | None:
-    """The first rule that a combination breaks; None where it can be."""
+    """The first rule that a combination violates; None if it is supported."""
     for rule in RULES:
         if all(getattr(combination, name) in values for name, values in rule.when.items()):
             return rule
@@ -123,17 +148,17 @@ def broken_rule(combination: Combination) -> Rule | None:
 
 
 def check(combination: Combination) -> None:
-    """Raises ConfigError, naming the values, the reason and the alternative, for a combination that cannot be."""
+    """Raises ConfigError, with the values, the reason and the alternative, for an unsupported combination."""
     rule = broken_rule(combination)
     if rule is not None:
         values = ', '.join(f'{_TEXTS[name]} {_shown(getattr(combination, name))}' for name in rule.when)
-        raise ConfigError(f'{values} do not go together: {rule.why}; use {rule.instead}')
+        raise ConfigError(f'{values} cannot be combined: {rule.why}; use {rule.instead}')
 
 
 _TEXTS = {
     'method': 'method', 'strategy': 'strategy', 'packing': 'packing', 'checkpointing': 'activation checkpointing',
     'sequence': 'sequence parallelism', 'dtype': 'model.dtype', 'fast': 'runtime.fast', 'fp8': 'runtime.fp8',
-    'optimizer': 'optimizer',
+    'optimizer': 'optimizer', 'with_base': 'comparison with the base', 'by_sample': 'sums over samples',
 }  # fmt: skip
 assert set(_TEXTS) == {field.name for field in fields(Combination)}
 
@@ -147,7 +172,7 @@ def _method(config: TrainConfig) -> str:
 
 
 def _name(kind: object) -> str:
-    """Of a class, or of a class that a config names lazily or as text."""
+    """The name of a class, given as the class, as a lazy import of a config, or as text."""
     return str(getattr(kind, '__name__', kind)).rsplit('.', 1)[-1].rsplit(':', 1)[-1]
 
 
@@ -156,7 +181,7 @@ def _shown(value: object) -> str:
 
 
 def table() -> Iterator[str]:
-    """The lines of docs/scale.md's table, with its notes."""
+    """The lines of the table in docs/scale.md, with its footnotes."""
     columns = [*STRATEGIES[1:], 'sequence parallel']
     yield f'| method | {" | ".join(columns)} |'
     yield f'|{" --- |" * (len(columns) + 1)}'
@@ -170,7 +195,7 @@ def table() -> Iterator[str]:
 
 
 def _cell(method: str, column: str) -> str:
-    """'yes' where all of packing and checkpointing go; the number of the note where none does."""
+    """'yes' if supported with all values of packing and checkpointing; 'no' with the footnote if with none."""
     sequence = column == 'sequence parallel'
     strategy = 'ddp' if sequence else column
     rules = [

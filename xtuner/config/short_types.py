@@ -1,4 +1,4 @@
-"""Names of optimizers and adapters without a module: `AdamW` is torch's. Known by name, so that nothing is imported."""
+"""Short names of optimizers, adapters and objectives, such as `AdamW` for torch's; nothing is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from xtuner.config.schema import TrainConfig
 from xtuner.errors import ConfigError, nearest
 from xtuner.registry import BUILDER
+from xtuner.utils.fields import shown
 
 _TORCH = ('ASGD', 'Adadelta', 'Adafactor', 'Adagrad', 'Adam', 'AdamW', 'Adamax', 'LBFGS', 'Muon', 'NAdam', 'RAdam',
           'RMSprop', 'Rprop', 'SGD', 'SparseAdam')  # fmt: skip
@@ -20,19 +21,23 @@ _BITSANDBYTES = tuple(
 )
 _PEFT = ('AdaLoraConfig', 'IA3Config', 'LoHaConfig', 'LoKrConfig', 'LoraConfig', 'OFTConfig', 'VeraConfig')
 SHORT_TYPES: dict[str, dict[str, str]] = {
-    # torch's go before bitsandbytes' of the same name.
+    # torch's take precedence over those of bitsandbytes with the same name.
     'optimizer': {name: f'bitsandbytes.optim:{name}' for name in _BITSANDBYTES}
     | {name: f'torch.optim:{name}' for name in _TORCH},
     'adapter': {name: f'peft:{name}' for name in _PEFT},
 }
-"""For each section, what a name without a module stands for."""
+"""Section -> short name -> 'module:name'."""
+
+
+OBJECTIVES = {'sft': 'xtuner.objectives.sft:Sft'}
+"""Shipped objectives; a config keeps their short names."""
 
 
 def with_full_types(config: TrainConfig) -> TrainConfig:
-    """The config with 'module:name' for each short name, so that a run keeps what it meant.
+    """Replaces short names in a config by 'module:name', so that the config of a run stays unambiguous.
 
     Raises:
-        ConfigError: a name that is neither short for anything nor registered.
+        ConfigError: a name is neither a short name nor registered.
     """
     changed: dict[str, Any] = {}
     for where, names in SHORT_TYPES.items():
@@ -41,7 +46,22 @@ def with_full_types(config: TrainConfig) -> TrainConfig:
         if section is None or not isinstance(kind, str) or ':' in kind or '.' in kind or kind in BUILDER.module_dict:
             continue
         if kind not in names:
-            hint = nearest(kind, names) or f'; known: {", ".join(sorted(names))}'
-            raise ConfigError(f'`{where}.type` {kind!r} is not known{hint}; any other class is written "module:name"')
+            hint = nearest(kind, names) or f'; available: {", ".join(sorted(names))}'
+            raise ConfigError(f'unknown `{where}.type` {kind!r}{hint}; write any other class as "module:name"')
         changed[where] = {**section, 'type': names[kind]}
-    return replace(config, **changed)
+    return replace(config, **changed, objective=_known_objective(config.objective))
+
+
+def _known_objective(objective: Any) -> Any:
+    """Normalizes the `objective` of a config; one without arguments becomes its name alone.
+
+    Raises:
+        ConfigError: the name is neither a shipped objective nor 'module:name'.
+    """
+    section = objective if isinstance(objective, Mapping) else {'type': objective}
+    kind = section['type']
+    if isinstance(kind, str) and ':' not in kind and kind not in OBJECTIVES:
+        hint = nearest(kind, OBJECTIVES) or f'; known: {", ".join(OBJECTIVES)}'
+        raise ConfigError(f'`objective` {shown(kind)} is not known{hint}; a function or class of your own is written '
+                          '"module:name" or "file.py:name"')  # fmt: skip
+    return kind if set(section) == {'type'} and isinstance(kind, str) else objective

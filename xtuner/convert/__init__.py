@@ -1,1 +1,1 @@
-"""From an adapter on disk to weights that other tools load."""
+"""Converts adapters and models to weights that other tools load."""

@@ -1,6 +1,6 @@
-"""What an adapter is added to: the published weights, or the 4- and 8-bit values that training saw in their place.
+"""Base weights for a merge: the published weights, or the 4- or 8-bit values that training used instead.
 
-transformers and bitsandbytes are imported where they are needed: the published weights alone need neither.
+transformers and bitsandbytes are imported lazily: merging with the published weights needs neither.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from xtuner.model.weights.reader import WeightReader
 
 logger = logging.getLogger('xtuner')
 
-_SCALES_BLOCK = 256  # scales that share one, in bitsandbytes' layers
-_QUANTIZED_AT_ONCE = 2**20  # elements
-_ELEMENTS_A_THREAD = 2**15  # for fewer, torch's sums take no further thread
+_SCALES_BLOCK = 256  # scales per coarse scale in bitsandbytes' layers
+_QUANTIZED_AT_ONCE = 2**20  # elements quantized per call
+_ELEMENTS_PER_THREAD = 2**15  # torch's sums use one thread for each so many elements
 
 
 def skeleton(folder: Path, changes: Mapping[str, Any] | None = None) -> Any:
-    """The model of a folder without its weights: parameters on the meta device, buffers as they are computed.
+    """Builds the model of a folder without weights: parameters on the meta device, buffers computed.
 
     Args:
         folder: Holds `config.json`.
-        changes: Fields of the config that shall differ.
+        changes: Fields of the config to override.
 
     Raises:
-        ModelError: it is of a kind that is not known here.
+        ModelError: The architecture is unknown.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -51,26 +51,26 @@ def skeleton(folder: Path, changes: Mapping[str, Any] | None = None) -> Any:
 
 
 def shared_tensors(folder: Path) -> dict[str, str]:
-    """Tensors that a model shares, each with the name under which it is stored; none where that is not known."""
+    """Returns the tied tensors of a model, each with the name under which it is stored; empty if unknown."""
     config = folder / 'config.json'
     if config.is_file() and read_json(config).get('tie_word_embeddings') is False:
         return {}
     try:
         model = skeleton(folder)
     except ModelError as error:
-        logger.warning('%s; its tensors are merged one by one', error)
+        logger.warning('%s; its tensors are merged without tying', error)
         return {}
     return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
 class PublishedBase:
-    """The weights as they are on disk."""
+    """The weights as stored on disk."""
 
     def __init__(self, reader: WeightReader) -> None:
         self._reader = reader
 
     def open(self, name: str) -> Rows:
-        """A tensor's rows, in its own dtype, on the CPU."""
+        """Opens the rows of a tensor, in its own dtype, on the CPU."""
         return lambda start, stop: self._reader.rows(name, start, stop)
 
 
@@ -79,12 +79,12 @@ class QuantizedBase:
 
     Args:
         reader: The published weights.
-        quantization: How training held them.
-        dtype: Training's compute dtype. Weights are rounded to it before they are quantised, as loading does.
-        device: Where they are quantised; bitsandbytes has its own code for each kind of device.
+        quantization: How training quantized them.
+        dtype: Training's compute dtype; weights are rounded to it before they are quantized, as in loading.
+        device: Where they are quantized; bitsandbytes has different code for each device type.
 
     Attributes:
-        bits: Of a quantised weight.
+        bits: Bits of a quantized weight.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class QuantizedBase:
         self._fast = fast and dtype.itemsize == 2
 
     def open(self, name: str) -> Rows:
-        """A tensor's rows: quantised and back where training did so, else rounded to the compute dtype."""
+        """Opens a tensor's rows: quantized and dequantized if training did so, else rounded to the compute dtype."""
         if name not in self._quantized:
             return lambda start, stop: _rounded(self._reader.rows(name, start, stop), self._dtype)
         transposed = self._quantized[name].__name__ == 'Conv1D'
@@ -114,14 +114,14 @@ class QuantizedBase:
 
     def _open_whole(self, name: str, transposed: bool) -> Rows:
         weight = self._reader.rows(name).to(self._device, self._dtype)
-        if transposed:  # a Conv1D holds its weight transposed; a 4-bit layer does not
+        if transposed:  # a Conv1D stores its weight transposed; a 4-bit layer does not
             whole = requantize(weight.T.contiguous(), self._settings).T
         else:
             whole = requantize(weight, self._settings, self._num_threads)
         return lambda start, stop: whole[start:stop].clone()
 
     def _open_fast(self, name: str) -> Rows | None:
-        """The same values, held in 4 bit; None for a weight that is not finite."""
+        """Same values, held in 4 bits; returns None for a weight that is not finite."""
         shape = self._reader.shape(name)
         blocks = (_rounded(self._reader.rows(name, *rows), self._dtype) for rows in row_blocks(shape))
         parts = [quantize_nf4(block) for block in blocks]
@@ -133,7 +133,7 @@ class QuantizedBase:
         width = shape[1]
 
         def rows(start: int, stop: int) -> Tensor:
-            """The rows of that range, turned back into floats."""
+            """Dequantizes a range of rows."""
             first, last = start * width, stop * width
             return torch.ops.bitsandbytes.dequantize_4bit.default(
                 codes[first // 2 : last // 2], scales[first // BLOCK : last // BLOCK], BLOCK, 'nf4',
@@ -152,13 +152,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def quantized_weights(
     model: Any, quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, type]:
-    """The weights that transformers quantises as it loads a model, each with its layer's class: its own choice.
+    """Returns the weights that transformers quantizes when it loads a model, each with the class of its layer.
 
     Args:
         model: A `skeleton`, whose layers are replaced.
-        quantization: How training held them.
+        quantization: How training quantized them.
         dtype: Training's compute dtype.
-        device: Where they are quantised.
+        device: Where they are quantized.
     """
     import bitsandbytes as bnb
     from transformers.integrations import replace_with_bnb_linear
@@ -177,17 +177,17 @@ def quantized_weights(
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and type(module) is not before[name]
     }
     if not classes:
-        raise ModelError('transformers quantises no layer of this model; use --base original')
+        raise ModelError('transformers quantizes no layer of this model; use --base original')
     return classes
 
 
 def requantize(weight: Tensor, quantization: QuantizationConfig, num_threads: int | None = None) -> Tensor:
-    """Quantises a weight as loading does and computes its values again, in the memory of a few blocks.
+    """Quantizes a weight as loading does and dequantizes it in place, with temporary memory for a few blocks only.
 
     Args:
-        weight: (out, in), in the compute dtype, on the device that shall quantise it; it is written over.
-        quantization: 4 bit, of whatever kind, or 8 bit.
-        num_threads: Of `requantize_scales`; None: torch's.
+        weight: (out, in), in the compute dtype, on the device that quantizes it; overwritten.
+        quantization: 4 bits of any type, or 8 bits.
+        num_threads: Threads for `requantize_scales`; None: torch's.
 
     Returns:
         The same tensor.
@@ -200,26 +200,26 @@ def requantize(weight: Tensor, quantization: QuantizationConfig, num_threads: in
         return weight.copy_(bnb.functional.int8_vectorwise_dequant(codes.CB, codes.SCB))
     kind = quantization.quant_type
     width = weight.shape[1]
-    # Where blocks cross rows, a part might end in the middle of one: the weight stays in one part then.
+    # If blocks cross rows, a part could end within a block, so the weight stays in one part.
     parts = weight.split(max(1, _QUANTIZED_AT_ONCE // width)) if width % BLOCK == 0 else (weight,)
     packed = [bnb.functional.quantize_4bit(part, quant_type=kind, blocksize=BLOCK) for part in parts]
     scales = torch.cat([state.absmax for _, state in packed])
-    if quantization.double_quant:  # the scales of the whole weight are quantised together
+    if quantization.double_quant:  # the scales of the whole weight are quantized together
         scales = requantize_scales(scales, num_threads or torch.get_num_threads())
     counts = [part.numel() // BLOCK + bool(part.numel() % BLOCK) for part in parts]
-    for part, (codes, state), own in zip(parts, packed, scales.split(counts), strict=True):
-        state.absmax = own
-        state.shape = torch.Size((1, part.numel()))  # on a CPU, bitsandbytes would begin a block anew with each row
+    for part, (codes, state), part_scales in zip(parts, packed, scales.split(counts), strict=True):
+        state.absmax = part_scales
+        state.shape = torch.Size((1, part.numel()))  # on a CPU, bitsandbytes would start a new block at each row
         part.copy_(bnb.functional.dequantize_4bit(codes, state).reshape(part.shape))
     return weight
 
 
 def requantize_scales(scales: Tensor, num_threads: int) -> Tensor:
-    """Quantises a weight's scales as double quantisation does and computes their values again.
+    """Quantizes a weight's scales as double quantization does, and dequantizes them.
 
     Args:
-        scales: float32 (n,), on the device that shall quantise them.
-        num_threads: How many torch has where a model is loaded: the last bit of their mean depends on it.
+        scales: float32 (n,), on the device that quantizes them.
+        num_threads: Number of torch threads when the model is loaded; the last bit of the scales' mean depends on it.
     """
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
@@ -229,7 +229,7 @@ def requantize_scales(scales: Tensor, num_threads: int) -> Tensor:
 
 
 def _mean(values: Tensor, num_threads: int) -> Tensor:
-    """`values.mean()` as so many threads of torch compute it, in this one: the sum of each thread's sum."""
-    threads = min(num_threads, -(-len(values) // _ELEMENTS_A_THREAD))
+    """`values.mean()` as computed by so many torch threads, on this thread: the sum of each thread's sum."""
+    threads = min(num_threads, -(-len(values) // _ELEMENTS_PER_THREAD))
     sums = [part.sum() for part in values.split(-(-len(values) // threads))]
     return torch.stack(sums).sum() / len(values)

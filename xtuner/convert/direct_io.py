@@ -1,8 +1,8 @@
-"""A file whose size is known and whose parts several threads write, past the page cache where the file system can.
+"""Writes a file of known size from several threads, bypassing the page cache (O_DIRECT) where possible.
 
-The page cache is memory of the machine that what is written once only takes from others, and filling it costs more
-than the disk does: half a second of a processor for a gigabyte. Writing past it asks for whole pages at places that
-are multiples of a page; the few bytes before the first and after the last go through the cache.
+Data that is written once only displaces other data from the page cache, and filling the cache costs more than the disk
+write: half a CPU second per gigabyte. Direct I/O requires whole pages at page-aligned positions; the few bytes before
+the first and after the last page go through the cache.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-_PAGE = mmap.PAGESIZE  # 4 KiB, on some ARM machines 64: no page of the cache may be written both ways
-_BUFFER_BYTES = 2**22  # of a thread; long enough that the disk's own time counts and not that of a call
-_LEAST_DIRECT = 2**16  # fewer bytes go through the page cache, which gathers them
+_PAGE = mmap.PAGESIZE  # 4 KiB, 64 KiB on some ARM machines: no page may be written both directly and through the cache
+_BUFFER_BYTES = 2**22  # per thread; large enough to amortize the system call
+_MIN_DIRECT_BYTES = 2**16  # smaller writes go through the page cache, which coalesces them
 
 _local = threading.local()
 
 
 class DirectIOWriter:
-    """A new file.
+    """A new file, written at arbitrary positions by several threads.
 
     Args:
-        path: Written over.
+        path: The file, which is overwritten.
         num_bytes: Its size.
 
     Raises:
-        OSError: the file system refuses.
+        OSError: The file cannot be created.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
@@ -39,13 +39,13 @@ class DirectIOWriter:
         self._file.truncate(num_bytes)
 
     def write(self, position: int, pieces: Iterable[memoryview]) -> None:
-        """Writes pieces one after the other, the first at `position`; other threads may write elsewhere meanwhile.
+        """Writes pieces consecutively from `position`; other threads may write elsewhere at the same time.
 
         Raises:
-            OSError: the disk is full, or the file system refuses.
+            OSError: The disk is full, or the write fails.
         """
-        buffer = _own_buffer()
-        start = filled = position % _PAGE  # the buffer begins at a page of the file
+        buffer = _thread_buffer()
+        start = filled = position % _PAGE  # the buffer starts at a page of the file
         begin = position - start
         for piece in pieces:
             while piece:
@@ -54,32 +54,32 @@ class DirectIOWriter:
                 piece = piece[length:]
                 filled += length
                 if filled == _BUFFER_BYTES:
-                    self._put(buffer, start, filled, begin)
+                    self._write_buffer(buffer, start, filled, begin)
                     begin += _BUFFER_BYTES
                     start = filled = 0
-        self._put(buffer, start, filled, begin)
+        self._write_buffer(buffer, start, filled, begin)
 
     def flush(self) -> None:
-        """Returns once all is on the disk."""
+        """Flushes the file to the disk (fsync)."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes it; no thread may write any more."""
+        """Closes the file; no thread may write afterwards."""
         self._file.close()
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
 
-    def _put(self, buffer: memoryview, start: int, stop: int, begin: int) -> None:
-        """Writes a part of a buffer, whose first byte belongs at `begin`."""
+    def _write_buffer(self, buffer: memoryview, start: int, stop: int, begin: int) -> None:
+        """Writes a part of a buffer whose first byte belongs at file position `begin`."""
         first, last = -(-start // _PAGE) * _PAGE, stop // _PAGE * _PAGE
-        if last - first >= _LEAST_DIRECT and self._put_direct(buffer[first:last], begin + first):
-            self._put_cached(buffer[start:first], begin + start)
-            self._put_cached(buffer[last:stop], begin + last)
+        if last - first >= _MIN_DIRECT_BYTES and self._write_direct(buffer[first:last], begin + first):
+            self._write_cached(buffer[start:first], begin + start)
+            self._write_cached(buffer[last:stop], begin + last)
         else:
-            self._put_cached(buffer[start:stop], begin + start)
+            self._write_cached(buffer[start:stop], begin + start)
 
-    def _put_direct(self, data: memoryview, position: int) -> bool:
+    def _write_direct(self, data: memoryview, position: int) -> bool:
         if self._direct is None:
             return False
         try:
@@ -89,10 +89,10 @@ class DirectIOWriter:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return False  # other pages than ours; all of it is written again, through the cache
+            return False  # unsupported alignment; everything is written again through the cache
         return True
 
-    def _put_cached(self, data: memoryview, position: int) -> None:
+    def _write_cached(self, data: memoryview, position: int) -> None:
         with self._lock:
             self._file.seek(position)
             while data:
@@ -104,12 +104,12 @@ def _open_direct(path: Path) -> int | None:
         return None
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except OSError:  # a file system that cannot, such as one in memory
+    except OSError:  # a file system without O_DIRECT, such as tmpfs
         return None
 
 
-def _own_buffer() -> memoryview:
-    """This thread's buffer, which begins at a page of the memory."""
+def _thread_buffer() -> memoryview:
+    """This thread's page-aligned buffer."""
     if not hasattr(_local, 'buffer'):
         _local.buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
     buffer: memoryview = _local.buffer

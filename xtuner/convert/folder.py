@@ -1,4 +1,4 @@
-"""What a model folder holds beside its weights, so that other tools need nothing else."""
+"""Writes the files of a model folder besides its weights: config, tokenizer, generation settings, provenance."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from xtuner.model.hub import read_json
 from xtuner.model.tokenizer import load_tokenizer
 from xtuner.tracking.model_card import prompt_example, write_card
 
-# Files of a tokenizer in any of its published forms, and the terms under which a model may be used.
+# Tokenizer files in all published formats, and license files.
 _COMPANIONS = (
     '*.model', 'tokenizer*.json', 'vocab.json', 'vocab.txt', 'merges.txt', 'added_tokens.json',
     'special_tokens_map.json', 'chat_template*', '*.tiktoken', 'LICENSE*', 'NOTICE*', 'preprocessor_config.json',
 )  # fmt: skip
-# What transformers refuses to save where nothing is sampled.
+# Settings that transformers refuses to save without sampling.
 _SAMPLING_ONLY = ('temperature', 'top_p', 'top_k', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff')
 
 
 def write_model_files(
     folder: Path, base: Path, adapter: Path | None, provenance: Provenance | None, changes: dict[str, Any]
 ) -> str:
-    """Writes config, generation settings with the right stop ids, tokenizer with its chat template, and provenance.
+    """Writes config, generation settings with stop ids, tokenizer with chat template, and provenance.
 
     Args:
-        folder: Where the weights are.
+        folder: The output folder, which contains the weights.
         base: The base model's folder.
-        adapter: The adapter's folder, whose tokenizer is taken where it has one; None: no adapter.
-        provenance: What the adapter says it was trained with.
+        adapter: The adapter's folder, whose tokenizer is used if it has one; None: no adapter.
+        provenance: The adapter's training metadata.
         changes: Fields of the config that differ from the base's.
 
     Returns:
-        A conversation in the prompt format, for the model card.
+        An example conversation in the prompt format, for the model card.
     """
     write_config(folder, read_json(base / 'config.json') | changes)
-    own = adapter is not None and (adapter / 'tokenizer_config.json').is_file()
-    tokenizer: Any = load_tokenizer(adapter if own and adapter else base)
+    has_tokenizer = adapter is not None and (adapter / 'tokenizer_config.json').is_file()
+    tokenizer: Any = load_tokenizer(adapter if has_tokenizer and adapter else base)
     stops = None
     if provenance:
         template = get_template(provenance.template, tokenizer)
@@ -61,28 +61,29 @@ def write_model_files(
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json` without what belongs to the published folder alone."""
+    """Writes `config.json` without fields that apply only to the published folder."""
     config = {key: value for key, value in config.items() if key not in ('auto_map', 'torch_dtype')}
     write_json(folder / 'config.json', config)  # auto_map names code files, which are neither copied nor needed
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copies the tokenizer's files and the terms of use that are not in the folder yet; returns their names.
+    """Copies tokenizer and license files that the folder does not have yet; returns their names.
 
     Raises:
-        ModelError: one of them cannot be read.
+        ModelError: A file cannot be read.
     """
     files = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     names = sorted(path.name for path in files if not (folder / path.name).exists())
     for name in names:
         try:
             content = (source / name).read_bytes()
-        except OSError as error:  # told here: `whole_folder` takes whatever comes for the disk that is written to
+        except OSError as error:
+            # Reported here, since `atomic_folder` attributes an OSError to the output disk.
             raise ModelError(f'{source / name} cannot be read: {error.strerror or error}') from error
         (folder / name).write_bytes(content)
     return names
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a file of settings."""
+    """Writes a JSON settings file."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -1,7 +1,7 @@
-"""Runs a model module by module in the memory of its largest layer's block: weights are read when their turn comes.
+"""Runs a model module by module with memory for one block of a layer's weight: weights are read when needed.
 
-Everything is computed in float32 by the model's own code. Adapters are attached by peft and computed by peft, from the
-tensors of their files: nothing here knows what a merge does with them, so that a merge can be checked against it.
+Everything is computed in float32 by the model's own code. Adapters are attached and computed by peft from their files,
+independently of the merge code, so that a merge can be verified against it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from xtuner.adapters.delta import Rows
 from xtuner.adapters.load import AdapterWeights, load_adapter
 from xtuner.convert.base import skeleton
 from xtuner.model.weights.blocks import row_blocks
+from xtuner.utils.progress import Progress
 
-_BLOCK_ELEMENTS = 2**20  # of a weight at once; several threads compute on it
+_BLOCK_ELEMENTS = 2**20  # elements of a weight per block; several threads compute on it
 _PREFIX = 'base_model.model.'
-_WRAPPED = ('.base_layer', '.original_module', '.token_adapter')  # in the names of modules that peft wraps
+_WRAPPED = ('.base_layer', '.original_module', '.token_adapter')  # name parts that peft adds when it wraps modules
 Opener = Callable[[str], Rows]
 """Opens a tensor by its name in the model."""
 
 
 class Adapted:
-    """A base without memory, with adapters on it that peft attached.
+    """A base model on the meta device with adapters attached by peft.
 
     Args:
         base: The base model's folder.
-        adapters: The adapters' folders, each with how much of its change is taken.
+        adapters: The adapters' folders and weights.
         changes: Fields of the config that differ from the base's, such as `vocab_size` after resizing.
 
     Attributes:
         model: The `peft.PeftModel`.
-        changes: As given.
+        changes: As passed in.
 
     Raises:
-        CheckpointError: an adapter does not fit the base, or is not whole.
+        CheckpointError: An adapter does not fit the base, or is incomplete.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class Adapted:
         self.changes = changes or {}
         self.model: Any = skeleton(base, changes)
         self._weights = {f'part{number}': weight for number, (_, weight) in enumerate(adapters)}
-        self._replaced: dict[str, list[tuple[Tensor, float]]] = {}  # tensors of the base that adapters bring whole
+        self._replaced: dict[str, list[tuple[Tensor, float]]] = {}  # base tensors that adapters replace
         self._layers: Layerwise | None = None
         for name, (folder, weight) in zip(self._weights, adapters, strict=True):
             self.model = load_adapter(self.model, folder, name=name)
             self._take_replaced(AdapterWeights(folder), weight)
         if len(adapters) > 1 or any(weight != 1 for _, weight in adapters):
-            self._weigh()
+            self._apply_weights()
 
     def logits(self, rows: Opener, ids: Tensor, device: torch.device) -> Tensor:
-        """Logits float32 (N, S, V), on the CPU.
+        """Returns logits, float32 (N, S, V), on the CPU.
 
         Args:
             rows: Opens a tensor of the base.
@@ -78,24 +79,24 @@ class Adapted:
         before = rows(name)
 
         def changed(start: int, stop: int) -> Tensor:
-            """The base's rows, and what each adapter changes of them."""
+            """The base's rows plus the weighted changes of all adapters."""
             base = before(start, stop).float()
             return base + sum(weight * (tensor[start:stop].float() - base) for tensor, weight in parts)
 
         return changed
 
     def _take_replaced(self, weights: AdapterWeights, weight: float) -> None:
-        """Takes the base's biases and embeddings that came with an adapter out of the model again."""
+        """Moves biases and embeddings that an adapter brings from the model into `_replaced`."""
         for module_name, module in self.model.get_base_model().named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta or f'{_PREFIX}{module_name}.{name}' not in weights.keys:
                     continue
-                place = base_name(f'{module_name}.{name}')
-                self._replaced.setdefault(place, []).append((parameter.detach(), weight))
-                module._parameters[name] = _nothing(parameter)
+                name_in_base = base_name(f'{module_name}.{name}')
+                self._replaced.setdefault(name_in_base, []).append((parameter.detach(), weight))
+                module._parameters[name] = _meta_parameter(parameter)
 
-    def _weigh(self) -> None:
-        """Lets each adapted layer add up its adapters' changes with their weights: layers are linear in their own."""
+    def _apply_weights(self) -> None:
+        """Makes each adapted layer sum its adapters' weighted changes; its output is linear in them."""
         done: tuple[str, ...] = ()
         for name, module in self.model.named_modules():
             if _is_adapted(module) and not (done and name.startswith(done)):
@@ -104,14 +105,14 @@ class Adapted:
 
 
 def base_name(name: str) -> str:
-    """The name of a tensor in the base, from its name in the adapted one."""
+    """Returns the name of a tensor in the base, from its name in the adapted model."""
     for wrapper in _WRAPPED:
         name = name.replace(f'{wrapper}.', '.')
     return name
 
 
 class Layerwise:
-    """A model whose parameters on the meta device are read for each call of the module that needs them.
+    """A model whose meta parameters are loaded for each call of the module that needs them.
 
     Args:
         model: A causal language model, without adapters or with peft's in it.
@@ -120,11 +121,11 @@ class Layerwise:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
-        self._weights = _Weights(model, device)
+        self._weights = _BaseWeights(model, device)
         module: Any
         for prefix, module in model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:  # peft's copies of the base's rows, which nothing computes with
+                if not buffer.is_meta:  # peft's copies of base rows, unused in computation
                     module._buffers[name] = buffer.to(device)
             for name, parameter in module.named_parameters(recurse=False):
                 if not parameter.is_meta:  # an adapter's
@@ -133,30 +134,32 @@ class Layerwise:
 
     @torch.inference_mode()
     def logits(self, rows: Opener, ids: Tensor) -> Tensor:
-        """Logits float32 (N, S, V), on the CPU; as `Adapted.logits`."""
+        """Returns logits, float32 (N, S, V), on the CPU; see `Adapted.logits`."""
         self._weights.rows = rows
-        return self._model(input_ids=ids.to(self._weights.device), use_cache=False).logits.float().cpu()
+        total = sum(parameter.numel() for parameter in self._model.parameters() if parameter.is_meta)
+        with Progress(total=total, desc='comparing models', unit='weights', unit_scale=True) as self._weights.progress:
+            return self._model(input_ids=ids.to(self._weights.device), use_cache=False).logits.float().cpu()
 
     def _install(self, module: Any, prefix: str) -> None:
-        own, kind = _missing(module, prefix), type(module)
-        if _is_adapted(module) and _looks_at_its_base(module):
-            inner = {sub: _missing(sub, f'{prefix}.{path}') for path, sub in module.named_modules() if path}
-            _fill_for_a_call(module, inner, self._weights)
-        if kind is nn.Linear and 'weight' in own:
-            module.forward = partial(_linear, module, own, self._weights)
-        elif kind is nn.Embedding and own:
-            module.forward = partial(_embedding, module, own['weight'], self._weights)
-        elif own:
-            _fill_for_a_call(module, {module: own}, self._weights)
+        meta, kind = _meta_parameters(module, prefix), type(module)
+        if _is_adapted(module) and _reads_base_weight(module):
+            inner = {sub: _meta_parameters(sub, f'{prefix}.{path}') for path, sub in module.named_modules() if path}
+            _load_during_call(module, inner, self._weights)
+        if kind is nn.Linear and 'weight' in meta:
+            module.forward = partial(_linear, module, meta, self._weights)
+        elif kind is nn.Embedding and meta:
+            module.forward = partial(_embedding, module, meta['weight'], self._weights)
+        elif meta:
+            _load_during_call(module, {module: meta}, self._weights)
 
 
-def _missing(module: nn.Module, prefix: str) -> dict[str, str]:
-    """The module's own parameters that have no memory, each with its name in the base."""
-    own = module.named_parameters(recurse=False)
-    return {name: base_name(f'{prefix}.{name}') for name, parameter in own if parameter.is_meta}
+def _meta_parameters(module: nn.Module, prefix: str) -> dict[str, str]:
+    """The module's own parameters on the meta device, each with its name in the base."""
+    parameters = module.named_parameters(recurse=False)
+    return {name: base_name(f'{prefix}.{name}') for name, parameter in parameters if parameter.is_meta}
 
 
-def _nothing(like: Tensor) -> nn.Parameter:
+def _meta_parameter(like: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(like.shape, device='meta'), requires_grad=False)
 
 
@@ -167,8 +170,8 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
-def _looks_at_its_base(module: Any) -> bool:
-    """Whether an adapted layer computes with its base's weight and not only with what the base gives."""
+def _reads_base_weight(module: Any) -> bool:
+    """Whether an adapted layer computes with its base layer's weight, not only with its output."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -182,7 +185,7 @@ def _weighted(module: nn.Module, forward: Callable[..., Tensor], parts: Mapping[
 
 
 def _with(module: nn.Module, adapter: str | None, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """What a layer gives with one adapter, or none."""
+    """Output of a layer with one adapter enabled, or none."""
     layers: list[Any] = [sub for sub in module.modules() if _is_adapted(sub)]
     for layer in layers:
         layer._disable_adapters = adapter is None
@@ -190,10 +193,11 @@ def _with(module: nn.Module, adapter: str | None, forward: Callable[..., Tensor]
     return forward(*args)
 
 
-class _Weights:
-    """The base's tensors, in float32 on the device; `rows` opens them."""
+class _BaseWeights:
+    """The base's tensors, in float32 on the device; `rows` opens them, `progress` counts their values."""
 
     rows: Opener
+    progress: Progress
 
     def __init__(self, model: Any, device: torch.device) -> None:
         ties = dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
@@ -201,42 +205,45 @@ class _Weights:
         self.device = device
 
     def blocks(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        """Rows of a tensor."""
+        """Yields ranges of a tensor's rows."""
         rows = self.rows(self._ties.get(name, name))
         for start, stop in ranges:
-            yield rows(start, stop).to(self.device, torch.float32)
+            block = rows(start, stop).to(self.device, torch.float32)
+            self.progress.update(block.numel())
+            yield block
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor."""
+        """Returns a whole tensor."""
         blocks = list(self.blocks(name, list(row_blocks(shape, _BLOCK_ELEMENTS))))
         return torch.cat(blocks) if shape else blocks[0]
 
 
-def _linear(module: nn.Linear, own: Mapping[str, str], weights: _Weights, x: Tensor) -> Tensor:
-    """A linear layer by blocks of its outputs."""
-    if not module.weight.is_meta:  # filled for a call of the layer around it
+def _linear(module: nn.Linear, names: Mapping[str, str], weights: _BaseWeights, x: Tensor) -> Tensor:
+    """Computes a linear layer block by block of its outputs."""
+    if not module.weight.is_meta:  # loaded for a call of the enclosing layer
         return F.linear(x, module.weight, module.bias)
     shape = tuple(module.weight.shape)
     out = x.new_empty(*x.shape[:-1], shape[0])
     ranges = list(row_blocks(shape, _BLOCK_ELEMENTS))
-    for (start, stop), block in zip(ranges, weights.blocks(own['weight'], ranges), strict=True):
+    for (start, stop), block in zip(ranges, weights.blocks(names['weight'], ranges), strict=True):
         out[..., start:stop] = x @ block.T
     if module.bias is None:
         return out
-    return out + (weights.whole(own['bias'], (shape[0],)) if module.bias.is_meta else module.bias)
+    return out + (weights.whole(names['bias'], (shape[0],)) if module.bias.is_meta else module.bias)
 
 
-def _embedding(module: nn.Embedding, name: str, weights: _Weights, ids: Tensor) -> Tensor:
-    """The rows that are asked for, one by one."""
+def _embedding(module: nn.Embedding, name: str, weights: _BaseWeights, ids: Tensor) -> Tensor:
+    """Reads only the requested rows of an embedding."""
     if not module.weight.is_meta:
         return F.embedding(ids, module.weight)
-    words, places = ids.unique(return_inverse=True)
-    return F.embedding(places, torch.cat(list(weights.blocks(name, [(word, word + 1) for word in words.tolist()]))))
+    tokens, inverse = ids.unique(return_inverse=True)
+    rows = weights.blocks(name, [(token, token + 1) for token in tokens.tolist()])
+    return F.embedding(inverse, torch.cat(list(rows)))
 
 
-def _fill_for_a_call(module: nn.Module, missing: Mapping[Any, Mapping[str, str]], weights: _Weights) -> None:
-    """Lets a module have its parameters, and those of modules in it, while it computes."""
-    filled: list[tuple[Any, str]] = []  # not those that the call of a module around this one has filled
+def _load_during_call(module: nn.Module, missing: Mapping[Any, Mapping[str, str]], weights: _BaseWeights) -> None:
+    """Loads the parameters of a module, and of modules in it, for the duration of each call."""
+    filled: list[tuple[Any, str]] = []  # without those loaded by an enclosing module's call
 
     def fill(_: nn.Module, args: Any) -> None:
         for part, names in missing.items():
@@ -250,7 +257,7 @@ def _fill_for_a_call(module: nn.Module, missing: Mapping[Any, Mapping[str, str]]
     def empty(_: nn.Module, args: Any, output: Any) -> None:
         while filled:
             part, name = filled.pop()
-            part._parameters[name] = _nothing(part._parameters[name])
+            part._parameters[name] = _meta_parameter(part._parameters[name])
 
     module.register_forward_pre_hook(fill)
     module.register_forward_hook(empty)

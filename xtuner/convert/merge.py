@@ -1,4 +1,4 @@
-"""Adapters and their base to plain weights: a block of rows at a time, whatever the model's size."""
+"""Merges adapters into their base: plain weights written block by block, for models of any size."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 from xtuner import __version__
 from xtuner.convert.base import PublishedBase, QuantizedBase
 from xtuner.convert.layerwise import Adapted
-from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.output import atomic_folder, check_output
 from xtuner.convert.prompts import choose_prompts
-from xtuner.convert.shards import TensorPlan, size_text, write_weights
-from xtuner.convert.source import DTYPES, MergeSource, check_changed, open_source, plan_tensors, short
+from xtuner.convert.shards import TensorPlan, write_weights
+from xtuner.convert.source import DTYPES, MergeSource, check_changed, dtype_name, open_source, plan_tensors
 from xtuner.convert.verify import LEAST_AGREEMENT, MOST_KL, Comparison, Verifier, compare
 from xtuner.errors import CheckpointError, ModelError, UsageError
 from xtuner.model.weights.reader import fingerprint
 from xtuner.tracking.model_card import write_card
+from xtuner.utils.units import gigabytes
 
 logger = logging.getLogger('xtuner')
 
 CHEAP_BYTES = {'cpu': 2 * 10**9, 'cuda': 40 * 10**9}
-"""Sizes of models that are measured and verified without being asked for."""
+"""Model sizes up to which a merge is measured and verified by default."""
 
 
 def merge(
@@ -42,30 +43,30 @@ def merge(
     verify: int | None = None,
     force: bool = False,
 ) -> Path:
-    """Writes a model folder whose weights are a base's plus the adapters'.
+    """Writes a model folder with the base's weights plus the adapters' changes.
 
     Args:
         llm: The base model's folder or hub id.
         adapter: A peft LoRA adapter, such as a checkpoint or work folder of `xtuner train`.
-        out: A folder that is missing or empty. It appears as a whole at the end.
-        weight: How much of the adapter's change is taken.
-        more: Further adapters of the same base, with their weights; the changes are added up.
-        dtype: 'fp16', 'bf16' or 'fp32'; None takes what the adapter was trained in, float32 training becoming fp16.
-        base: 'original' adds to the published weights, 'dequantized' to the values that quantised training saw;
-            'auto' takes the published weights where they measurably keep what was taught, else the trained values.
-        max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
+        out: A missing or empty folder. It appears only once it is complete.
+        weight: Factor of the adapter's change.
+        more: Further adapters of the same base, with their weights; all changes are summed.
+        dtype: 'fp16', 'bf16' or 'fp32'; None uses the training dtype, with float32 becoming fp16.
+        base: 'original' merges into the published weights, 'dequantized' into the values that quantized training used;
+            'auto' uses the published weights if they measurably preserve what was trained, else the dequantized values.
+        max_shard_bytes: Maximum bytes per .safetensors file, unless a single tensor is larger.
         device: 'cpu' or 'cuda', where the products are computed.
-        verify: Prompts on which models are compared; None: some where that is cheap; 0: none.
-        force: Takes an adapter whose `xtuner.json` names another base.
+        verify: Number of prompts on which the models are compared; None: a default if that is cheap; 0: no comparison.
+        force: Whether to accept an adapter whose `xtuner.json` names another base.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: an adapter of another base, one that is not whole or does not fit, or changes nothing.
-        ModelError: the base cannot be read, `out` is not empty, or the result differs from base and adapter, or (with
-            'auto') from the model that was trained.
-        UsageError: `dequantized` where training saw no quantised weights, or a device that is not there.
+        CheckpointError: An adapter belongs to another base, is incomplete, does not fit, or changes nothing.
+        ModelError: The base cannot be read, `out` is not empty, or the result differs from base plus adapter, or (with
+            'auto') from the trained model.
+        UsageError: `dequantized` for an adapter trained without quantization, or an unavailable device.
     """
     check_output(out)
     source = open_source(llm, [(adapter, weight), *more], _device(device), force=force)
@@ -75,40 +76,40 @@ def merge(
     try:
         plans, changes = plan_tensors(source, DTYPES[dtype])
     except CheckpointError:
-        Adapted(source.reader.folder, parts)  # an adapter that does not fit is told as it is everywhere
+        Adapted(source.reader.folder, parts)  # raises the usual error for an adapter that does not fit
         raise
     size = sum(plan.nbytes for plan in plans)
     logger.info('merging %s into %s: %s in %s', ', '.join(str(p.adapter.folder) for p in source.parts), llm,
-                size_text(size), dtype)  # fmt: skip
+                gigabytes(size), dtype)  # fmt: skip
     verifier = _verifier(source, plans, changes, verify, size)
     source, trained = _with_base(source, base, verifier)
-    with whole_folder(out, _job(source, plans, max_shard_bytes)) as folder:
-        from xtuner.convert.folder import write_model_files  # imports what a wrong call does not wait for
+    with atomic_folder(out, _job(source, plans, max_shard_bytes)) as folder:
+        from xtuner.convert.folder import write_model_files  # slow imports, which an invalid call need not wait for
 
         example = write_model_files(folder, source.reader.folder, parts[-1][0], source.provenance,
-                          changes | {'dtype': short(DTYPES[dtype])})  # fmt: skip
+                          changes | {'dtype': dtype_name(DTYPES[dtype])})  # fmt: skip
         write_weights(folder, plans, max_shard_bytes, source.merged)
         check_changed(source, DTYPES[dtype], len(plans))
-        found = None
+        comparison = None
         if verifier is not None:
             written = verifier.check(folder, source.base, DTYPES[dtype])
-            found = compare(verifier.on(trained), written) if trained else None
-        _judge(found, source, asked=base)
-        _record(folder, source, found, example)
+            comparison = compare(verifier.on(trained), written) if trained else None
+        _check_agreement(comparison, source, asked=base)
+        _record(folder, source, comparison, example)
     return out
 
 
 def _verifier(
     source: MergeSource, plans: Sequence[TensorPlan], changes: dict[str, Any], verify: int | None, size: int
 ) -> Verifier | None:
-    """Attaches the adapters to the base, which shows that they fit; None where nothing shall be compared."""
+    """Attaches the adapters to the base, which checks that they fit; returns None if nothing is to be compared."""
     parts = [(part.adapter.folder, part.weight) for part in source.parts]
     adapted = Adapted(source.reader.folder, parts, changes)
     if verify == 0:
         return None
     if verify is None and size > CHEAP_BYTES[source.device.type]:
-        logger.info('not compared with base and adapter: it would read %.1f GB several times; --verify 4 does it, in '
-                    'the same memory', size / 1e9)  # fmt: skip
+        logger.info('not verified against base and adapter, which reads %s several times; enable it with '
+                    '--verify 4, which needs no more memory', gigabytes(size))  # fmt: skip
         return None
     vocab_size = adapted.model.config.get_text_config().vocab_size
     prompts = choose_prompts(source.reader.folder, parts[-1][0].resolve().parent, verify, vocab_size)
@@ -116,19 +117,19 @@ def _verifier(
 
 
 def _with_base(source: MergeSource, base: str, verifier: Verifier | None) -> tuple[MergeSource, QuantizedBase | None]:
-    """The source with the base that was asked for or is chosen, and the base that training held quantised, if it did.
+    """Returns the source with the selected base, and the quantized base used in training, if any.
 
     Raises:
-        UsageError: the trained values are asked for and there are none.
+        UsageError: The dequantized values were requested but training used none.
     """
     if source.quantization is None:
         if base == 'dequantized':
-            raise UsageError(f'--base dequantized: {source.parts[-1].adapter.folder} was not trained on quantised '
-                             'weights, as far as its xtuner.json says; use --base original')  # fmt: skip
+            raise UsageError(f'--base dequantized: {source.parts[-1].adapter.folder} was not trained on quantized '
+                             'weights according to its xtuner.json; use --base original')  # fmt: skip
         return source, None
     bits = source.quantization.bits
     if verifier is None and base != 'dequantized':
-        logger.info('base %s: not measured here how much of what was taught on the %d-bit base each choice keeps',
+        logger.info('base %s: not measured how well each choice preserves what was trained on the %d-bit base',
                     'dequantized' if base == 'auto' else base, bits)  # fmt: skip
     trained = source.quantized_base() if verifier is not None or base != 'original' else None
     chosen = 'dequantized' if base == 'auto' else base
@@ -138,39 +139,39 @@ def _with_base(source: MergeSource, base: str, verifier: Verifier | None) -> tup
             chosen = 'original'
             verifier.compare_merged(trained)
     if chosen == 'original':
-        logger.info('base original: the published weights, finer than the %d-bit values that the adapter was trained '
-                    'on', bits)  # fmt: skip
+        logger.info('base original: the published weights, more precise than the %d-bit values used in training'
+                    '', bits)  # fmt: skip
         return source, trained
-    logger.info('base dequantized: the %d-bit values that the adapter was trained on, so that the merged model answers '
+    logger.info('base dequantized: the %d-bit values used in training, so that the merged model answers '
                 'as it did in training', bits)  # fmt: skip
     assert trained is not None
     return replace(source, base=trained), trained
 
 
-def _judge(found: Comparison | None, source: MergeSource, *, asked: str) -> None:
-    """Says how near the written model is to the trained one.
+def _check_agreement(comparison: Comparison | None, source: MergeSource, *, asked: str) -> None:
+    """Reports how close the written model is to the trained one.
 
     Raises:
-        ModelError: too far, and the base was not asked for by name.
+        ModelError: It differs too much, and the base was not named explicitly.
     """
-    if found is None:
+    if comparison is None:
         return
     kind = _kind(source)
-    if found.keeps:
-        logger.info('as trained: merged with --base %s, %s', kind, found)
+    if comparison.keeps:
+        logger.info('same as trained: merged with --base %s, %s', kind, comparison)
         return
-    text = (f'merged with --base {kind}, the model differs from the one that was trained: {found} of {found.positions} '
-            f'positions, where {100 * LEAST_AGREEMENT:g} % and at most {MOST_KL:g} are asked for')  # fmt: skip
+    text = (f'merged with --base {kind}, the model differs from the trained one: {comparison} at '
+            f'{comparison.positions} positions; required: {100 * LEAST_AGREEMENT:g} %, KL {MOST_KL:g}')  # fmt: skip
     if asked == 'auto':
-        raise ModelError(f'{text}; nothing was left: try --dtype fp32, or name a base (--base {kind}) to have it')
-    logger.warning('%s; it may not keep what was taught (--base auto chooses by this measure)', text)
+        raise ModelError(f'{text}; the output was removed: try --dtype fp32, or force it with --base {kind}')
+    logger.warning('%s; it may not preserve what was trained (--base auto chooses by this measure)', text)
 
 
-def _record(folder: Path, source: MergeSource, found: Comparison | None, example: str) -> None:
-    """Notes in `xtuner.json` and the card which base the model was merged on, and how near it is to the trained one."""
+def _record(folder: Path, source: MergeSource, comparison: Comparison | None, example: str) -> None:
+    """Records the base and the agreement with the trained model in `xtuner.json` and the model card."""
     if source.provenance is None:
         return
-    measured = {} if found is None else {key: asdict(found)[key] for key in ('agreement', 'kl', 'positions')}
+    measured = {} if comparison is None else {key: asdict(comparison)[key] for key in ('agreement', 'kl', 'positions')}
     provenance = replace(source.provenance, merged={'base': _kind(source), **measured})
     provenance.write(folder)
     write_card(folder, provenance, kind='merged', example=example)

@@ -1,9 +1,10 @@
-r"""A folder that `ollama create` takes: the GGUF file and a Modelfile with the same prompt format.
+r"""Exports a folder for `ollama create`: the GGUF file and a Modelfile with the same prompt format.
 
-A template becomes one of Go's, its strings quoted, so that no newline depends on how Go trims:
+The prompt template becomes a Go template with quoted strings, independent of Go's whitespace trimming:
 
-    {{ range .Messages }}{{ if eq .Role "user" }}{{ "<|User|>:" }}{{ .Content }}{{ "<eoh>\n" }}...{{ end }}{{ end }}{{ "<|Bot|>:" }}
-"""  # noqa: E501
+    {{ range .Messages }}{{ if eq .Role "user" }}{{ "<|User|>:" }}{{ .Content }}{{ "<eoh>\n" }}...{{ end }}{{ end }}{{
+    "<|Bot|>:" }}
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any
 from xtuner import __version__
 from xtuner.adapters.attach import read_provenance
 from xtuner.convert.gguf import to_gguf
-from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.output import atomic_folder, check_output
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.dataset.templates.template import Template, Turn
 from xtuner.errors import UsageError
@@ -30,45 +31,45 @@ def to_ollama(
     """Writes `model.gguf` and `Modelfile` into a folder.
 
     Args:
-        model: A model's folder, such as one that `merge` wrote, or a hub id.
-        out: A folder that is missing or empty. It appears as a whole at the end.
-        template: Name of the prompt template; None takes the one that the model was tuned with.
-        out_type: As for `to_gguf`.
-        converter: As for `to_gguf`.
+        model: A model folder, such as one written by `merge`, or a hub id.
+        out: A missing or empty folder. It appears only once it is complete.
+        template: Name of the prompt template; None uses the one that the model was trained with.
+        out_type: See `to_gguf`.
+        converter: See `to_gguf`.
 
     Returns:
         `out`.
 
     Raises:
-        UsageError: no template is known, or it has no form in Go.
-        ModelError: as `to_gguf`.
+        UsageError: The template is unknown, or cannot be expressed in Go.
+        ModelError: As for `to_gguf`.
     """
     check_output(out)
     source = resolve_model(model)
     provenance = read_provenance(source)
     name = template or (provenance.template if provenance else None)
     if name is None:
-        raise UsageError(f'{model} does not say which template it was tuned with; give one by --template')
+        raise UsageError(f'{model} does not record its prompt template; name one with --template')
     tokenizer = load_tokenizer(source)
     text = modelfile(get_template(name, tokenizer), tokenizer)
-    with whole_folder(out, ['ollama', __version__, str(source.resolve()), text, out_type, str(converter)]) as folder:
-        for left in folder.glob('.partial-*'):  # by a converter that was killed
+    with atomic_folder(out, ['ollama', __version__, str(source.resolve()), text, out_type, str(converter)]) as folder:
+        for left in folder.glob('.partial-*'):  # left by a killed converter
             shutil.rmtree(left)
-        if not (folder / _FILE).is_file():  # else an interrupted run of this job has written it; it appears as a whole
+        if not (folder / _FILE).is_file():  # if present, an interrupted run of this job completed it
             to_gguf(model, folder / _FILE, out_type=out_type, converter=converter)
         (folder / 'Modelfile').write_text(text, encoding='utf-8')
     return out
 
 
 def modelfile(template: Template, tokenizer: Any) -> str:
-    """The Modelfile: where the weights are, the prompt format, where an answer stops.
+    """Returns the Modelfile: path of the weights, prompt format, stop words.
 
     Args:
         template: The prompt format.
         tokenizer: The model's tokenizer.
 
     Raises:
-        UsageError: the template has no form in Go.
+        UsageError: The template cannot be expressed in Go.
     """
     stops = dict.fromkeys((*template.stop, tokenizer.eos_token))
     lines = [f'FROM ./{_FILE}', f'TEMPLATE """{go_template(template, tokenizer)}"""']
@@ -79,26 +80,26 @@ def modelfile(template: Template, tokenizer: Any) -> str:
 
 
 def go_template(template: Template, tokenizer: Any) -> str:
-    """The prompt format in the language of Go's text/template, over Ollama's `.Messages`.
+    """Returns the prompt format as a Go text/template over Ollama's `.Messages`.
 
-    A begin token at the very start is left out: llama.cpp puts it there itself.
+    A BOS at the start is omitted, because llama.cpp adds it.
 
     Raises:
-        UsageError: the format counts its rounds, changes with the place of a question, or is the tokenizer's own.
+        UsageError: The format counts rounds, depends on a question's position, or is the tokenizer's own.
     """
     everything = [
         template.begin,
         *(text for t in template.turns.values() for text in (t.before, t.lead, t.end, t.after)),
     ]
     if type(template) is not Template or any('{round}' in text for text in everything):
-        raise UsageError(f'template {template.name!r} has no form in a Modelfile: it is more than strings around texts')
+        raise UsageError(f'template {template.name!r} cannot be a Modelfile: it is more than strings around texts')
 
     def literal(text: str) -> str:
-        """A template's text with the tokenizer's own beginning and end in it."""
+        """Inserts the tokenizer's BOS and EOS."""
         return text.replace('{bos}', tokenizer.bos_token or '').replace('{eos}', tokenizer.eos_token or '')
 
     def shown(text: str) -> str:
-        """The action by which a Modelfile writes a text; nothing for none."""
+        """The template action that writes a text; empty for an empty text."""
         return f'{{{{ {_quoted(literal(text))} }}}}' if text else ''
 
     parts = [shown(template.begin.removeprefix('{bos}'))]
@@ -110,18 +111,18 @@ def go_template(template: Template, tokenizer: Any) -> str:
         if role == 'system':
             parts.append(_system(turn, literal, template.system_in_user))
             continue
-        own = '{{ .Content }}'
+        content = '{{ .Content }}'
         if role == 'user' and template.system_in_user:
-            own = '{{ $system }}{{ .Content }}{{ $system = "" }}'
-        parts += [shown(turn.before + turn.lead), own, shown(turn.end + turn.after)]
+            content = '{{ $system }}{{ .Content }}{{ $system = "" }}'
+        parts += [shown(turn.before + turn.lead), content, shown(turn.end + turn.after)]
     parts += ['{{ end }}{{ end }}', shown(template.turns['assistant'].before)]
     return ''.join(parts)
 
 
-def _system(turn: Turn, literal: Any, kept: bool) -> str:
-    """A system message, shown where it stands, or kept for the next question; an empty one is none."""
+def _system(turn: Turn, literal: Any, deferred: bool) -> str:
+    """Writes a system message in place, or defers it to the next user message; skips an empty one."""
     before, after = _quoted(literal(turn.before)), _quoted(literal(turn.end + turn.after))
-    if kept:
+    if deferred:
         inner = f'{{{{ $system = printf "%s%s%s" {before} .Content {after} }}}}'
     else:
         inner = f'{{{{ {before} }}}}{{{{ .Content }}}}{{{{ {after} }}}}'
@@ -129,5 +130,5 @@ def _system(turn: Turn, literal: Any, kept: bool) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of Go, and of a Modelfile; JSON's escapes are Go's too."""
+    """Quotes a string for Go and for a Modelfile; JSON escapes are valid in Go."""
     return json.dumps(text, ensure_ascii=False)

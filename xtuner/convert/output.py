@@ -1,11 +1,10 @@
-"""A folder that appears as a whole, or not at all; interrupted work is kept beside it and gone on with."""
+"""Output folders that appear only once complete; interrupted work is kept next to them and can be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.errors import ModelError, XTunerError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from xtuner.utils.locks import is_at, try_lock
 
 logger = logging.getLogger('xtuner')
 
@@ -25,40 +20,40 @@ _JOB_FILE = 'unfinished'  # holds a hash of the job
 
 
 def check_output(out: Path) -> None:
-    """Raises ModelError where `out` is a file, holds anything, or lies beneath a file."""
-    check_above(out)
+    """Raises ModelError if `out` is a file, is not empty, or has a file as a parent."""
+    check_parent(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove it')
+        raise ModelError(f'{out} is not empty; nothing was written: name another folder or remove this one')
 
 
-def check_above(out: Path) -> None:
-    """Raises ModelError where `out` lies beneath a file."""
-    above = next((folder for folder in out.absolute().parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise ModelError(f'{out} cannot be made: {above} is a file; nothing was written: name another path')
+def check_parent(out: Path) -> None:
+    """Raises ModelError if a parent of `out` is a file."""
+    parent = next((folder for folder in out.absolute().parents if folder.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise ModelError(f'{out} cannot be created: {parent} is a file; nothing was written: name another path')
 
 
 @contextmanager
-def whole_folder(out: Path, job: Any) -> Iterator[Path]:
-    """Gives a folder beside `out` to write into, which takes its name at the end.
+def atomic_folder(out: Path, job: Any) -> Iterator[Path]:
+    """Yields a temporary folder next to `out`, which is renamed to `out` at the end.
 
-    After an error of the input nothing is left. After an interruption, or where the file system refused, what was
-    written stays in `.partial-<name>`, and the same job finds it there again; another job begins anew.
+    After an error in the input, nothing remains. After an interruption or a file system error, the partial output
+    remains in `.partial-<name>` and is resumed by the same job; another job starts from scratch.
 
     Args:
-        out: Missing or an empty folder.
-        job: What is done, from what, as JSON values: all that the files' bytes depend on.
+        out: A missing or empty folder.
+        job: JSON values that identify the job: everything that the output depends on.
 
     Raises:
-        ModelError: `out` is not empty, another process writes it, or the file system refuses.
+        ModelError: `out` is not empty, another process is writing it, or the file system refuses.
     """
     check_output(out)
     partial = out.with_name(f'.partial-{out.name}')
     digest = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(partial, out):
-            _prepare(partial, digest)
+        with _exclusive(partial, out):
+            _prepare_partial(partial, digest)
             try:
                 yield partial
             except XTunerError:
@@ -69,48 +64,43 @@ def whole_folder(out: Path, job: Any) -> Iterator[Path]:
                 out.rmdir()
             partial.rename(out)
     except OSError as error:
-        kept = f'what is done is kept in {partial}, and the same command goes on with it' if partial.is_dir() \
+        kept = f'partial output is kept in {partial}; the same command resumes it' if partial.is_dir() \
             else 'nothing was written'  # fmt: skip
         raise ModelError(f'cannot write {out}: {error.strerror or error}; {kept}') from error
 
 
 @contextmanager
-def _alone(partial: Path, out: Path) -> Iterator[None]:
-    """Holds the lock on `<partial>.lock`, which ends with its process.
+def _exclusive(partial: Path, out: Path) -> Iterator[None]:
+    """Holds the lock file `<partial>.lock` for the block; the lock ends with the process.
 
     Raises:
-        ModelError: another process holds it.
+        ModelError: Another process holds it.
     """
     lock = partial.with_name(f'{partial.name}.lock')
     with lock.open('a') as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ended = not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat())
-            except BlockingIOError:
-                ended = True
-            except OSError:  # a file system without locks
-                ended = False
-            if ended:  # it held the lock, or has removed the file since we opened it
-                raise ModelError(f'{out} is being written by another process; wait for its end, or name another folder')
+        state = try_lock(file.fileno())
+        # The other process holds the lock, or removed the file since it was opened here.
+        if state == 'taken' or (state == 'ours' and not is_at(file.fileno(), lock)):
+            raise ModelError(f'{out} is being written by another process; wait for it, or name another folder')
         try:
             yield
         finally:
-            if fcntl is None:  # Windows removes no open file; elsewhere the lock must last until the file is gone
+            # Windows cannot remove an open file; elsewhere the lock must last until the file is removed.
+            if state == 'no locks':
                 file.close()
-            with suppress(OSError):  # another process has it open; a file that stays locks nothing
+            with suppress(OSError):  # another process has it open; a leftover file locks nothing
                 lock.unlink(missing_ok=True)
 
 
-def _prepare(partial: Path, digest: str) -> None:
-    """Keeps what an interrupted run of the same job has left, but for half-written files."""
+def _prepare_partial(partial: Path, digest: str) -> None:
+    """Keeps the output of an interrupted run of the same job, except incomplete files."""
     record = partial / _JOB_FILE
     if record.is_file() and record.read_text(encoding='utf-8').strip() == digest:
         for path in partial.glob('*.part'):
             path.unlink()
         return
     if partial.exists():
-        logger.warning('%s was left by another job; it is removed', partial)
+        logger.warning('removing %s, left by another job', partial)
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     record.write_text(digest + '\n', encoding='utf-8')

@@ -1,8 +1,8 @@
-"""Writing weights block by block into .safetensors shards that are planned before the first byte.
+"""Writes weights block by block into .safetensors shards whose layout is planned in advance.
 
-Where each tensor lies is known, so several threads write, a tensor each: what one computes another reads or writes
-meanwhile. A shard is written under another name, flushed, and renamed; so those that have their names are whole, and a
-run that was interrupted goes on after them. The index comes last.
+Since the position of each tensor is known, several threads write one tensor each, overlapping computation with I/O. A
+shard is written under a temporary name, flushed and renamed, so that named shards are complete and an interrupted run
+resumes after them. The index is written last.
 
     model-00001-of-00008.safetensors.part  ->  model-00001-of-00008.safetensors  ...  ->  model.safetensors.index.json
 """
@@ -13,8 +13,6 @@ import json
 import logging
 import math
 import shutil
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,18 +27,19 @@ from torch import Tensor
 from xtuner.convert.direct_io import DirectIOWriter
 from xtuner.errors import ModelError
 from xtuner.model.weights.reader import DTYPES
+from xtuner.utils.progress import Progress
+from xtuner.utils.units import gigabytes
 
 logger = logging.getLogger('xtuner')
 
-_MOST_THREADS = 4  # keep a disk busy; each takes memory
+_MAX_THREADS = 4  # enough to keep a disk busy; each takes memory
 _OPEN_SHARDS = 2  # so that no thread waits for the end of a shard
-_REPORT_SECONDS = 5.0
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor that will be written: its name, shape and dtype."""
+    """A tensor to be written: name, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,48 +47,48 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def cast(self, block: Tensor, *, wider: str = 'use --dtype bf16') -> Tensor:
-        """Some of its values in its dtype.
+        """Casts a block of values to the planned dtype.
 
         Args:
             block: The values.
-            wider: What to do where its dtype is too narrow.
+            wider: Advice for values that the dtype cannot represent.
 
         Raises:
-            ModelError: a value is beyond what float16 holds.
+            ModelError: A value exceeds the range of float16.
         """
         if block.dtype == self.dtype:
             return block
         if block.dtype == torch.bfloat16:
             block = block.float()  # torch converts between 16-bit types several times slower
         cast = block.to(self.dtype)
-        if self.dtype == torch.float16 and not cast.sum(dtype=torch.float32).isfinite():  # room for any block's sum
-            raise ModelError(f'{self.name} has values that float16 cannot hold; {wider}')
+        if self.dtype == torch.float16 and not cast.sum(dtype=torch.float32).isfinite():  # float32 holds any sum
+            raise ModelError(f'{self.name} has values beyond the range of float16; {wider}')
         return cast
 
 
 Blocks = Callable[[TensorPlan], Iterable[Tensor]]
-"""Gives a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU. Several threads call it."""
+"""Yields a planned tensor's values: consecutive blocks of rows, in its dtype, on the CPU. Called by several threads."""
 
 
 def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: int, blocks: Blocks) -> int:
-    """Writes `model.safetensors`, or numbered shards and their index; goes on after the shards that are there.
+    """Writes `model.safetensors`, or numbered shards and their index; skips shards that are already complete.
 
     Args:
-        folder: Where the files go; exists. What an earlier call with the same plans wrote there is kept.
-        plans: The tensors in the order in which they are written.
-        max_shard_bytes: Most bytes of tensors in one file, unless one tensor alone is larger.
-        blocks: Gives a tensor's values; a few threads call it, each for another tensor.
+        folder: The output folder; must exist. Output of an earlier call with the same plans is kept.
+        plans: The tensors in writing order.
+        max_shard_bytes: Maximum bytes of tensors per file, unless a single tensor is larger.
+        blocks: Yields a tensor's values; called by several threads for different tensors.
 
     Returns:
-        The bytes of all tensors.
+        Total bytes of all tensors.
 
     Raises:
-        ModelError: the disk has not enough space.
-        OSError: the file system refuses.
+        ModelError: The disk has too little space.
+        OSError: Writing fails.
     """
     shards = list(_into_shards(plans, max_shard_bytes))
     files = [_file_name(number, len(shards)) for number in range(1, len(shards) + 1)]
@@ -97,10 +96,11 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     total = sum(plan.nbytes for _, shard in todo for plan in shard)
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise ModelError(f'{folder.parent} has {size_text(free)} free, {size_text(total)} are to be written')
+        raise ModelError(f'{folder.parent} has {gigabytes(free)} free but {gigabytes(total)} are needed')
     if len(todo) < len(shards):
-        logger.info('going on after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
-    _write_shards(todo, blocks, _Progress(total))
+        logger.info('resuming after %d of %d shards of an interrupted run', len(shards) - len(todo), len(shards))
+    with Progress(total=total, desc='writing weights', unit='B') as progress:
+        _write_shards(todo, blocks, progress)
     num_bytes = sum(plan.nbytes for plan in plans)
     if len(shards) > 1:
         weight_map = {plan.name: file for file, shard in zip(files, shards, strict=True) for plan in shard}
@@ -109,51 +109,23 @@ def write_weights(folder: Path, plans: Sequence[TensorPlan], max_shard_bytes: in
     return num_bytes
 
 
-def size_text(num_bytes: int) -> str:
-    """'14.6 GB', '8.4 MB'."""
-    return f'{num_bytes / 1e9:.1f} GB' if num_bytes >= 10**9 else f'{num_bytes / 1e6:.1f} MB'
-
-
-class _Progress:
-    """A line in the log now and then."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._reported = time.perf_counter()
-        self._lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        """Counts what was written."""
-        with self._lock:
-            self._done += num_bytes
-            now = time.perf_counter()
-            if now - self._reported > _REPORT_SECONDS or self._done == self._total:
-                self._reported = now
-                speed = self._done / max(now - self._started, 1e-9)
-                left = (self._total - self._done) / speed
-                logger.info(
-                    '%s of %s, %.0f MB/s, eta %.0f s',
-                    size_text(self._done), size_text(self._total), speed / 1e6, left,
-                )  # fmt: skip
-
-
 class _Shard:
-    """A file that threads are writing, under another name."""
+    """A shard that threads are writing under a temporary name."""
 
     def __init__(
-        self, path: Path, plans: Sequence[TensorPlan], blocks: Blocks, progress: _Progress, pool: ThreadPoolExecutor
+        self, path: Path, plans: Sequence[TensorPlan], blocks: Blocks, progress: Progress, pool: ThreadPoolExecutor
     ) -> None:
         self._path, self._part = path, path.with_name(f'{path.name}.part')
         self._blocks, self._progress = blocks, progress
         header = _header(plans)
         self._file = DirectIOWriter(self._part, len(header) + sum(plan.nbytes for plan in plans))
         self._file.write(0, [header])
-        places = dict(zip(plans, accumulate((plan.nbytes for plan in plans), initial=len(header))))  # noqa: B905
-        largest_first = sorted(plans, key=lambda plan: -plan.nbytes)  # so that no thread is left alone with one
-        self._tensors = [pool.submit(self._write, plan, places[plan]) for plan in largest_first]
+        positions = dict(zip(plans, accumulate((plan.nbytes for plan in plans), initial=len(header))))  # noqa: B905
+        largest_first = sorted(plans, key=lambda plan: -plan.nbytes)  # so that no thread finishes late
+        self._tensors = [pool.submit(self._write, plan, positions[plan]) for plan in largest_first]
 
     def finish(self) -> None:
-        """Waits for all tensors, flushes the file, and gives it its name."""
+        """Waits for all tensors, flushes the file and renames it."""
         for tensor in self._tensors:
             tensor.result()
         self._file.flush()
@@ -161,7 +133,7 @@ class _Shard:
         self._part.rename(self._path)
 
     def close(self) -> None:
-        """Gives the file up; no thread may write any more."""
+        """Closes the file; no thread may write afterwards."""
         self._file.close()
 
     def _write(self, plan: TensorPlan, position: int) -> None:
@@ -173,12 +145,12 @@ class _Shard:
             assert block.dtype == plan.dtype, f'{plan.name}: {block.dtype} is not {plan.dtype}'
             yield _bytes(block)
             written += block.nbytes
-            self._progress.add(block.nbytes)
-        assert written == plan.nbytes, f'{plan.name}: {written} bytes came, {plan.nbytes} were planned'
+            self._progress.update(block.nbytes)
+        assert written == plan.nbytes, f'{plan.name}: got {written} bytes, planned {plan.nbytes}'
 
 
-def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks, progress: _Progress) -> None:
-    """Writes the shards in their order; the next one has begun when one is finished."""
+def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks, progress: Progress) -> None:
+    """Writes the shards in order, starting the next one before the current one is finished."""
     unfinished: deque[_Shard] = deque()
     with _threads() as pool:
         try:
@@ -198,22 +170,21 @@ def _write_shards(todo: Sequence[tuple[Path, list[TensorPlan]]], blocks: Blocks,
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for reading, computing and writing tensors, one more than may compute, since one waits for the disk.
+    """Threads that read, compute and write tensors: one more than compute threads, since one waits for the disk.
 
-    Each computes alone: on blocks of this size, torch's own threads would spend most of their time waiting for each
-    other.
+    Each runs torch single-threaded: for blocks of this size, torch's own threads would mostly wait for each other.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(_MOST_THREADS, before) + 1, 'write-weights') as pool:
+        with ThreadPoolExecutor(min(_MAX_THREADS, before) + 1, 'write-weights') as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
 
 
 def _into_shards(plans: Iterable[TensorPlan], max_shard_bytes: int) -> Iterator[list[TensorPlan]]:
-    """Plans by file; within one, wider elements come first, so that each tensor begins at a multiple of its own."""
+    """Groups plans into files; within a file wider elements come first, so that every tensor is aligned."""
     shard: list[TensorPlan] = []
     size = 0
     for plan in plans:
@@ -231,7 +202,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _header(shard: Sequence[TensorPlan]) -> memoryview:
-    """The head of a .safetensors file: its length in 8 bytes, then JSON, filled up with spaces to a multiple of 8."""
+    """The header of a .safetensors file: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
     entries: dict[str, object] = {'__metadata__': {'format': 'pt'}}
     offset = 0
     for plan in shard:

@@ -1,4 +1,4 @@
-"""A model folder with its weights cut into smaller shards."""
+"""Splits a model folder's weights into smaller shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from xtuner import __version__
-from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.output import atomic_folder, check_output
 from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.model.loading import resolve_model
 from xtuner.model.weights.blocks import row_blocks
@@ -16,25 +16,25 @@ _WEIGHTS = ('.safetensors', '.bin', '.pth', '.pt', '.gguf', '.h5', '.msgpack', '
 
 
 def split(model: str, out: Path, *, max_shard_bytes: int = 1) -> Path:
-    """Writes the same model in .safetensors shards of at most a size; by default each tensor has a file of its own.
+    """Writes a model in .safetensors shards of limited size; by default one file per tensor.
 
     Args:
         model: A model's folder or hub id.
-        out: A folder that is missing or empty. It appears as a whole at the end.
-        max_shard_bytes: Most bytes of one file, unless one tensor alone is larger.
+        out: A missing or empty folder. It appears only once it is complete.
+        max_shard_bytes: Maximum bytes per file, unless a single tensor is larger.
 
     Returns:
         `out`.
 
     Raises:
-        ModelError: the model cannot be read, or `out` is not empty or cannot be written.
+        ModelError: The model cannot be read, or `out` is not empty or cannot be written.
     """
     check_output(out)
     folder = resolve_model(model)
     reader = open_weights(folder)
     plans = [TensorPlan(name, reader.shape(name), reader.dtype(name)) for name in reader.names()]
     job = ['split', __version__, fingerprint(reader), max_shard_bytes]
-    with whole_folder(out, job) as partial:
+    with atomic_folder(out, job) as partial:
         write_weights(partial, plans, max_shard_bytes, lambda plan: (
             reader.rows(plan.name, start, stop) for start, stop in row_blocks(plan.shape)
         ))  # fmt: skip

@@ -1,8 +1,7 @@
-"""InternLM, 2 and 3 as a plain Llama checkpoint, which every tool runs without code of the model's own."""
+"""Converts InternLM, InternLM2 and InternLM3 to Llama checkpoints, which other tools run without custom code."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,33 +13,23 @@ from transformers import LlamaConfig
 
 from xtuner import __version__
 from xtuner.convert.folder import copy_companions
-from xtuner.convert.output import check_output, whole_folder
+from xtuner.convert.output import atomic_folder, check_output
 from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.errors import ModelError
 from xtuner.model.check import check_weights
+from xtuner.model.families import llama
+from xtuner.model.families.find import SPECS, spec_of
 from xtuner.model.families.internlm2.modeling import split_wqkv
+from xtuner.model.families.spec import LLAMA_PATHS, LayerPaths
 from xtuner.model.generation_settings import GENERATION_FILE, generation_settings, write_generation_settings
 from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 from xtuner.model.weights.blocks import row_blocks
 from xtuner.model.weights.reader import fingerprint, open_weights
 
-logger = logging.getLogger('xtuner')
-
-FAMILIES = ('internlm', 'internlm2', 'internlm3')
-_RENAMED = {
-    'model.tok_embeddings.weight': 'model.embed_tokens.weight',
-    'output.weight': 'lm_head.weight',
-    'attention.wo': 'self_attn.o_proj',
-    'feed_forward.w1': 'mlp.gate_proj',
-    'feed_forward.w2': 'mlp.down_proj',
-    'feed_forward.w3': 'mlp.up_proj',
-    'attention_norm': 'input_layernorm',
-    'ffn_norm': 'post_attention_layernorm',
-}
-# Fields that mean the same in both configs.
+# Fields with the same meaning in both configs.
 _SHARED = (
     'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-    'num_key_value_heads', 'head_dim', 'hidden_act',
+    'num_key_value_heads', 'head_dim', 'hidden_act', 'attention_bias', 'mlp_bias',
     'max_position_embeddings', 'initializer_range', 'rms_norm_eps', 'use_cache',
     'pad_token_id', 'bos_token_id', 'eos_token_id', 'tie_word_embeddings', 'dtype',
 )  # fmt: skip
@@ -51,77 +40,82 @@ def to_llama(llm: str, out: Path, *, revision: str | None = None, max_shard_byte
 
     Args:
         llm: An InternLM model of any generation: a folder, a hub id or `modelscope:OWNER/NAME`.
-        out: A folder that is missing or empty. It appears as a whole at the end.
-        revision: Of a hub model.
-        max_shard_bytes: Most bytes of one .safetensors file, unless one tensor alone is larger.
+        out: A missing or empty folder. It appears only once it is complete.
+        revision: Revision of a hub model.
+        max_shard_bytes: Maximum bytes per .safetensors file, unless a single tensor is larger.
 
     Returns:
         `out`.
 
     Raises:
-        ModelError: the model cannot be read or is of another family, or `out` is not empty or cannot be written.
+        ModelError: The model cannot be read or is of another family, or `out` is not empty or cannot be written.
     """
     check_output(out)
     base = resolve_model(llm, revision=revision)
     config = load_config(base)
-    if config.model_type not in FAMILIES:
-        raise ModelError(f'{base} is a model of type {config.model_type!r}; to-llama converts {", ".join(FAMILIES)}')
-    if config.model_type == 'internlm3' and config.bias != config.qkv_bias:
-        raise ModelError(f'{base}: its projections q, k and v have biases and o has none, or the other way round '
-                         '(`qkv_bias`, `bias`), for which Llama has no form')  # fmt: skip
+    if spec_of(config).llama_fields is None:
+        names = ', '.join(spec.name for spec in SPECS if spec.llama_fields)
+        raise ModelError(f'{base} is a model of type {config.model_type!r}; to-llama converts {names}')
+    try:
+        converted = llama_config(config)
+    except ModelError as error:
+        raise ModelError(f'{base}: {error}') from None
     check_weights(base, config)
     job = ['to-llama', __version__, fingerprint(open_weights(base)), max_shard_bytes]
-    with whole_folder(out, job) as folder:
-        _write(base, config, folder, max_shard_bytes)
+    with atomic_folder(out, job) as folder:
+        _write(base, config, converted, folder, max_shard_bytes)
     return out
 
 
 def llama_config(config: Any) -> LlamaConfig:
-    """Llama's config of the same model.
+    """Returns the equivalent Llama config.
 
     Args:
         config: An `InternLMConfig`, `InternLM2Config` or `InternLM3Config`.
     """
-    rope = dict(config.rope_parameters)
-    if config.model_type == 'internlm' and config.ntk_factor is not None:
-        rope = {'rope_type': 'dynamic', 'factor': config.ntk_factor, 'rope_theta': rope['rope_theta']}
-        logger.warning(
-            'this model stretches its positions beyond %d tokens (dynamic NTK, factor %g). Other tools keep keys as '
-            'they were rotated, so answers beyond that length differ a little from the original',
-            config.max_position_embeddings, config.ntk_factor,
-        )  # fmt: skip
-    rope.pop('type', None)
-    return LlamaConfig(
-        **{key: getattr(config, key) for key in _SHARED},
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        rope_parameters=rope,
-        architectures=['LlamaForCausalLM'],
-    )
+    fields = spec_of(config).llama_fields
+    assert fields is not None
+    rope = {key: value for key, value in config.rope_parameters.items() if key != 'type'}
+    shared = {key: getattr(config, key) for key in _SHARED} | {'rope_parameters': rope}
+    return LlamaConfig(**(shared | dict(fields(config))), architectures=['LlamaForCausalLM'])
 
 
 def llama_tensors(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """A published tensor under its name, or names, in Llama.
+    """Yields a published tensor under its Llama name, or names.
 
     Args:
         name: Its published name.
-        tensor: Its value; a fused `wqkv` becomes three.
+        tensor: Its value; a fused `wqkv` is split into three.
         config: The published config.
     """
-    if match := re.fullmatch(r'(model\.layers\.\d+)\.attention\.wqkv\.(weight|bias)', name):
+    spec = spec_of(config)
+    paths = spec.paths
+    assert paths is not None
+    whole = {spec.embedding: llama.SPEC.embedding, spec.head: llama.SPEC.head}
+    layer, path, kind = _in_layer(name)
+    if spec.qkv_by_key_head and (path,) == paths.qkv:
         parts = split_wqkv(tensor, config.num_key_value_heads, config.head_dim)
-        for letter, part in zip('qkv', parts, strict=True):
-            yield f'{match[1]}.self_attn.{letter}_proj.{match[2]}', part
+        for target, part in zip(LLAMA_PATHS.qkv, parts, strict=True):
+            yield f'{layer}.{target}.{kind}', part
         return
-    for published, llama in _RENAMED.items():
-        if re.search(rf'(^|\.){re.escape(published)}(\.|$)', name):
-            name = name.replace(published, llama)
-    yield name, tensor
+    renamed = dict(zip(_others(paths), _others(LLAMA_PATHS), strict=True))
+    yield f'{layer}.{renamed[path]}.{kind}' if path in renamed else whole.get(name, name), tensor
 
 
-def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
+def _in_layer(name: str) -> tuple[str, str, str]:
+    """'model.layers.3.mlp.up_proj.weight' -> ('model.layers.3', 'mlp.up_proj', 'weight'); ('', '', '') elsewhere."""
+    match = re.fullmatch(r'(model\.layers\.\d+)\.(.+)\.(weight|bias)', name)
+    return (match[1], match[2], match[3]) if match else ('', '', '')
+
+
+def _others(paths: LayerPaths) -> tuple[str, ...]:
+    """A layer's modules other than q, k and v."""
+    return (*paths.norms, paths.out, *paths.gate_up, paths.down)
+
+
+def _write(base: Path, config: Any, converted: LlamaConfig, folder: Path, max_shard_bytes: int) -> None:
     reader = open_weights(base)
-    source: dict[str, str] = {}  # for each of Llama's names the published one
+    source: dict[str, str] = {}  # published name by Llama name
     plans = []
     for name in reader.names():
         empty = torch.empty(reader.shape(name), dtype=reader.dtype(name), device='meta')
@@ -130,7 +124,7 @@ def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
             plans.append(TensorPlan(llama_name, tuple(tensor.shape), tensor.dtype))
 
     def blocks(plan: TensorPlan) -> Iterator[Tensor]:
-        """See `shards.Blocks`; a tensor that is cut or put together is read whole."""
+        """See `shards.Blocks`; a tensor that is split or joined is read as a whole."""
         name = source[plan.name]
         if reader.shape(name) == plan.shape:
             yield from (reader.rows(name, start, stop) for start, stop in row_blocks(plan.shape))
@@ -138,7 +132,6 @@ def _write(base: Path, config: Any, folder: Path, max_shard_bytes: int) -> None:
             yield dict(llama_tensors(name, reader.rows(name), config))[plan.name]
 
     write_weights(folder, plans, max_shard_bytes, blocks)
-    converted = llama_config(config)
     converted.save_pretrained(folder)
     check_weights(folder, converted)
     load_tokenizer(base).save_pretrained(folder)

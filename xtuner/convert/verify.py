@@ -1,7 +1,7 @@
-"""How near a merged model is to the one that was trained: its reference.
+"""Compares a merged model with the trained model, its reference.
 
-An adapter that was trained on a quantised base belongs to those values, so the reference is *that* base with the
-adapter; else it is the published base with it. The reference is computed by peft (`layerwise`), not by what merges.
+An adapter trained on a quantized base belongs to the quantized values, so the reference is that base with the adapter;
+otherwise it is the published base with the adapter. The reference is computed by peft (`layerwise`), not by merge code.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from xtuner.model.weights.reader import WeightReader, open_weights
 
 logger = logging.getLogger('xtuner')
 
-# Largest difference of a logit that rounding explains, in standard deviations of the logits. A weight rounded to
-# nearest is off by at most 2^-12 (float16), 2^-9 (bfloat16) or 2^-25 of itself; the differences add up like random
-# numbers over a layer's inputs and from layer to layer. Half of what training did to the logits is far above.
+# Largest logit difference that rounding explains, in standard deviations of the logits. The relative rounding error of
+# a weight is at most 2^-12 (float16), 2^-9 (bfloat16) or 2^-25; errors add up like random numbers over a layer's inputs
+# and over the layers. Half of the change that training made to the logits is far larger.
 TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.4, torch.float32: 1e-3}
 LEAST_AGREEMENT = 0.95
 MOST_KL = 0.002
-"""What a merge that was not told its base must reach against the trained model; docs/merge.md has the measurements."""
+"""Required agreement with the trained model if no base was named explicitly; docs/merge.md has the measurements."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a model is from the reference.
+    """Difference between a model and the reference.
 
     Attributes:
-        largest: The largest difference of a logit.
+        largest: The largest logit difference.
         deviation: Standard deviation of the reference's logits.
-        agreement: Share of the positions where both find the same token likeliest.
-        kl: Mean over the positions of the Kullback-Leibler divergence of its next-token distribution from the
-            reference's, in nats.
-        positions: How many were compared.
+        agreement: Share of positions with the same most likely token.
+        kl: Kullback-Leibler divergence of the next-token distribution from the reference's, averaged over positions, in
+            nats.
+        positions: Number of positions compared.
     """
 
     largest: float
@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def keeps(self) -> bool:
-        """Whether it is near enough to be taken for the trained model."""
+        """Whether the model is close enough to count as the trained model."""
         return self.agreement >= LEAST_AGREEMENT and self.kl <= MOST_KL
 
     def __str__(self) -> str:
@@ -73,67 +73,68 @@ def compare(reference: Tensor, other: Tensor) -> Comparison:
 
 
 class Verifier:
-    """Base and adapters as peft computes them, on some prompts.
+    """Logits of base and adapters as computed by peft, on a set of prompts.
 
     Args:
-        source: What is merged, on the published base.
-        plans: What will be written.
+        source: The merge, on the published base.
+        plans: The tensors to be written.
         adapted: Base and adapters.
-        prompts: The rows.
+        prompts: The token rows.
     """
 
     def __init__(self, source: MergeSource, plans: Sequence[TensorPlan], adapted: Adapted, prompts: Prompts) -> None:
         self._source, self._adapted, self._prompts = source, adapted, prompts
         self._plans = {plan.name: plan for plan in plans}
-        self._known: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {}
 
     def on(self, base: PublishedBase | QuantizedBase) -> Tensor:
-        """Logits (P, V) of the adapters on a base, computed once."""
-        if id(base) not in self._known:
+        """Returns logits (P, V) of the adapters on a base; cached."""
+        if id(base) not in self._logits:
             rows = replace(self._source, base=base).rows
             logits = self._adapted.logits(rows, self._prompts.ids, self._source.device)
-            self._known[id(base)] = logits[self._prompts.counted]
-        return self._known[id(base)]
+            self._logits[id(base)] = logits[self._prompts.counted]
+        return self._logits[id(base)]
 
     def compare_bases(self, trained: QuantizedBase) -> Comparison:
-        """How far the adapters on the published base are from those on the base that they were trained on."""
-        found = compare(self.on(trained), self.on(self._source.base))
-        logger.info('compared with the adapter on the base that it was trained on (%d bit), on %s, %d positions:',
-                    trained.bits, self._prompts.source, found.positions)  # fmt: skip
-        logger.info('  --base original: %s', found)
-        return found
+        """Compares the adapters on the published base with those on the base used in training."""
+        comparison = compare(self.on(trained), self.on(self._source.base))
+        logger.info('compared with the adapter on the %d-bit base used in training, on %s, %d positions:',
+                    trained.bits, self._prompts.source, comparison.positions)  # fmt: skip
+        logger.info('  --base original: %s', comparison)
+        return comparison
 
     def compare_merged(self, trained: QuantizedBase) -> Comparison:
-        """How far a merge on the base that the adapters were trained on would be from them, before it is written."""
+        """Predicts the difference of a merge into the base used in training, before it is written."""
         source = replace(self._source, base=trained, written=[], unchanged=[])
 
         def open_merged(name: str) -> Rows:
             whole = torch.cat(list(source.merged(self._plans[name])))
             return lambda start, stop: whole[start:stop]
 
-        found = compare(self.on(trained), self._run(self._source.reader.folder, self._adapted.changes, open_merged))
-        logger.info('  --base dequantized: %s', found)
-        return found
+        merged = self._run(self._source.reader.folder, self._adapted.changes, open_merged)
+        comparison = compare(self.on(trained), merged)
+        logger.info('  --base dequantized: %s', comparison)
+        return comparison
 
     def check(self, folder: Path, merged_on: PublishedBase | QuantizedBase, dtype: torch.dtype) -> Tensor:
-        """Compares what was written with the adapters on the base that it was merged on; returns its logits.
+        """Compares the written model with the adapters on its base; returns the written model's logits.
 
         Raises:
-            ModelError: they differ by more than rounding explains.
+            ModelError: They differ by more than rounding explains.
         """
         written = self._run(folder, {}, _rows_of(open_weights(folder)))
-        found = compare(self.on(merged_on), written)
-        limit = TOLERANCE[dtype] * found.deviation
+        comparison = compare(self.on(merged_on), written)
+        limit = TOLERANCE[dtype] * comparison.deviation
         logger.info(
             'verified on %s, %d positions: largest logit difference %.2g (logits spread %.2g, allowed %.2g), '
-            'same likeliest token at %.1f %%', self._prompts.source, found.positions, found.largest, found.deviation,
-            limit, 100 * found.agreement,
+            'same likeliest token at %.1f %%', self._prompts.source, comparison.positions, comparison.largest,
+            comparison.deviation, limit, 100 * comparison.agreement,
         )  # fmt: skip
-        if not found.largest <= limit:
+        if not comparison.largest <= limit:
             raise ModelError(
-                f'the merged model differs from base and adapter: a logit by {found.largest:.3g}, where rounding '
-                f'explains {limit:.3g}; same likeliest token at {100 * found.agreement:.1f} % of {found.positions} '
-                'positions. Nothing was left; --verify 0 writes it all the same'
+                f'the merged model differs from base and adapter: logit difference {comparison.largest:.3g}, rounding '
+                f'explains {limit:.3g}; same likeliest token at {100 * comparison.agreement:.1f} % of '
+                f'{comparison.positions} positions. The output was removed; --verify 0 skips this check'
             )
         return written
 

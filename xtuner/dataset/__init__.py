@@ -1,4 +1,4 @@
-"""Data: from conversation files to packs of token ids; `prepare.prepare_dataset` is the one entry training uses."""
+"""Data pipeline from conversation files to packs of token ids; training calls `prepare.prepare_dataset`."""
 
 from xtuner.aliases import former_names
 

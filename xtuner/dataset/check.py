@@ -1,4 +1,4 @@
-"""Reads, maps and encodes every record of a config's sources, and collects what is wrong instead of stopping at it."""
+"""Reads, maps and encodes every record of a config's sources and collects all errors instead of stopping at one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xtuner.dataset.templates.template import Template
 
 
 class TrainingPart:
-    """The sizes of the conversations that would be trained, from which the steps of a run follow."""
+    """Lengths of the conversations that would be trained, from which the number of training steps follows."""
 
     def __init__(self, config: DatasetConfig) -> None:
         self._config = config
@@ -27,18 +27,18 @@ class TrainingPart:
         self._bounds, self._weights = [0], array('d')
 
     def add(self, sample: Sample) -> None:
-        """Notes a conversation of the source under way."""
+        """Adds a conversation of the current source."""
         self._lengths.append(len(sample.input_ids))
         if self._config.val_ratio:
             self._hashes.append(content_hash(sample))
 
     def end_source(self, weight: float) -> None:
-        """Ends a source."""
+        """Marks the end of a source."""
         self._bounds.append(len(self._lengths))
         self._weights.append(weight)
 
     def sizes(self) -> tuple[int, int]:
-        """Packs and conversations of the training part, as preparation would make them."""
+        """Returns the number of packs and of conversations in the training part, as preparation would build them."""
         config = self._config
         parts = split_samples(self._bounds, weights=self._weights, hashes=self._hashes, val_ratio=config.val_ratio)
         lengths = np.asarray(self._lengths, dtype=np.int64)[parts['train']]
@@ -53,18 +53,18 @@ def check_dataset(
     most_examples: int = 20,
     training: TrainingPart | None = None,
 ) -> Summary:
-    """Returns what would become of the records; nothing is written.
+    """Processes all records and returns their summary; writes nothing.
 
     Args:
-        config: The `dataset` section; its `on_bad_record` and `on_long='error'` are taken as counting, not stopping.
+        config: The `dataset` section; `on_bad_record` and `on_long='error'` count errors here instead of raising.
         tokenizer: A transformers tokenizer.
         template: The prompt format.
-        most_examples: How many faults of a kind are kept.
-        training: Collects the sizes of what would be trained.
+        most_examples: Number of examples kept for each kind of error.
+        training: Collects the lengths of what would be trained.
 
     Raises:
-        ConfigError: Where the map function does not exist, or the format of the first record is not known.
-        DataError: Where a file cannot be opened, or is broken in a way that hides what follows.
+        ConfigError: The map function does not exist, or the format of the first record is unknown.
+        DataError: A file cannot be opened, or is damaged so that the rest of it cannot be read.
     """
     on_long = 'drop' if config.on_long == 'error' else config.on_long
     config = replace(config, on_bad_record='skip', on_long=on_long)

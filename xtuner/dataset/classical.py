@@ -1,7 +1,7 @@
-"""Doors for classical configs: the names they import, each a call of this room's own functions.
+"""Names that classical xtuner configs import, implemented by the functions of this package.
 
-What they asked for and this room always does (packing samples that cannot see each other, removing columns, several
-processes) has no effect; what it cannot do is refused.
+Options for what this package always does (isolated samples in a pack, removing columns, several processes) have no
+effect; unsupported ones raise an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xtuner.registry import BUILDER
 
 
 def template_map_fn_factory(template: str | Template) -> Template:
-    """Returns the template: here it is applied where tokens are made, not by a map function."""
+    """Returns the template, which is applied by the encoder and not by a map function."""
     return get_template(template)
 
 
@@ -45,22 +45,22 @@ def process_hf_dataset(
     with_image_token: bool = False,
     map_num_proc: int = 1,
 ) -> PreparedDataset:
-    """Returns the packs of a data set that the `datasets` library loaded, or of the dict that says how to load it.
+    """Returns the packs of a data set loaded by the `datasets` library, or of the dict that says how to load it.
 
     Args:
         dataset: A data set, or `dict(type=load_dataset, path=...)`.
         tokenizer: A tokenizer, or `dict(type=AutoTokenizer.from_pretrained, ...)`.
-        max_length: Tokens a pack.
+        max_length: Maximum tokens per pack.
         dataset_map_fn: A map function, its name, or None to detect the format.
         template_map_fn: `dict(type=template_map_fn_factory, template=...)`, a template, or None to train the
             texts as they are.
-        max_dataset_length: Records to use, the first ones; None for all.
-        split: The split to take where the data set has several.
+        max_dataset_length: Number of records to use, from the first; None for all.
+        split: The split to use if the data set has several.
         remove_unused_columns: No effect: only what the map function returns is used.
         rename_maps: `dict(old=..., new=...)` for each column to rename before the map function sees it.
-        shuffle_before_pack: Whether to pack across the data, or in its order.
+        shuffle_before_pack: Whether to pack across the whole data set (True) or in data order (False).
         pack_to_max_length: Whether conversations share packs.
-        use_varlen_attn: No effect: samples of a pack never see each other.
+        use_varlen_attn: No effect: samples in a pack never attend to each other.
         input_ids_with_output: Must be True.
         with_image_token: Must be False.
         map_num_proc: No effect: encoding uses all cores.
@@ -70,45 +70,45 @@ def process_hf_dataset(
     """
     if with_image_token or not input_ids_with_output:
         raise ConfigError('process_hf_dataset: `with_image_token` and `input_ids_with_output=False` are for images, '
-                          'which this toolkit does not train')  # fmt: skip
-    found = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
-    found = found[split] if isinstance(found, Mapping) else found
+                          'which this toolkit cannot train on')  # fmt: skip
+    loaded = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
+    loaded = loaded[split] if isinstance(loaded, Mapping) else loaded
     for rename in rename_maps or ():
-        found = found.rename_column(rename['old'], rename['new'])
+        loaded = loaded.rename_column(rename['old'], rename['new'])
     if max_dataset_length is not None:
-        found = found.select(range(min(max_dataset_length, len(found))))
+        loaded = loaded.select(range(min(max_dataset_length, len(loaded))))
     packing = 'none' if not pack_to_max_length else 'best_fit' if shuffle_before_pack else 'stream'
-    config = DatasetConfig(source=found, map_fn=dataset_map_fn and resolve_map_fn(dataset_map_fn), packing=packing,
+    config = DatasetConfig(source=loaded, map_fn=dataset_map_fn and resolve_map_fn(dataset_map_fn), packing=packing,
                            max_length=max_length, on_bad_record='skip', unique_id=None)  # fmt: skip
     return _prepare(config, tokenizer, template_map_fn)
 
 
 def process_ms_dataset(dataset: Any, split: str = 'train', **options: Any) -> PreparedDataset:
-    """Returns the packs of a data set that ModelScope loaded; the other options are `process_hf_dataset`'s."""
-    found = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
-    found = found.to_hf_dataset() if hasattr(found, 'to_hf_dataset') else found
-    return process_hf_dataset(found, split=split, **options)
+    """Returns the packs of a data set loaded by ModelScope; for the other options see `process_hf_dataset`."""
+    loaded = BUILDER.build(dict(dataset)) if isinstance(dataset, Mapping) and 'type' in dataset else dataset
+    loaded = loaded.to_hf_dataset() if hasattr(loaded, 'to_hf_dataset') else loaded
+    return process_hf_dataset(loaded, split=split, **options)
 
 
 class ConcatDataset(TorchConcatDataset):
-    """Several data sets as one; each may be a dict that says how to build it."""
+    """Concatenation of data sets; each may be a dict that says how to build it."""
 
     def __init__(self, datasets: list[Any]) -> None:
         super().__init__([_built(dataset) for dataset in datasets])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each item."""
+        """Length of each item in tokens."""
         return [int(length) for dataset in self.datasets for length in dataset.lengths]  # type: ignore[attr-defined]
 
 
 class MOSSSFTDataset(Dataset):
-    """MOSS-003 SFT with its plugins, a conversation an item.
+    """MOSS-003 SFT with plugins; one conversation per item.
 
     Args:
         data_file: The JSON or JSONL file.
         tokenizer: A tokenizer with MOSS's control tokens, or the dict that builds it.
-        max_length: Tokens an item; None for 2048.
+        max_length: Maximum tokens per item; None for 2048.
         bot_name: Must be None: the record's own system message is used.
     """
 
@@ -138,7 +138,7 @@ def _prepare(config: DatasetConfig, tokenizer: Any, template: Any) -> PreparedDa
 
 
 def _built(value: Any) -> Any:
-    """Builds a dict with `type`, which may be a callable with a path of its own; passes anything else on."""
+    """Builds a dict with `type` (a callable or a registered name); returns anything else unchanged."""
     if not (isinstance(value, Mapping) and 'type' in value):
         return value
     options = dict(value)

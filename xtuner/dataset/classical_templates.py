@@ -1,4 +1,4 @@
-"""What classical configs import from `xtuner.utils`: `PROMPT_TEMPLATE.internlm_chat`, `SYSTEM_TEMPLATE.alpaca`."""
+"""Templates that classical configs import from `xtuner.utils`: `PROMPT_TEMPLATE.alpaca`, `SYSTEM_TEMPLATE.alpaca`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xtuner.dataset.templates.builtin import TEMPLATES
 
 
 class _Names:
-    """Looks names up as attributes or as keys, and says which there are where one is missing."""
+    """Looks up names as attributes or keys; an error lists the known names."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind

@@ -1,4 +1,4 @@
-"""A conversation: what every map function yields and every template renders."""
+"""Conversations: the output of every map function and the input of every template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xtuner.dataset.mapping.unread_fields import is_empty, kind_of, training_fla
 from xtuner.errors import DataError
 from xtuner.utils.fields import shown
 
-# Names under which data sets write the roles.
+# Role names used by data sets, and the role that each one stands for.
 ROLES = {
     'system': 'system', 'developer': 'system',
     'user': 'user', 'human': 'user', 'prompter': 'user',
@@ -21,7 +21,7 @@ ROLES = {
     'thoughts': 'thoughts', 'commands': 'commands', 'text': 'text',
 }  # fmt: skip
 
-# Roles whose text the model writes. 'thoughts' and 'commands' come before an answer of MOSS; 'text' is a bare document.
+# Roles whose text the model writes. In MOSS, 'thoughts' and 'commands' precede an answer; 'text' is a plain document.
 MODEL_ROLES = frozenset({'assistant', 'thoughts', 'commands', 'text'})
 
 
@@ -31,10 +31,10 @@ class Message:
 
     Attributes:
         role: 'system', 'user', 'assistant' or 'tool'; 'thoughts' and 'commands' for what MOSS writes before an answer;
-            'text' for a bare document to continue, which no template touches.
-        content: The text, as the user wrote it; never parsed for control tokens.
-        loss: Whether the message is trained; None leaves it to `dataset.train_on`.
-        extra: Whatever else the record says of it (`tool_calls`, `name`), for the tokenizer's own chat template.
+            'text' for a plain document, which is trained without a template.
+        content: The text as written; never parsed for control tokens.
+        loss: Whether the message is trained; None leaves the decision to `dataset.train_on`.
+        extra: Other fields of the message (`tool_calls`, `name`), for the tokenizer's own chat template.
     """
 
     role: str
@@ -45,7 +45,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, with `origin` ('file:line' or 'dataset[row]') for error messages and the tools on offer."""
+    """Messages in order, the available tools, and `origin` ('file:line' or 'dataset[row]') for error messages."""
 
     messages: tuple[Message, ...]
     origin: str = ''
@@ -53,16 +53,16 @@ class Conversation:
 
 
 def to_conversation(record: Any, origin: str = '') -> Conversation:
-    """Turns what a map function returned into a checked conversation.
+    """Converts the return value of a map function into a validated conversation.
 
     Args:
         record: `{'conversation': [{'system'?, 'input', 'output', 'loss'?}, ...]}` or `{'messages': [{'role', 'content',
-            'loss'?}, ...], 'tools'?}`, or a `Conversation` itself. `'system'` beside either is put first;
-            `'plain': True` beside `conversation` means that the outputs are bare documents (pretraining).
-        origin: Where the record came from, for messages.
+                    'loss'?}, ...], 'tools'?}`, or a `Conversation` itself. `'system'` next to either becomes the first
+                    message; `'plain': True` next to `conversation` marks the outputs as plain documents (pretraining).
+        origin: Where the record came from, for error messages.
 
     Raises:
-        DataError: On a missing or wrong field, an unknown role, or roles out of order; names origin and field.
+        DataError: On a missing or wrong field, an unknown role, or roles out of order; names the origin and the field.
     """
     if isinstance(record, Conversation):
         return _checked(Conversation(record.messages, record.origin or origin, record.tools))
@@ -82,14 +82,14 @@ def to_conversation(record: Any, origin: str = '') -> Conversation:
 
 
 def to_prompt(messages: Sequence[Message | Mapping[str, Any]]) -> Conversation:
-    """Turns messages into a conversation that the model is to answer.
+    """Converts messages into a prompt that the model is to answer.
 
-    Unlike in training data an earlier answer may be empty, a user may send several messages in a row, and the
-    assistant may begin: whether that can be rendered is for the template to say.
+    Unlike in training data, an earlier answer may be empty, a user may send several messages in a row, and the
+    assistant may begin; the template decides whether it can render that.
 
     Raises:
-        DataError: On a missing or wrong field, an unknown role, or roles out of order, or where the last message is an
-            answer already.
+        DataError: On a missing or wrong field, an unknown role or roles out of order, or if the last message is already
+            an answer.
     """
     origin = 'the prompt'
     conversation = Conversation(_from_messages([_maybe_empty(message) for message in messages], origin), origin)
@@ -99,17 +99,17 @@ def to_prompt(messages: Sequence[Message | Mapping[str, Any]]) -> Conversation:
 
 
 def _maybe_empty(message: Message | Mapping[str, Any]) -> Message | Mapping[str, Any]:
-    """A message as it is, but an empty answer as `Message`, whose content is not checked any more."""
+    """Returns the message; an empty answer as a `Message`, whose content is not validated further."""
     if not isinstance(message, Mapping) or ROLES.get(str(message.get('role'))) != 'assistant':
         return message
-    content = _parts(message.get('content'), 'content', 'the prompt')
+    content = _join_text_parts(message.get('content'), 'content', 'the prompt')
     if not isinstance(content, str) or content.strip():
         return message
     return Message('assistant', content, extra={k: v for k, v in message.items() if k not in ('role', 'content') and v})
 
 
 def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str:
-    """Returns `value` where it is text (None becomes ''); raises DataError naming `origin` and `name` otherwise."""
+    """Returns `value` if it is text ('' for None); raises DataError with `origin` and `name` otherwise."""
     if value is None and empty:
         return ''
     if not isinstance(value, str):
@@ -119,18 +119,18 @@ def text_field(value: Any, name: str, origin: str, *, empty: bool = True) -> str
     try:
         value.encode('utf-8')
     except UnicodeEncodeError:
-        raise DataError(f'{origin}: `{name}` holds half of a surrogate pair, which is no character') from None
+        raise DataError(f'{origin}: `{name}` contains a lone surrogate, which is not a character') from None
     return value
 
 
 def _with_system(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
-    """Puts a system text first, unless the conversation begins with that very text."""
+    """Puts a system text first, unless the conversation already begins with the same text."""
     first = messages[0]
     return messages if (first.role, first.content) == ('system', text) else (Message('system', text), *messages)
 
 
 def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
-    """Reads the input/output form. An empty `output` is only allowed in the last turn: a prompt without answer."""
+    """Reads the input/output form; every turn needs a non-empty `output`."""
     if not isinstance(turns, (list, tuple)) or not turns:
         raise DataError(f'{origin}: `conversation` must be a list with at least one turn, got {shown(turns)}')
     messages: list[Message] = []
@@ -139,7 +139,7 @@ def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
         if not isinstance(turn, Mapping) or 'output' not in turn:
             raise DataError(f'{origin}: `{name}` must be a dict with `input` and `output`, got {shown(turn)}')
         output = text_field(turn['output'], f'{name}.output', origin, empty=False)
-        loss, extra = _others(turn, _TURN, name, origin)
+        loss, extra = _loss_and_extra(turn, _TURN, name, origin)
         if plain:
             messages.append(Message('text', output, loss, extra))
             continue
@@ -153,18 +153,18 @@ def _from_turns(turns: Any, origin: str, *, plain: bool) -> tuple[Message, ...]:
 _TURN, _MESSAGE = frozenset({'system', 'input', 'output'}), frozenset({'role', 'content'})
 
 
-def _others(
+def _loss_and_extra(
     fields: Mapping[str, Any], read: frozenset[str], name: str, origin: str
 ) -> tuple[bool | None, dict[str, Any]]:
-    """Whether a message is trained, where it says so, and its fields with content that are not read here."""
-    if fields.keys() <= read:  # as nearly all messages are
+    """Returns the message's training flag (None if it has none) and its non-empty fields that are not read here."""
+    if fields.keys() <= read:  # true for nearly all messages
         return None, {}
     loss, flags = training_flag(fields, name, origin)
-    found = {str(key): value for key, value in fields.items()
+    extra = {str(key): value for key, value in fields.items()
              if key not in read and key not in flags and not is_empty(value)}  # fmt: skip
-    if found.get('need_eos_token') is True:  # of classical turns: that is done anyway
-        del found['need_eos_token']
-    return loss, found
+    if extra.get('need_eos_token') is True:  # in classical turns; an end token is always added
+        del extra['need_eos_token']
+    return loss, extra
 
 
 def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
@@ -181,22 +181,22 @@ def _from_messages(raw: Any, origin: str) -> tuple[Message, ...]:
         role = ROLES.get(item['role']) if isinstance(item['role'], str) else None
         if role is None:
             raise DataError(f'{origin}: `{name}.role` is {shown(item["role"])}; known: {", ".join(ROLES)}')
-        loss, extra = _others(item, _MESSAGE, name, origin)
+        loss, extra = _loss_and_extra(item, _MESSAGE, name, origin)
         optional = role in ('system', 'user') or bool(extra.get('tool_calls'))
-        content = _parts(item.get('content'), f'{name}.content', origin)
+        content = _join_text_parts(item.get('content'), f'{name}.content', origin)
         messages.append(Message(role, text_field(content, f'{name}.content', origin, empty=optional), loss, extra))
     return tuple(messages)
 
 
-def _parts(content: Any, name: str, origin: str) -> Any:
-    """Joins the parts of a content given as `[{'type': 'text', 'text': ...}]`; other kinds of parts are refused."""
+def _join_text_parts(content: Any, name: str, origin: str) -> Any:
+    """Joins content given as `[{'type': 'text', 'text': ...}]`; raises DataError for other kinds of parts."""
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         is_text = isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
         if not is_text or any(kind_of(str(key)) and not is_empty(value) for key, value in part.items()):
-            raise DataError(f'{origin}: `{name}` holds a part that is not text: {shown(part)}; only text is trained')
+            raise DataError(f'{origin}: `{name}` holds a part that is not text: {shown(part)}; only text is supported')
         texts.append(part['text'])
     return ''.join(texts)
 
@@ -206,7 +206,7 @@ def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise DataError(f'{origin}: `tools` is text that is not JSON: {shown(tools)}') from None
+            raise DataError(f'{origin}: `tools` is not valid JSON: {shown(tools)}') from None
     if is_empty(tools):
         return ()
     if not isinstance(tools, (list, tuple)):
@@ -214,7 +214,7 @@ def _tools(tools: Any, origin: str) -> tuple[Any, ...]:
     return tuple(tools)
 
 
-# What may come before each role; None stands for the beginning.
+# Roles that may precede each role; None stands for the start.
 _BEFORE: dict[str, set[str | None]] = {
     'system': {None, 'system', 'assistant'},
     'user': {None, 'system', 'assistant', 'tool'},
@@ -226,7 +226,7 @@ _BEFORE: dict[str, set[str | None]] = {
 }
 
 
-# Likewise where an answer is asked for.
+# The same for prompts.
 _BEFORE_IN_PROMPT = _BEFORE | {'user': _BEFORE['user'] | {'user'}, 'assistant': _BEFORE['assistant'] | {None}}
 
 
@@ -235,8 +235,8 @@ def _checked(conversation: Conversation, allowed: Mapping[str, set[str | None]] 
     for index, message in enumerate(conversation.messages):
         before = previous.role if previous else None
         # Two answers in a row are one turn only where the first one called a tool.
-        twice = before == message.role == 'assistant' and not (previous and previous.extra.get('tool_calls'))
-        if message.role not in allowed or before not in allowed[message.role] or twice:
+        two_answers = before == message.role == 'assistant' and not (previous and previous.extra.get('tool_calls'))
+        if message.role not in allowed or before not in allowed[message.role] or two_answers:
             what = f'follows {before!r}' if before else 'comes first'
             raise DataError(f'{conversation.origin}: roles out of order: message {index + 1}, {message.role!r}, {what}')
         previous = message

@@ -1,4 +1,4 @@
-"""The first prompts of the training data, for samples in a run that names none."""
+"""First prompts of the training data, used for sample generation in a run that names no prompts."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from xtuner.dataset.sources.source import open_sources
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 
-_SEEN = 200  # conversations among which short prompts are looked for
-_SHORT = 1000  # characters
+_MAX_CONVERSATIONS = 200  # conversations searched for short prompts
+_SHORT_CHARACTERS = 1000
 
 
 def first_prompts(config: DatasetConfig, template: Template, *, count: int = 2) -> list[tuple[Message, ...]]:
-    """What stands before the first answer of the first conversations, each prompt once; the same on every rank.
+    """Returns the prompts before the first answers of the first conversations, without duplicates, equal on all ranks.
 
     Args:
-        config: The `dataset` section; its sources are read from the beginning.
-        template: The prompt format, which decides what of a record is used.
-        count: Prompts. Fewer where the data has no more; none where it has no prompts, as documents to continue.
+        config: The `dataset` section; its sources are read from the start.
+        template: The prompt format, which determines which fields of a record are used.
+        count: Number of prompts; fewer if the data has fewer, none if it has no prompts (plain documents).
 
     Returns:
-        Messages up to a user's, a system message before it where the conversation has one. Short ones where there are.
+        Messages up to the first user message, with a preceding system message if any. Short prompts if there are any.
 
     Raises:
-        XTunerError: as preparation, which has read the same records before.
+        XTunerError: As in preparation, which reads the same records before.
     """
     prompts = _prompts(config, template)
-    found = list({tuple(message.content for message in prompt): prompt for prompt in prompts}.values())
-    short = [prompt for prompt in found if sum(len(message.content) for message in prompt) <= _SHORT]
-    return (short or found)[:count]
+    unique = list({tuple(message.content for message in prompt): prompt for prompt in prompts}.values())
+    short = [prompt for prompt in unique if sum(len(message.content) for message in prompt) <= _SHORT_CHARACTERS]
+    return (short or unique)[:count]
 
 
 def _prompts(config: DatasetConfig, template: Template) -> Iterator[tuple[Message, ...]]:
-    for conversation in islice(_conversations(config, template), _SEEN):
+    for conversation in islice(_conversations(config, template), _MAX_CONVERSATIONS):
         prompt = tuple(takewhile(lambda message: message.role in ('system', 'user'), conversation.messages))
         if prompt and prompt[-1].role == 'user' and not conversation.tools:
             yield tuple(Message(message.role, message.content) for message in prompt)

@@ -1,4 +1,4 @@
-"""The one way from a config's `dataset` section to packs: sources, map functions, encoding, lengths, packing, cache."""
+"""Prepares a config's `dataset` section as packs: sources, map functions, encoding, length, packing, cache."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from xtuner.dataset.map_fns import formats, resolve_map_fn
 from xtuner.dataset.mapping.map_records import map_records, stopped_by
 from xtuner.dataset.packing.pack import Packs, pack_samples
 from xtuner.dataset.packing.split import split_samples
-from xtuner.dataset.show import counted
 from xtuner.dataset.sources.source import Source, open_sources
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 from xtuner.errors import ConfigError, DataError
 from xtuner.ranks import is_first_process
+from xtuner.utils.units import counted
 
 logger = logging.getLogger('xtuner')
 
 _T = TypeVar('_T')
-_CHUNK_CONVERSATIONS, _CHUNK_CHARACTERS = 2048, 2**21  # encoded at a time: bounds the memory, keeps all cores busy
+_CHUNK_CONVERSATIONS, _CHUNK_CHARACTERS = 2048, 2**21  # encoded at a time: bounds memory and keeps all cores busy
 
 
 def prepare_dataset(
     config: DatasetConfig, *, tokenizer: Any, template: Template, part: str = 'train'
 ) -> PreparedDataset | None:
-    """Returns the packs of a config, prepared now or taken from the cache.
+    """Returns the packs of a config, prepared now or loaded from the cache.
 
-    Call it on every rank, before or outside any collective: one process prepares, the others wait for its files.
+    Call it on every rank, outside any collective: one process prepares the data, the others wait for its files.
 
     Args:
         config: The `dataset` section.
@@ -54,15 +54,15 @@ def prepare_dataset(
         part: 'train', or 'val' for the validation part.
 
     Returns:
-        The packs; None for 'val' where the config asks for no validation.
+        The packs; None for 'val' if the config has no validation data.
 
     Raises:
-        ConfigError: For a value of the section that cannot be.
-        DataError: For a bad record under `on_bad_record='error'`, a long one under `on_long='error'`, more losses than
-            `max_dropped`, or where nothing is left.
+        ConfigError: Values of the section are invalid or conflict.
+        DataError: A bad record under `on_bad_record='error'`, a long one under `on_long='error'`, more dropped
+            conversations than `max_dropped`, or none left.
     """
     _check(config)
-    shown = part
+    part_name = part
     train_folder = None
     if part == 'val' and config.val_file is not None:
         train_folder = prepared_folder(config, tokenizer=tokenizer, template=template)
@@ -78,37 +78,38 @@ def prepare_dataset(
             waiting=lambda holder: _say(f'waiting for {holder} to prepare {folder}'),
         )
     except OSError as error:
-        raise DataError(f'prepared data cannot be kept in {folder}: {error.strerror or error}; free some space, or '
+        raise DataError(f'cannot write prepared data to {folder}: {error.strerror or error}; free some space, or '
                         'name another folder with dataset.cache_dir or XTUNER_CACHE') from error  # fmt: skip
     dataset = PreparedDataset(folder, part)
-    packs = f'{shown}: {counted(len(dataset), "pack")}, {dataset.packing_efficiency(config.max_length):.1%} full'
-    level = logging.WARNING if dataset.summary.counts else logging.INFO  # losses are told to who configured no logging
-    _say(f'{"prepared in" if built else "taken from"} {folder}', packs, *dataset.summary.lines(), level=level)
+    packs = f'{part_name}: {counted(len(dataset), "pack")}, {dataset.packing_efficiency(config.max_length):.1%} full'
+    # Dropped records must show even where no logging is configured.
+    level = logging.WARNING if dataset.summary.counts else logging.INFO
+    _say(f'{"prepared in" if built else "loaded from"} {folder}', packs, *dataset.summary.lines(), level=level)
     if train_folder is not None and is_first_process():
-        _warn_of_leaks(dataset, train_folder)
+        _warn_about_leakage(dataset, train_folder)
     return dataset
 
 
 def _check(config: DatasetConfig) -> None:
-    """Raises ConfigError for values that do not go together."""
+    """Raises ConfigError for values that conflict."""
     if config.val_file is not None and config.val_ratio:
         raise ConfigError('`dataset.val_file` and `dataset.val_ratio` are both set; set one of them')
     if config.group_by_length and config.packing != 'none':
         raise ConfigError(f"`dataset.group_by_length` needs `dataset.packing = 'none'`, got {config.packing!r}: packs "
-                          'are of one length already')  # fmt: skip
+                          'already have one length')  # fmt: skip
     if config.val_ratio >= 1:
         raise ConfigError(f'`dataset.val_ratio` must be below 1, got {config.val_ratio}')
 
 
 def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template) -> Path:
-    """Returns where a config's prepared data is kept: a name that changes with anything that changes the tokens."""
+    """Returns the cache folder of a config's prepared data, named by a hash of everything that affects the tokens."""
     sources = open_sources(config.source)
     maps = [source.map_fn or config.map_fn for source in sources]
     template = template.allowing(config.special_tokens_in_answers, tokenizer)
     parts = (
         fingerprint_code(), tokenizers.__version__,
         fingerprint_tokenizer(tokenizer), fingerprint_function(type(tokenizer)),
-        template.fingerprint(), _fingerprint_kind(template),
+        template.fingerprint(), _fingerprint_class(template),
         [(source.fingerprint(), source.weight) for source in sources],
         [[fingerprint_function(each) for each in ([resolve_map_fn(fn)] if fn is not None else formats().values())]
          for fn in maps],
@@ -118,16 +119,16 @@ def prepared_folder(config: DatasetConfig, *, tokenizer: Any, template: Template
     return cache_root(config.cache_dir) / 'datasets' / digest(parts)
 
 
-def _fingerprint_kind(template: Template) -> str:
-    """A hash of the template's class; of the fields, too, of a class of the user's: its `fingerprint` may lack some."""
-    kind = type(template)
-    ours = kind.__module__.startswith('xtuner.')
-    fields = {} if ours else {name: value for name, value in vars(template).items() if not name.startswith('_')}
-    return fingerprint_function((kind, fields))
+def _fingerprint_class(template: Template) -> str:
+    """Hash of the template's class; for a user's class also of its fields, which its `fingerprint` may lack."""
+    cls = type(template)
+    built_in = cls.__module__.startswith('xtuner.')
+    fields = {} if built_in else {name: value for name, value in vars(template).items() if not name.startswith('_')}
+    return fingerprint_function((cls, fields))
 
 
 def encoder_of(config: DatasetConfig, tokenizer: Any, template: Template) -> Encoder:
-    """Returns what encodes conversations as the `dataset` section says."""
+    """Returns the encoder for a `dataset` section."""
     template = template.allowing(config.special_tokens_in_answers, tokenizer)
     return Encoder(tokenizer, template, train_on=config.train_on)
 
@@ -135,35 +136,39 @@ def encoder_of(config: DatasetConfig, tokenizer: Any, template: Template) -> Enc
 def encode_source(
     source: Source, config: DatasetConfig, *, encoder: Encoder, summary: Summary
 ) -> Iterator[list[tuple[Conversation, Sample]]]:
-    """Yields the conversations of a source with their tokens, chunk by chunk, and counts what is lost."""
+    """Yields the conversations of a source with their tokens, in chunks; counts dropped and truncated ones."""
     chunks = _chunks(map_records(source, config, summary, encoder.template))
-    with ThreadPoolExecutor(max_workers=1) as pool:  # the next chunk is read and mapped while this one is encoded
+    with ThreadPoolExecutor(max_workers=1) as pool:  # reads and maps the next chunk while this one is encoded
         waiting: deque[Future[list[tuple[Conversation, Sample | DataError]]]] = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_encoded, chunk, encoder, config))
+            waiting.append(pool.submit(_encode_chunk, chunk, encoder, config))
             if len(waiting) > 1:
-                yield _noted(_fitted(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary)
+                yield _count_spelled(
+                    _fit_lengths(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary
+                )
         while waiting:
-            yield _noted(_fitted(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary)
+            yield _count_spelled(
+                _fit_lengths(waiting.popleft().result(), encoder.begin_id, config, summary), encoder, summary
+            )
 
 
-def _noted(
+def _count_spelled(
     chunk: list[tuple[Conversation, Sample]], encoder: Encoder, summary: Summary
 ) -> list[tuple[Conversation, Sample]]:
-    """Counts the conversations whose answers spell special tokens as text."""
+    """Counts the conversations whose answers contain special tokens as text."""
     for conversation, _ in chunk:
         for name in encoder.spelt(conversation):
             summary.spelt[name] = summary.spelt.get(name, 0) + 1
     return chunk
 
 
-def _fitted(
+def _fit_lengths(
     encoded: list[tuple[Conversation, Sample | DataError]],
     begin_id: int | None,
     config: DatasetConfig,
     summary: Summary,
 ) -> list[tuple[Conversation, Sample]]:
-    """Applies `on_long`, leaves out what has no target, and counts; the only thread that does."""
+    """Applies `on_long`, drops samples without targets, and counts; only this thread updates the summary."""
     kept = []
     for conversation, sample in encoded:
         if isinstance(sample, DataError):
@@ -189,10 +194,10 @@ def _fitted(
     return kept
 
 
-def _encoded(
+def _encode_chunk(
     chunk: list[Conversation], encoder: Encoder, config: DatasetConfig
 ) -> list[tuple[Conversation, Sample | DataError]]:
-    """Encodes a chunk at once; the error of one that cannot be encoded stands in its place, and may be the last."""
+    """Encodes a chunk; a conversation that cannot be encoded yields its error, after which encoding may stop."""
     stop = config.on_bad_record == 'error'
     return list(zip(chunk, encoder.encode_each(chunk, stop=stop), strict=not stop))
 
@@ -219,10 +224,10 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
     sources = open_sources(config.source)
     try:
         for source in sources:
-            for chunk in _without_collector(encode_source(source, config, encoder=encoder, summary=summary)):
+            for chunk in _without_gc(encode_source(source, config, encoder=encoder, summary=summary)):
                 writer.append([sample for _, sample in chunk], [conversation.origin for conversation, _ in chunk])
             bounds.append(writer.num_samples)
-        check_losses(summary, config)
+        check_dropped(summary, config)
         parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=writer.hashes,
                               val_ratio=config.val_ratio)  # fmt: skip
         packs = {name: _packed(numbers, writer.lengths, config) for name, numbers in parts.items()}
@@ -232,10 +237,10 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
         writer.close()
 
 
-def _without_collector(chunks: Iterable[_T]) -> Iterator[_T]:
-    """Passes chunks on while the cyclic garbage collector rests, which would walk all of memory for each of them.
+def _without_gc(chunks: Iterable[_T]) -> Iterator[_T]:
+    """Passes chunks on with the cyclic garbage collector disabled, which would traverse all objects for each chunk.
 
-    What a chunk leaves behind is collected after it: only what is new is walked.
+    Garbage of a chunk is collected after it, in the youngest generation only.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -248,11 +253,11 @@ def _without_collector(chunks: Iterable[_T]) -> Iterator[_T]:
             gc.enable()
 
 
-def check_losses(summary: Summary, config: DatasetConfig) -> None:
-    """Raises DataError where more was lost than `max_dropped` allows, or nothing is left."""
+def check_dropped(summary: Summary, config: DatasetConfig) -> None:
+    """Raises DataError if more was dropped than `max_dropped` allows, or nothing is left."""
     total = summary.kept + summary.dropped
     if not total:
-        raise DataError(f'`dataset.source` {config.source!r} holds no conversation')
+        raise DataError(f'`dataset.source` {config.source!r} contains no conversation')
     if summary.dropped > config.max_dropped * total or not summary.kept:
         raise DataError(f'{summary.dropped} of {total} conversations would be dropped, and `dataset.max_dropped` is '
                         f'{config.max_dropped:g}; ' + ' | '.join(summary.lines()))  # fmt: skip
@@ -263,19 +268,19 @@ def _packed(numbers: np.ndarray, lengths: np.ndarray, config: DatasetConfig) -> 
     return Packs(numbers[packs.samples], packs.starts)
 
 
-def _warn_of_leaks(validation: PreparedDataset, train_folder: Path) -> None:
+def _warn_about_leakage(validation: PreparedDataset, train_folder: Path) -> None:
     if not is_complete(train_folder):
-        _say('`dataset.val_file` is not compared with the training data, which is not prepared as a whole')
+        _say('`dataset.val_file` is not compared with the training data, which is not fully prepared')
         return
     num_leaks = int(np.isin(validation.hashes, PreparedDataset(train_folder).hashes).sum())
     if num_leaks:
-        text = (f'warning: {num_leaks} of {validation.num_samples} conversations of `dataset.val_file` are in the '
-                'training data too, so the validation loss will look better than it is')  # fmt: skip
+        text = (f'warning: {num_leaks} of {validation.num_samples} conversations of `dataset.val_file` are also in the '
+                'training data, so the validation loss will be too low')  # fmt: skip
         _say(text, level=logging.WARNING)
 
 
 def _say(*lines: str, level: int = logging.INFO) -> None:
-    """Logs, on the first rank only."""
+    """Logs on the first rank only."""
     if is_first_process():
         for line in lines:
             logger.log(level, 'data: %s', line)

@@ -1,4 +1,4 @@
-"""Samples and lengths as text for a person: what is trained, what is not, and how long conversations are."""
+"""Readable samples and length histograms: which tokens are trained, and how long conversations are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GREEN, _GREY, _RESET = '\x1b[32m', '\x1b[90m', '\x1b[0m'
 
 
 def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
-    """Returns a sample's text: trained tokens green and the others grey, or trained ones between « and »."""
+    """Returns a sample's text: trained tokens green and others grey, or trained ones between « and » without color."""
     trained = sample.labels != IGNORE_INDEX
     changes = np.flatnonzero(np.diff(trained)) + 1
     text = ''
@@ -27,7 +27,7 @@ def show_sample(sample: Sample, tokenizer: Any, *, color: bool) -> str:
 
 
 def histogram(lengths: np.ndarray, *, num_bins: int = 10, width: int = 40) -> list[str]:
-    """Returns lines of a histogram of lengths in tokens; a bin holds both of the lengths that it names.
+    """Returns the lines of a histogram of lengths in tokens; both bounds of a bin are inclusive.
 
     Example: `histogram(np.array([1, 2, 9]), num_bins=2)` gives two lines, `1 - 4` with 2 and `5 - 9` with 1.
     """
@@ -42,8 +42,3 @@ def histogram(lengths: np.ndarray, *, num_bins: int = 10, width: int = 40) -> li
         bar = '█' * round(width * count / counts.max())
         lines.append(f'{low:{digits}} - {high:{digits}} tokens  {count:6}  {bar}'.rstrip())
     return lines
-
-
-def counted(number: int, name: str) -> str:
-    """'1 pack', '1,200 packs'."""
-    return f'{number:,} {name}{"" if number == 1 else "s"}'

@@ -1,4 +1,4 @@
-"""Packs straight from the sources, without a cache: for data that is larger than the disk, or that never ends."""
+"""Streams packs from the sources without a cache, for data that is larger than the disk or unbounded."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from xtuner.errors import ConfigError
 
 
 class PackStream(IterableDataset):
-    """Yields packs in the order of the data, of which a window is looked at at a time.
+    """Yields packs in data order, packing one window of conversations at a time.
 
-    Items are those of `PreparedDataset`. Ranks, and the workers of a rank, read the same data and take turns in its
-    packs; a resumed run passes `skip`, and reads past what it has seen.
+    Items are those of `PreparedDataset`. All ranks, and the workers of a rank, read the same data and take turns in its
+    packs; a resumed run passes `skip` and reads past the packs that it has used.
 
     Args:
-        config: The `dataset` section; weights and `val_ratio` need the whole data, so they cannot be.
+        config: The `dataset` section without weights and `val_ratio`, which need the whole data.
         tokenizer: A transformers tokenizer.
         template: The prompt format.
-        window: Conversations that are packed together: more fill better and cost memory.
-        rank: This process, from 0.
-        world_size: Processes that share the data.
-        skip: Packs of this rank (or worker) to leave out at the beginning.
+        window: Conversations that are packed together: more fill packs better and take more memory.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes that share the data.
+        skip: Packs of this rank (or worker) to skip at the start.
 
     Raises:
-        ConfigError: For a weight or a `val_ratio`.
+        ConfigError: A weight or `val_ratio` is set.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PackStream(IterableDataset):
         self.sources = open_sources(config.source)
         if config.val_ratio or any(source.weight != 1 for source in self.sources):
             raise ConfigError(
-                'a stream knows no `val_ratio` and no `weight`, which need the whole data; use `val_file`'
+                'a stream supports neither `val_ratio` nor `weight`, which need the whole data; use `val_file`'
             )
         self.encoder = encoder_of(config, tokenizer, template)
         self.window = window
@@ -64,7 +64,7 @@ class PackStream(IterableDataset):
 
     @property
     def digest(self) -> str:
-        """A hash of what the sources hold, as far as they tell without being read."""
+        """A hash of the sources, as far as they can be identified without being read."""
         return digest(source.fingerprint() for source in self.sources)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -75,19 +75,19 @@ class PackStream(IterableDataset):
                           self.world_size * count)  # fmt: skip
 
     def num_packs(self) -> int:
-        """Reads the data once and returns the packs of all ranks and workers together; fills `summary`."""
+        """Reads the data once and returns the number of packs over all ranks and workers; fills `summary`."""
         self.summary = Summary()
         return sum(1 for _ in self._packs())
 
     def _packs(self) -> Iterator[dict[str, torch.Tensor]]:
-        waiting: list[Sample] = []
+        window: list[Sample] = []
         for source in self.sources:
             for chunk in encode_source(source, self.config, encoder=self.encoder, summary=self.summary):
-                waiting += [sample for _, sample in chunk]
-                if len(waiting) >= self.window:
-                    yield from self._packed(waiting)
-                    waiting = []
-        yield from self._packed(waiting)
+                window += [sample for _, sample in chunk]
+                if len(window) >= self.window:
+                    yield from self._packed(window)
+                    window = []
+        yield from self._packed(window)
 
     def _packed(self, samples: list[Sample]) -> Iterator[dict[str, torch.Tensor]]:
         lengths = [len(sample.input_ids) for sample in samples]

@@ -14,7 +14,7 @@ from torch import nn
 from xtuner.adapters.attach import (
     Provenance,
     attach_adapter,
-    looks_at_the_base,
+    needs_base_weights,
     trainable_parameters,
 )
 from xtuner.adapters.load import load_adapter
@@ -23,7 +23,7 @@ from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.engine.distributed.launch import Group
+from xtuner.engine.distributed.launch import RankInfo
 from xtuner.fused.enable import FusedTraining, enable_fused_training
 from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
@@ -33,7 +33,8 @@ from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
 from xtuner.model.weights.files import apply_umask
 from xtuner.model.weights.reader import fingerprint, open_weights
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.objectives.load import make_objective
+from xtuner.objectives.model import TrainingModel
 from xtuner.tracking.model_card import prompt_example, write_card
 
 logger = logging.getLogger('xtuner')
@@ -57,7 +58,7 @@ class RunInputs:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_data(config: TrainConfig, group: Group) -> RunInputs:
+def load_data(config: TrainConfig, group: RankInfo) -> RunInputs:
     """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
@@ -82,7 +83,7 @@ def load_for_training(
     checkpoint: Path | None,
     strategy: str = 'single',
     share: ShardSpec | None = None,
-) -> SupervisedFinetune:
+) -> TrainingModel:
     """The base model with its adapter, on its device, ready to be trained.
 
     Args:
@@ -104,14 +105,14 @@ def load_for_training(
         device=default_device(),
         trust_remote_code=config.model.trust_remote_code,
         sharded=strategy == 'fsdp',
-        share=share if strategy == 'fsdp' and not looks_at_the_base(config.adapter) else None,
+        share=share if strategy == 'fsdp' and not needs_base_weights(config.adapter) else None,
     )
     check_vocabulary(data.tokenizer, base, data.model_folder)
     model = _adapted(base, config, checkpoint, data.base_fingerprint)
     path = _prepare_for_training(model, config.runtime, strategy)
     _describe(model, config, time.perf_counter() - started)
     logger.info('%s', path)
-    return SupervisedFinetune(model)
+    return TrainingModel(model, make_objective(config.objective))
 
 
 def _open_dataset(config: TrainConfig, tokenizer: Any, template: Template, rank: int, world_size: int) -> Any:
@@ -162,7 +163,7 @@ def _describe(model: nn.Module, config: TrainConfig, seconds: float) -> None:
 def write_model(
     config: TrainConfig,
     data: RunInputs,
-    model: SupervisedFinetune,
+    model: TrainingModel,
     dtype: torch.dtype,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.schedule import TrainingSchedule
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
+from xtuner.engine.statistics import MetricMeans, sum_statistics
 from xtuner.engine.step_checks import (
     check_gradients,
     check_targets,
@@ -45,10 +45,11 @@ class _Stopped(Exception):
 
 
 class TrainLoop(BaseLoop):
-    """Accumulates micro-batches, normalises by the step's target tokens, clips, steps.
+    """Accumulates micro-batches, normalises by the step's weight, clips, steps.
 
-    The gradient of a step is that of `sum of losses / number of targets`, both over all its micro-batches and ranks,
-    so it does not depend on how the same samples are split into micro-batches.
+    The gradient of a step is that of `sum of losses / sum of weights`, both over all its micro-batches and ranks, so it
+    does not depend on how the same samples are split into micro-batches. What is summed and weighed the objective says
+    (`objectives.base`): for supervised fine-tuning the negative log-likelihood, and target tokens.
 
     A signal to stop is followed before the next micro-batch, on all ranks before the same one: the step is given up, so
     that weights and optimizer are those after the last whole step, from which a resumed run does it again.
@@ -99,6 +100,7 @@ class TrainLoop(BaseLoop):
         self._stop_agreed: int | None = None
         self._origins, self._memory_advice = origins, memory_advice
         self._gradients_checked = False
+        self._metrics = MetricMeans(self.strategy, self._over_ranks)
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
 
     # What mmengine's runner and hooks ask a loop for.
@@ -157,7 +159,7 @@ class TrainLoop(BaseLoop):
             if self._watch is not None:
                 self._watch.suspend()  # hooks may write and generate as long as they like
             self.runner.call_hook(
-                'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=asdict(result)
+                'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=result.outputs()
             )
         except _Stopped as stopped:
             self._give_up(stopped.signal_number)
@@ -173,14 +175,14 @@ class TrainLoop(BaseLoop):
         self._stop_if_diverged(result)
 
     def _optimize(self, micro_batches: list[dict[str, Tensor]], start: float) -> StepResult:
-        draw = self.step * self.strategy.world_size + self.strategy.rank
-        torch.manual_seed(int(np.random.SeedSequence([self._seed, draw]).generate_state(1, np.uint64)[0]))
+        self._seed_step()
         for number, batch in enumerate(micro_batches):
             check_targets(batch['labels'], self.step, partial(self._rows, number))
         self._note('waiting for the others')
-        num_targets, num_tokens = self._count(micro_batches)
+        weight, num_targets, num_tokens = self._count(micro_batches)
+        statistics = self._statistics(micro_batches)
         self._note('computing')
-        loss, losses = self._backward(micro_batches, num_targets)
+        loss, losses, metrics = self._backward(micro_batches, weight, statistics)
         optimizer = self.runner.optim_wrapper.optimizer
         factor = self.plan.lr_factor(self.step)
         for group, base in zip(optimizer.param_groups, self._base_lrs, strict=True):
@@ -204,37 +206,76 @@ class TrainLoop(BaseLoop):
             seconds=time.perf_counter() - start,
             skipped=skipped,
             num_skipped=self.skips.total,
+            metrics=metrics,
         )
 
-    def _count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, int]:
-        """Targets and tokens of the step over all ranks; in the same message, for which signal one is to stop."""
-        counts = torch.tensor([[count_targets(b['labels']), b['labels'].numel()] for b in micro_batches]).sum(0)
+    def _seed_step(self) -> None:
+        """Seeds torch's generators for this step and rank."""
+        draw = self.step * self.strategy.world_size + self.strategy.rank
+        torch.manual_seed(int(np.random.SeedSequence([self._seed, draw]).generate_state(1, np.uint64)[0]))
+
+    def _count(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, int, int]:
+        """Weight, targets and tokens of the step over all ranks; in the same message, for which signal one is to stop.
+
+        Raises:
+            TrainingError: the weight is not a number above 0.
+        """
+        objective = self.strategy.bare.objective
+        counts = torch.tensor(
+            [[objective.weight(b), count_targets(b['labels']), b['labels'].numel()] for b in micro_batches],
+            dtype=torch.float64,  # exact for whole numbers below 2**53
+        ).sum(0)
         asked = torch.tensor([self._stop.signal_number == number for number in STOP_SIGNALS], dtype=counts.dtype)
-        num_targets, num_tokens, *num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
+        weight, num_targets, num_tokens, *num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
         times = self.strategy.world_size // self.plan.world_size  # ranks that share packs count the same ones
         self._stop_agreed = next((s for s, num in zip(STOP_SIGNALS, num_asked, strict=True) if num), None)
-        return num_targets // times, num_tokens // times
+        if not 0 < weight < math.inf:
+            raise TrainingError(
+                f'step {self.step + 1}: objective {objective.name} gave the step the weight {weight}; the '
+                'losses are divided by it, so it must be above 0'
+            )
+        return weight / times, int(num_targets) // times, int(num_tokens) // times
 
-    def _backward(self, micro_batches: list[dict[str, Tensor]], num_targets: int) -> tuple[float, list[Tensor]]:
+    def _statistics(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+        """What the objective sums over the step before its loss; dropout masks are those of the pass that follows."""
+        self._note('collecting statistics')
+        batches = ((batch, True) for batch in self._until_stopped(micro_batches))
+        found = sum_statistics(self.strategy.bare, batches, autocast=self.autocast, over_ranks=self._over_ranks)
+        if found is not None:
+            self._seed_step()
+        return found
+
+    def _until_stopped(self, micro_batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Yields micro-batches; raises _Stopped before one where a signal came to one of the ranks."""
+        for number, batch in enumerate(micro_batches):
+            if number and (signal_number := self._agreed_stop()):
+                raise _Stopped(signal_number)
+            yield batch
+
+    def _backward(
+        self, micro_batches: list[dict[str, Tensor]], weight: float, statistics: dict[str, Tensor] | None
+    ) -> tuple[float, list[Tensor], dict[str, float]]:
         """Adds up the gradients of all micro-batches.
 
         Returns:
-            The step's mean loss over all ranks, and this rank's sum of each micro-batch.
+            The step's mean loss over all ranks, this rank's sum of each micro-batch, and the mean of each metric.
 
         Raises:
             _Stopped: a signal came to one of the ranks.
         """
         losses: list[Tensor] = []
-        for number, batch in enumerate(micro_batches, 1):
-            if number > 1 and (signal_number := self._agreed_stop()):
-                raise _Stopped(signal_number)
+        metrics: list[dict[str, Tensor]] = []
+        extra = {} if statistics is None else {'statistics': statistics}
+        for number, batch in enumerate(self._until_stopped(micro_batches), 1):
             with self.strategy.synchronised(number == len(micro_batches)):
                 with self.autocast():
-                    loss_sum = self.runner.model(**batch)
+                    loss_sum = self.runner.model(**batch, **extra)
                 # The sum over all ranks is wanted, whatever the strategy does to gradients.
-                self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / num_targets)))
+                self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / weight)))
             losses.append(loss_sum.detach())
-        return self._over_ranks(torch.stack(losses).sum()).item() / num_targets, losses
+            metrics.append(self.strategy.bare.metrics)
+        loss = self._over_ranks(torch.stack(losses).sum()).item() / weight
+        return loss, losses, self._metrics.of_step(self.step, metrics, weight)
 
     def _agreed_stop(self) -> int | None:
         """The signal for which all ranks stop here; None: they go on."""

@@ -12,7 +12,7 @@ from xtuner.engine.build import RunInputs
 from xtuner.engine.schedule import TrainingSchedule
 from xtuner.model.precision import dtype_name
 from xtuner.model.sharded_loading import num_parameters
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.objectives.model import TrainingModel
 from xtuner.registry import reference
 from xtuner.tracking.environment import versions
 from xtuner.tracking.metadata import method_of, sources_of, summary_of
@@ -21,7 +21,7 @@ _CARD_VERSIONS = ('xtuner', 'torch', 'transformers', 'peft', 'bitsandbytes')
 
 
 def run_metadata(
-    config: TrainConfig, data: RunInputs, plan: TrainingSchedule, model: SupervisedFinetune, dtype: torch.dtype
+    config: TrainConfig, data: RunInputs, plan: TrainingSchedule, model: TrainingModel, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The facts of `about.json`, beside its sessions."""
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None

@@ -25,7 +25,6 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.first_prompts import first_prompts
 from xtuner.dataset.mapping.recorded_formats import with_recorded_formats
 from xtuner.dataset.probe import write_probe
-from xtuner.dataset.show import counted
 from xtuner.dataset.templates.template import Template
 from xtuner.engine.batches import MicroBatches, make_plan
 from xtuner.engine.build import RunInputs, load_data, load_for_training, write_model
@@ -42,7 +41,7 @@ from xtuner.engine.checkpoint.run_lock import exclusive_run_dir
 from xtuner.engine.checkpoint.run_manifest import describe_run, format_of_run, recorded_formats, write_run
 from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
-from xtuner.engine.distributed.launch import Group, process_group, sequence_group
+from xtuner.engine.distributed.launch import RankInfo, process_group, sequence_group
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.metadata import run_metadata, training_facts
 from xtuner.engine.packing import with_supported_packing
@@ -55,12 +54,14 @@ from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
 from xtuner.model.loading import load_config, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sharded_loading import ShardSpec, num_parameters
+from xtuner.objectives.load import make_objective, objective_code
+from xtuner.objectives.model import TrainingModel
 from xtuner.objectives.model_checks import check_family
-from xtuner.objectives.sft import SupervisedFinetune
 from xtuner.registry import build, check_arguments
 from xtuner.tracking.metadata import latest_losses
 from xtuner.tracking.report.page import try_to_report
 from xtuner.tracking.sessions import record_session
+from xtuner.utils.units import counted
 
 logger = logging.getLogger('xtuner')
 
@@ -97,12 +98,13 @@ def _run(
     checkpoint: Path | None,
     start: ResumeOptions,
     launcher: str,
-    group: Group,
+    group: RankInfo,
 ) -> int:
     """Trains, and returns the number of optimizer steps of the whole run."""
     device = default_device()
     dtype = compute_dtype(config.model.dtype, device)
-    name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype))
+    objective = make_objective(config.objective)
+    name = choose_strategy(config, group.world_size, dtype=dtype_name(dtype), objective=objective)
     if config.runtime.fp8:
         check_fp8(device)
     set_random_seed(config.runtime.seed)
@@ -128,6 +130,7 @@ def _run(
         num_groups=plan.world_size,
         world_size=group.world_size,
         formats={**(recorded or {}), **data.dataset.summary.formats},
+        objective_code=objective_code(config.objective),
     )
     if checkpoint is not None:
         run['format'] = format_of_run(checkpoint)
@@ -136,7 +139,7 @@ def _run(
     if start.weights is not None:
         check_weights_folder(config, start.weights, data.base_fingerprint)
     check_memory(config, data, device, group.world_size, strategy=name)
-    model = load_for_training(
+    model: Any = load_for_training(
         config, data, dtype=dtype, checkpoint=checkpoint or start.weights, strategy=name,
         share=ShardSpec(group.rank, group.world_size),
     )  # fmt: skip
@@ -177,7 +180,7 @@ def _warn_of_few_steps(plan: TrainingSchedule, data: RunInputs) -> None:
 
 
 def _check_space(
-    work_dir: Path, config: TrainConfig, plan: TrainingSchedule, model: SupervisedFinetune, data: RunInputs
+    work_dir: Path, config: TrainConfig, plan: TrainingSchedule, model: TrainingModel, data: RunInputs
 ) -> None:
     """Whether all the checkpoints that will be there at a time have room; one more than are kept, while it is saved."""
     num_saves = math.ceil(plan.num_steps / config.checkpoint.interval)
@@ -194,6 +197,7 @@ def _check_open_sections(config: TrainConfig) -> None:
     build(config.optimizer, 'optimizer', [nn.Parameter(torch.zeros(1))])  # refuses its values now, not after loading
     if config.adapter is not None:
         build(config.adapter, 'adapter')
+    make_objective(config.objective)
     for i, hook in enumerate(config.hooks):
         check_arguments(hook, f'hooks[{i}]')
     for name in config.log.trackers:
@@ -204,7 +208,7 @@ def _check_open_sections(config: TrainConfig) -> None:
 
 
 def _make_strategy(
-    config: TrainConfig, model: SupervisedFinetune, plan: TrainingSchedule, name: str, group: Group
+    config: TrainConfig, model: TrainingModel, plan: TrainingSchedule, name: str, group: RankInfo
 ) -> Strategy:
     """Hands model and optimizer to the strategy, and says once how many steps of what size will come."""
 
@@ -251,16 +255,17 @@ def _make_runner(
     write: Callable[[Path, dict[str, torch.Tensor] | None], None],
     work_dir: Path,
     launcher: str,
-    group: Group,
+    group: RankInfo,
 ) -> Runner:
     runtime = config.runtime
     rank = group.rank // config.parallel.sequence_parallel_size  # ranks that share packs read the same ones
-    batches = MicroBatches(data.dataset, config, plan, pad_id=data.pad_id, rank=rank)
+    collate = strategy.bare.objective.collate
+    batches = MicroBatches(data.dataset, config, plan, pad_id=data.pad_id, rank=rank, collate=collate)
     runner = Runner(
         strategy,
         batches,
         watch=group.watch,
-        hooks=_hooks(config, data),
+        hooks=_hooks(config, data, collate),
         work_dir=work_dir,
         seed=runtime.seed,
         trackers=config.log.trackers,
@@ -294,12 +299,18 @@ def _sample_prompts(config: TrainConfig, template: Template) -> Sequence[str | S
         return []
 
 
-def _hooks(config: TrainConfig, data: RunInputs) -> list[Any]:
+def _hooks(config: TrainConfig, data: RunInputs, collate: Callable[..., dict[str, torch.Tensor]]) -> list[Any]:
     samples, interval = config.samples, config.checkpoint.interval
     validation = []
     if data.validation is not None:
         validation = [
-            ValidateHook(data.validation, pad_id=data.pad_id, batch_size=config.schedule.batch_size, interval=interval)
+            ValidateHook(
+                data.validation,
+                pad_id=data.pad_id,
+                batch_size=config.schedule.batch_size,
+                interval=interval,
+                collate=collate,
+            )
         ]
     return [
         DatasetInfoHook(data.dataset, data.tokenizer),

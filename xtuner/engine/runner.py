@@ -191,7 +191,7 @@ class Runner(mmengine.runner.Runner):
 
     @property
     def bare_model(self) -> Any:
-        """The `SupervisedFinetune` itself, without what wraps it for several ranks."""
+        """The `TrainingModel` itself, without what wraps it for several ranks."""
         return self.strategy.bare
 
     @property

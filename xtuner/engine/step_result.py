@@ -1,13 +1,21 @@
-"""What a step did, and how many steps had to be skipped."""
+"""Result of a training step, and counts of skipped steps."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+RESERVED = frozenset({
+    'step', 'loss', 'lr', 'grad_norm', 'num_targets', 'num_tokens', 'tokens_per_second', 'seconds', 'peak_memory_gib',
+    'skipped', 'num_skipped', 'val_loss', 'metrics',
+})  # fmt: skip
+"""What a line of `metrics.jsonl` has of every run: an objective's metrics have other names."""
 
 
 @dataclass
 class Skips:
-    """Steps whose gradient was not finite, so far; part of a checkpoint, so that a resumed run counts on."""
+    """Counts of steps with a non-finite gradient; saved in checkpoints, so that a resumed run continues them."""
 
     total: int = 0
     in_a_row: int = 0
@@ -18,16 +26,17 @@ class Skips:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
     def state(self) -> dict[str, int]:
-        """What `Skips(**state)` takes."""
+        """Arguments of `Skips(**state)`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, over all ranks. Hooks get it as the dict `outputs`.
+    """What one optimizer step did, over all ranks. Hooks get it as the dict `outputs`, metrics by their own names.
 
     Attributes:
-        loss: Mean negative log-likelihood, in nats a target token.
+        loss: The objective's loss, divided by its weight: for supervised fine-tuning the mean negative log-likelihood,
+            in nats a target token.
         grad_norm: L2 norm of the gradient before clipping.
         lr: Learning rate of the first parameter group.
         num_targets: Target tokens.
@@ -35,6 +44,7 @@ class StepResult:
         seconds: Wall time, data loading included.
         skipped: The gradient was not finite, so no weight was changed.
         num_skipped: Steps skipped so far, this one included.
+        metrics: The objective's metrics, divided by its weight.
     """
 
     loss: float
@@ -45,3 +55,16 @@ class StepResult:
     seconds: float
     skipped: bool
     num_skipped: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def outputs(self) -> dict[str, Any]:
+        """What hooks get: numbers by name."""
+        found = asdict(self)
+        return found | found.pop('metrics')
+
+    @classmethod
+    def of_outputs(cls, outputs: Mapping[str, Any]) -> StepResult:
+        """The inverse of `outputs`."""
+        own = {each.name for each in fields(cls)}
+        metrics = {name: value for name, value in outputs.items() if name not in own}
+        return cls(**{name: value for name, value in outputs.items() if name in own}, metrics=metrics)

@@ -14,7 +14,12 @@ from xtuner.fused.offload import HostOffload
 
 @dataclass
 class LayerParts:
-    """The frozen parts of one decoder layer."""
+    """The frozen parts of one decoder layer.
+
+    Attributes:
+        qkv: The product to queries, keys and values, side by side, or by key head.
+        by_key_head: Whether that product's columns are grouped by key head: its query heads, the key, the value.
+    """
 
     qkv: Group
     out: Group
@@ -26,6 +31,7 @@ class LayerParts:
     kv_heads: int
     head_size: int
     scale: float
+    by_key_head: bool = False
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:

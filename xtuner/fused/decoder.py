@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,10 +27,11 @@ from xtuner.fused.frozen import FrozenLinear
 from xtuner.fused.layer import LayerFunction, NormFunction
 from xtuner.fused.linear import ComputePolicy, Group
 from xtuner.fused.offload import HostOffload, free_bytes, free_host_bytes
-from xtuner.fused.projections import GROUPS, adapter_of, adapter_unsupported_reason, base_of, projections_of
+from xtuner.fused.projections import adapter_of, adapter_unsupported_reason, base_of
 from xtuner.fused.recompute import activation_budget_bytes, gathered_bytes, num_recomputed_layers
 from xtuner.fused.ulysses import SequenceGroup, SharedAttention
 from xtuner.kernels.dispatch import Kernels
+from xtuner.model.families.find import spec_of
 
 _LOGGER = logging.getLogger('xtuner')
 
@@ -70,7 +73,12 @@ class FusedDecoder:
         self._graphs: tuple[tuple, LayerGraphs] | None = None
         self._copies: Any = None
         self._pinned_bytes = 0  # PyTorch keeps what it has pinned, so it is not free but ours
-        self.projections: list[list[Any]] = [projections_of(layer) for layer in self.decoder.layers]
+        self.spec = spec_of(decoder.config)
+        assert self.spec.paths is not None
+        self.paths = self.spec.paths
+        ends = [0, *accumulate(len(group) for group in self.paths.groups)]
+        self.groups = [range(*pair) for pair in pairwise(ends)]  # numbers of the projections that are one product
+        self.projections: list[list[Any]] = [self.paths.projections(layer) for layer in decoder.layers]
         self.frozen = [[FrozenLinear(base_of(p)) for p in layer] for layer in self.projections]
         self.layers = [
             self._layer_parts(layer, frozen) for layer, frozen in zip(self.decoder.layers, self.frozen, strict=True)
@@ -85,11 +93,12 @@ class FusedDecoder:
                 layer.forward = ShardedForward(self, layer, number)
 
     def _layer_parts(self, layer: Any, frozen: list[FrozenLinear]) -> LayerParts:
-        config, attention = self.decoder.config, layer.self_attn
-        qkv, out, gate_up, down = (Group([frozen[i] for i in group]) for group in GROUPS)
+        config, attention = self.decoder.config, attrgetter(self.paths.attention)(layer)
+        qkv, out, gate_up, down = (Group([frozen[i] for i in group]) for group in self.groups)
+        norm_in, norm_mid = (attrgetter(path)(layer) for path in self.paths.norms)
         return LayerParts(
-            qkv, out, gate_up, down, layer.input_layernorm, layer.post_attention_layernorm,
-            config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling,
+            qkv, out, gate_up, down, norm_in, norm_mid, config.num_attention_heads, config.num_key_value_heads,
+            attention.head_dim, attention.scaling, self.spec.qkv_by_key_head,
         )  # fmt: skip
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -137,7 +146,7 @@ class FusedDecoder:
             if adapter:
                 adapter.a_rK, adapter.b_Nr = adapter.a_rK.detach(), adapter.b_Nr.detach()
         return LayerContext(
-            number, self.layers[number], batch, [[flat[i] for i in group] for group in GROUPS]
+            number, self.layers[number], batch, [[flat[i] for i in group] for group in self.groups]
         ), parameters
 
     def _through_layers(self, x: Tensor, runs: list[LayerContext], parameters: list[list[Tensor]]) -> Tensor:
@@ -285,7 +294,7 @@ class ShardedForward:
 def fp8_unsupported_reason(fast: FusedDecoder) -> str | None:
     """Why a decoder's products cannot be in FP8, in a few words; None where they can."""
     adapters = [[adapter_of(p) for p in projections] for projections in fast.projections]
-    ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in GROUPS]
+    ranks = [sum(a.rank for a in (layer[i] for i in group) if a) for layer in adapters for group in fast.groups]
     return product_unsupported_reason(fast.layers, ranks, next(fast.decoder.layers[0].parameters()).device)
 
 

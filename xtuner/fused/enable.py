@@ -1,8 +1,8 @@
 """The fast path of a training step, on a model as transformers and peft built it.
 
 `enable_fused_training(model)` gives the decoder of this one model another forward pass for training; modules,
-parameters, names and what is saved stay what they were. Whatever the fast path does not cover (generation, evaluation, attention
-masks, caches, DoRA, several active adapters, merged ones) goes through the model's own forward pass, as before.
+parameters, names and what is saved stay what they were. Whatever the fast path does not cover (generation, evaluation,
+attention masks, caches, DoRA, several active adapters, merged ones) goes through the model's own forward pass.
 """
 
 from __future__ import annotations

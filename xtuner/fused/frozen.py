@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xtuner.kernels.dequantize import dequantized
 from xtuner.kernels.dispatch import Kernels
-from xtuner.kernels.quantized import QuantizedWeight, is_4bit, take_apart
+from xtuner.kernels.quantized import QuantizedWeight, is_4bit, unpack_weight
 
 _ROWS_TOGETHER = 256  # a piece's rows are a multiple of this, which keeps quantised scales whole for any width
 
@@ -54,7 +54,7 @@ class FrozenLinear:
         now = (weight.data_ptr(), getattr(weight, 'quant_state', None))
         if self._parts_of is None or self._parts_of[0] != now[0] or self._parts_of[1] is not now[1]:
             self._parts_of = now
-            self._parts = take_apart(self.module) if is_4bit(self.module) else None
+            self._parts = unpack_weight(self.module) if is_4bit(self.module) else None
         return self._parts
 
     def write_into(self, out_NK: Tensor, kernels: Kernels, scale: Tensor | None = None) -> None:

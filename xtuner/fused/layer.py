@@ -85,8 +85,7 @@ def _attend(run: LayerContext, x_TH: Tensor, scaled: list[Tensor | None], *, dif
     normed, _ = _norm(run, 0, parts.norm_in, x_TH)
     qkv, scaled[0] = parts.qkv.forward(how, normed, run.adapters[0], run.seeds(0))
     del normed
-    both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
-    how.kernels.rotate(both, run.batch.cos, run.batch.sin, both, inverse=False)
+    qkv = _rotated(run, qkv)
     q, k, v = (t.detach().requires_grad_(differentiable) for t in _heads(parts, qkv))
     with torch.set_grad_enabled(differentiable):
         out = run.batch.attention.forward(q, k, v, parts.scale)
@@ -153,6 +152,12 @@ def _attention_backward(run: LayerContext, attention: Attended, dattended: Tenso
     dq, dk, dv = torch.autograd.grad(attention.out, attention.heads, dattended)
     width = parts.qkv.num_out
     dqkv = torch.empty(len(dq), width + run.ranks(0), dtype=batch.how.dtype, device=dq.device)
+    if parts.by_key_head:
+        to_q, to_k, to_v = _by_key_head(parts, dqkv[:, :width])
+        batch.how.kernels.rotate(dq.unflatten(1, to_q.shape[1:3]), batch.cos, batch.sin, to_q, inverse=True)
+        batch.how.kernels.rotate(dk, batch.cos, batch.sin, to_k, inverse=True)
+        to_v.copy_(dv)
+        return dqkv
     to_q, to_k, to_v = _heads(parts, dqkv[:, :width])
     batch.how.kernels.rotate(dq, batch.cos, batch.sin, to_q, inverse=True)
     batch.how.kernels.rotate(dk, batch.cos, batch.sin, to_k, inverse=True)
@@ -166,6 +171,28 @@ def _scaled(run: LayerContext, group: int, kept: SavedActivations, x: Tensor) ->
     if known is not None:
         return known
     return run.parts.groups[group].scaled_projection(run.batch.how, x, run.adapters[group], run.seeds(group))
+
+
+def _rotated(run: LayerContext, qkv: Tensor) -> Tensor:
+    """Queries, keys and values side by side, the first two rotated: in place, or moved from groups by key head."""
+    parts, batch = run.parts, run.batch
+    if not parts.by_key_head:
+        both = qkv.unflatten(1, (-1, parts.head_size))[:, : parts.heads + parts.kv_heads]
+        batch.how.kernels.rotate(both, batch.cos, batch.sin, both, inverse=False)
+        return qkv
+    out = torch.empty_like(qkv)
+    grouped, ordered = _by_key_head(parts, qkv), _heads(parts, out)
+    to_q = ordered[0].unflatten(1, grouped[0].shape[1:3])
+    batch.how.kernels.rotate(grouped[0], batch.cos, batch.sin, to_q, inverse=False)
+    batch.how.kernels.rotate(grouped[1], batch.cos, batch.sin, ordered[1], inverse=False)
+    ordered[2].copy_(grouped[2])
+    return out
+
+
+def _by_key_head(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q as (T, K, G, D), of k and v as (T, K, D), of columns grouped by K key heads with G queries each."""
+    grouped = qkv.unflatten(1, (parts.kv_heads, -1, parts.head_size))
+    return grouped[:, :, :-2], grouped[:, :, -2], grouped[:, :, -1]
 
 
 def _heads(parts: LayerParts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

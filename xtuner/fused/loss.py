@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + slice_tokens)
             x = chosen[part]
             logits = product(x, head.t(), offset)
-            slope = None if cap is None else _cap_(logits, cap)
+            slope = None if cap is None else cap_logits_(logits, cap)
             total += entropy(logits, targets[part]).sum()
             if slope is not None:
                 logits *= slope
@@ -127,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _cap_(logits: Tensor, cap: float) -> Tensor:
+def cap_logits_(logits: Tensor, cap: float) -> Tensor:
     """Turns logits x into `cap * tanh(x / cap)` in place; returns the derivative."""
     logits.div_(cap).tanh_()
     slope = 1 - logits.square()

@@ -1,4 +1,4 @@
-"""The projections of a Llama-like decoder's layers: what each is made of now, and what keeps them off the fast path."""
+"""The projections of a decoder's layers: what each is made of now, and what keeps them off the fused path."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from torch import nn
 
 from xtuner.fused.frozen import LoraWeights
 from xtuner.kernels.quantized import is_4bit
-
-_PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
-# Numbers of those that read the same input, and so are one product.
-GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
+from xtuner.model.families.find import spec_of
 
 
 def static_unsupported_reason(decoder: Any) -> str | None:
-    """Why a decoder can never take the fast path, in a few words; None where it can."""
-    layers = getattr(decoder, 'layers', None)
-    if not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
-        return f'{type(decoder).__name__} is not built like Llama'
-    wrong = {type(layer).__name__ for layer in layers} - {'LlamaDecoderLayer'}
-    if wrong:
-        return f'its layers are {wrong.pop()}, not LlamaDecoderLayer'
-    config = decoder.config
-    if config.hidden_act not in ('silu', 'swish'):
-        return f'its activation is {config.hidden_act}, not silu'
+    """Why a decoder can never take the fused path, in a few words; None where it can."""
+    config: Any = getattr(decoder, 'config', None)
+    spec = spec_of(config)
+    if reason := spec.mismatch(decoder):
+        return reason
+    assert spec.paths is not None
+    if reason := spec.config_reason(config):
+        return reason
     if config.attention_dropout:
         return 'it drops attention weights (attention_dropout > 0)'
     if any(p.requires_grad for n, p in decoder.named_parameters() if 'norm' in n.rsplit('.', 2)[-2]):
         return 'its norms are trained'
-    for layer in layers:
-        for projection in projections_of(layer):
+    for layer in decoder.layers:
+        for projection in spec.paths.projections(layer):
             base = base_of(projection)
             if type(base) is not nn.Linear and not is_4bit(base):
                 return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
@@ -40,7 +35,7 @@ def static_unsupported_reason(decoder: Any) -> str | None:
 
 
 def adapter_unsupported_reason(projection: Any) -> str | None:
-    """Why one projection's adapter cannot take the fast path now; None where it can."""
+    """Why one projection's adapter cannot take the fused path now; None where it can."""
     if not hasattr(projection, 'lora_A'):
         return None if projection is base_of(projection) else f'adapters of type {type(projection).__name__}'
     if projection.merged:
@@ -78,11 +73,6 @@ def adapter_of(projection: Any) -> LoraWeights | None:
 def base_of(projection: Any) -> nn.Module:
     """The base model's own layer behind a peft layer."""
     return projection.get_base_layer() if hasattr(projection, 'get_base_layer') else projection
-
-
-def projections_of(layer: Any) -> list[Any]:
-    """A layer's seven projections, in the order of `GROUPS`' numbers."""
-    return [getattr(layer.self_attn if name[0] in 'qkvo' else layer.mlp, name) for name in _PROJECTIONS]
 
 
 def _other_form(projection: Any, name: str | None) -> bool:

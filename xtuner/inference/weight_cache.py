@@ -41,9 +41,9 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
         """In the weight's dtype; the result in that of `x`."""
         return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
-    if not cpu_gemm.can_lay_out(weight_NK):
+    if not cpu_gemm.can_pack(weight_NK):
         return multiply
-    ordered, plain = cpu_gemm.lay_out(weight_NK), multiply if cached else None
+    ordered, plain = cpu_gemm.pack_weight(weight_NK), multiply if cached else None
 
     def multiply_ordered(x: Tensor) -> Tensor:
         """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
@@ -80,7 +80,7 @@ def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWe
 
 
 def _is_worth_it(module: nn.Module) -> bool:
-    return is_4bit(module) or (type(module) is nn.Linear and cpu_gemm.can_lay_out(module.weight))
+    return is_4bit(module) or (type(module) is nn.Linear and cpu_gemm.can_pack(module.weight))
 
 
 def _size_bytes(layer: Any) -> int:

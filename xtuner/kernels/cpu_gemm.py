@@ -1,10 +1,10 @@
-"""Products on a CPU by oneDNN, with weights laid out for it.
+"""Matrix products on a CPU with oneDNN and prepacked weights.
 
-PyTorch gives float32 products to MKL, which takes an AMD processor's narrower instructions; oneDNN, which comes with
-PyTorch as well, takes all that there are. Laid out beforehand, a weight is read from memory once and in order: for few
-rows that is most of the time.
+PyTorch computes float32 products with MKL, which uses narrower instructions on AMD processors; oneDNN, which is also
+part of PyTorch, uses the widest available. A prepacked weight is read from memory once and sequentially, which is most
+of the time for few rows.
 
-Letters of shapes: T rows, K inputs, N outputs.
+Shape letters: T rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_WORTH = 2**15  # values of a weight: below, the call costs more than the product
-_WORTH_PRODUCT = 2**20  # multiplications of a product: below, the call costs more than it gains
-_TYPICAL_ROWS = 16  # what the layout is chosen for; others are computed with it all the same
+_MIN_WEIGHT_VALUES = 2**15  # below this weight size, the call overhead exceeds the product
+_MIN_MULTIPLICATIONS = 2**20  # below this product size, the call overhead exceeds the gain
+_TYPICAL_ROWS = 16  # the number of rows for which the layout is chosen; other numbers use the same layout
 
 
-def can_lay_out(weight_NK: Tensor) -> bool:
-    """Whether products with a weight are quicker here: float32, on a CPU, of some size, and oneDNN is there."""
-    large = weight_NK.dtype == torch.float32 and weight_NK.numel() >= _WORTH
+def can_pack(weight_NK: Tensor) -> bool:
+    """Whether oneDNN is faster for a weight: float32, on a CPU, large enough, and oneDNN is available."""
+    large = weight_NK.dtype == torch.float32 and weight_NK.numel() >= _MIN_WEIGHT_VALUES
     return large and weight_NK.device.type == 'cpu' and available()
 
 
 @lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether this processor and this build of PyTorch have what `linear` calls."""
+    """Whether this processor and this PyTorch build support what `linear` calls."""
     return (
         torch.backends.cpu.get_cpu_capability().startswith('AVX')
         and torch.backends.mkldnn.is_available()
@@ -37,40 +37,40 @@ def available() -> bool:
 
 
 @torch.no_grad()
-def lay_out(weight_NK: Tensor) -> Tensor:
-    """A copy of a weight that only `linear` can read, of the same size in memory."""
+def pack_weight(weight_NK: Tensor) -> Tensor:
+    """Copies a weight into oneDNN's packed layout, of the same size, which only `linear` can read."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), _TYPICAL_ROWS)
 
 
 def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """As `torch.nn.functional.linear`, for any leading shape, without gradients.
+    """Same as `torch.nn.functional.linear`, for any leading shape, without gradients.
 
-    oneDNN compiles code for each number of rows and keeps it, some 0.5 ms and 0.5 MB each: rows are added to make it
-    one of few numbers.
+    oneDNN compiles and caches code for each number of rows (about 0.5 ms and 0.5 MB each), so rows are padded to one of
+    few numbers.
 
     Args:
         x_TK: float32.
-        weight_NK: What `lay_out` returned, or a plain weight, which is slower.
+        weight_NK: A weight packed by `pack_weight`, or a plain weight, which is slower.
         bias_N: float32, or None.
     """
     x = x_TK.reshape(-1, x_TK.shape[-1])
-    missing = _usual_number(len(x)) - len(x)
-    if missing:
-        x = functional.pad(x, (0, 0, 0, missing))
+    padding = _padded_rows(len(x)) - len(x)
+    if padding:
+        x = functional.pad(x, (0, 0, 0, padding))
     out = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, 'none', [], '')
-    return out[: len(out) - missing].view(*x_TK.shape[:-1], weight_NK.shape[0])
+    return out[: len(out) - padding].view(*x_TK.shape[:-1], weight_NK.shape[0])
 
 
-def _usual_number(rows: int) -> int:
-    """The next power of two; of large numbers the next quarter of it, of very large ones the next eighth."""
+def _padded_rows(rows: int) -> int:
+    """Rounds up to a power of two; large numbers to a quarter, very large ones to an eighth of it."""
     power = 1 << max(rows - 1, 0).bit_length()
     step = power // (1 if power < 64 else 4 if power <= 512 else 8)
     return -(-rows // step) * step if rows else 1
 
 
 def product(x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`x @ weight + bias`, without gradients, by oneDNN where it is quicker; any device, dtype and layout."""
-    if _worth(x_TK, weight_KN.shape[1]):
+    """`x @ weight + bias` without gradients, by oneDNN where that is faster; any device, dtype and layout."""
+    if _use_onednn(x_TK, weight_KN.shape[1]):
         result = linear(x_TK, _dense(weight_KN).t(), bias_N)
         return result if out is None else out.copy_(result)
     if bias_N is None:
@@ -79,30 +79,30 @@ def product(x_TK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None, *, ou
 
 
 def add_product_(out_TN: Tensor, x_TK: Tensor, weight_KN: Tensor) -> Tensor:
-    """Adds `x @ weight` to `out`, which may be some columns of a wider matrix."""
-    if _worth(x_TK, weight_KN.shape[1]):
+    """Adds `x @ weight` to `out`, which may be a column slice of a wider matrix."""
+    if _use_onednn(x_TK, weight_KN.shape[1]):
         return out_TN.add_(product(x_TK, weight_KN))
     return out_TN.addmm_(x_TK, weight_KN)
 
 
 def sum_of_products(left_TM: Tensor, right_TN: Tensor) -> Tensor:
-    """`left.T @ right`, a sum over rows, without gradients; as `product`."""
-    if not _worth(left_TM, right_TN.shape[1]):
+    """`left.T @ right`, a sum over rows, without gradients; uses oneDNN as `product` does."""
+    if not _use_onednn(left_TM, right_TN.shape[1]):
         return torch.mm(left_TM.t(), right_TN)
-    missing = _usual_number(len(left_TM)) - len(left_TM)
-    if missing:
-        left_TM, right_TN = (functional.pad(x, (0, 0, 0, missing)) for x in (left_TM, right_TN))
-    if left_TM.shape[1] > right_TN.shape[1]:  # the narrow one is best read first
+    padding = _padded_rows(len(left_TM)) - len(left_TM)
+    if padding:
+        left_TM, right_TN = (functional.pad(x, (0, 0, 0, padding)) for x in (left_TM, right_TN))
+    if left_TM.shape[1] > right_TN.shape[1]:  # faster with the narrow factor first
         return linear(right_TN.t(), _dense(left_TM).t(), None).t()
     return linear(left_TM.t(), _dense(right_TN).t(), None)
 
 
-def _worth(left: Tensor, columns: int) -> bool:
-    """Whether oneDNN multiplies by so many columns faster than what PyTorch would call."""
-    large = left.dtype == torch.float32 and left.numel() * columns >= _WORTH_PRODUCT
+def _use_onednn(left: Tensor, columns: int) -> bool:
+    """Whether oneDNN is faster than PyTorch's default for a product with so many output columns."""
+    large = left.dtype == torch.float32 and left.numel() * columns >= _MIN_MULTIPLICATIONS
     return large and left.device.type == 'cpu' and available()
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The factor dense by rows or by columns: oneDNN reads any other 1000 times as slowly."""
+    """Makes the factor contiguous by rows or columns; oneDNN is 1000 times slower on any other layout."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

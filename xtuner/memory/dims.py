@@ -13,19 +13,13 @@ from torch import nn
 
 import xtuner.model.loading  # noqa: F401  (makes transformers know InternLM)
 from xtuner.adapters.attach import attach_adapter
-from xtuner.errors import ModelError
 from xtuner.fused.context import LayerParts
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.projections import adapter_unsupported_reason, base_of, static_unsupported_reason
 from xtuner.kernels.dispatch import PLAIN
 from xtuner.model.check import build_on_meta
-
-# A layer's linear layers by what they do; InternLM2's second names, whose q, k and v are one.
-_PROJECTIONS = (
-    ('q_proj', 'wqkv'), ('k_proj',), ('v_proj',), ('o_proj', 'wo'), ('gate_proj', 'w1'), ('up_proj', 'w3'),
-    ('down_proj', 'w2'),
-)  # fmt: skip
-_NAMES = {name for names in _PROJECTIONS for name in names}
+from xtuner.model.families.find import layers_of, spec_of
+from xtuner.model.families.spec import LLAMA_PATHS, LayerPaths
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,8 @@ class ModelDims:
         num_head: Elements of the output head, 0 where it is the input embedding.
         num_other: Elements of the rest: norms, biases.
         num_trained: Trained elements, which are float32.
-        ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one. Where a layer names its
-            parts otherwise, the largest rank for each.
+        ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one. Of a fused qkv
+            projection under q. Where a layer without a spec names its projections otherwise, the largest rank for each.
         dropout: Whether adapters drop inputs.
         unsupported_reason: Why the fast path is not taken, '' where it is.
         kind: `model_type`.
@@ -104,11 +98,11 @@ def model_dims(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_c
             model = attach_adapter(model, adapter)
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
     decoder = causal.get_decoder()
-    layers = _layers(decoder, config.model_type)
-    projections = [p for name, p in layers[0].named_modules() if name.rsplit('.', 1)[-1] in _NAMES]
-    reason = static_unsupported_reason(decoder) or next(
-        filter(None, map(adapter_unsupported_reason, projections)), None
-    )
+    layers = layers_of(decoder)
+    spec = spec_of(decoder.config)
+    reason = static_unsupported_reason(decoder)
+    if not reason and spec.paths:
+        reason = next(filter(None, map(adapter_unsupported_reason, spec.paths.projections(layers[0]))), None)
     text = config.get_text_config()
     heads = getattr(text, 'num_attention_heads', None) or 1
     return ModelDims(
@@ -120,25 +114,13 @@ def model_dims(config: Any, adapter: Mapping[str, Any] | None, *, trust_remote_c
         head_size=getattr(text, 'head_dim', None) or text.hidden_size // heads,
         vocabulary=text.vocab_size,
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        ranks=_ranks(layers[0]),
+        ranks=_ranks(layers[0], spec.paths or LLAMA_PATHS),
         dropout=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if 'lora_dropout' in n),
         unsupported_reason=reason or '',
         kind=config.model_type,
         parts=None if reason else FusedDecoder(decoder, PLAIN, fused_lora=True).layers[0],
         **base,
     )
-
-
-def _layers(decoder: nn.Module, kind: str) -> nn.ModuleList:
-    """A decoder's layers, whatever it calls them: its longest list.
-
-    Raises:
-        ModelError: it has none.
-    """
-    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ModelError(f'a model of type {kind!r} has no list of layers, so its memory cannot be estimated')
-    return max(lists, key=len)
 
 
 def _count_base(model: Any) -> dict[str, Any]:
@@ -156,11 +138,12 @@ def _count_base(model: Any) -> dict[str, Any]:
     }
 
 
-def _ranks(layer: nn.Module) -> tuple[int, ...]:
-    """The ranks of the adapters on a layer's projections."""
-    found = {name.rsplit('.', 1)[-1]: _rank(module) for name, module in layer.named_modules()}
-    ranks = tuple(max(found.get(name, 0) for name in names) for names in _PROJECTIONS)
-    return ranks if any(ranks) else (max(found.values(), default=0),) * len(_PROJECTIONS)
+def _ranks(layer: nn.Module, paths: LayerPaths) -> tuple[int, ...]:
+    """The ranks of the adapters on a layer's projections, in the order of `ModelDims.ranks`."""
+    ranks = {name.rsplit('.', 1)[-1]: _rank(module) for name, module in layer.named_modules()}
+    qkv, *others = ([ranks.get(path.rsplit('.', 1)[-1], 0) for path in group] for group in paths.groups)
+    found = (*qkv, *[0] * (3 - len(qkv)), *(rank for group in others for rank in group))
+    return found if any(found) else (max(ranks.values(), default=0),) * len(found)
 
 
 def _rank(module: Any) -> int:

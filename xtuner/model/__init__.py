@@ -1,4 +1,4 @@
-"""Models: configs, tokenizers, weights, quantisation and the families of models."""
+"""Models: configs, tokenizers, weights, quantization and model families."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from xtuner.aliases import former_names
 
-# As it is imported, bitsandbytes advises to install a package for a layout of 4-bit weights that is never used here
+# On import, bitsandbytes recommends a package for a 4-bit weight layout that is never used here
 # (`quantization.keep_plain_layout`).
 logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(
     lambda record: 'pip install kernels' not in str(record.msg)

@@ -1,4 +1,4 @@
-"""The `generation_config.json` of what is written, from the base's and the template's end tokens."""
+"""Writes `generation_config.json` from the base's settings and the template's stop tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger('xtuner')
 
 GENERATION_FILE = 'generation_config.json'
 _TOKENS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-# What transformers refuses to save where nothing is sampled, searched by beams, or returned beside the answer.
+# Settings that transformers refuses to save without sampling, without beam search, or without dict outputs.
 _SAMPLING_ONLY = (
     'temperature', 'top_p', 'top_k', 'top_h', 'min_p', 'typical_p', 'epsilon_cutoff', 'eta_cutoff',
     'num_return_sequences',
@@ -25,17 +25,17 @@ _OUTPUTS_ONLY = ('output_attentions', 'output_hidden_states', 'output_scores', '
 
 
 def generation_settings(base: Path, stop_ids: Sequence[int] | None) -> dict[str, Any]:
-    """The base's settings in a form that transformers loads and saves, with all end tokens of base and template.
+    """Returns the base's settings in a form that transformers can load and save, with all stop tokens.
 
-    Settings that have no effect are left out, and where transformers refuses what is left, all but the special tokens,
-    with a warning.
+    Settings without effect are dropped. If transformers rejects the rest, only the special tokens are kept, with a
+    warning.
 
     Args:
-        base: The base model's folder; without a generation_config.json its config.json gives the special tokens.
-        stop_ids: Where an answer ends by the template; these come first. None: only where the base says.
+        base: The base model's folder; without generation_config.json, its config.json gives the special tokens.
+        stop_ids: Stop tokens of the template, which come first; None: only the base's.
 
     Raises:
-        ModelError: the file cannot be read, or its end tokens are no token ids.
+        ModelError: The file cannot be read, or its stop tokens are not token ids.
     """
     file = base / GENERATION_FILE
     if file.is_file():
@@ -48,21 +48,21 @@ def generation_settings(base: Path, stop_ids: Sequence[int] | None) -> dict[str,
     settings = _effective(settings)
     if ends:
         settings['eos_token_id'] = list(dict.fromkeys(ends))
-    reason = _refusal(settings)
+    reason = _rejection(settings)
     if reason:
-        logger.warning('%s: only its special tokens are taken over; transformers refuses the rest: %s', file, reason)
+        logger.warning('%s: keeping only its special tokens; transformers rejects the rest: %s', file, reason)
         settings = {key: settings[key] for key in _TOKENS if key in settings}
     return settings
 
 
 def write_generation_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes them as `generation_config.json`."""
+    """Writes settings as `generation_config.json`."""
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / GENERATION_FILE).write_text(text + '\n', encoding='utf-8')
 
 
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that change nothing beside the others."""
+    """Drops settings that have no effect given the others."""
     kept = dict(settings)
     idle: tuple[str, ...] = ()
     if not kept.get('do_sample'):
@@ -76,13 +76,13 @@ def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _refusal(settings: Mapping[str, Any]) -> str | None:
-    """Why transformers would not save these settings; None where it would."""
+def _rejection(settings: Mapping[str, Any]) -> str | None:
+    """Returns why transformers would not save these settings; None if it would."""
     from transformers import GenerationConfig
 
     try:
         GenerationConfig(**settings).validate(strict=True)
-    except Exception as error:  # of any kind: values of a wrong type fail wherever they are used first
+    except Exception as error:  # any type: wrong values fail at their first use
         return one_line(error)
     return None
 

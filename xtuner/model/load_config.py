@@ -1,4 +1,4 @@
-"""A model folder's `config.json` and `generation_config.json`, read within bounds; no weights."""
+"""Reads a model folder's `config.json` and `generation_config.json` with validation, without weights."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _GENERATION_FIELDS = {'bos_token_id': _IDS, 'eos_token_id': _IDS, 'pad_token_id'
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> Any:
-    """The config of a model folder.
+    """Loads the config of a model folder.
 
     Args:
-        folder: Holds `config.json`.
-        trust_remote_code: Whether a model that transformers does not know may run its own code.
-        weights: Whether the weights will be loaded; False leaves out how they are quantised.
+        folder: Contains `config.json`.
+        trust_remote_code: Whether a model unknown to transformers may run its own code.
+        weights: Whether the weights will be loaded; False drops the quantization settings.
 
     Raises:
-        ModelError: there is none, it cannot be read, or it is of a model that is not known here.
+        ModelError: The config is missing, cannot be read, or describes an unknown model.
     """
     if not (folder / 'config.json').exists():
-        raise ModelError(f'{folder} is no model folder: config.json is missing')
+        raise ModelError(f'{folder} is not a model folder: config.json is missing')
     path = folder / 'config.json'
     content = read_json(path)
     kind = content.get('model_type')
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     if not known and not trust_remote_code:
         what = 'needs code that comes with it; pass --trust-remote-code to run that code' if content.get('auto_map') \
-            else 'is known neither to xtuner nor to this version of transformers'  # fmt: skip
+            else 'is unknown to xtuner and to this version of transformers'  # fmt: skip
         raise ModelError(f'{folder}: a model of type {shown(kind)} is not supported natively and {what}')
     if known:
         return make_config(content, path, trust_remote_code=trust_remote_code, weights=weights)
@@ -47,12 +47,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, weights: bool 
 
 
 def read_generation_settings(folder: Path) -> dict[str, Any]:
-    """What `generation_config.json` says; empty where there is none.
+    """Reads `generation_config.json`; empty if there is none.
 
-    Only its ids are used: `xtuner.inference.generate` draws the answers and never loads a `custom_generate`.
+    Only its ids are used: `xtuner.inference.generate` samples by itself and never loads a `custom_generate`.
 
     Raises:
-        ModelError: the file cannot be read, or an id is none.
+        ModelError: The file cannot be read, or an id is invalid.
     """
     path = folder / 'generation_config.json'
     if not path.exists():

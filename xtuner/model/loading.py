@@ -1,7 +1,7 @@
-"""From a folder or a hub id to a model.
+"""Loads a model from a folder or a hub id.
 
-The only decisions about 4 and 8 bit, about attention, and about remote code. Nothing is left to chance: a tensor that
-is missing, surplus or of another shape is an error that names the tensor and its file.
+Quantization, attention and remote code are decided only here. Loading is strict: a tensor that is missing, unexpected
+or of another shape is an error that names the tensor and its file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xtuner.model.load_config import load_config, read_generation_settings
 from xtuner.model.quantization import check_bitsandbytes, keep_plain_layout, read_blocks_across_rows
 from xtuner.model.sharded_loading import ShardSpec, shard_on_load
 from xtuner.model.tokenizer import load_tokenizer
-from xtuner.utils.progress import progress_as_lines
+from xtuner.utils.progress import shown_by_transformers
 
 __all__ = [
     'load_config',
@@ -53,27 +53,27 @@ def load_model(
     sharded: bool = False,
     share: ShardSpec | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, in evaluation mode, on its device.
+    """Loads a causal language model in evaluation mode onto its device.
 
     Args:
         path: A folder, a hub id or `modelscope:OWNER/NAME`.
-        dtype: Of the weights; with quantisation, of what is not quantised and of the products.
-        quantization: 4 or 8 bit; None keeps the weights as they are.
+        dtype: Dtype of the weights; with quantization, of unquantized weights and of products.
+        quantization: 4 or 8 bits; None keeps the weights unquantized.
         attention: 'auto' (scaled dot product), 'sdpa', 'eager' or 'flash_attention_2'.
-        device: None takes the CPU.
-        revision: Of a hub model; None takes the newest.
-        trust_remote_code: Whether a model that transformers does not know may run its own code. InternLM's never runs.
-        sharded: Whether 4-bit weights shall be stored in `dtype`, as what shards them expects.
-        share: Which rows of each linear layer's weight are kept; None: all. With a share the model cannot compute.
+        device: None uses the CPU.
+        revision: Revision of a hub model; None uses the latest.
+        trust_remote_code: Whether a model unknown to transformers may run its own code. InternLM's own code never runs.
+        sharded: Whether to store 4-bit weights in `dtype`, as required for sharding them.
+        share: Which rows of each linear layer's weight to keep; None: all. A model with a share cannot compute.
 
     Raises:
-        ModelError: no model there, weights that do not fit it, or an option that cannot be had here.
+        ModelError: No model found, weights that do not fit it, or an unavailable option.
     """
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
     device = torch.device(device or 'cpu')
     config = load_config(folder, trust_remote_code=trust_remote_code)
     native = config.model_type in NATIVE
-    _check_alone(folder)
+    _check_no_adapter(folder)
     read_generation_settings(folder)
     arguments: dict[str, Any] = {
         'config': config,
@@ -87,8 +87,8 @@ def load_model(
         arguments['quantization_config'] = bitsandbytes_config(quantization, dtype, device, storage=storage)
     check_weights(folder, config)
     try:
-        cut = nullcontext() if share is None else shard_on_load(share, tied=config.tie_word_embeddings)
-        with progress_as_lines(), cut:
+        sharding = nullcontext() if share is None else shard_on_load(share, tied=config.tie_word_embeddings)
+        with shown_by_transformers(), sharding:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:
         raise ModelError(f'{folder}: the model cannot be loaded: {one_line(error)}') from error
@@ -99,11 +99,11 @@ def load_model(
     return model.eval()
 
 
-def _check_alone(folder: Path) -> None:
-    """transformers puts an adapter that lies in a model's folder on the model, unasked and unchecked."""
+def _check_no_adapter(folder: Path) -> None:
+    """Rejects an adapter in the model's folder, which transformers would attach implicitly and without checks."""
     if (folder / 'adapter_config.json').exists():
         raise ModelError(
-            f'{folder} holds a model and an adapter (adapter_config.json); put them into folders of their own'
+            f'{folder} contains a model and an adapter (adapter_config.json); put them into separate folders'
         )
 
 
@@ -116,7 +116,7 @@ def _attention(name: str) -> str:
 def bitsandbytes_config(
     quantization: QuantizationConfig, dtype: torch.dtype, device: torch.device, *, storage: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig:
-    """transformers' form of our settings, after a trial on the device; raises ModelError where that fails."""
+    """Converts quantization settings for transformers; raises ModelError if a test on the device fails."""
     check_bitsandbytes(quantization.bits, device)
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -130,13 +130,13 @@ def bitsandbytes_config(
 
 
 def _check_report(folder: Path, report: dict[str, Any]) -> None:
-    """The last word of transformers' own loading: nothing missing, nothing left over."""
+    """Raises ModelError if transformers reports missing or unexpected tensors or errors."""
     missing = sorted(report.get('missing_keys') or ())
     surplus = sorted(name for name in report.get('unexpected_keys') or () if not name.endswith('inv_freq'))
     errors = report.get('error_msgs') or ()
     if missing:
         raise ModelError(f'{folder}: tensor {first_of(missing)} is missing')
     if surplus:
-        raise ModelError(f'{folder}: tensor {first_of(surplus)} belongs to no part of the model')
+        raise ModelError(f'{folder}: tensor {first_of(surplus)} is not part of the model')
     if errors:
         raise ModelError(f'{folder}: {one_line(errors[0])}')

@@ -1,4 +1,4 @@
-"""What a model does to its logits behind its output head: a factor, a soft cap, or something only it knows."""
+"""What a model applies to its logits after the output head: a scale, a soft cap, or both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Field of the config, its power as a factor on the logits, and how the types of the models that read it so begin.
+# Field of the config, its power as a factor of the logits, and a prefix of the model types that read it.
 _FACTORS = (
     ('logits_scaling', -1, 'granite'),
     ('logits_scaling', 1, 'hyperclovax'),
@@ -17,33 +17,33 @@ _FACTORS = (
     ('output_multiplier', 1, 'muse'),
     ('logits_mup_width_multiplier', -1, 'inkling'),
 )
-# Fields c with which logits x become c tanh(x / c), whatever the family.
+# Fields c with which logits x become c tanh(x / c), in any family.
 _CAPS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What comes behind the head: logits = cap(scale * head(hidden)).
+    """Transformation after the head: logits = cap(scale * head(hidden)).
 
     Attributes:
         scale: Factor.
-        cap: Logits x become `cap * tanh(x / cap)`; None: they stay.
+        cap: Logits x become `cap * tanh(x / cap)`; None: unchanged.
     """
 
     scale: float = 1.0
     cap: float | None = None
 
     def apply(self, logits: Tensor) -> Tensor:
-        """The model's logits from those of its head."""
+        """Returns the model's logits from those of its head."""
         scaled = logits if self.scale == 1 else logits * self.scale
         return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
 
 def logit_rule(config: Any) -> LogitRule:
-    """The rule that the fields of a config ask for.
+    """Returns the rule that a config's fields define.
 
     Args:
-        config: A transformers config; of a composite one, its text model counts.
+        config: A transformers config; for a composite one, its text model's.
     """
     text = config.get_text_config(decoder=True) if hasattr(config, 'get_text_config') else config
     kind, scale = str(getattr(text, 'model_type', '')), 1.0

@@ -1,4 +1,4 @@
-"""The one decision about the compute dtype."""
+"""Selects the compute dtype."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 
 
 def default_device() -> torch.device:
-    """This process's CUDA device where there is one, else the CPU."""
+    """This process's CUDA device if there is one, else the CPU."""
     return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that products are computed in.
+    """Returns the dtype of products.
 
     Args:
-        name: 'auto', 'bf16', 'fp16' or 'fp32'. 'auto' is float32 on a CPU; on a GPU bfloat16 where it has it in
-            hardware (compute capability 8.0 on), else float16, which training combines with loss scaling.
+        name: 'auto', 'bf16', 'fp16' or 'fp32'. 'auto' is float32 on a CPU; on a GPU bfloat16 if the hardware supports
+            it (compute capability 8.0 and above), else float16, which training combines with loss scaling.
         device: Where the model will run.
 
     Raises:
-        ConfigError: float16 asked on a CPU, where training with it is neither fast nor stable.
+        ConfigError: float16 on a CPU, where training with it is neither fast nor stable.
     """
     if name == 'auto':
         if device.type != 'cuda':
@@ -35,5 +35,5 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The config's name of a dtype: 'bf16', 'fp16' or 'fp32'."""
-    return next(name for name, known in _DTYPES.items() if known == dtype)
+    """Config name of a dtype: 'bf16', 'fp16' or 'fp32'."""
+    return next(name for name, value in _DTYPES.items() if value == dtype)

@@ -1,7 +1,7 @@
-"""From what a user names to the folder that is meant: a run's work folder, or its file `last`, stands for a checkpoint.
+"""Resolves what a user names to a folder: a run's work folder, or its file `last`, stands for a checkpoint.
 
-`work_dirs/x` and `work_dirs/x/last` are the checkpoint that the file `last` names, `work_dirs/x/best` the one that
-`best` names; any other path is itself.
+`work_dirs/x` and `work_dirs/x/last` stand for the checkpoint that the file `last` names, `work_dirs/x/best` for the one
+that `best` names; any other path stands for itself.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _CHECKPOINT = re.compile(r'checkpoint-\d+')
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path names; a path that names no run is returned as it is.
+    """Returns the checkpoint that a path stands for; a path outside a run is returned unchanged.
 
     Raises:
-        CheckpointError: the file `last` or `best` cannot be read, or names no checkpoint that is there.
+        CheckpointError: The file `last` or `best` cannot be read, or names a checkpoint that does not exist.
     """
     pointer = path if path.name in (LAST_FILE, BEST_FILE) and path.is_file() else path / LAST_FILE
     if not pointer.is_file() or (path / ADAPTER_CONFIG).is_file() or (path / 'config.json').is_file():
@@ -36,33 +36,33 @@ def resolve_checkpoint(path: Path) -> Path:
         raise CheckpointError(f'{pointer} cannot be read ({error}); name the checkpoint itself') from error
     folder = pointer.parent / name
     if not _CHECKPOINT.fullmatch(name) or not folder.is_dir():
-        raise CheckpointError(f'{pointer} names {name[:80]!r}, and no such checkpoint is there; name one that is')
-    logger.info('%s: its checkpoint %s', path, name)
+        raise CheckpointError(f'{pointer} names {name[:80]!r}, but there is no such checkpoint; name an existing one')
+    logger.info('%s: using its checkpoint %s', path, name)
     return folder
 
 
 def work_folder(path: Path) -> Path:
-    """The work folder of a run, from itself, one of its checkpoints or its file `last`."""
+    """The work folder of a run, given the folder, one of its checkpoints or its file `last`."""
     named = path.is_file() and path.name in (LAST_FILE, BEST_FILE)
     return path.parent if named or _CHECKPOINT.fullmatch(path.name) else path
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a model: itself, or the last checkpoint of a full-parameter run.
+    """Returns a model's folder: the folder itself, or the last checkpoint of a full fine-tuning run.
 
     Raises:
-        ModelError: it holds an adapter, which is no model; names the base it was trained on.
+        ModelError: It contains an adapter, not a model; names the adapter's base.
         CheckpointError: as `resolve_checkpoint`.
     """
-    found = resolve_checkpoint(folder)
-    if (found / 'config.json').is_file() or not (found / ADAPTER_CONFIG).is_file():
-        return found
-    raise ModelError(f'{folder} holds an adapter, not a model; give its base as the model{_base_of(found)} and this '
-                     'folder as the adapter')  # fmt: skip
+    resolved = resolve_checkpoint(folder)
+    if (resolved / 'config.json').is_file() or not (resolved / ADAPTER_CONFIG).is_file():
+        return resolved
+    raise ModelError(f'{folder} contains an adapter, not a model; use its base as the model{_base_of(resolved)} and '
+                     'this folder as the adapter')  # fmt: skip
 
 
 def _base_of(adapter: Path) -> str:
-    """' (BASE)' as the adapter's own files name it, or nothing."""
+    """' (BASE)' as named in the adapter's files, or ''."""
     for file, key in (('xtuner.json', 'base'), (ADAPTER_CONFIG, 'base_model_name_or_path')):
         try:
             name = read_object(adapter / file, CheckpointError)[key]

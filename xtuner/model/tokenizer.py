@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a tokenizer; no model's code is imported for it."""
+"""Loads a tokenizer from a folder or a hub id, without importing model code."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _JSON_FILES = {
     'special_tokens_map.json': MAX_BYTES, 'added_tokens.json': MAX_BYTES, 'chat_template.json': MAX_BYTES,
     'processor_config.json': MAX_BYTES, 'preprocessor_config.json': MAX_BYTES,
 }  # fmt: skip
-# Arguments of tokenizer classes that are paths of files, which transformers finds itself. Older versions of it wrote
-# where the files lay when they were saved.
+# Path arguments of tokenizer classes, which transformers determines itself. Its older versions saved the paths at which
+# the files were when they were written.
 _SAVED_PATHS = ('tokenizer_file', 'vocab_file', 'merges_file', 'spm_file')
-_REFUSED = ('init_inputs', 'fast_tokenizer_files', 'added_tokens_file', 'gguf_file')
+_REJECTED = ('init_inputs', 'fast_tokenizer_files', 'added_tokens_file', 'gguf_file')
 _SIDE = Field(str | None, allowed=('left', 'right'))
 _TOKEN = Field(str | dict[str, Any] | None)
 _FIELDS = {
@@ -61,36 +61,36 @@ _FIELDS = {
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Loads the tokenizer of a model.
 
     Args:
         path: A folder, a hub id or `modelscope:OWNER/NAME`.
-        revision: Of a hub model; None takes the newest.
-        trust_remote_code: Whether a tokenizer that transformers does not know may run its own code.
+        revision: Revision of a hub model; None uses the latest.
+        trust_remote_code: Whether a tokenizer unknown to transformers may run its own code.
 
     Raises:
-        ModelError: there is none, or it needs remote code.
+        ModelError: There is none, or it needs remote code.
     """
     folder = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     if not any((folder / name).exists() for name in _FILES) and not trust_remote_code:
-        raise ModelError(f'{folder} holds no tokenizer: none of {", ".join(_FILES)} is there')
+        raise ModelError(f'{folder} contains no tokenizer: none of {", ".join(_FILES)} exists')
     settings = _read_settings(folder)
-    own = _own_tokenizer(folder, settings)
-    foreign = own is None and _names_code(settings)
+    native = _native_tokenizer(folder, settings)
+    foreign = native is None and _names_code(settings)
     if foreign and not trust_remote_code and not (folder / 'tokenizer.json').is_file():
         kind = settings.get('tokenizer_class', 'its tokenizer')
         raise ModelError(f'{folder}: {kind} is not supported natively and needs code from the model; '
                          'pass --trust-remote-code to run that code')  # fmt: skip
     check_template_files(folder, settings)
-    instead = _instead(folder, settings)
+    overrides = _overrides(folder, settings)
     try:
-        if own is not None:
-            return own.from_pretrained(folder, **instead)
-        from xtuner.model.families.auto import register  # late: it imports the models' code
+        if native is not None:
+            return native.from_pretrained(folder, **overrides)
+        from xtuner.model.families.auto import register  # imported late, since it imports the models' code
 
         register()
         config = _config(folder, trust_remote_code)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code, **instead)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code, **overrides)
     except ModelError:
         raise
     except Exception as error:
@@ -98,13 +98,12 @@ def load_tokenizer(
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """What `tokenizer_config.json` says, once all files of the tokenizer were looked at; empty where there is none.
+    """Validates all tokenizer files and returns the content of `tokenizer_config.json`, empty if there is none.
 
-    transformers takes every key for an argument of the tokenizer's class. Which files it reads, and which class, is not
-    for the file to say.
+    transformers passes every key to the tokenizer's class; the file must not decide which files or class are loaded.
 
     Raises:
-        ModelError: a file is none, too large or nested too deeply, or a field has a wrong type or names files.
+        ModelError: A file is irregular, too large or nested too deeply, or a field has a wrong type or names files.
     """
     for name, most in _JSON_FILES.items():
         if (path := folder / name).exists() or path.is_symlink():
@@ -116,29 +115,29 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / 'tokenizer_config.json'
     settings = read_json(path) if path.is_file() else {}
     check_tokenizer_class(settings.get('tokenizer_class'), path)
-    for name in _REFUSED:
+    for name in _REJECTED:
         if settings.get(name):
-            raise ModelError(f'{path}: `{name}` is refused: it names files outside the format; remove it')
+            raise ModelError(f'{path}: `{name}` is rejected because it names other files; remove it')
     return settings
 
 
 def _names_code(settings: dict[str, Any]) -> bool:
-    """Whether `auto_map` names a tokenizer's code; once it was a list of the slow and the fast class."""
+    """Whether `auto_map` names a tokenizer's code; formerly a list of the slow and the fast class."""
     named = settings.get('auto_map') or {}
     return any(named) if isinstance(named, list) else bool(named.get('AutoTokenizer'))
 
 
-def _instead(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that replace those of `tokenizer_config.json`: no path of a file, and a side where it has none."""
+def _overrides(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that override those of `tokenizer_config.json`: no file paths, and a default for missing sides."""
     paths = [name for name in _SAVED_PATHS if name in settings]
     if paths:
-        logger.debug('%s: these paths of tokenizer_config.json are not used: %s', folder, ', '.join(paths))
+        logger.debug('%s: ignoring these paths of tokenizer_config.json: %s', folder, ', '.join(paths))
     sides = [name for name in ('padding_side', 'truncation_side') if settings.get(name, '') is None]
     return dict.fromkeys(paths) | dict.fromkeys(sides, 'right')
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
-    """The model's config, which transformers would read without its checks; None where it may run its own code."""
+    """The validated model config, which transformers would read without validation; None if remote code may run."""
     if not (folder / 'config.json').exists():
         return PreTrainedConfig()
     try:
@@ -148,12 +147,12 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
             return None
         content = read_json(folder / 'config.json')
         if isinstance(content.get('model_type'), str) and content['model_type'] not in CONFIG_MAPPING:
-            return PreTrainedConfig()  # the tokenizer of a model that is not known may be
+            return PreTrainedConfig()  # the tokenizer of an unknown model may be known
         raise
 
 
-def _own_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMTokenizer] | None:
-    """Which of our tokenizers a folder is for; None: one of transformers' own."""
+def _native_tokenizer(folder: Path, settings: dict[str, Any]) -> type[InternLMTokenizer] | None:
+    """Selects this package's tokenizer class for a folder; None: one of transformers'."""
     if not (folder / 'tokenizer.model').is_file() and PREFIX_KEY not in settings:
         return None
     named = f'{settings.get("tokenizer_class", "")} {settings.get("auto_map", "")}'

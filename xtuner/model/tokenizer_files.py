@@ -1,4 +1,4 @@
-"""A tokenizer's files, made small: they are written again with every checkpoint."""
+"""Reduces the size of tokenizer files, which are written with every checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def shrink_tokenizer(folder: Path) -> None:
-    """Writes `tokenizer.json` without white space, each merge as one text, and drops a `tokenizer.model` beside it.
+    """Writes `tokenizer.json` without white space and with each merge as one string, and removes `tokenizer.model`.
 
-    The tokenizer that is loaded from it is the same. InternLM's files go from 13 MB to 4.2; `merge` takes
-    `tokenizer.model` from the base.
+    The loaded tokenizer is unchanged. InternLM's files shrink from 13 MB to 4.2 MB; `merge` takes `tokenizer.model`
+    from the base.
     """
     path = folder / 'tokenizer.json'
     if not path.is_file():
@@ -20,7 +20,7 @@ def shrink_tokenizer(folder: Path) -> None:
     (folder / 'tokenizer.model').unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)  # a second for InternLM's, and the same in every checkpoint of a run
+@lru_cache(maxsize=1)  # takes a second for InternLM's, and is equal in all checkpoints of a run
 def _compact(text: str) -> str:
     content = json.loads(text)
     model = content.get('model') or {}

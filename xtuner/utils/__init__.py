@@ -1,4 +1,4 @@
-"""What every package may use: units, files, JSON lines, progress, processes."""
+"""Helpers for every package: units, files, JSON lines, progress, processes."""
 
 from xtuner.aliases import former_names
 

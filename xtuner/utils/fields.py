@@ -1,4 +1,4 @@
-"""Whether the fields of a file or a section are of the types and in the ranges that a declaration says.
+"""Validates the types and ranges of fields in files and config sections against a declaration.
 
 A declaration is a type hint (`int`, `str | None`, `list[int]`, `Literal['a', 'b']`, a dataclass's own hints) or a
 `Field`, which adds a range.
@@ -25,14 +25,14 @@ _MAX_SHOWN = 64
 
 @dataclass(frozen=True)
 class Field:
-    """What a value may be.
+    """Type and range of a value.
 
     Attributes:
-        hint: Its type.
-        minimum: The least number, in a list of each; None: any.
-        maximum: The largest number; None: any.
-        allowed: The only values; empty: any.
-        finite: Whether a number must be finite; False: a float may be anything, the range is for whole numbers.
+        hint: Type hint.
+        minimum: Smallest number, in lists for each element; None: no limit.
+        maximum: Largest number; None: no limit.
+        allowed: The only allowed values; empty: any.
+        finite: Whether numbers must be finite; False: floats are unrestricted and the range applies to integers only.
     """
 
     hint: Any
@@ -42,7 +42,7 @@ class Field:
     finite: bool = True
 
     def fault(self, name: str, value: Any) -> str | None:
-        """What is wrong with a value, naming it; None where nothing is."""
+        """Returns what is wrong with a value, with its name; None if it is valid."""
         if not fits(value, self.hint):
             return f'`{name}` must be {words(self.hint)}, got {shown(value)}'
         values = value if isinstance(value, list) else [value]
@@ -65,16 +65,16 @@ class Field:
 def check_fields(
     content: Mapping[str, Any], declared: Mapping[str, Field], where: object, error: type[XTunerError]
 ) -> None:
-    """Checks those fields of a mapping that are declared; the others are the caller's.
+    """Checks the declared fields of a mapping; ignores all others.
 
     Args:
-        content: Field by name.
-        declared: What a field may be, by name.
-        where: The file, for the message.
-        error: What is raised.
+        content: Fields by name.
+        declared: Declarations by name.
+        where: The file, for the error message.
+        error: The error class to raise.
 
     Raises:
-        XTunerError: of the given class, naming the file, the first wrong field and its value.
+        XTunerError: Of the given class; names the file, the first wrong field and its value.
     """
     for name, field in declared.items():
         if name in content and (fault := field.fault(name, content[name])):
@@ -82,7 +82,7 @@ def check_fields(
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, such as JSON has, is of a type; a whole number is a number too, True and False are none."""
+    """Whether a value from JSON matches a type hint; an integer is a valid float, a bool is not a number."""
     base, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if base is Any:
         return True
@@ -108,10 +108,10 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def words(hint: Any) -> str:
-    """A type in words: 'a whole number or None'."""
+    """Describes a type in words, such as 'a whole number or None'."""
     base, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if base in (typing.Union, types.UnionType):
-        # typing keeps the order in which a union was first written, anywhere: sorted, a message is always the same.
+        # typing keeps the order in which a union was first created; sorting makes the message deterministic.
         return ' or '.join(sorted({words(kind) for kind in inner}, key=lambda word: (word == 'None', word)))
     if base is typing.Literal:
         return ('one of ' if len(inner) > 1 else '') + ', '.join(map(repr, inner))
@@ -125,9 +125,9 @@ def words(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: on one line, cut where it is long."""
+    """`repr` of a value for a message, on one line and truncated."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number of more than 4,300 digits
+    except ValueError:  # an integer of more than 4,300 digits
         return f'a number of {value.bit_length():,} bits'
     return text if len(text) <= _MAX_SHOWN else f'{text[: _MAX_SHOWN - 3]}...'

@@ -1,7 +1,7 @@
-"""JSON files that others wrote, read within bounds.
+"""Files: JSON of other people read within bounds, and content that is replaced atomically.
 
-A file may be a named pipe, larger than the memory, nested deeper than Python's stack, or hold the same key twice: each
-is one line of error that names the file. What its fields may hold is checked by `xtuner.utils.fields`.
+A file of others may be a named pipe, larger than the memory, nested deeper than Python's stack, or hold the same key
+twice: each is one line of error that names the file. What its fields may hold is checked by `xtuner.utils.fields`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,38 @@ def check_regular(path: Path, error: type[XTunerError], advice: str = '') -> os.
     return found
 
 
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Writes a file under a temporary name beside `path` and renames it: readers see all of it or what was before.
+
+    Args:
+        path: The file; what is there is replaced.
+        content: Text is written in UTF-8.
+        durable: Flush the file before the rename and its folder afterwards, so that a power failure keeps one of both.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(f'{path.name}.partial')
+    partial.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
+    if durable:
+        flush(partial)
+    os.replace(partial, path)
+    if durable:
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Makes the disk keep a file's content, or the names in a folder, before what follows."""
+    if path.is_dir() and not _POSIX:  # elsewhere folders cannot be opened, and need not be
+        return
+    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR)  # Windows flushes only what may be written
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_POSIX = os.name == 'posix'
 _KINDS = {
     stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a named pipe', stat.S_IFSOCK: 'a socket', stat.S_IFCHR: 'a device',
     stat.S_IFBLK: 'a device',

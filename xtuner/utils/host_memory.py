@@ -1,7 +1,7 @@
-"""Memory that this process may still take from the machine: what the system has available, within its container.
+"""Host memory that this process may still allocate, within the limits of its container.
 
-The smallest of what the system has available without swapping, page cache that can be dropped included, and of what
-each control group around this process has left, from its own up to the root.
+The minimum of what the system has available without swapping, including reclaimable page cache, and of what each
+control group of this process has left, from its own up to the root.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path('/')
-# Files of a control group's memory controller, by version.
+# Files of a control group's memory controller, by cgroup version.
 _V2 = (('memory.max', 'memory.high'), 'memory.current', ('inactive_file', 'active_file', 'slab_reclaimable'))
 _V1 = (('memory.limit_in_bytes',), 'memory.usage_in_bytes', ('total_inactive_file', 'total_active_file'))
 
@@ -27,12 +27,12 @@ class _Group:
     cache: tuple[str, ...]
 
     def limit(self) -> int | None:
-        """Bytes that it may use; None: any number."""
-        found = [_number(self.folder / name) for name in self.limits]
-        return min((n for n in found if n is not None), default=None)
+        """Memory limit in bytes; None: no limit."""
+        limits = [_number(self.folder / name) for name in self.limits]
+        return min((n for n in limits if n is not None), default=None)
 
     def left(self) -> int | None:
-        """Bytes that it may still use, with page cache that the kernel drops first; None: it has no limit."""
+        """Bytes left within the limit, counting reclaimable page cache as free; None: no limit."""
         limit, used = self.limit(), _number(self.folder / self.usage)
         if limit is None or used is None:
             return None
@@ -42,23 +42,23 @@ class _Group:
 
 
 def available_bytes(root: Path = _ROOT) -> int:
-    """Bytes that this process may take.
+    """Bytes that this process may still allocate.
 
     Args:
-        root: Holds `proc` and the control groups' mount points.
+        root: Contains `proc` and the control groups' mount points.
     """
     left = [n for group in _groups(root) if (n := group.left()) is not None]
     return min([_system('MemAvailable', root), *left])
 
 
 def total_bytes(root: Path = _ROOT) -> int:
-    """Bytes of the machine, or of the container around this process."""
+    """Total memory in bytes of the machine, or of the container."""
     limits = [n for group in _groups(root) if (n := group.limit()) is not None]
     return min([_system('MemTotal', root), *limits])
 
 
 def _system(name: str, root: Path) -> int:
-    """A line of `/proc/meminfo` in bytes; elsewhere what psutil knows (macOS, Windows)."""
+    """A line of `/proc/meminfo` in bytes; psutil's value on macOS and Windows."""
     for line in _lines(root / 'proc/meminfo'):
         words = line.split()
         if words[:1] == [f'{name}:'] and len(words) > 1 and words[1].isdigit():
@@ -70,7 +70,7 @@ def _system(name: str, root: Path) -> int:
 
 
 def _groups(root: Path) -> Iterator[_Group]:
-    """The control groups around this process that may limit memory, its own first."""
+    """The control groups of this process that may limit memory, its own first."""
     if root == _ROOT and sys.platform != 'linux':
         return
     paths = dict(_memberships(root))
@@ -79,7 +79,7 @@ def _groups(root: Path) -> Iterator[_Group]:
         if path is None:
             continue
         folder = mount / (PurePosixPath(path).relative_to(top) if _is_inside(path, top) else path.lstrip('/'))
-        if '..' in folder.parts or not folder.is_dir():  # of the machine's tree, of which a container sees a part
+        if '..' in folder.parts or not folder.is_dir():  # a path of the host, of which a container sees only a part
             folder = mount
         while True:
             yield _Group(folder, *(_V2 if kind == 'v2' else _V1))
@@ -93,7 +93,7 @@ def _is_inside(path: str, top: str) -> bool:
 
 
 def _memberships(root: Path) -> Iterator[tuple[str, str]]:
-    """By hierarchy, 'v2' or 'v1' (its memory controller), this process's path in it."""
+    """Yields hierarchy ('v2', or 'v1' for its memory controller) and this process's path in it."""
     for line in _lines(root / 'proc/self/cgroup'):
         number, controllers, path = [*line.split(':', 2), '', ''][:3]
         if number == '0' and not controllers:
@@ -103,7 +103,7 @@ def _memberships(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Kind, the path in the hierarchy that is mounted, and where, of each hierarchy that may control memory."""
+    """Yields kind, mounted path of the hierarchy, and mount point of each hierarchy that may control memory."""
     for line in _lines(root / 'proc/self/mountinfo'):
         before, _, after = line.partition(' - ')
         fields, options = before.split(), after.split()
@@ -115,7 +115,7 @@ def _mounts(root: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is none, or it says 'max'."""
+    """A file's number; None if there is none, or it contains 'max'."""
     text = ''.join(_lines(path)).strip()
     return int(text) if text.isdigit() else None
 

@@ -1,35 +1,53 @@
-"""Files of JSON lines, one a step, to which a run appends and which a resumed run takes up again."""
+"""JSON lines files with one record per step, which a run appends to and a resumed run continues."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from xtuner.errors import TrainingError
+from xtuner.utils.files import write_atomically
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """A record as one line, with its line break; text of any language as it is."""
+    return json.dumps(record, ensure_ascii=False) + '\n'
+
+
+def objects(raw: bytes) -> list[dict[str, Any]]:
+    """The JSON objects among the lines of `raw`; lines that are none, such as one that a crash tore, are left out."""
+    found = []
+    for line in raw.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line; `record` holds the `step` it belongs to.
+    """Appends a record, which contains the `step` it belongs to.
 
     Raises:
-        TrainingError: the file cannot be written, as on a full disk.
+        TrainingError: The file cannot be written, for example on a full disk.
     """
     try:
         with path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+            file.write(to_line(record))
     except OSError as error:
         raise TrainingError(
-            f'cannot write {path}: {error.strerror}; the last checkpoint is kept, and --resume goes on from it'
+            f'cannot write {path}: {error.strerror}; the last checkpoint is kept, and --resume continues from it'
         ) from error
 
 
 def truncate_after(path: Path, last_step: int) -> None:
-    """Drops the lines of later steps, which a resumed run will write again, and one that a crash tore.
+    """Drops the lines of later steps, which a resumed run writes again, and an incomplete last line.
 
     Raises:
-        TrainingError: the file cannot be written.
+        TrainingError: The file cannot be written.
     """
     if not path.is_file():
         return
@@ -37,16 +55,14 @@ def truncate_after(path: Path, last_step: int) -> None:
     kept = [line for line in lines if _step_of(line) <= last_step]
     if len(kept) == len(lines):
         return
-    partial = path.with_name(f'{path.name}.partial')
     try:
-        partial.write_bytes(b''.join(kept))
-        os.replace(partial, path)  # at once: whoever is killed here has lost nothing
+        write_atomically(path, b''.join(kept))
     except OSError as error:
         raise TrainingError(f'cannot write {path}: {error.strerror}') from error
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; a torn one counts as beyond the end."""
+    """The step of a line; an incomplete line counts as after the last step."""
     try:
         return int(json.loads(line)['step']) if line.endswith(b'\n') else float('inf')
     except (ValueError, KeyError, TypeError):

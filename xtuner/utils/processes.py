@@ -1,7 +1,7 @@
-"""Whether another process still runs, asked by files and ranks that name one.
+"""Identifies processes across files and ranks, and checks whether they are still running.
 
-A process number has a meaning only within one boot of one machine and one PID namespace: two containers may share a
-host name and still see different processes under the same number.
+A process id is only unique within one boot of one machine and one PID namespace: two containers may share a host name
+and still have different processes with the same id.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ _PROC = Path('/proc')
 
 
 def this_process() -> str:
-    """Names this process for `has_ended`: 'host boot-id pid-namespace pid start-time', '-' for what is unknown."""
+    """Identifies this process for `has_ended`: 'host boot-id pid-namespace pid start-time', '-' if unknown."""
     pid = os.getpid()
-    return f'{_space()} {pid} {_start_time(pid) or "-"}'
+    return f'{_pid_scope()} {pid} {_start_time(pid) or "-"}'
 
 
 def is_visible(process: str) -> bool:
-    """Whether the process that `this_process` named runs, or ran, where this one can see it."""
-    space, _, _ = _split(process)
-    return os.name == 'posix' and space == _space() and not (sys.platform == 'linux' and '-' in space.split()[1:])
+    """Whether a process identified by `this_process` is, or was, in the same PID namespace as this one."""
+    scope, _, _ = _split(process)
+    return os.name == 'posix' and scope == _pid_scope() and not (sys.platform == 'linux' and '-' in scope.split()[1:])
 
 
 def has_ended(process: str) -> bool:
-    """Whether the process that `this_process` named is known to be gone.
+    """Whether a process identified by `this_process` is known to have ended.
 
-    False where it lives, and where that cannot be known: on another machine, in another PID namespace, on Windows
-    (where asking would kill it), or for a text of another form.
+    False if it is alive or its state cannot be determined: on another machine, in another PID namespace, on Windows
+    (where os.kill would kill it), or for a malformed identifier.
     """
     _, pid, start = _split(process)
     if not pid.isdigit() or not is_visible(process):
@@ -43,7 +43,7 @@ def has_ended(process: str) -> bool:
     except (PermissionError, OverflowError):
         return False
     now = _start_time(int(pid))
-    return now is not None and start != '-' and now != start  # the number went to another process
+    return now is not None and start != '-' and now != start  # the id was reused by another process
 
 
 def _split(process: str) -> tuple[str, str, str]:
@@ -52,8 +52,8 @@ def _split(process: str) -> tuple[str, str, str]:
 
 
 @cache
-def _space() -> str:
-    """Where process numbers have one meaning."""
+def _pid_scope() -> str:
+    """The scope within which process ids are unique."""
     try:
         boot = (_PROC / 'sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
         namespace = str((_PROC / 'self/ns/pid').stat().st_ino)
@@ -63,10 +63,10 @@ def _space() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Ticks from boot to a process's start, 'ended' for one that only waits for its parent; None: unknown."""
+    """Ticks from boot to a process's start; 'ended' for a zombie; None: unknown."""
     try:
         line = (_PROC / str(pid) / 'stat').read_text(encoding='utf-8', errors='replace')
-        fields = line[line.rindex(')') + 2 :].split()  # the name before may hold anything
+        fields = line[line.rindex(')') + 2 :].split()  # the name before may contain anything
         return 'ended' if fields[0] in ('Z', 'X') else fields[19]
     except (OSError, ValueError, IndexError):
         return None

@@ -1,70 +1,139 @@
-"""Progress of what takes long, as log lines with the time that is left: alike on a terminal and in a file."""
+"""Progress of long work, with the time that is left: a bar on a terminal, plain lines now and then in a file or pipe.
+
+tqdm draws the bars: huggingface_hub and transformers take its classes, so that their downloads and loading look alike.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tqdm import tqdm
+
+from xtuner.ranks import is_first_process
+from xtuner.utils.escape import printable
+from xtuner.utils.units import clock, gigabytes
+
 logger = logging.getLogger('xtuner')
 
-_EVERY_S = 5.0
+_EVERY_S = 5.0  # between two lines
+_DELAY_S = 0.5  # work that takes less draws no bar
 
 
-class LoggedProgress:
-    """Stands in for a tqdm bar over things of a known number: a line every few seconds, none for what is quick.
+class Progress(tqdm):
+    """A tqdm bar on stderr, erased when the work is done; where stderr is no terminal, a log line every few seconds.
+
+    Only the first process of a run shows anything. `update` may be called from several threads.
 
     Args:
-        items: What is gone through.
+        iterable: What is gone through; None: the caller calls `update`.
         desc: What is done, such as 'Loading weights'.
-        total: How many items there are; None: `len(items)`.
-        clock: Seconds.
+        total: How many items there are; None: `len(iterable)`, or unknown, and then no time is predicted.
+        unit: What is counted; 'B' for bytes.
+        lines: Whether there are lines where stderr is no terminal: False for work that logs its own.
+        options: As tqdm takes them. `disable` and `file` are decided here.
     """
+
+    monitor_interval = 0  # no thread of tqdm's own
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
         self,
-        items: Iterable[Any] = (),
+        iterable: Iterable[Any] | None = None,
+        desc: str | None = None,
+        total: float | None = None,
         *,
-        desc: str = '',
-        total: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        **_: Any,
+        unit: str = 'it',
+        lines: bool = True,
+        **options: Any,
     ) -> None:
-        self._items, self._what, self._clock = items, desc, clock
-        self._total = total if total is not None else len(items) if isinstance(items, Sized) else 0
-        self._done = 0
-        self._started = self._said = clock()
+        self._is_bar = sys.stderr.isatty()
+        self._started = self._said = self.clock()
+        self._lock_of_count = threading.Lock()
+        options |= {'disable': not is_first_process() or not (self._is_bar or lines), 'file': sys.stderr}
+        options = {'leave': False, 'delay': _DELAY_S, 'dynamic_ncols': True, 'unit_scale': unit == 'B'} | options
+        super().__init__(iterable, printable(desc or ''), total, unit=unit, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self._items:
-            yield item
-            self.update()
+        try:
+            for item in self.iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
 
-    def update(self, count: int = 1) -> None:
-        """Counts items as done."""
-        self._done += count
-        now = self._clock()
-        if now - self._said < _EVERY_S or not 0 < self._done < self._total:
-            return
-        self._said = now
-        left = (now - self._started) / self._done * (self._total - self._done)
-        minutes, seconds = divmod(round(left), 60)
-        logger.info('%s: %.0f %% · eta %d:%02d', self._what, 100 * self._done / self._total, minutes, seconds)
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts items as done; True where a bar was drawn."""
+        with self._lock_of_count:
+            if self._is_bar or self.disable:
+                return super().update(n)
+            self.n += n or 0
+            return self.display()
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Whatever else a bar can do changes nothing."""
-        return lambda *args, **kwargs: None
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draws the bar, or writes a line when it is time for one."""
+        if self._is_bar:
+            return super().display(msg, pos)
+        now = self.clock()
+        if now - self._said >= _EVERY_S and self.n > self.initial and self.n != self.total:
+            self._said = now
+            logger.info('%s', self._line(now - self._started))
+        return False
+
+    def _line(self, seconds: float) -> str:
+        """'Loading weights: 40 % · eta 0:00:18', with amounts and speed for bytes; a count where no total is known."""
+        done, speed = self.n - self.initial, (self.n - self.initial) / max(seconds, 1e-9)
+        parts = [f'{100 * self.n / self.total:.0f} %'] if self.total else []
+        if self.unit == 'B':
+            parts += [f'{gigabytes(self.n)} of {gigabytes(self.total)}' if self.total else gigabytes(self.n)]
+            parts += [f'{gigabytes(speed)}/s']
+        elif not self.total:
+            parts += [f'{done:,.0f} {self.unit}']
+        if self.total:
+            parts += [f'eta {clock(max(0.0, self.total - self.n) / speed)}']
+        return f'{self.desc.removesuffix(": ")}: {" · ".join(parts)}'
+
+
+def close_bars() -> None:
+    """Erases bars that an error left behind, so that its line stands alone."""
+    for bar in list(getattr(tqdm, '_instances', ())):
+        bar.close()
 
 
 @contextmanager
-def progress_as_lines() -> Iterator[None]:
-    """Turns the bars that transformers draws in a `with` block into log lines."""
+def above_bars() -> Iterator[None]:
+    """Lets a `with` block write to the terminal: bars are erased before and drawn again below what was written."""
+    if not getattr(tqdm, '_instances', None) or not sys.stderr.isatty():
+        yield
+        return
+    with Progress.external_write_mode(file=sys.stderr):
+        yield
+
+
+@contextmanager
+def shown_by_transformers() -> Iterator[None]:
+    """Shows as `Progress` what transformers would draw as its own bars in a `with` block."""
     from transformers.utils import logging as bars
 
-    before = bars.set_tqdm_hook(lambda factory, args, kwargs: LoggedProgress(*args, **kwargs))
+    before = bars.set_tqdm_hook(lambda factory, args, kwargs: Progress(*args, **kwargs))
     try:
         yield
     finally:
         bars.set_tqdm_hook(before)
+
+
+def _forget_bars() -> None:
+    """In a forked process: bars belong to the parent, and a thread of it may have held the lock."""
+    Progress.set_lock(threading.RLock())
+    tqdm._instances.clear()
+
+
+Progress.set_lock(threading.RLock())
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=lambda: _forget_bars() if hasattr(tqdm, '_instances') else None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import random
@@ -227,7 +228,7 @@ def test_without_locks_each_builds_for_itself_and_the_first_is_kept(tmp_path, mo
     def refuse(descriptor, operation):
         raise OSError(38, 'Function not implemented')
 
-    monkeypatch.setattr(cache.fcntl, 'flock', refuse)
+    monkeypatch.setattr(fcntl, 'flock', refuse)
     builder = started(held_until_second, tmp_path / 'x', tmp_path / 'go')
     wait_for((tmp_path / 'building').exists)
     assert build_once(tmp_path / 'x', write, is_complete=complete)

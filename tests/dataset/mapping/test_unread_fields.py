@@ -183,12 +183,15 @@ def test_a_flag_in_any_spelling_and_type_leaves_an_answer_untrained(field, value
 @pytest.mark.parametrize(
     ('fields', 'text'),
     [
-        ({'weight': 0.5}, r'`messages\[1\].weight` must be true, false, 0 or 1, got 0.5; a message is trained whole'),
+        (
+            {'weight': 0.5},
+            r'`messages\[1\].weight` must be true, false, 0 or 1, got 0.5; a message is trained as a whole',
+        ),
         ({'weight': math.nan}, 'got nan'),
         ({'loss': 'maybe'}, "got 'maybe'"),
         (
             {'loss': True, 'weight': 0},
-            r'`messages\[1\]` is trained by one and not by another of its fields loss, weight',
+            r'`messages\[1\]` has contradicting training flags: loss, weight',
         ),
     ],
 )
@@ -212,14 +215,14 @@ def test_ones_own_map_function_may_return_a_field_that_the_template_has_no_place
     def mine(example):
         return {'messages': [ASK, {**CALL, 'thinking': example['t']}]}
 
-    assert 'memory[0]: `messages[1].thinking` (reasoning) has no place' in learn(mine, {'t': 'because'})[1]
+    assert 'memory[0]: `messages[1].thinking` (reasoning) is not supported' in learn(mine, {'t': 'because'})[1]
     assert learn(mine, {'t': ''})[1] == ''
 
 
 def test_a_key_that_ones_own_map_function_misses_is_named_with_the_record(learn):
     _, error, _ = learn(lambda example: {'conversation': [{'input': example['toy'], 'output': 'a'}]}, {'b': 1, 'a': 2})
     expected = (
-        "memory[0]: `<lambda>` reads 'toy', which this record does not have; it has a, b; read what may be missing "
+        "memory[0]: `<lambda>` reads 'toy', which this record lacks; it has a, b; read optional columns "
         "with `.get('toy')`"
     )
     assert error.startswith(expected)
@@ -281,7 +284,7 @@ def test_reasoning_goes_to_a_chat_template_that_renders_it(field):
     assert '<think>because</think>a<|im_end|>' in tokenizer.decode([i for i in sample.labels if i >= 0])
     assert summary.unused == {'messages[].name': 1}
     source = Source('memory', lambda: iter([Record('memory[0]', {**record, 'tools': [{'name': 'f'}]})]), lambda: '')
-    with pytest.raises(DataError, match=r'memory\[0\]: template `from_tokenizer` has no place for `tools`'):
+    with pytest.raises(DataError, match=r'memory\[0\]: template `from_tokenizer` does not support `tools`'):
         list(encode_source(source, config, encoder=Encoder(tokenizer, template), summary=Summary()))
 
 
@@ -335,17 +338,17 @@ def test_messages_beside_conversations(name, learn):
         assert learn(None, {**record, 'messages': empty})[:2] == (samples, '')
         assert learn(None, {**record, 'conversations': empty})[:2] == (samples, '')
     _, error, _ = learn(name, {**record, 'conversations': OTHER_TURN})
-    assert f'which uses `{used}`, and the two differ' in error and f'use {other} instead with' in error
+    assert f'which uses the different `{used}`' in error and f'to use {other} instead, set' in error
 
 
 def test_a_field_that_a_template_has_no_place_for_says_what_to_do(learn):
     def of(**fields):
         return learn('openai', {'messages': [ASK, {**CALL, **fields}]})[1]
 
-    assert "set model.template='from_tokenizer' where the tokenizer's chat template reads it" in of(reasoning='so')
+    assert "set model.template='from_tokenizer' if the tokenizer's chat template reads it" in of(reasoning='so')
     assert 'write `loss` as true or false into each message' in of(mask=[1])
     assert 'only text is trained: remove such records' in of(image='a.png')
-    assert "where it is no flag, leave it out with dataset.ignore=['loss']" in of(loss=1.23)
+    assert "if it is not a training flag, ignore it with dataset.ignore=['loss']" in of(loss=1.23)
 
 
 HUMAN, GPT = {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}
@@ -365,7 +368,7 @@ PUBLISHED = {
     'OASST guanaco': ({'text': '### Human: q### Assistant: a'}, 'oasst1'),
     'OASST trees': ({**RECORDS['oasst_tree'], 'message_tree_id': 't', 'tree_state': 'ready_for_export'}, 'oasst_tree'),
     'LIMA': ({'conversations': ['q', 'a'], 'source': 'stackexchange'},
-             "`conversations[0]` must be a dict with `from` and `value`, got 'q'; texts alone do not say who speaks"),
+             "`conversations[0]` must be a dict with `from` and `value`, got 'q'; plain texts do not say who speaks"),
     'MetaMath': ({'query': 'q', 'response': 'a', 'type': 'GSM_Rephrased', 'original_question': 'q'},
                  'no known format has the columns original_question, query, response, type; the nearest is '),
 }  # fmt: skip
@@ -381,7 +384,7 @@ def test_columns_of_published_data_sets(title, learn):
             error = learn(None, record)[1]
         except ConfigError as caught:
             error = str(caught)
-        assert expected in error and 'of your own' in error
+        assert expected in error and 'your own map function' in error
         return
     samples, error, summary = learn(None, record)
     assert (samples, error) == (plain, '')

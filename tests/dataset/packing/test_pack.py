@@ -54,7 +54,7 @@ def test_first_fit_closes_the_fullest_when_too_many_are_open():
 @pytest.mark.parametrize('packing', PACKINGS)
 @pytest.mark.parametrize('wrong', [0, 11])
 def test_a_length_that_cannot_be_is_refused(packing, wrong):
-    with pytest.raises(DataError, match=f'sample 1 has {wrong} tokens; a pack takes 1 to 10'):
+    with pytest.raises(DataError, match=f'sample 1 has {wrong} tokens; a pack holds 1 to 10'):
         pack_samples([3, wrong], 10, packing=packing)
 
 

@@ -44,7 +44,7 @@ def test_a_data_set_saved_or_loaded_by_the_datasets_library(tmp_path):
     datasets.DatasetDict({'train': dataset}).save_to_disk(tmp_path / 'dict')
     assert values(str(tmp_path / 'dict')) == ROWS
     datasets.DatasetDict({'test': dataset}).save_to_disk(tmp_path / 'test_only')
-    with pytest.raises(DataError, match="has no split 'train'; it has test"):
+    with pytest.raises(DataError, match="no split 'train'; available: test"):
         open_sources(str(tmp_path / 'test_only'))
 
 
@@ -68,12 +68,12 @@ def test_fingerprints_follow_the_content(folder):
 @pytest.mark.parametrize(
     ('spec', 'error', 'text'),
     [
-        ('a.jsnl/../data.jsonl', DataError, 'there is no such file or folder'),
-        ('./nothing', DataError, 'there is no such file or folder'),
-        ('a/b/c', DataError, 'there is no such file or folder'),
+        ('a.jsnl/../data.jsonl', DataError, 'no such file or folder'),
+        ('./nothing', DataError, 'no such file or folder'),
+        ('a/b/c', DataError, 'no such file or folder'),
         ([], ConfigError, '`dataset.source` is an empty list'),
         (3, ConfigError, '`dataset.source` must be a file, a folder, a hub id, a dict or a list of these, got 3'),
-        ({'file': 'x'}, ConfigError, '`dataset.source` must be a dict with `path` and perhaps name, split'),
+        ({'file': 'x'}, ConfigError, '`dataset.source` must be a dict with `path` and optionally name, split'),
         ({'path': 'x', 'wieght': 2}, ConfigError, "did you mean 'weight'"),
         ({'path': 'x', 'weight': 0}, ConfigError, '`weight` must be a number above 0, got 0'),
         ({'path': 'x', 'weight': float('nan')}, ConfigError, '`weight` must be a number above 0, got nan'),
@@ -86,10 +86,10 @@ def test_what_is_no_source_is_said(spec, error, text):
 
 
 def test_a_misspelt_file_names_its_neighbour(folder):
-    with pytest.raises(DataError, match=r"b\.jsonl: there is no such file or folder; did you mean '.*a\.jsonl'"):
+    with pytest.raises(DataError, match=r"b\.jsonl: no such file or folder; did you mean '.*a\.jsonl'"):
         open_sources(str(folder / 'b.jsonl'))
     (folder / 'empty').mkdir()
-    with pytest.raises(DataError, match=r'the folder holds no data file; known: .jsonl'):
+    with pytest.raises(DataError, match=r'the folder contains no data file; supported: .jsonl'):
         open_sources(str(folder / 'empty'))
 
 
@@ -169,11 +169,11 @@ def test_hidden_held_out_and_other_files_of_a_folder_are_named(tmp_path):
     read = {record.origin.removeprefix(f'{tmp_path}/').removesuffix(':1') for record in source.records()}
     assert read == {'a.jsonl', 'b.jsonl', 'train_eval.jsonl', 'contest.jsonl', 'device.jsonl'}
     assert [note.removeprefix(f'{tmp_path}: ') for note in source.notes] == [
-        '4 files not trained as they are a test or validation split; name them as a source to train on them: '
+        '4 files not trained because they are a test or validation split; name them as a source to train on them: '
         'dev/x.jsonl, my_eval.jsonl.gz, sub/validation-0.jsonl, test.jsonl',
-        '1 file not read as it is there uncompressed too: b.jsonl.gz',
-        '1 file not read as it is no data file of a known kind: notes.txt',
-        '2 files not read as they are hidden: .a.jsonl, .git',
+        '1 file not read because it is also there uncompressed: b.jsonl.gz',
+        '1 file not read because it is not in a supported format: notes.txt',
+        '2 files not read because they are hidden: .a.jsonl, .git',
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_folder_of_nothing_but_a_test_split_is_read_with_a_note(tmp_path):
     [source] = open_sources(tmp_path)
     assert [record.value for record in source.records()] == ROWS[:1]
     assert source.notes == (
-        f'{tmp_path}: 1 file used though it is a test or validation split, since the folder holds nothing else: '
+        f'{tmp_path}: 1 file used although it is a test or validation split, since the folder contains nothing else: '
         'test.jsonl',
     )
 
@@ -192,7 +192,7 @@ def test_the_splits_of_a_saved_data_set_that_are_not_trained_are_named(tmp_path)
     parts = {name: datasets.Dataset.from_list(ROWS) for name in ('train', 'test')}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / 'saved')
     [source] = open_sources(str(tmp_path / 'saved'))
-    assert source.notes == (f'{tmp_path}/saved: of the saved data set, the split train is trained, and not test',)
+    assert source.notes == (f'{tmp_path}/saved: training on the split train of the saved data set, not on test',)
     (tmp_path / 'saved' / 'train' / 'dataset_info.json').write_text('{')
     with pytest.raises(DataError, match='the saved data set cannot be read: ') as caught:
         open_sources(str(tmp_path / 'saved'))
@@ -209,7 +209,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     for path, text in (('pipe.jsonl', 'is a named pipe; data is read'), ('/dev/zero', 'is a device; data is read'),
                        ('broken.jsonl', 'is a link to nowhere, which cannot be followed: No such file'),
                        ('loop.jsonl', 'is a link to loop.jsonl, which cannot be followed: '),
-                       ('~.jsonl', 'there is no such file or folder')):  # fmt: skip
+                       ('~.jsonl', 'no such file or folder')):  # fmt: skip
         with pytest.raises(DataError, match=text):
             open_sources(path)
     (tmp_path / '~.jsonl').write_text(json.dumps(ROWS[0]))

@@ -126,14 +126,14 @@ def test_internlm_chat_is_what_internlm_saw(internlm_like):
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():
-    with pytest.raises(ConfigError, match=r"'internlm_cat' is no prompt template; did you mean 'internlm_chat'"):
+    with pytest.raises(ConfigError, match=r"'internlm_cat' is not a prompt template; did you mean 'internlm_chat'"):
         get_template('internlm_cat')
-    with pytest.raises(ConfigError, match='3 is no prompt template'):
+    with pytest.raises(ConfigError, match='3 is not a prompt template'):
         get_template(3)
 
 
 def test_template_whose_end_the_tokenizer_lacks_is_refused(internlm_like):
-    with pytest.raises(ConfigError, match=r"ends an answer with '<\|im_end\|>', which the tokenizer does not have"):
+    with pytest.raises(ConfigError, match=r"ends an answer with '<\|im_end\|>', which is not"):
         get_template('internlm2_chat', internlm_like)
 
 
@@ -142,9 +142,9 @@ def test_from_tokenizer_needs_a_chat_template_that_ends_answers():
     with pytest.raises(ConfigError, match='has no chat template'):
         get_template('from_tokenizer', tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(ConfigError, match='ends an answer with no token'):
+    with pytest.raises(ConfigError, match='does not end an answer with a token'):
         get_template('from_tokenizer', tokenizer)
-    with pytest.raises(ConfigError, match='needs the tokenizer'):
+    with pytest.raises(ConfigError, match='requires the tokenizer'):
         get_template('from_tokenizer')
 
 
@@ -159,7 +159,7 @@ def test_from_tokenizer_refuses_answers_that_change_once_more_follows():
     template = get_template('from_tokenizer', tokenizer)
     messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b/think c'}] * 2
     conversation = to_conversation({'messages': messages}, 'file:3')
-    with pytest.raises(DataError, match=r"file:3: the chat template shows answer 2 .*train_on = 'last_turn'"):
+    with pytest.raises(DataError, match=r"file:3: the chat template renders answer 2 .*train_on = 'last_turn'"):
         encode_conversation(conversation, tokenizer, template)
     sample = encode_conversation(conversation, tokenizer, template, train_on='last_turn')
     assert tokenizer.decode(sample.input_ids) == 'Q:aA:c<|end|>Q:aA:b/think c<|end|>'
@@ -182,20 +182,20 @@ def test_from_tokenizer_shows_tools_and_names_what_the_template_refuses():
     assert tokenizer.decode(sample.input_ids[sample.labels != -100]) == '[add<|end|>]<|end|>'
     assert sample.input_ids.tolist().count(tokenizer.convert_tokens_to_ids('<|end|>')) == 2
     record['messages'].append({'role': 'tool', 'content': '3'})
-    with pytest.raises(DataError, match='file:1: the chat template refuses the conversation: no tools here'):
+    with pytest.raises(DataError, match='file:1: the chat template rejects the conversation: no tools here'):
         encode_conversation(to_conversation(record, 'file:1'), tokenizer, template)
 
 
 def test_a_template_refuses_what_it_has_no_form_for(tokenizer):
     template = get_template('internlm_chat')
     user, answer = Message('user', 'a'), Message('assistant', 'b')
-    with pytest.raises(DataError, match=r"file:1: template `internlm_chat` has no form for the role 'tool'"):
+    with pytest.raises(DataError, match=r"file:1: template `internlm_chat` does not support the role 'tool'"):
         template.render(Conversation((user, answer, Message('tool', 'c')), 'file:1'))
-    with pytest.raises(DataError, match='no form for tool calls'):
+    with pytest.raises(DataError, match='does not support tool calls'):
         template.render(Conversation((user, Message('assistant', 'b', extra={'tool_calls': [1]})), 'file:1'))
-    with pytest.raises(DataError, match='no place for `tools`'):
+    with pytest.raises(DataError, match='does not support `tools`'):
         template.render(Conversation((user, answer), 'file:1', tools=({},)))
-    with pytest.raises(DataError, match='puts the system text into a user message'):
+    with pytest.raises(DataError, match='puts the system text into the next user message'):
         get_template('gemma').render(Conversation((Message('system', 's'), answer)))
 
 
@@ -244,7 +244,7 @@ def test_an_unusual_prompt_is_what_the_saved_chat_template_gives_or_refused_with
     conversation = Conversation(messages, 'the prompt')
     if template.alternates and case != 'an empty answer':
         number = 2 if case == 'two messages in a row' else 1 + (messages[0].role == 'system')
-        with pytest.raises(DataError, match=f'the prompt: template `{name}` wants user and .* message {number} is the'):
+        with pytest.raises(DataError, match=f'template `{name}` expects alternating .* message {number} has the'):
             template.render(conversation, prompt=True)
         return
     encoder = Encoder(tokenizer, template)

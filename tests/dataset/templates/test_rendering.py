@@ -35,27 +35,27 @@ TRAP = "{% for m in messages %}{% if 'loop' in m.content %}" + LOOP + '{% endif 
 
 # What a template may try, and the bound that it meets.
 HOSTILE = {
-    'loops': (LOOP, 'processor time'),
+    'loops': (LOOP, 'CPU time'),
     'a long text': ("{{ 'a' * 10**10 }}", 'memory'),
     'a long format': ("{{ '%1000000000d' % 1 }}", 'memory'),
     'a long new format': ("{{ '{:>10000000000}'.format(1) }}", 'memory'),
-    'a long number': ("{{ 7**(10**8) }}", 'processor time'),
+    'a long number': ("{{ 7**(10**8) }}", 'CPU time'),
     'center': ("{{ 'a'|center(10**10) }}", 'memory'),
-    'indent': ("{{ ('a\n' * 10**6)|indent(10**6) }}", 'memory|processor time'),
-    'lipsum': ('{{ lipsum(n=10**9) }}', 'processor time'),
+    'indent': ("{{ ('a\n' * 10**6)|indent(10**6) }}", 'memory|CPU time'),
+    'lipsum': ('{{ lipsum(n=10**9) }}', 'CPU time'),
     'doubling': ("{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
-                 'memory|processor time'),
-    'recursion': ('{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}', 'calls itself too deeply'),
-    'join': ("{{ (['a' * 1000] * 10**7)|join }}", 'memory|processor time'),
-    'sort': ("{{ (('a ' * 10**7).split(' '))|sort|length }}", 'memory|processor time'),
-    'split': ("{% for i in range(99999) %}{% set x = ('ab' * 10**6).split('b') %}{% endfor %}", 'processor time'),
+                 'memory|CPU time'),
+    'recursion': ('{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}', 'recurses too deeply'),
+    'join': ("{{ (['a' * 1000] * 10**7)|join }}", 'memory|CPU time'),
+    'sort': ("{{ (('a ' * 10**7).split(' '))|sort|length }}", 'memory|CPU time'),
+    'split': ("{% for i in range(99999) %}{% set x = ('ab' * 10**6).split('b') %}{% endfor %}", 'CPU time'),
     'replace': ("{{ ('a' * 10**5).replace('a', 'a' * 10**5) }}", 'memory'),
     'batch': ("{{ range(9)|batch(10**9, 'x')|list }}", 'memory'),
     'much text': ("{{ 'a' * 3000000 }}", 'wrote more than'),
-    'nested at compile time': ('{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', 'calls itself too deeply'),
-    'long at compile time': ('{{ ' + '+'.join(['1'] * 100000) + ' }}', 'calls itself too deeply|processor time'),
+    'nested at compile time': ('{{ ' + '(' * 5000 + '1' + ')' * 5000 + ' }}', 'recurses too deeply'),
+    'long at compile time': ('{{ ' + '+'.join(['1'] * 100000) + ' }}', 'recurses too deeply|CPU time'),
     'an error of endless text': ('{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}'
-                                 '{% endfor %}{{ raise_exception(n.a) }}', 'memory|processor time'),
+                                 '{% endfor %}{{ raise_exception(n.a) }}', 'memory|CPU time'),
 }  # fmt: skip
 
 
@@ -111,10 +111,10 @@ def test_a_bound_ends_a_rendering_with_one_line_and_nothing_of_it_is_left(case, 
 
 def test_what_a_template_says_of_itself_moves_no_cursor():
     error = shown('{{ raise_exception("\x1b[2J\n\u202eevil" ~ "x" * 1000) }}', 'Hi')
-    assert str(error).startswith('file:7: the chat template refuses the conversation: ␛[2J \\u202eevilxxx')
+    assert str(error).startswith('file:7: the chat template rejects the conversation: ␛[2J \\u202eevilxxx')
     assert len(str(error)) < 300 and str(error).isprintable()
     assert 'unsafe' in str(shown('{{ ().__class__.__mro__ }}', 'Hi'))
-    with pytest.raises(ConfigError, match=r'the chat template of /models/x is no valid Jinja: line 2: .*; name one of'):
+    with pytest.raises(ConfigError, match=r'chat template of /models/x is not valid Jinja: line 2: .*; use a built-in'):
         shown('a\n{% if %}', 'Hi')
 
 
@@ -234,7 +234,7 @@ def test_one_record_on_which_the_template_loops_is_bad_and_the_others_are_used(s
     assert 'data.jsonl:4: the chat template of' in summary.examples['bad'][0]
     assert 'data.jsonl:9: ' in summary.examples['bad'][1]
     began = time.monotonic()
-    with pytest.raises(DataError, match=r'data.jsonl:4: the chat template of .* processor time'):
+    with pytest.raises(DataError, match=r'data.jsonl:4: the chat template of .* CPU time'):
         prepare_dataset(DatasetConfig(source=config.source, max_length=64), tokenizer=tokenizer, template=template)
     assert time.monotonic() - began < 30
     assert_idle()
@@ -243,7 +243,7 @@ def test_one_record_on_which_the_template_loops_is_bad_and_the_others_are_used(s
 def test_many_such_records_end_the_preparation_and_nothing_behind_the_first_is_rendered_where_it_stops(
     short, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(conversation_encoder, '_MOST_OVER_BOUND', 3)
+    monkeypatch.setattr(conversation_encoder, '_MAX_OVER_BOUND', 3)
     tokenizer = make_tokenizer(['<|end|>'])
     tokenizer.chat_template = TRAP
     template = get_template('from_tokenizer', tokenizer)
@@ -252,7 +252,7 @@ def test_many_such_records_end_the_preparation_and_nothing_behind_the_first_is_r
     ran = []
     run = worker_pool.POOL.run
     monkeypatch.setattr(worker_pool.POOL, 'run', lambda *args: ran.append(1) or run(*args))
-    for policy, message, most in (('error', 'data.jsonl:1: the chat template of', 1), ('skip', 'no more are tried', 3)):
+    for policy, message, most in (('error', 'data.jsonl:1: the chat template of', 1), ('skip', 'giving up', 3)):
         ran.clear()
         config = DatasetConfig(source=str(tmp_path / 'data.jsonl'), max_length=64, on_bad_record=policy)
         with pytest.raises(DataError, match=message):
@@ -276,7 +276,7 @@ def test_slow_renderings_leave_the_quick_ones_their_places(short):
     while any(thread.is_alive() for thread in threads):
         during += shown(TRAP, 'Hi') == ['user: Hi<|end|>']
         computing = sum(state == 'R' for state in renderers().values())
-        assert computing <= worker_pool._QUICK_PLACES + worker_pool._SLOW_PLACES
+        assert computing <= worker_pool._QUICK_SLOTS + worker_pool._SLOW_SLOTS
     for thread in threads:
         thread.join()
     assert during > 10
@@ -357,7 +357,7 @@ def test_however_a_process_ends_its_renderers_end(how):
     assert pids and all(Path(f'/proc/{pid}').exists() for pid in pids)
     child.send_signal(getattr(signal, f'SIG{how}', signal.SIGKILL))
     child.wait()
-    until = time.monotonic() + 60  # the looping one has its two seconds of processor time, on a busy machine
+    until = time.monotonic() + 60  # the looping one has its two seconds of CPU time, on a busy machine
     while alive := [pid for pid in pids if Path(f'/proc/{pid}').exists()]:
         assert time.monotonic() < until, alive
         time.sleep(0.1)

@@ -18,11 +18,11 @@ CHATML = (
 WRONG = {
     'a number': (5, r'tokenizer_config.json: `chat_template` must be .*text.*, got 5'),
     'a truth': (True, r'`chat_template` must be .*text.*, got True'),
-    'a dict of numbers': ({'default': 5}, r"`chat_template`\['default'\] is of type int"),
+    'a dict of numbers': ({'default': 5}, r"`chat_template`\['default'\] has type int"),
     'a list of texts': (['a'], r'`chat_template`\[0\] must have a `name` and a `template`'),
     'a list of others': ([{'name': 'default'}], r'`chat_template`\[0\] must have a `name` and a `template`'),
     'a list of numbers': ([{'name': 'default', 'template': 1}], r'`chat_template`\[0\] must have'),
-    'a name with escapes': ({'\x1b[2J\n': 5}, r'`chat_template`\[.*x1b.*\] is of type int'),
+    'a name with escapes': ({'\x1b[2J\n': 5}, r'`chat_template`\[.*x1b.*\] has type int'),
     'huge': ('a' * 10**7, r'`chat_template` has 10,000,000 characters; a chat template may have 1,048,576'),
     'a huge one of a list': ([{'name': 'default', 'template': 'a' * 10**7}], r"\['default'\] has 10,000,000 ch"),
 }  # fmt: skip
@@ -65,7 +65,7 @@ def test_null_and_empty_are_no_template_and_several_need_a_default(folder):
         with pytest.raises(ConfigError, match='the tokenizer has no chat template'):
             get_template('from_tokenizer', load_tokenizer(folder))
     settings(folder, [{'name': 'rag', 'template': CHATML}])
-    with pytest.raises(ConfigError, match=f"{folder}: `chat_template` names 1 templates, and none of them 'default'"):
+    with pytest.raises(ConfigError, match=f"{folder}: `chat_template` has 1 templates but no 'default'"):
         get_template('from_tokenizer', load_tokenizer(folder))
     settings(
         folder, [{'name': 'default', 'template': CHATML}, {'name': 'tool_use', 'template': '{{ tools }}' + CHATML}]

@@ -23,6 +23,7 @@ from xtuner.engine.checkpoint.store import (
 )
 from xtuner.engine.checkpoint.trainer_state import VALIDATION_LOSS, read_state
 from xtuner.errors import CheckpointError
+from xtuner.utils import files as file_utils
 
 STATE: dict[str, Any] = {
     'step': 3,
@@ -91,7 +92,7 @@ def test_later_checkpoints_are_left_alone(tmp_path: Path) -> None:
 def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file, then its folder, then the rename, then the folder that holds the name."""
     order: list[str] = []
-    flush, rename = store._flush, Path.rename
+    flush, rename = file_utils.flush, Path.rename
 
     def noted_flush(path: Path) -> None:
         order.append(f'flush {path.name}')
@@ -101,7 +102,8 @@ def test_what_is_flushed_stands_before_the_name(tmp_path: Path, monkeypatch: pyt
         order.append(f'rename {path.name}')
         return rename(path, target)
 
-    monkeypatch.setattr(store, '_flush', noted_flush)
+    monkeypatch.setattr(store, 'flush', noted_flush)
+    monkeypatch.setattr(file_utils, 'flush', noted_flush)
     monkeypatch.setattr(Path, 'rename', noted_rename)
     folder = write(tmp_path)
     named = order.index(f'rename .saving-{folder.name}')
@@ -149,9 +151,9 @@ def test_harm_is_seen_and_the_checkpoint_before_it_is_taken(tmp_path: Path, harm
 def test_no_manifest_means_not_whole(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / 'manifest.json').unlink()
-    with pytest.raises(CheckpointError, match='not a whole checkpoint'):
+    with pytest.raises(CheckpointError, match='not a complete checkpoint'):
         verify_checkpoint(folder)
-    with pytest.raises(CheckpointError, match='no whole checkpoint to resume from'):
+    with pytest.raises(CheckpointError, match='no complete checkpoint to resume from'):
         newest_checkpoint(tmp_path, warn=lambda _: None)
 
 
@@ -186,9 +188,9 @@ def test_unfinished_folders_of_others_stay(tmp_path: Path, name: str) -> None:
 
 
 def test_a_merge_into_the_work_folder_outlives_a_save(tmp_path: Path) -> None:
-    from xtuner.convert.output import whole_folder
+    from xtuner.convert.output import atomic_folder
 
-    with whole_folder(tmp_path / 'merged', {'job': 1}) as folder:
+    with atomic_folder(tmp_path / 'merged', {'job': 1}) as folder:
         (folder / 'config.json').write_text('{}', encoding='utf-8')
         write(tmp_path, 1)
     assert (tmp_path / 'merged' / 'config.json').is_file()
@@ -280,7 +282,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
 def test_windows_flushes_files_that_it_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
     real = os.open
-    monkeypatch.setattr(store, '_POSIX', False)
+    monkeypatch.setattr(file_utils, '_POSIX', False)
     monkeypatch.setattr(os, 'open', lambda path, flags, *more: opened.append(flags) or real(path, flags, *more))
     write(tmp_path)
     assert opened.count(os.O_RDWR) >= 4 and os.O_RDONLY not in opened
@@ -302,7 +304,7 @@ def test_a_state_of_a_later_format_is_told(tmp_path: Path) -> None:
     content = json.loads(path.read_text(encoding='utf-8'))
     content['dict'] = [[key, 2 if key == 'format' else value] for key, value in content['dict']]
     path.write_text(json.dumps(content), encoding='utf-8')
-    with pytest.raises(CheckpointError, match='format 2, and this version of xtuner reads format 1'):
+    with pytest.raises(CheckpointError, match='format 2, but this version of xtuner reads format 1'):
         read_state(folder)
     content['dict'] = [pair for pair in content['dict'] if pair[0] != 'format']  # as before there was a number
     path.write_text(json.dumps(content), encoding='utf-8')

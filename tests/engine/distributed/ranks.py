@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ from xtuner.engine.distributed.launch import process_group, sequence_group
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import StepSampler, TrainingSchedule
 from xtuner.fused.enable import enable_fused_training
-from xtuner.kernels.quantized import state_of
+from xtuner.kernels.quantized import quant_state_of
+from xtuner.model.families.internlm2.configuration import InternLM2Config
+from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
 from xtuner.model.loading import load_model
 from xtuner.model.sharded_loading import ShardSpec
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.objectives.base import Objective
+from xtuner.objectives.model import TrainingModel
+from xtuner.objectives.sft import Sft, SupervisedFinetune
 
 NUM_ITEMS, VOCABULARY = 8, 61
 
@@ -44,15 +48,22 @@ class Case:
 
     Attributes:
         strategy: 'single', 'ddp' or 'fsdp'.
-        method: 'lora', 'qlora' or 'full'.
+        method: 'lora', 'qlora' or 'full' on Llama; 'internlm2': QLoRA on fused qkv projections, by key head.
         batch_size: Items of a micro-batch.
         sequence: Ranks that share a pack.
+        objective: What is trained for.
     """
 
     strategy: str
     method: str
     batch_size: int = 1
     sequence: int = 1
+    objective: type[Objective] = Sft
+
+    @property
+    def name(self) -> str:
+        """A name for a folder."""
+        return f'{self.strategy}-{self.method}-{self.batch_size}-{self.sequence}-{self.objective.name}'
 
 
 def cases(world_size: int) -> list[Case]:
@@ -64,7 +75,8 @@ def cases(world_size: int) -> list[Case]:
         for batch_size in (1, 2)
     ]
     shared = [Case('ddp', 'lora', sequence=size) for size in (2, 4) if size <= world_size]
-    return [*found, *shared, Case('fsdp', 'qlora', sequence=2)]
+    fused_qkv = [Case('ddp', 'internlm2'), Case('fsdp', 'internlm2'), Case('ddp', 'internlm2', sequence=2)]
+    return [*found, *shared, Case('fsdp', 'qlora', sequence=2), *fused_qkv]
 
 
 def items() -> list[dict[str, np.ndarray]]:
@@ -81,13 +93,23 @@ def items() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = True, sharded: bool = False) -> Any:
+def model_of(
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    fast: bool = True,
+    sharded: bool = False,
+    objective: type[Objective] = Sft,
+) -> Any:
     """The same small model for the same method, adapters not zero."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, initializer_range=0.2)  # fmt: skip
-    llm: Any = LlamaForCausalLM(config)
-    if method == 'qlora':
+    sizes = {'vocab_size': VOCABULARY, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
+             'num_attention_heads': 4, 'initializer_range': 0.2}  # fmt: skip
+    if method == 'internlm2':
+        llm: Any = InternLM2ForCausalLM(InternLM2Config(**sizes, num_key_value_heads=2, bias=False))
+    else:
+        llm = LlamaForCausalLM(LlamaConfig(**sizes))
+    if method in ('qlora', 'internlm2'):
         quantise(llm, torch.float32 if sharded else torch.uint8)
     if method != 'full':
         adapter = LoraConfig(r=3, lora_alpha=6, target_modules='all-linear', task_type='CAUSAL_LM')
@@ -98,14 +120,14 @@ def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = Tr
     llm = llm.to(dtype)
     if fast:
         enable_fused_training(llm, sharded=sharded)
-    return SupervisedFinetune(llm).train()
+    return TrainingModel(llm, objective()).train()
 
 
 def quantise(llm: Any, storage: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for layer in llm.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in layer.children():
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32,
@@ -125,7 +147,7 @@ def make(case: Case, rank: int, world_size: int) -> Strategy:
 
 def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Loss, norm, gradient and new weights of one step of the real loop; also the optimizer's whole state."""
-    model = model_of(case.method, sharded=case.strategy == 'fsdp')
+    model = model_of(case.method, sharded=case.strategy == 'fsdp', objective=case.objective)
     if case.sequence > 1:
         model.share_sequences(sequence_group(case.sequence))
     strategy = make(case, rank, world_size)
@@ -138,7 +160,7 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     plan = TrainingSchedule(NUM_ITEMS, schedule, groups)
     sampler = StepSampler(EpochSampler(NUM_ITEMS, seed=3), plan, rank=rank // case.sequence)
     loader = DataLoader(items(), batch_sampler=sampler, collate_fn=lambda batch: collate(batch, pad_id=0))
-    runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case}-{rank}', seed=0, trackers=[],
+    runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case.name}-{rank}', seed=0, trackers=[],
                     launcher='none', write_model=lambda to, weights: None)  # fmt: skip
     runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=3)
     found: dict[str, Any] = {'held': held}
@@ -162,7 +184,7 @@ def held_bytes(llm: Any) -> int:
     base = llm.get_base_model() if hasattr(llm, 'get_base_model') else llm
     named = base.model.layers.named_parameters()
     tensors = [getattr(p, '_local_tensor', p) for name, p in named if 'lora_' not in name]
-    states = (state_of(module) for module in base.model.layers.modules())
+    states = (quant_state_of(module) for module in base.model.layers.modules())
     tensors += [state.absmax for state in states if state is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -241,29 +263,32 @@ def count_broadcasts() -> Any:
     return stop
 
 
-def work(rank: int, world_size: int, port: int, folder: str) -> None:
-    """A rank's whole life."""
+def work(rank: int, world_size: int, port: int, folder: str, chosen: list[Case] | None) -> None:
+    """A rank's whole life: the chosen cases, or all of them and the models cut while they are loaded."""
     torch.set_num_threads(1)
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size),
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}  # fmt: skip
     with process_group('pytorch', timeout_s=60):
-        cut = cut_and_whole(rank, world_size, Path(folder) / 'model')
-        if rank == 0:
-            torch.save(cut, Path(folder) / 'cut.pt')
-        for number, case in enumerate(cases(world_size)):
+        if chosen is None:
+            cut = cut_and_whole(rank, world_size, Path(folder) / 'model')
+            if rank == 0:
+                torch.save(cut, Path(folder) / 'cut.pt')
+        for number, case in enumerate(chosen or cases(world_size)):
             found = one_step(case, rank, world_size, Path(folder))
             if rank == 0:
                 torch.save(found, Path(folder) / f'{number}.pt')
             distributed.barrier()
 
 
-def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
-    """All cases on so many ranks; what rank 0 found of each."""
+def run_ranks(world_size: int, folder: Path, chosen: list[Case] | None = None) -> dict[Case, dict[str, Any]]:
+    """The chosen cases, or all of them, on so many ranks; what rank 0 found of each."""
     write_model(folder / 'model', 'v1')
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
-    processes = [CONTEXT.Process(target=work, args=(rank, world_size, port, str(folder))) for rank in range(world_size)]
+    processes = [
+        CONTEXT.Process(target=work, args=(rank, world_size, port, str(folder), chosen)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -271,9 +296,11 @@ def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
         if process.exitcode is None:
             process.kill()
     assert [process.exitcode for process in processes] == [0] * world_size
-    return {case: torch.load(folder / f'{n}.pt', weights_only=False) for n, case in enumerate(cases(world_size))}
+    return {
+        case: torch.load(folder / f'{n}.pt', weights_only=False) for n, case in enumerate(chosen or cases(world_size))
+    }
 
 
-def alone(method: str, folder: Path) -> dict[str, Any]:
+def alone(method: str, folder: Path, objective: type[Objective] = Sft) -> dict[str, Any]:
     """The same step by one process, all items in one batch."""
-    return one_step(replace(Case('single', method), batch_size=NUM_ITEMS), 0, 1, folder)
+    return one_step(Case('single', method, batch_size=NUM_ITEMS, objective=objective), 0, 1, folder)

@@ -29,7 +29,7 @@ def found(ranks: tuple[int, Found, Path]) -> tuple[int, Found]:
 
 @pytest.fixture(scope='module')
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return {method: alone(method, tmp_path_factory.mktemp(method)) for method in ('lora', 'qlora', 'full')}
+    return {method: alone(method, tmp_path_factory.mktemp(method)) for method in ('lora', 'qlora', 'full', 'internlm2')}
 
 
 def furthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

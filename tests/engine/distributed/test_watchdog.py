@@ -39,7 +39,7 @@ def neighbour(store: TCPStore, space: str) -> tuple[Watchdog, subprocess.Popen[b
 
 
 def test_a_neighbour_that_was_killed_is_seen(store: TCPStore) -> None:
-    watch, child = neighbour(store, processes._space())
+    watch, child = neighbour(store, processes._pid_scope())
     assert watch._dead_neighbour() is None
     child.kill()
     child.communicate()
@@ -51,7 +51,7 @@ def test_a_neighbour_that_was_killed_is_seen(store: TCPStore) -> None:
 @pytest.mark.parametrize('word', [0, 1, 2])
 def test_a_process_in_another_container_of_the_same_host_name_is_left_to_its_own(store: TCPStore, word: int) -> None:
     """Its number belongs to nobody here, or to somebody else."""
-    space = processes._space().split()
+    space = processes._pid_scope().split()
     space[word] = 'other'
     watch, child = neighbour(store, ' '.join(space))
     child.kill()
@@ -82,8 +82,8 @@ def test_all_ranks_stop_in_the_same_place(seed: int) -> None:
     [
         (('', ''), None),
         (('no memory', 'no memory'), None),
-        (('', 'no memory'), 'rank 1 failed in the sample, and not all others did: no memory'),
-        (('one', 'other'), 'rank 0 failed in the sample, and not all others did: one'),
+        (('', 'no memory'), 'rank 1 failed in the sample, but not all others did: no memory'),
+        (('one', 'other'), 'rank 0 failed in the sample, but not all others did: one'),
     ],
 )
 def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str], message: str | None) -> None:
@@ -99,5 +99,5 @@ def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str],
 
 def test_a_rank_that_failed_does_not_wait_for_ever(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, '_PATIENCE_S', 0.1)
-    with pytest.raises(TrainingError, match='rank 0 alone failed in the sample: no memory'):
+    with pytest.raises(TrainingError, match='only rank 0 failed in the sample: no memory'):
         Watchdog(store, rank=0, world_size=2, timeout_s=100).agree_on_success('the sample', 'no memory')

@@ -8,14 +8,14 @@ import torch
 
 from tests.kernels.triton.test_training_kernels import DEVICE, error, rand
 from tests.tiny_models import combinations, triton_obstacle
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.quantized import unpack_weight
 
 if triton_obstacle():
     pytest.skip(triton_obstacle(), allow_module_level=True)
 
 from xtuner.kernels import reference
 from xtuner.kernels.triton import decode_attention, gemv
-from xtuner.kernels.triton.nf4_lut import WORD_SUM, in_planes, table_words
+from xtuner.kernels.triton.nf4_lut import WORD_SUM, table_words, to_planes
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}  # of what is written, not of the sums
 DTYPES = list(ROUNDING)
@@ -29,7 +29,7 @@ def quantised(rows, size, nested=True):
 
     linear = bnb.nn.Linear4bit(size, rows, bias=False, quant_type='nf4', compress_statistics=nested)
     linear.weight.data.normal_(generator=torch.Generator().manual_seed(rows))
-    weight = take_apart(linear.to(DEVICE))
+    weight = unpack_weight(linear.to(DEVICE))
     values = torch.empty(rows, size, dtype=torch.float64, device=DEVICE)
     reference.dequantize_into(values, weight)
     return weight, values
@@ -38,7 +38,7 @@ def quantised(rows, size, nested=True):
 def adapters(sizes, size, rank, dtype, planes):
     down = rand(len(sizes) * rank, size, dtype=dtype) / size**0.5
     up = rand(sum(sizes), rank, dtype=dtype)
-    low = gemv.LowRank(in_planes(down, planes).contiguous(), up, rank)
+    low = gemv.LoraWeights(to_planes(down, planes).contiguous(), up, rank)
     member = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
     def exact(x):
@@ -61,15 +61,15 @@ def test_multiply(dtype, form, sizes, extras):
     else:
         both = [quantised(n, size, form == 'nested') for n in sizes]
         parts, matrix = [b[0] for b in both], torch.cat([b[1] for b in both])
-    weights = gemv.weights_of(parts)
-    exact, x_in = matrix @ x.double(), in_planes(x, weights.planes).contiguous()
+    weights = gemv.gemv_weights(parts)
+    exact, x_in = matrix @ x.double(), to_planes(x, weights.planes).contiguous()
     keywords = {'tile': TILE}
     if extras:
         low, low_exact = adapters(sizes, size, 8, dtype, weights.planes)
         bias, down = rand(sum(sizes), dtype=dtype), torch.empty(len(sizes) * 8, device=DEVICE)
         gemv.project(low, x_in, down)
         exact = exact + bias.double() + low_exact(x)
-        keywords |= {'bias_N': bias, 'low_rank': low, 'down': down}
+        keywords |= {'bias_N': bias, 'lora': low, 'lora_ax': down}
     wide = torch.full((sum(sizes) + 5,), float('nan'), dtype=dtype, device=DEVICE)
     gemv.multiply(weights, x_in, wide[: sum(sizes)], **keywords)
     least = ROUNDING[torch.float32] if form == 'float' else TABLE
@@ -91,28 +91,28 @@ def test_multiply_gated(form, extras):
     else:
         both = [quantised(rows, size), quantised(rows, size)]
         parts, matrix = [b[0] for b in both], torch.cat([b[1] for b in both])
-    weights = gemv.weights_of(parts)
-    exact, x_in = matrix @ x.double(), in_planes(x, weights.planes).contiguous()
+    weights = gemv.gemv_weights(parts)
+    exact, x_in = matrix @ x.double(), to_planes(x, weights.planes).contiguous()
     keywords = {'tile': TILE}
     if extras:
         low, low_exact = adapters((rows, rows), size, 16, dtype, weights.planes)
         bias, down = rand(2 * rows), torch.empty(32, device=DEVICE)
         gemv.project(low, x_in, down)
         exact = exact + bias.double() + low_exact(x)
-        keywords |= {'bias_N': bias, 'low_rank': low, 'down': down}
+        keywords |= {'bias_N': bias, 'lora': low, 'lora_ax': down}
     gate, up = exact.chunk(2)
     out = torch.empty(rows, device=DEVICE)
     gemv.multiply_gated(weights, x_in, out, **keywords)
     gated = torch.nn.functional.silu(gate) * up
     assert error(out, gated) < 2 * (TABLE if form == 'nested' else 1e-6)
     gemv.multiply_gated(weights, x_in, out, planes=8, **keywords)
-    assert error(out, in_planes(gated, 8)) < 2 * (TABLE if form == 'nested' else 1e-6)
+    assert error(out, to_planes(gated, 8)) < 2 * (TABLE if form == 'nested' else 1e-6)
 
 
 def test_weights_of_several_forms_are_refused():
     weight, values = quantised(4, 64)
-    assert isinstance(gemv.weights_of([weight, values]), str)
-    assert isinstance(gemv.weights_of([quantised(4, 96)[0]]), str)  # blocks of 64 straddle its rows
+    assert isinstance(gemv.gemv_weights([weight, values]), str)
+    assert isinstance(gemv.gemv_weights([quantised(4, 96)[0]]), str)  # blocks of 64 straddle its rows
 
 
 @pytest.mark.parametrize(('groups', 'queries', 'keys'), [(1, 6, 2), (2, 3, 1)])
@@ -125,7 +125,7 @@ def test_turn_and_store(groups, queries, keys, position):
     query = torch.empty(groups * queries, size, device=DEVICE)
     key_cache, value_cache = (torch.full((groups * keys, capacity, size), 7.0, device=DEVICE) for _ in range(2))
     at = torch.tensor(position, dtype=torch.int32, device=DEVICE)
-    decode_attention.turn_and_store(qkv, (cos, sin), at, query, key_cache, value_cache, queries=queries)
+    decode_attention.rope_and_store(qkv, (cos, sin), at, query, key_cache, value_cache, queries=queries)
     first, second = qkv.double().chunk(2, -1)
     c, s = cos[position].double(), sin[position].double()
     turned = torch.cat((first * c - second * s, second * c + first * s), -1)
@@ -146,14 +146,14 @@ def test_attention(dtype, shape, position):
     keys[:, position + 1 :] = values[:, position + 1 :] = float('nan')
     out = torch.empty(heads, size, dtype=dtype, device=DEVICE)
     at = torch.tensor(position, dtype=torch.int32, device=DEVICE)
-    decode_attention.Attention(heads, keys)(query, keys, values, at, out, 0.3)
+    decode_attention.DecodeAttention(heads, keys)(query, keys, values, at, out, 0.3)
     k, v = (t[:, : position + 1].double().repeat_interleave(heads // key_heads, 0) for t in (keys, values))
     shares = torch.softmax(torch.einsum('nd,ntd->nt', query.double(), k) * 0.3, -1)
     exact = torch.einsum('nt,ntd->nd', shares, v)
     assert error(out, exact) < 2 * ROUNDING[dtype]
     wide = torch.empty(heads * size, device=DEVICE)
-    decode_attention.Attention(heads, keys)(query, keys, values, at, wide, 0.3, planes=8)
-    assert error(wide, in_planes(exact.flatten(), 8)) < 2e-6
+    decode_attention.DecodeAttention(heads, keys)(query, keys, values, at, wide, 0.3, planes=8)
+    assert error(wide, to_planes(exact.flatten(), 8)) < 2e-6
 
 
 @pytest.mark.parametrize('planes', [1, 8])
@@ -163,7 +163,7 @@ def test_norm(planes, dtype):
     out = torch.empty(48, dtype=dtype, device=DEVICE)
     decode_attention.norm(x, weight, 1e-6, out, planes=planes)
     exact = x.double() * torch.rsqrt(x.double().square().mean() + 1e-6) * weight.double()
-    assert error(out, in_planes(exact, planes)) < ROUNDING[dtype]
+    assert error(out, to_planes(exact, planes)) < ROUNDING[dtype]
 
 
 def permuted(a, b, selector):

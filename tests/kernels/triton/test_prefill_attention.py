@@ -50,7 +50,7 @@ def test_a_prompt_over_the_cache(dtype, form, start, length, size):
     qkv, cache, angles = filled(form, dtype, start, length, size)
     _, queries, heads = form
     given, end, before = qkv.clone(), start + length, cache[:, :, :start].clone()
-    prefill_attention.turn_into_cache(qkv, angles, cache[0], cache[1], start, queries=queries)
+    prefill_attention.rope_into_cache(qkv, angles, cache[0], cache[1], start, queries=queries)
     query, key, value = (part.flatten(1, 2) for part in given.split((queries, heads, heads), dim=2))
     assert error(qkv[:, :, :queries].flatten(1, 2), turned(query, angles)) < ROUNDING[dtype]
     assert error(cache[0, :, start:end].transpose(0, 1), turned(key, angles)) < ROUNDING[dtype]
@@ -74,5 +74,5 @@ def test_sum_and_norm(dtype, size):
 
 
 def test_what_it_takes():
-    assert prefill_attention.takes(torch.bfloat16, 128)
-    assert not prefill_attention.takes(torch.float32, 128) and not prefill_attention.takes(torch.float16, 80)
+    assert prefill_attention.supports(torch.bfloat16, 128)
+    assert not prefill_attention.supports(torch.float32, 128) and not prefill_attention.supports(torch.float16, 80)

@@ -5,8 +5,8 @@ import torch
 
 from tests.tiny_models import DEVICE, triton_obstacle
 from xtuner.kernels import reference as reference_kernels
-from xtuner.kernels.dispatch import fused_kernels
-from xtuner.kernels.quantized import take_apart
+from xtuner.kernels.dispatch import PLAIN, fused_kernels
+from xtuner.kernels.quantized import unpack_weight
 
 if triton_obstacle():
     pytest.skip(triton_obstacle(), allow_module_level=True)
@@ -49,8 +49,8 @@ def test_rms_norm_forward_and_backward(dtype, size):
         assert error(out, exact_out) < ERROR[dtype] and tail.isnan().all()
         dx = kernels.rms_norm_backward(dh, x, rstd, weight, skip)
         assert dx.dtype == dtype and error(dx, exact_dx + skip.double()) < ERROR[dtype]
-        roomy = kernels.rms_norm_backward(dh, x, rstd, weight, None, spare=5)
-        assert error(roomy, exact_dx) < ERROR[dtype] and roomy.stride() == (size + 5, 1)
+        spacious = kernels.rms_norm_backward(dh, x, rstd, weight, None, spare=5)
+        assert error(spacious, exact_dx) < ERROR[dtype] and spacious.stride() == (size + 5, 1)
 
 
 def test_copy_rows():
@@ -75,6 +75,23 @@ def test_rotate_and_back(dtype, heads, size):
         assert error(out, exact) < ERROR[dtype]
         kernels.rotate(out, cos, sin, out, inverse=True)
         assert error(out, x.double()) < 2 * ERROR[dtype]
+
+
+@pytest.mark.parametrize(('groups', 'queries', 'size'), [(2, 2, 16), (3, 7, 12), (1, 4, 8)])
+def test_rotate_moves_heads_out_of_groups_and_back(groups, queries, size):
+    """Queries grouped by key head, with the key and the value behind them, as InternLM2's are."""
+    grouped = rand(6, groups * (queries + 2) * size, dtype=torch.float32).unflatten(-1, (groups, queries + 2, size))
+    angles = rand(6, size // 2)
+    q = grouped[:, :, :-2]
+    for kernels in (reference_kernels, FUSED):
+        expected = torch.empty(6, groups * queries, size, device=DEVICE)
+        kernels.rotate(q.flatten(1, 2), angles.cos(), angles.sin(), expected, inverse=False)
+        out = torch.full_like(expected, float('nan'))
+        kernels.rotate(q, angles.cos(), angles.sin(), out.unflatten(1, (groups, queries)), inverse=False)
+        assert torch.equal(out, expected)
+        back = torch.full_like(grouped, float('nan'))
+        kernels.rotate(out.unflatten(1, (groups, queries)), angles.cos(), angles.sin(), back[:, :, :-2], inverse=True)
+        assert error(back[:, :, :-2], q) < 1e-6 and back[:, :, -2:].isnan().all()
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -103,7 +120,7 @@ def test_dequantize_equals_bitsandbytes(dtype, nested, kind, shape):
     linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type=kind, compress_statistics=nested)
     linear.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     linear = linear.to(DEVICE)
-    weight = take_apart(linear)
+    weight = unpack_weight(linear)
     expected = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).double()
     for kernels in (reference_kernels, FUSED):
         out, tail = poisoned(*shape, dtype=dtype, wide=8)
@@ -120,7 +137,7 @@ def test_dequantize_where_blocks_straddle_rows():
     linear = linear.to(DEVICE)
     for kernels in (reference_kernels, FUSED):
         out, tail = poisoned(5, 96, dtype=torch.float32, wide=8)
-        kernels.dequantize_into(out, take_apart(linear))
+        kernels.dequantize_into(out, unpack_weight(linear))
         assert error(out, original.double()) < 0.12 and tail.isnan().all()
 
 
@@ -166,4 +183,28 @@ def test_cross_entropy_and_its_gradient(dtype, vocabulary):
         grad = logits.clone()
         loss = kernels.cross_entropy_(grad, targets)
         assert loss.dtype == torch.float32 and error(loss, exact.detach()) < 1e-6
+        assert error(grad, exact_grad) < ERROR[dtype]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('vocabulary', [40, 9001])
+@pytest.mark.parametrize('with_base', [False, True])
+def test_softmax_sums_and_their_gradient(dtype, vocabulary, with_base):
+    logits = (rand(4, vocabulary, dtype=dtype, wide=6) * 4).clone()
+    base = (rand(4, vocabulary, dtype=dtype, wide=3) * 4).clone() if with_base else None
+    targets = torch.tensor([0, 3, vocabulary - 1, 7], device=DEVICE)
+    factors = torch.rand(5, 4, device=DEVICE) - 0.5
+    exact = PLAIN.softmax_sums(logits.double(), targets, None if base is None else base.double())
+    exact_grad = logits.double()
+    PLAIN.softmax_gradient_(exact_grad, targets, exact, factors.double(), None if base is None else base.double())
+    for kernels in (PLAIN, FUSED):
+        sums = kernels.softmax_sums(logits, targets, base)
+        assert sums.dtype == torch.float32
+        for ours, expected in zip(sums, exact, strict=True):
+            assert not expected.any() or error(ours, expected) < 1e-5
+        short = kernels.softmax_sums(logits, targets, base, over_vocabulary=False)
+        rows = [0, 1, *((4, 5, 6) if with_base else ())]
+        assert torch.allclose(short[rows], sums[rows], rtol=1e-5)
+        grad = logits.clone()
+        kernels.softmax_gradient_(grad, targets, sums, factors, base)
         assert error(grad, exact_grad) < ERROR[dtype]

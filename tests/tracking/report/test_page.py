@@ -16,7 +16,6 @@ from tests.hostile_text import COMMANDS, obeyed
 from xtuner.cli.main import main
 from xtuner.tracking.report.page import render, write_report
 from xtuner.tracking.report.read import read_run
-from xtuner.tracking.report.words import compact, duration
 from xtuner.utils.escape import printable
 
 EVIL = '"></p><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)>\'`&' + COMMANDS
@@ -143,9 +142,4 @@ def test_command(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.strip() == str(work_dir / 'report.html')
     (tmp_path / 'empty').mkdir()
     assert main(['report', str(tmp_path / 'empty')]) == 1
-    assert 'is no work folder of a run' in capsys.readouterr().err
-
-
-def test_words() -> None:
-    assert [compact(n) for n in (950, 12_345, 1_234_567, 2.5e9)] == ['950', '12.3 k', '1.23 M', '2.5 B']
-    assert [duration(s) for s in (9.87, 200, 1_300, 7_500)] == ['9.9 s', '3 min 20 s', '21 min', '2 h 05 min']
+    assert 'is not a work folder of a run' in capsys.readouterr().err

@@ -1,41 +1,73 @@
-"""A model's answer as Markdown that a page may show.
+r"""A model's answer as Markdown that a page may show.
 
-Streamlit itself shows HTML as text. Left to us are images, which a browser would fetch from wherever the answer says,
-links to elsewhere than the web, code that Streamlit would draw as a diagram, and dollar signs, of which it makes
-formulas where an answer speaks of money.
-What slips through here, being odd Markdown, is still not fetched: the page's security policy forbids it (`app.py`).
+A CommonMark parser finds what would do more than show text: images, which a browser fetches from wherever the answer
+says, raw HTML, links to elsewhere than the web, Streamlit's directives (`:red[...]`), code that Streamlit would draw as
+a diagram, and dollar signs, of which it makes formulas where an answer speaks of money. Each gets a backslash, and the
+text is parsed anew, until nothing is found: an escape may uncover what it enclosed. All else stays as it is, character
+for character. What cannot be settled in a few rounds is shown as plain text.
+
+Streamlit's own parser differs in details; the page's security policy forbids to fetch in any case (`app.py`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
 
 from xtuner.utils.escape import printable
 
-_FENCE = re.compile(r'(?P<before>[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<mark>`{3,}|~{3,})(?P<info>.*)')
-_BLANK = re.compile(r'(\n[ \t]*\n)')  # what ends a paragraph, and a piece of code in it
-_CODE = re.compile(r'(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)', re.DOTALL)
-_IMAGE = re.compile(r'(\\*)!(?=\[)')
-_SCHEME = r'(?!https?:|mailto:)[a-z][a-z0-9+.-]*:'  # in a link, a reference to one, or a bare one in <>
-_LINK = re.compile(rf'(?<=\])(?=\(\s*<?{_SCHEME})|(?<=\])(?=:\s*<?{_SCHEME})|(?=<{_SCHEME})', re.IGNORECASE)
-# Pandoc's rule: a formula begins before and ends after a character that is no space, and no digit follows.
-_DOLLAR = re.compile(
-    r'(?P<escaped>\\.) | (?P<formula>\$\$.+?\$\$ | \$(?![\s$])(?:\\.|[^$\\\n])*?(?<!\s)\$(?!\d)) | \$',
-    re.DOTALL | re.VERBOSE,
-)
+_ROUNDS = 8
+_MOST_CHARACTERS = 200_000  # of an answer that is parsed
+_SCHEME = re.compile(r'\s*(?!https?:|mailto:)[a-z][a-z0-9+.-]*:', re.IGNORECASE)
+_DIRECTIVE = re.compile(r':{1,2}(?=[A-Za-z][\w-]*[\[{])|:{3,}')
+_DOLLARS = re.compile(r'\$+')
+_DEFINITION_END = re.compile(r'(?<!\\)\]:')
+_HTML_BEGIN = re.compile(r'<')
+
+
+class _Unsettled(Exception):
+    """Nothing in the source corresponds to what the parser found."""
+
+
+@dataclass
+class _Found:
+    """What of a text is to change: offsets before which a backslash is put, and spans that are taken out."""
+
+    escapes: set[int] = field(default_factory=set)
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+
+    def applied(self, text: str) -> str:
+        """The text with both."""
+        cut = {offset for start, stop in self.cuts for offset in range(start, stop)}
+        marked = (('\\' if i in self.escapes else '') + c for i, c in enumerate(text) if i not in cut)
+        return ''.join(marked)
 
 
 def safe_markdown(text: str) -> str:
-    r"""Escapes images, which become links to click on, links of odd schemes, and dollar signs that open no formula.
+    r"""Escapes images, which become links to click on, HTML, links of odd schemes, and dollar signs without a formula.
 
     Code is left as it is, but is never drawn as a diagram. An answer still under way may end inside a block of code.
 
     >>> safe_markdown('![x](http://a/b.png) for $5 or $6, `![x]`')
     '\\![x](http://a/b.png) for \\$5 or \\$6, `![x]`'
     """
-    text = printable(text.replace('\r\n', '\n'))
-    parts = (part if is_code else ''.join(map(_paragraph, _BLANK.split(part))) for is_code, part in _blocks(text))
-    return ''.join(parts)
+    text = safe = printable(text.replace('\r\n', '\n').replace('\r', '\n'))
+    try:
+        for _ in range(_ROUNDS if len(text) <= _MOST_CHARACTERS else 0):
+            found = _found(safe)
+            if not (found.escapes or found.cuts):
+                return safe
+            safe = found.applied(safe)
+    except (_Unsettled, RecursionError):  # nested deeper than Python's stack
+        pass
+    return '  \n'.join(map(plain_markdown, text.split('\n')))
 
 
 def plain_markdown(text: str) -> str:
@@ -44,38 +76,192 @@ def plain_markdown(text: str) -> str:
     return ''.join(f'\\{c}' if c in '\\`*_{}[]()<>#+-.!|$:~&@' else c for c in line)
 
 
-def _blocks(text: str) -> list[tuple[bool, str]]:
-    """Cuts a text at its fences: (whether it is code, whole lines)."""
-    blocks: list[tuple[bool, str]] = []
-    fence, quoted = '', False  # the one that opened the block we are in, and whether it stands in a quotation
-    for line in text.splitlines(keepends=True):
-        found = _FENCE.match(line)
-        if found and found['mark'].startswith('`') and '`' in found['info']:
-            found = None  # code within a line
-        if fence and quoted and not line.lstrip().startswith('>'):
-            fence = ''
-        is_code = bool(fence or found)
-        if found and not fence:
-            fence, quoted = found['mark'], '>' in found['before']
-            if 'mermaid' in found['info'].lower():
-                line = found['before'] + fence + '\n'
-        elif found and found['mark'].startswith(fence) and not found['info'].strip():
-            fence = ''
-        if blocks and blocks[-1][0] == is_code:
-            line = blocks.pop()[1] + line
-        blocks.append((is_code, line))
-    return blocks
+def _found(text: str) -> _Found:
+    parser = _parser()
+    env: dict[str, Any] = {}
+    lines = text.split('\n')
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    found, cells = _Found(), dict[int, int]()
+    for token in parser.parse(text, env):
+        if token.map is None:
+            continue
+        first = token.map[0]
+        if token.type == 'inline':
+            offsets = _offsets(token, lines, starts, cells)
+            found.escapes |= {offsets[i] for i in _inline(parser, token.content, env)}
+        elif token.type == 'html_block':
+            found.escapes.add(starts[first] + _position(_HTML_BEGIN, lines[first]))
+        elif token.type == 'fence' and 'mermaid' in token.info.lower():
+            end = lines[first].rindex(token.markup) + len(token.markup) if token.markup in lines[first] else -1
+            found.cuts.append((starts[first] + end, starts[first] + len(lines[first])))
+    defined = [*env.get('references', {}).items(), *((r['label'], r) for r in env.get('duplicate_refs', ()))]
+    for label, reference in defined:
+        found.escapes |= set(_definition(label, reference, lines, starts))
+    return found
 
 
-def _paragraph(text: str) -> str:
-    pieces, end = [], 0
-    for code in _CODE.finditer(text):
-        pieces += [_escape(text[end : code.start()]), code.group()]
-        end = code.end()
-    return ''.join([*pieces, _escape(text[end:])])
+def _definition(label: str, reference: Any, lines: list[str], starts: list[int]) -> Iterator[int]:
+    """The colon of a definition of a link to elsewhere than the web, or of a footnote (`[^1]:`), which holds text."""
+    if _SCHEME.match(reference['href']) or label.startswith('^'):
+        first, last = reference['map']
+        yield starts[first] + _position(_DEFINITION_END, '\n'.join(lines[first:last])) + 1
 
 
-def _escape(text: str) -> str:
-    text = _IMAGE.sub(lambda m: m.group() if len(m.group(1)) % 2 else m.group(1) + '\\!', text)
-    text = _LINK.sub(r'\\', text)
-    return _DOLLAR.sub(lambda m: m.group() if m.lastgroup else '\\$', text)
+def _position(pattern: re.Pattern[str], text: str) -> int:
+    match = pattern.search(text)
+    if match is None:
+        raise _Unsettled
+    return match.start()
+
+
+def _offsets(token: Token, lines: list[str], starts: list[int], cells: dict[int, int]) -> list[int]:
+    """For each character of a block's inline content its offset in the source.
+
+    The content's lines are the source's without what opens the block; those of a table's cells stand side by side.
+    """
+    assert token.map is not None
+    offsets: list[int] = []
+    for number, content in enumerate(token.content.split('\n'), token.map[0]):
+        if number >= len(lines):
+            raise _Unsettled
+        line, blank = lines[number], len(content) - len(content.lstrip())
+        inner = content.strip()
+        written = inner.replace('|', r'\|') if number in cells or inner not in line else inner
+        at = line.rstrip().rfind(inner) if line.rstrip().endswith(inner) else line.find(written, cells.get(number, 0))
+        if at < 0:
+            raise _Unsettled
+        places, place = [], starts[number] + at
+        for char in inner:
+            if written is not inner and char == '|':
+                place += 1
+            places.append(place)
+            place += 1
+        if token.meta.get('cell'):
+            cells[number] = place - starts[number]
+        # Leading and trailing blanks are never escaped; they get the place of what is next to them.
+        end = starts[number] + len(line)
+        offsets += [starts[number] + at] * blank + places
+        offsets += [place] * (len(content) - blank - len(inner)) + [end]
+    return offsets
+
+
+def _inline(parser: MarkdownIt, content: str, env: dict[str, Any]) -> list[int]:
+    """Where a backslash belongs in a block's inline content."""
+    env['escapes'] = []
+    parser.inline.parse(content, parser, env, [])
+    return env['escapes']
+
+
+@cache
+def _parser() -> MarkdownIt:
+    """CommonMark with tables; every link counts, whatever its scheme, and nesting has no bound but the stack."""
+    parser = MarkdownIt('commonmark', {'maxNesting': 10**9}).enable('table').disable(['image', 'inline'])
+    parser.core.ruler.push('cells', _mark_cells)
+    parser.validateLink = lambda url: True  # type: ignore[method-assign]
+    parser.normalizeLink = lambda url: url  # type: ignore[method-assign]
+    rules = parser.inline.ruler
+    for name, report in (('link', _link), ('autolink', _autolink), ('html_inline', _html)):
+        original = next(rule.fn for rule in rules.__rules__ if rule.name == name)
+        rules.at(name, _reporting(original, report))
+    for name, rule in (('dollars', _dollars), ('directive', _directive), ('bang', _bang)):
+        rules.before('escape', name, rule)
+    return parser
+
+
+def _mark_cells(state: Any) -> None:
+    """Tells the content of a table's cells from that of other blocks."""
+    for before, token in zip(state.tokens, state.tokens[1:], strict=False):
+        if token.type == 'inline':
+            token.meta['cell'] = before.type in ('th_open', 'td_open')
+
+
+def _reporting(rule: Any, report: Any) -> Any:
+    """A parser's rule that also says what of it is to be escaped."""
+
+    def reporting(state: StateInline, silent: bool) -> bool:
+        start, known = state.pos, len(state.tokens)
+        matched = rule(state, silent)
+        if matched and not silent:
+            report(state, start, state.tokens[known:])
+        return matched
+
+    return reporting
+
+
+def _link(state: StateInline, start: int, tokens: list[Token]) -> None:
+    """`[x](javascript:a)`: escapes the parenthesis; a reference's definition is escaped where it stands."""
+    href = str(next(token for token in tokens if token.type == 'link_open').attrs.get('href', ''))
+    label_end = state.md.helpers.parseLinkLabel(state, start, False)
+    if _SCHEME.match(href) and state.src[label_end + 1 : label_end + 2] == '(':
+        state.env['escapes'].append(label_end + 1)
+
+
+def _autolink(state: StateInline, start: int, tokens: list[Token]) -> None:
+    """`<vscode://a>`."""
+    if _SCHEME.match(state.src[start + 1 :]):
+        state.env['escapes'].append(start)
+
+
+def _html(state: StateInline, start: int, tokens: list[Token]) -> None:
+    """`<b>`."""
+    state.env['escapes'].append(start)
+
+
+def _bang(state: StateInline, silent: bool) -> bool:
+    """`![`: an image, or what becomes one when its definition is written."""
+    if not state.src.startswith('![', state.pos):
+        return False
+    return _escaped(state, silent, 1)
+
+
+def _directive(state: StateInline, silent: bool) -> bool:
+    """`:red[...]`, `::name{...}`, and `:::` at the begin of a line, which opens or ends a container."""
+    match = _DIRECTIVE.match(state.src, state.pos, state.posMax)
+    if match is None or (len(match.group()) > 2 and state.src[: state.pos].rpartition('\n')[2].strip()):
+        return False
+    return _escaped(state, silent, len(match.group()))
+
+
+def _dollars(state: StateInline, silent: bool) -> bool:
+    """Dollar signs: a formula is passed over whole, all others are escaped."""
+    match = _DOLLARS.match(state.src, state.pos, state.posMax)
+    if match is None:
+        return False
+    end = _formula_end(state.src[: state.posMax], match.start(), match.end())
+    if end is None:
+        return _escaped(state, silent, len(match.group()))
+    if not silent:
+        state.pending += state.src[state.pos : end]
+    state.pos = end
+    return True
+
+
+def _formula_end(text: str, start: int, inner: int) -> int | None:
+    """Where the formula ends whose dollar signs begin at `start` and its content at `inner`; None: it is none.
+
+    As Streamlit's parser sees it, a formula ends with the next run of as many signs, and `$$` at the begin of a line
+    opens a block that ends with a line of just that. By Pandoc's rule a formula in one dollar sign begins before and
+    ends after a character that is no space, and no digit follows.
+    """
+    signs = text[start:inner]
+    close = next((m for m in _DOLLARS.finditer(text, inner) if m.group() == signs), None)
+    if close is None:
+        return None
+    content = text[inner : close.start()]
+    if len(signs) == 1:
+        fits = content.strip() == content and '\n' not in content and not text[close.end() : close.end() + 1].isdigit()
+        return close.end() if fits else None
+    opens_block = not text[:start].rpartition('\n')[2].strip() and '$' not in text[inner:].partition('\n')[0]
+    alone = not text[: close.start()].rpartition('\n')[2].strip() and not text[close.end() :].partition('\n')[0].strip()
+    return close.end() if content.strip() and (alone or not opens_block) else None
+
+
+def _escaped(state: StateInline, silent: bool, length: int) -> bool:
+    """Takes characters as text, each to be escaped."""
+    if not silent:
+        state.env['escapes'] += range(state.pos, state.pos + length)
+        state.pending += state.src[state.pos : state.pos + length]
+    state.pos += length
+    return True

@@ -1,4 +1,4 @@
-"""Prepared data on disk: built once, found again by a hash of what it depends on."""
+"""Prepared data on disk: built once, then looked up by a hash of everything that it depends on."""
 
 from xtuner.aliases import former_names
 

@@ -1,14 +1,13 @@
-"""Prepared once: one process builds a folder, all others wait for it without any collective that could time out.
+"""Build-once folders: one process builds, the others wait without a collective that could time out.
 
-abc             the result; takes this name in one rename, when all is written
-abc.lock        locked by the process that builds; an empty or stale file means nothing
-abc.part-...    what a process is building: its own, whoever else builds
+abc             the result; renamed to this name in one step once everything is written
+abc.lock        locked (flock) by the process that builds; a leftover or empty file has no meaning
+abc.part-...    unfinished output; each builder has its own
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -18,26 +17,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from xtuner.utils.files import expanded
+from xtuner.utils.locks import LockState, read_owner, try_lock, unlock, write_owner
 
 logger = logging.getLogger('xtuner')
 
 _POLL_S = 0.2
-_ABANDONED_S = 86400.0  # after so long without a write, a part of another machine (or of before a reboot) is removed
+_ABANDONED_S = 86400.0  # unfinished output of another machine or boot is removed after this long without a write
 _BOOT_ID = Path('/proc/sys/kernel/random/boot_id')
-
-_State = Literal['ours', 'taken', 'no locks']
 
 
 def cache_root(configured: str | None = None) -> Path:
-    """Returns where prepared data is kept: as configured, else `$XTUNER_CACHE`, else `~/.cache/xtuner`."""
+    """Returns the cache folder: the configured path, else `$XTUNER_CACHE`, else `~/.cache/xtuner`."""
     return expanded(configured or os.environ.get('XTUNER_CACHE') or '~/.cache/xtuner')
 
 
@@ -50,18 +42,18 @@ def build_once(
 ) -> bool:
     """Makes sure that `folder` exists and is complete; returns whether this process built it.
 
-    `build` writes into a folder of its own, which takes the name `folder` only when all is written: an interruption
-    leaves nothing that looks like a result. Processes that come while another builds wait for as long as that process
-    lives; when it ends without a result, one of them builds.
+    `build` writes into a temporary folder, which is renamed to `folder` once it is complete, so that an interruption
+    leaves nothing that looks like a result. Other processes wait while the builder is alive; if it ends without a
+    result, one of them builds.
 
-    The lock saves work; the result does not depend on it. Two that build at once, where a file system has no locks or
-    lost one, write two folders, and the first to finish is kept.
+    The lock only saves work; correctness does not depend on it. If two processes build at once, because the file
+    system has no locks or lost one, each writes its own folder and the first to finish wins.
 
     Args:
-        folder: What is to exist.
-        build: Writes the content into the folder it is given.
-        is_complete: Whether a folder is a result.
-        waiting: Called once when there is another to wait for, with its process and machine.
+        folder: The folder that must exist.
+        build: Writes the content into the folder that it is given.
+        is_complete: Whether a folder is a complete result.
+        waiting: Called once with the builder's process and machine if this process has to wait.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f'{folder.name}.lock')
@@ -69,68 +61,46 @@ def build_once(
     while not is_complete(folder):
         with _locked(lock) as state:
             if state == 'no locks':
-                logger.warning('%s: this file system has no locks; each process prepares for itself', folder.parent)
+                logger.warning('%s: no file locks on this file system; each process prepares for itself', folder.parent)
             if state != 'taken':
                 return not is_complete(folder) and _build(folder, build, is_complete, lock, state)
         if not waited:
-            waiting(_holder(lock))
+            waiting(read_owner(lock) or 'another process')
             waited = True
         time.sleep(_POLL_S)
     return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[_State]:
-    """Tries to lock the file for the block.
+def _locked(path: Path) -> Iterator[LockState]:
+    """Tries to lock the file for the duration of the block.
 
-    The kernel holds the lock and frees it when its process ends: no time-out to misjudge after a suspend, no process
-    id to misread in another PID namespace, and NFS asks its server. The file is never removed: removing it could take
-    away the lock of another process that has just opened it.
+    The file is never removed: that could remove the lock of another process that has just opened it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        state = _lock(descriptor)
+        state = try_lock(descriptor)
         if state != 'taken':
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+            write_owner(descriptor)
         yield state
     finally:
-        with contextlib.suppress(OSError):
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would not free it while a fork of us lives
+        unlock(descriptor)
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> _State:
-    if fcntl is None:
-        return 'no locks'
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return 'taken' if error.errno in (errno.EACCES, errno.EAGAIN) else 'no locks'
-    return 'ours'
-
-
-def _holder(lock: Path) -> str:
-    with contextlib.suppress(OSError):
-        return lock.read_text(encoding='utf-8', errors='replace') or 'another process'
-    return 'another process'
-
-
 def _build(
-    folder: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], lock: Path, state: _State
+    folder: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool], lock: Path, state: LockState
 ) -> bool:
-    """Builds and publishes; returns whether the result is ours."""
+    """Builds and publishes the folder; returns whether the result is this process's."""
     _clear_parts(folder, lock, locked=state == 'ours')
     part = folder.with_name(f'{folder.name}.part-{_kernel()}-{uuid.uuid4().hex[:12]}')
     try:
         build(part)
-        if folder.exists() and not is_complete(folder):  # torn by something else than us
+        if folder.exists() and not is_complete(folder):  # damaged by something other than a builder
             shutil.rmtree(folder)
         os.replace(part, folder)
     except OSError:
-        if is_complete(folder):  # another, that no lock kept out, was first
+        if is_complete(folder):  # another builder without a lock was first
             return False
         raise
     finally:
@@ -139,10 +109,11 @@ def _build(
 
 
 def _clear_parts(folder: Path, lock: Path, *, locked: bool) -> None:
-    """Removes what killed builders left, and never what a living one writes.
+    """Removes the output of killed builders, but nothing that a live builder writes.
 
-    Where we hold the lock, no builder of this kernel lives. A file system may keep locks within a machine only, or drop
-    those of a suspended one: parts of others go after a day without a write, by the file system's own clock.
+    While this process holds the lock, no other builder of this kernel is alive. A file system may keep locks within
+    one machine only, or drop those of a suspended one, so output of other kernels is removed after a day without a
+    write, measured by the file system's clock.
     """
     for part in folder.parent.glob(f'{folder.name}.part-*'):
         if locked and part.name.startswith(f'{folder.name}.part-{_kernel()}-'):
@@ -157,7 +128,7 @@ def _clear_parts(folder: Path, lock: Path, *, locked: bool) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _kernel() -> str:
-    """Names this machine's running kernel: the same in its containers, another after a reboot."""
+    """Identifies this machine's running kernel: shared by its containers, different after a reboot."""
     try:
         return _BOOT_ID.read_text(encoding='ascii').strip().replace('-', '')[:12]
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Hashes of what prepared data depends on: the same hash means the same tokens."""
+"""Hashes of what prepared data depends on: equal hashes mean equal tokens."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """Returns a hash, of 32 hexadecimal digits, of the representations of `parts`."""
+    """Returns a hash of the `repr` of each of `parts`, 32 hexadecimal digits."""
     return hashlib.blake2b('\0'.join(map(repr, parts)).encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
 def fingerprint_code() -> str:
-    """Returns a hash of this room's own source: data prepared by other code is not taken for ours."""
-    files = sorted(Path(__file__).parent.rglob('*.py'))
+    """Returns a hash of the dataset package's source, so that data prepared by other code is not reused."""
+    files = sorted(Path(__file__).parents[1].rglob('*.py'))
     return digest([(file.name, file.read_bytes()) for file in files])
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Returns a hash of everything a tokenizer does with a text.
+    """Returns a hash of everything that determines how a tokenizer encodes text.
 
-    Of a fast one, the whole backend counts (vocabulary, merges, normaliser, pre-tokeniser, post-processor, added
-    tokens), whichever files it was made from; of another, its vocabulary and the content of its files.
+    For a fast tokenizer that is the whole backend (vocabulary, merges, normalizer, pre-tokenizer, post-processor,
+    added tokens), whichever files it was built from; for a slow one, its vocabulary and the content of its files.
     """
     names = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
     added = sorted((id_, repr(token)) for id_, token in tokenizer.added_tokens_decoder.items())
     if getattr(tokenizer, 'is_fast', False):
-        # Truncation and padding stand first: left behind by whoever called it last, and switched off for encoding.
+        # Truncation and padding come first in the JSON: set by the last caller and switched off for encoding.
         head, _, content = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
         return digest([content or head, added, names])
     fields = sorted(getattr(tokenizer, 'vocab_files_names', ()))

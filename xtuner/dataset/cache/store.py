@@ -1,13 +1,13 @@
-"""Prepared data on disk: flat arrays of ids, read by memory map, and plans of which samples share a pack.
+"""Prepared data on disk: flat memory-mapped arrays of token ids, and which samples share a pack.
 
-ids.bin          int32 (T,)      all samples' ids, one behind the other
-trained.bin      bool  (T,)      which of them are trained
+ids.bin          int32 (T,)      token ids of all samples, concatenated
+trained.bin      bool  (T,)      which tokens are trained
 offsets.npy      int64 (N + 1,)  where each sample begins
-hashes.npy       uint64 (N,)     of each sample's content, to find equal ones in other data
+hashes.npy       uint64 (N,)     content hash of each sample, to find duplicates in other data
 origins.txt      N lines         where each sample came from
-origin_starts.npy  int64 (N + 1,)  where in that file each line begins
+origin_starts.npy  int64 (N + 1,)  byte offset of each line of origins.txt
 train_samples.npy, train_starts.npy, val_...   the packs of each part (see `Packs`)
-meta.json        the summary, a hash of ids and trained, and the sizes by which a torn folder is told
+meta.json        the summary, a hash of ids and trained, and the file sizes that reveal an incomplete folder
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _META, _ORIGINS = 'meta.json', 'origins.txt'
 
 
 class StoreWriter:
-    """Writes samples into a folder as they come; `finish` adds the plans and makes the folder complete."""
+    """Writes samples into a folder as they arrive; `finish` adds the packs and marks the folder complete."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class StoreWriter:
         self._digests = [hashlib.blake2b(digest_size=16) for _ in range(2)]
 
     def append(self, samples: Sequence[Sample], origins: Sequence[str]) -> None:
-        """Adds samples; `origins` says of each where it came from."""
+        """Appends samples; `origins` says where each one came from."""
         if not samples:
             return
         ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int32)
@@ -56,7 +56,7 @@ class StoreWriter:
         for file, digest, content in zip((self._ids, self._trained), self._digests, (ids, trained), strict=True):
             file.write(content.tobytes())
             digest.update(content.tobytes())
-        lines = [f'{_one_line(origin)}\n'.encode('utf-8', 'surrogateescape') for origin in origins]
+        lines = [f'{_without_line_breaks(origin)}\n'.encode('utf-8', 'surrogateescape') for origin in origins]
         self._origins.writelines(lines)
         self._origin_starts.extend(accumulate(map(len, lines), initial=self._origin_starts.pop()))
         self._hashes.extend(map(content_hash, samples))
@@ -65,27 +65,27 @@ class StoreWriter:
 
     @property
     def num_samples(self) -> int:
-        """Samples written so far."""
+        """Number of samples written so far."""
         return len(self._offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample so far, int64 `(N,)`."""
+        """Length of each sample so far in tokens, int64 `(N,)`."""
         return np.diff(np.array(self._offsets, dtype=np.int64))
 
     @property
     def hashes(self) -> np.ndarray:
-        """Hash of each sample's content so far, uint64 `(N,)`."""
+        """Content hash of each sample so far, uint64 `(N,)`."""
         return np.array(self._hashes, dtype=np.uint64)
 
     def close(self) -> None:
-        """Closes the files; the folder stays incomplete without `finish`."""
+        """Closes the files; without `finish` the folder stays incomplete."""
         self._ids.close()
         self._trained.close()
         self._origins.close()
 
     def finish(self, parts: dict[str, Packs], summary: Summary) -> None:
-        """Writes the plans and, last, what makes the folder complete."""
+        """Writes the packs and, last, the metadata that marks the folder complete."""
         self.close()
         np.save(self.folder / 'offsets.npy', np.array(self._offsets, dtype=np.int64))
         np.save(self.folder / 'origin_starts.npy', np.array(self._origin_starts, dtype=np.int64))
@@ -99,7 +99,7 @@ class StoreWriter:
         (self.folder / _META).write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding='utf-8')
 
 
-def _one_line(text: str) -> str:
+def _without_line_breaks(text: str) -> str:
     return text.replace('\n', ' ').replace('\r', ' ')
 
 
@@ -109,7 +109,7 @@ def _line_at(file: BinaryIO, start: int) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds prepared data with every file of the size it was written with."""
+    """Whether `folder` holds prepared data and every file has the size recorded for it."""
     try:
         sizes = json.loads((folder / _META).read_text(encoding='utf-8'))['sizes']
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -127,15 +127,15 @@ def join_samples(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 
 class PreparedDataset(Dataset):
-    """Packs of a prepared folder, read from disk when asked for.
+    """Packs of a prepared folder, read from disk on access.
 
-    `dataset[i]` is a dict of `input_ids`, `labels` and `position_ids`, int64 tensors `(S,)`; positions start again at 0
+    `dataset[i]` is a dict of `input_ids`, `labels` and `position_ids`, int64 tensors `(S,)`; positions restart at 0
     with each sample of the pack.
 
     Attributes:
-        lengths: Tokens of each pack, int64 `(len(self),)`, known without loading any.
-        summary: What became of the records.
-        hashes: Hash of the content of each conversation of both parts, by number, uint64 `(N,)`.
+        lengths: Length of each pack in tokens, int64 `(len(self),)`, available without loading a pack.
+        summary: Counts of records kept, dropped and truncated.
+        hashes: Content hash of each conversation of both parts, by number, uint64 `(N,)`.
     """
 
     def __init__(self, folder: Path, part: str = 'train') -> None:
@@ -148,7 +148,7 @@ class PreparedDataset(Dataset):
             self._read()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f'{self.folder}: prepared data is damaged ({error}); remove this folder, and it is made again'
+                f'{self.folder}: prepared data is damaged ({error}); remove this folder to prepare it again'
             ) from error
 
     def _read(self) -> None:
@@ -169,50 +169,50 @@ class PreparedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f'item {index} of a data set of {len(self)}')
+            raise IndexError(f'index {index} is out of range for a data set of {len(self)} items')
         return join_samples([self.sample(int(number)) for number in self._packs[index % len(self)]])
 
     def sample(self, number: int) -> Sample:
-        """Returns one conversation, whichever pack it is in."""
+        """Returns one conversation by number, independent of its pack."""
         start, end = self._offsets[number : number + 2]
         ids = self._ids[start:end].astype(np.int64)
         return Sample(ids, np.where(self._trained[start:end], ids, IGNORE_INDEX))
 
     @property
     def sample_lengths(self) -> np.ndarray:
-        """Tokens of each conversation of both parts, by number, int64 `(N,)`."""
+        """Length in tokens of each conversation of both parts, by number, int64 `(N,)`."""
         return np.diff(self._offsets)
 
     @property
     def sample_numbers(self) -> np.ndarray:
-        """The conversations of this part, in the order of the packs, int64 `(N,)`."""
+        """Conversation numbers of this part in pack order, int64 `(N,)`."""
         return np.asarray(self._packs.samples)
 
     @property
     def num_samples(self) -> int:
-        """Conversations of both parts."""
+        """Number of conversations in both parts."""
         return len(self._offsets) - 1
 
     def origins(self, index: int) -> list[str]:
-        """Where the conversations of a pack came from, such as 'file:line', in the order of the data."""
+        """Returns the origins, such as 'file:line', of the conversations in a pack, in data order."""
         numbers = np.unique(self._packs[index])
         with (self.folder / _ORIGINS).open('rb') as file:
             return [_line_at(file, start) for start in self._origin_starts[numbers].tolist()]
 
     @property
     def digest(self) -> str:
-        """A hash of this part's ids, of what is trained and of the packs: the same wherever the data came from."""
+        """Hash of this part's ids, trained mask and packs; independent of where the data came from."""
         digest = hashlib.blake2b(self._content.encode(), digest_size=16)
         for part in (self._packs.samples, self._packs.starts, self._offsets):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
     def packing_efficiency(self, max_length: int) -> float:
-        """The share of the tokens that a pack may have, `max_length`, which one has on average."""
+        """Average share of `max_length` that a pack fills, 0 to 1."""
         return float(self.lengths.mean() / max_length) if len(self) else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {'folder': self.folder, 'part': self.part}  # a worker maps the files itself
+        return {'folder': self.folder, 'part': self.part}  # a worker process maps the files itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state['folder'], state['part'])  # type: ignore[misc]

@@ -18,9 +18,9 @@ def default_collate_fn(
 
     Args:
         instances: Items of a prepared data set.
-        pad_index: What `input_ids` are filled up with.
+        pad_index: The id that pads `input_ids`.
         return_hf_format: Whether to return the batch itself, not `{'data': batch, 'data_samples': None}`.
-        use_varlen_attn: No effect: samples of a pack never see each other.
+        use_varlen_attn: No effect: samples in a pack never attend to each other.
     """
     batch = collate(instances, pad_id=pad_index)
     return batch if return_hf_format else {'data': batch, 'data_samples': None}

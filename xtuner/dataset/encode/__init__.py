@@ -1,1 +1,1 @@
-"""Conversations to token ids and labels."""
+"""Encodes conversations as token ids and labels."""

@@ -1,11 +1,11 @@
-r"""Pieces -> token ids and labels: the only place that masks.
+r"""Encodes pieces as token ids and labels: the only place that masks tokens from the loss.
 
-Control tokens are inserted as ids. The text between two control tokens is encoded in one go, template text and content
-together, as the tokenizer itself would see it, except that a cut is made where the model starts to write: there the
-ids of what came before must be those that the model gets as its prompt. Ids of control tokens that the encoding of a
-text nevertheless contains came from the content; that text is encoded again so that they cannot.
+Control tokens are inserted as ids. Text between two control tokens, from the template and from messages, is encoded
+in one call, as the tokenizer itself would see it. It is split only where the model starts to write: there the ids
+before the split must equal the prompt that the model gets at inference. If the encoded text contains the id of a
+control token, it came from message content; that text is encoded again without recognising control tokens.
 
-    <s>  <|User|>:Hi  <eoh>  \n <|Bot|>:  |  Hello  <eoa>          | a cut, though no control token stands there
+    <s>  <|User|>:Hi  <eoh>  \n <|Bot|>:  |  Hello  <eoa>          | split at the answer, without a control token
     id   one run      id     one run         run    id
 """
 
@@ -26,18 +26,18 @@ from xtuner.dataset.templates.template import Piece, Template
 from xtuner.errors import DataError
 
 IGNORE_INDEX = -100
-_MOST_PLANS = 1024  # kinds of conversations whose rendering is kept
-_MOST_OVER_BOUND = 20  # conversations on which a chat template may take too much before preparation fails
+_MAX_PLANS = 1024  # cached renderings, one for each structure of conversation
+_MAX_OVER_BOUND = 20  # conversations that may exceed a limit of the chat template before preparation fails
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tokens.
+    """One conversation as token ids.
 
     Attributes:
         input_ids: int64 `(S,)`.
-        labels: int64 `(S,)`: the id itself where it is trained, else -100. The first is always -100: nothing stands
-            before it. The loss shifts by one, we do not.
+        labels: int64 `(S,)`: the id where the token is trained, else -100. The first is always -100, because nothing
+            precedes it. Labels are not shifted; the loss shifts them by one.
     """
 
     input_ids: np.ndarray
@@ -50,19 +50,19 @@ def encode_conversation(
     """Encodes one conversation for training.
 
     Args:
-        conversation: What to encode.
+        conversation: The conversation to encode.
         tokenizer: A transformers tokenizer.
         template: The prompt format.
         train_on: 'assistant', 'last_turn' or 'all'; see `Template.render`.
 
     Raises:
-        DataError: Where the template has no form for a role of the conversation.
+        DataError: If the template does not support a role of the conversation.
     """
     return Encoder(tokenizer, template, train_on=train_on).encode([conversation])[0]
 
 
 def encode_prompt(messages: Sequence[Message | dict[str, Any]], tokenizer: Any, template: Template) -> list[int]:
-    """Encodes messages up to where the next answer begins: exactly the ids that stand before that answer in training.
+    """Encodes messages up to the start of the next answer: exactly the ids that precede that answer in training.
 
     Args:
         messages: `Message`s, or dicts with `role` and `content`; the last one must not be an answer.
@@ -70,19 +70,19 @@ def encode_prompt(messages: Sequence[Message | dict[str, Any]], tokenizer: Any, 
         template: The prompt format.
 
     Raises:
-        DataError: On a wrong message, or where the last one is an answer already.
+        DataError: On a wrong message, or if the last one is already an answer.
     """
     return encode_pieces(template.render(to_prompt(messages), prompt=True), tokenizer, template)
 
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Any, template: Template) -> list[int]:
-    """Encodes what `template` rendered."""
+    """Encodes pieces that `template` rendered."""
     encoder = Encoder(tokenizer, template)
     return [id_ for ids in encoder.texts.encode(encoder.runs(pieces)) for id_ in ids]
 
 
 class Encoder:
-    """Encodes many conversations at a time with one tokenizer, template and choice of what is trained."""
+    """Encodes batches of conversations with one tokenizer, one template and one choice of trained messages."""
 
     def __init__(self, tokenizer: Any, template: Template, *, train_on: str = 'assistant') -> None:
         self.template = template
@@ -99,11 +99,11 @@ class Encoder:
 
     @property
     def begin_id(self) -> int | None:
-        """The id of the tokenizer's begin, which `truncate_left` keeps in front; None where it has none."""
+        """The BOS id, which `truncate_left` keeps at the front; None if the tokenizer has none."""
         return self.texts.controls.get(self._strings['{bos}'])
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Sample]:
-        """Encodes conversations, in order; raises DataError for the first that cannot be encoded."""
+        """Encodes conversations in order; raises DataError for the first that cannot be encoded."""
         samples = []
         for sample in self.encode_each(conversations, stop=True):
             if isinstance(sample, DataError):
@@ -112,11 +112,11 @@ class Encoder:
         return samples
 
     def encode_each(self, conversations: Sequence[Conversation], *, stop: bool = False) -> list[Sample | DataError]:
-        """Encodes conversations, in order; one that cannot be encoded leaves its error in its place.
+        """Encodes conversations in order; for one that cannot be encoded the result is its error.
 
         Args:
-            conversations: What to encode.
-            stop: Whether the first error is the last of the results, and nothing is rendered behind it.
+            conversations: The conversations to encode.
+            stop: Whether to stop at the first error and render nothing after it.
         """
         results: list[list[TextRun] | DataError] = []
         for runs in self._runs_of_each(conversations):
@@ -127,19 +127,19 @@ class Encoder:
         good = [runs for runs in results if not isinstance(runs, DataError)]
         try:
             samples: Iterator[Sample | DataError] = iter(self._samples(good))
-        except DataError:  # of one of them; which one, each alone tells
+        except DataError:  # find out which one by encoding each alone
             samples = map(self._sample, good)
         return [runs if isinstance(runs, DataError) else next(samples) for runs in results]
 
     def _count_bounds(self, runs: list[TextRun] | DataError) -> None:
-        """Raises DataError once so many conversations cost seconds each that this will not end."""
+        """Raises DataError once so many conversations have exceeded a limit that preparation would take too long."""
         self._num_over_bound += isinstance(runs, TemplateBoundError)
-        if self._num_over_bound >= _MOST_OVER_BOUND:
-            raise DataError(f'{runs}; {self._num_over_bound} conversations have met a bound of the template, and no '
-                            'more are tried')  # fmt: skip
+        if self._num_over_bound >= _MAX_OVER_BOUND:
+            raise DataError(f'{runs}; {self._num_over_bound} conversations have exceeded a limit of the template; '
+                            'giving up')  # fmt: skip
 
     def spelt(self, conversation: Conversation) -> set[str]:
-        """Returns the special tokens that answers spell and that are text to the model, though they could be ids."""
+        """Returns the special tokens that answers contain as text but that could be encoded as ids."""
         return self._spelt_in(conversation, self._spellable)
 
     def _spelt_in(self, conversation: Conversation, tokens: re.Pattern[str] | None) -> set[str]:
@@ -162,12 +162,12 @@ class Encoder:
         ids = np.fromiter(chain.from_iterable(lists), np.int64, int(sizes.sum()))
         trained = np.repeat(np.fromiter((run.trained for run in runs), bool, len(runs)), sizes)
         cuts = np.concatenate([[0], np.cumsum(sizes)])[ends]
-        trained[cuts[:-1][cuts[:-1] < len(trained)]] = False  # nothing stands before the first token
+        trained[cuts[:-1][cuts[:-1] < len(trained)]] = False  # no token precedes the first
         labels = np.where(trained, ids, IGNORE_INDEX)
         return [Sample(ids[start:end], labels[start:end]) for start, end in pairwise(cuts.tolist())]
 
     def runs(self, pieces: Sequence[Piece]) -> list[TextRun]:
-        """Joins neighbouring texts: runs end at control tokens, at starts of answers, and where training changes."""
+        """Merges adjacent text; a run ends at a control token, at an answer's start, and where `trained` changes."""
         runs: list[TextRun] = []
         text, trained, before = '', False, BOS_CONTEXT
         for piece in pieces:
@@ -186,7 +186,7 @@ class Encoder:
         return runs
 
     def _runs_of_each(self, conversations: Sequence[Conversation]) -> Iterator[list[TextRun] | DataError]:
-        """Renders conversations; a template that is a program looks at the texts, and is run for each."""
+        """Renders conversations; a Jinja template may inspect the text, so it is run for each conversation."""
         if not self.template.fillable:
             for pieces in self.template.render_many(conversations, train_on=self.train_on):
                 yield pieces if isinstance(pieces, DataError) else self.runs(pieces)
@@ -198,21 +198,21 @@ class Encoder:
                 yield error
 
     def _filled_runs(self, conversation: Conversation) -> list[TextRun]:
-        """Renders a conversation, or fills its texts into the runs of an earlier one of the same kind.
+        """Renders a conversation by filling its texts into the cached runs of one with the same structure.
 
-        Conversations of the same roles, in the same order, differ in their texts alone: rendering them is most of the
-        work there is in Python. A kind is all that a rendering looks at but for the texts: where two conversations of
-        one kind could be rendered unlike, one would depend on the other.
+        Conversations with the same sequence of roles differ only in their texts, and rendering is most of the Python
+        work. The cache key holds everything that a rendering depends on except the texts; if two conversations with the
+        same key rendered differently, the text of one would have affected the rendering.
         """
-        if self._spelt_in(conversation, self._meant):  # these texts are not filled in, but taken apart
+        if self._spelt_in(conversation, self._meant):  # answer tokens must be split out of the text
             return self.runs(self.template.render(conversation, train_on=self.train_on))
         messages = conversation.messages
-        kind = (bool(conversation.tools), *((m.role, m.loss, not m.content, *_said(m.extra)) for m in messages))
-        plan = self._plans.get(kind)
+        key = (bool(conversation.tools), *((m.role, m.loss, not m.content, *_extra_names(m.extra)) for m in messages))
+        plan = self._plans.get(key)
         if plan is None:
             plan = self._plan(conversation)
-            if len(self._plans) < _MOST_PLANS:
-                self._plans[kind] = plan
+            if len(self._plans) < _MAX_PLANS:
+                self._plans[key] = plan
         texts = [message.content for message in messages]
         return [
             run if not parts else TextRun(_filled(parts, texts), run.before, run.trained, None, run.next)
@@ -220,7 +220,7 @@ class Encoder:
         ]
 
     def _plan(self, conversation: Conversation) -> list[tuple[TextRun, tuple[str, ...]]]:
-        """Renders with numbers for texts; a run with some goes with its parts: template text and numbers in turn."""
+        """Renders with numbered placeholders as texts; returns each run with its text split at the placeholders."""
         numbered = [replace(message, content=f'\0{number}\0' if message.content else '')
                     for number, message in enumerate(conversation.messages)]  # fmt: skip
         pieces = self.template.render(replace(conversation, messages=tuple(numbered)), train_on=self.train_on)
@@ -232,8 +232,8 @@ def _pattern(names: Collection[str]) -> re.Pattern[str] | None:
     return re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
-def _said(extra: Mapping[str, Any]) -> list[str]:
-    """The names of what a message says beside its text."""
+def _extra_names(extra: Mapping[str, Any]) -> list[str]:
+    """Names of a message's non-empty extra fields."""
     return [name for name, value in extra.items() if value] if extra else []
 
 

@@ -1,4 +1,4 @@
-"""What happens to a conversation longer than `max_length`."""
+"""Conversations longer than `max_length`: raise, drop or truncate."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ ON_LONG = ('error', 'drop', 'truncate', 'truncate_left')
 def fit_length(
     sample: Sample, max_length: int, *, on_long: str, origin: str = '', begin_id: int | None = None
 ) -> Sample | None:
-    """Returns the sample, cut where it is longer than `max_length`, or None where it is to be dropped.
+    """Returns the sample, truncated if it is longer than `max_length`, or None if it is to be dropped.
 
     Args:
         sample: The conversation as tokens.
-        max_length: Tokens it may have.
-        on_long: 'error', 'drop', 'truncate' (the end goes, and with it the end token of the answer that was cut) or
-            'truncate_left' (the beginning goes).
+        max_length: Maximum number of tokens.
+        on_long: 'error', 'drop', 'truncate' (cuts the end, including the end token of the answer that is cut) or
+            'truncate_left' (cuts the beginning).
         origin: Where the conversation came from, for the error.
-        begin_id: The id that begins every conversation; `truncate_left` leaves it in front.
+        begin_id: The id that begins every conversation; `truncate_left` keeps it at the front.
 
     Raises:
         DataError: For a long sample under 'error'.
@@ -44,5 +44,5 @@ def fit_length(
 
 
 def num_targets(sample: Sample) -> int:
-    """Returns how many tokens of the sample are trained."""
+    """Returns the number of trained tokens in the sample."""
     return int(np.count_nonzero(sample.labels != IGNORE_INDEX))

@@ -1,4 +1,4 @@
-"""Texts -> token ids such that no control token is recognised in them."""
+"""Encodes text as token ids without recognising control tokens in it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokenizers import AddedToken, Tokenizer
 
 from xtuner.errors import DataError
 
-_ANCHOR = '\n'  # encoded in front of a text that continues another, where a tokenizer treats beginnings differently
-_SHORT, _MOST_KNOWN = 64, 4096  # characters of a text whose encoding is kept, and how many are kept
+_ANCHOR = '\n'  # prefix for text that continues other text, if the tokenizer treats the start of a text differently
+_SHORT, _MAX_CACHED = 64, 4096  # maximum characters of a cached text, and maximum number of cached texts
 
-BOS_CONTEXT, MIDDLE = -1, -2  # what stands before a text: nothing, or more text; otherwise the id of a control token
+BOS_CONTEXT, MIDDLE = -1, -2  # what precedes a text: nothing or other text; otherwise a control token's id
 
 
 class TextRun(NamedTuple):
-    """A text with the control tokens beside it, or (`id` given) one that is a control token itself."""
+    """A text with the control tokens next to it, or (if `id` is given) a control token itself."""
 
     text: str
     before: int
@@ -30,7 +30,7 @@ class TextRun(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes texts so that no control token is recognised in them.
+    """Encodes texts without recognising control tokens in them.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -43,7 +43,7 @@ class TextEncoder:
         added = getattr(tokenizer, 'added_tokens_decoder', {})
         self._backend: Tokenizer | None = None
         self._space, self._added = ' ', added
-        self._literal: Tokenizer | None = None  # like the backend, but that it recognises no special token; made late
+        self._literal: Tokenizer | None = None  # the backend without special tokens, built on first use
         if getattr(tokenizer, 'is_fast', False):
             self._backend, self._space = _without_normalizer(tokenizer.backend_tokenizer, added)
         special = {id_ for id_, token in added.items() if token.special} | set(controls.values())
@@ -53,28 +53,28 @@ class TextEncoder:
         self._strip_before = {id_ for id_, token in added.items() if token.lstrip}
         self._strips = bool(self._strip_after or self._strip_before)
         self._anchored = self._begins_differently()
-        self._known: dict[tuple[str, int], list[int]] = {}  # the encodings of short texts, most of them the template's
+        self._cache: dict[tuple[str, int], list[int]] = {}  # ids of short texts, mostly the template's
 
     def encode(self, runs: Sequence[TextRun]) -> list[list[int]]:
-        """Encodes runs, in order, as lists of ids; what is not known from before in one batch."""
+        """Encodes runs in order as lists of ids; everything that is not cached goes into one batch."""
         result: list[list[int]] = [[]] * len(runs)
-        wanted: list[int] = []
+        uncached: list[int] = []
         texts: list[tuple[str, int]] = []
         for index, run in enumerate(runs):
             if run.id is not None:
                 result[index] = [run.id]
                 continue
             key = (self._stripped(run) if self._strips else run.text, run.before if self._anchored else MIDDLE)
-            known = self._known.get(key) if len(run.text) < _SHORT else None
-            if known is not None:
-                result[index] = known
+            cached = self._cache.get(key) if len(run.text) < _SHORT else None
+            if cached is not None:
+                result[index] = cached
             else:
-                wanted.append(index)
+                uncached.append(index)
                 texts.append(key)
-        for index, key, ids in zip(wanted, texts, self._batch(texts), strict=True):
+        for index, key, ids in zip(uncached, texts, self._batch(texts), strict=True):
             result[index] = ids
-            if len(key[0]) < _SHORT and len(self._known) < _MOST_KNOWN:
-                self._known[key] = ids
+            if len(key[0]) < _SHORT and len(self._cache) < _MAX_CACHED:
+                self._cache[key] = ids
         return result
 
     def _stripped(self, run: TextRun) -> str:
@@ -82,7 +82,7 @@ class TextEncoder:
         return text.rstrip() if run.next in self._strip_before else text
 
     def _batch(self, texts: list[tuple[str, int]]) -> list[list[int]]:
-        """Encodes texts, each with what stands before it; no id in the result is that of a control token."""
+        """Encodes texts, each with what precedes it; the result contains no control token's id."""
         if not texts:
             return []
         encoded = self._behind_anchors(texts) if self._anchored else self._raw([text for text, _ in texts])
@@ -94,7 +94,7 @@ class TextEncoder:
         return encoded
 
     def _behind_anchors(self, texts: list[tuple[str, int]], literal: Tokenizer | None = None) -> list[list[int]]:
-        """Encodes each text behind something like what stands before it, and cuts that off again."""
+        """Encodes each text after an anchor that stands for what precedes it, and removes the anchor's ids."""
         anchors = [_ANCHOR if before == MIDDLE else self._names.get(before, '') for _, before in texts]
         heads = dict(zip(kinds := list(set(anchors)), self._raw(kinds, literal), strict=True))
         encoded = self._raw([anchor + text for anchor, (text, _) in zip(anchors, texts, strict=True)], literal)
@@ -102,7 +102,7 @@ class TextEncoder:
             head = heads[anchor]
             if encoded[index][: len(head)] == head:
                 encoded[index] = encoded[index][len(head) :]
-            else:  # the anchor grew together with the text
+            else:  # the anchor was merged into the text
                 encoded[index] = self._raw([texts[index][0]], literal)[0]
         return encoded
 
@@ -112,14 +112,14 @@ class TextEncoder:
             return self._tokenizer(texts, add_special_tokens=False)['input_ids']
         if self._space != ' ':
             texts = [text.replace(' ', self._space) for text in texts]
-        if backend.truncation is not None:  # left behind by whoever called the tokenizer last
+        if backend.truncation is not None:  # set by an earlier caller of the tokenizer
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _as_text(self, text: str, before: int) -> list[int]:
-        """Encodes a text that spells control tokens, as the characters it is made of."""
+        """Encodes a text that contains the spelling of control tokens as ordinary characters."""
         ids, last = self._without_special(text, before)
         if last < 0:
             return ids
@@ -129,7 +129,7 @@ class TextEncoder:
                 break
             if end - start < 2:
                 raise DataError(
-                    f'the text holds {text[start:end]!r}, which the tokenizer knows only as a control token'
+                    f'the text contains {text[start:end]!r}, which the tokenizer can encode only as a control token'
                 )
             cuts.append(start + 1)
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -137,14 +137,14 @@ class TextEncoder:
         return [id_ for part in self._batch(list(zip(parts, befores, strict=True))) for id_ in part]
 
     def _without_special(self, text: str, before: int) -> tuple[list[int], int]:
-        """Encodes a text in which special tokens are not recognised, and says where the last control token is still.
+        """Encodes a text without special tokens; returns the ids and where the last remaining control token begins.
 
-        Others than special ones are, and so is what the vocabulary builds from merges; -1 means nowhere.
+        Added tokens that are not special, and control tokens that merges produce, can remain; -1 means none does.
         """
         if self._backend is None:
             return [], len(text)
         if self._literal is None:
-            self._literal = _twin(self._backend, self._added)
+            self._literal = _copy_with_shared_model(self._backend, self._added)
             self._literal.encode_special_tokens = True
         ids = self._behind_anchors([(text, before)], self._literal)[0] if self._anchored \
             else self._raw([text], self._literal)[0]  # fmt: skip
@@ -153,7 +153,7 @@ class TextEncoder:
         return ids, max(self._spans(text, self._literal), default=(-1, -1))[0]
 
     def _controls_in(self, text: str) -> list[tuple[int, int]]:
-        """Where the control tokens that are recognised in `text` stand, in order, as character offsets."""
+        """Returns the character offsets of the control tokens recognised in `text`, in order."""
         if self._backend is not None:
             return self._spans(text, self._backend)
         names = sorted((name for id_, name in self._names.items() if id_ in self._special), key=len)
@@ -161,11 +161,11 @@ class TextEncoder:
 
     def _spans(self, text: str, backend: Tokenizer) -> list[tuple[int, int]]:
         encoding = backend.encode(text.replace(' ', self._space), add_special_tokens=False)
-        found = np.isin(encoding.ids, self._special)
-        return [span for span, control in zip(encoding.offsets, found, strict=True) if control]
+        is_control = np.isin(encoding.ids, self._special)
+        return [span for span, control in zip(encoding.offsets, is_control, strict=True) if control]
 
     def _begins_differently(self) -> bool:
-        """Whether a text at the beginning, or behind a control token, is encoded unlike the same text behind a line."""
+        """Whether text at the start or after a control token is encoded differently from text after a line break."""
         alone, behind, line = self._raw(['x', _ANCHOR + 'x', _ANCHOR])
         if behind != line + alone:
             return True
@@ -174,10 +174,10 @@ class TextEncoder:
 
 
 def _without_normalizer(backend: Tokenizer, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, str]:
-    """Returns what encodes like `backend`, and what it wants for a space.
+    """Returns a tokenizer that encodes like `backend`, and the character that it uses for a space.
 
-    Writing another character for each space is all that many tokenizers' normalisers do, and a fifth of their time goes
-    there; replaced beforehand, it takes none. The twin shares the model and keeps its own settings.
+    Many tokenizers' normalizers only replace each space by another character, at a fifth of the encoding time;
+    replacing spaces beforehand costs nothing. The copy shares the model and has its own settings.
     """
     if type(backend.normalizer).__name__ != 'Replace':
         return backend, ' '
@@ -187,13 +187,13 @@ def _without_normalizer(backend: Tokenizer, added: Mapping[int, AddedToken]) -> 
     space = normalizer['content']
     if any(token.normalized or ' ' in token.content or space in token.content for token in added.values()):
         return backend, ' '
-    twin = _twin(backend, added)
+    twin = _copy_with_shared_model(backend, added)
     twin.normalizer = None
     return (twin, space) if len(space) == 1 else (backend, ' ')
 
 
-def _twin(backend: Tokenizer, added: Mapping[int, AddedToken]) -> Tokenizer:
-    """What encodes like `backend` with settings of its own: other threads encode with that one. The model is shared."""
+def _copy_with_shared_model(backend: Tokenizer, added: Mapping[int, AddedToken]) -> Tokenizer:
+    """Returns a tokenizer equal to `backend` with its own settings and a shared model; other threads use `backend`."""
     twin = Tokenizer(backend.model)
     if backend.normalizer is not None:
         twin.normalizer = backend.normalizer

@@ -1,6 +1,6 @@
-"""Map functions: one raw record in, one conversation (or a list of them, or None to leave it out) out.
+"""Map functions: one raw record in, one conversation (or a list of them, or None to skip the record) out.
 
-One file a format. To add one, add a file whose `<name>_map_fn(example)` carries `@map_fn(...)`; it is found here.
+One file per format. To add one, add a file whose `<name>_map_fn(example)` is decorated with `@map_fn(...)`.
 """
 
 from __future__ import annotations

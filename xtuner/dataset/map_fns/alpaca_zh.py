@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import join, one_turn
 
 @map_fn('instruction_zh', 'output_zh')
 def alpaca_zh_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Joins instruction and input, where there is one, with a line break."""
+    """Joins instruction and input, if there is one, with a line break."""
     return one_turn(example, join(example['instruction_zh'], example.get('input_zh')), example['output_zh'])

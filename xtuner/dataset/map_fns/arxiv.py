@@ -1,4 +1,4 @@
-"""arXiv: `abstract` and `title`; the title is to be found."""
+"""arXiv: `abstract` and `title`; the model predicts the title."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('abstract', 'title', detect=no_longer)
 def arxiv_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The abstract is given, the title is trained."""
+    """The abstract is the question; the title is trained."""
     return one_turn(example, example['abstract'], example['title'], system=SYSTEM_TEMPLATE['arxiv_gentile'])

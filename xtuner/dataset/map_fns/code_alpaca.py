@@ -11,5 +11,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('prompt', 'completion', detect=no_longer)
 def code_alpaca_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The prompt is asked of a programmer, the completion is trained."""
+    """The prompt is the question, with a programmer's system message; the completion is trained."""
     return one_turn(example, example['prompt'], example['completion'], system=SYSTEM_TEMPLATE['coder'])

@@ -11,5 +11,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('description', 'color', detect=no_longer)
 def colors_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The description is given, the colour's code is trained."""
+    """The description is the question; the colour's code is trained."""
     return one_turn(example, example['description'], example['color'], system=SYSTEM_TEMPLATE['colorist'])

@@ -1,4 +1,4 @@
-"""Conversations as map functions return them: `conversation`, a list of `system`, `input` and `output`."""
+"""The return format of map functions: `conversation`, a list of `system`, `input` and `output`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import system_text
 
 @map_fn('conversation')
 def conversation_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Passes the turns on as they are; `system` may stand in any of them, `loss` beside an `output`."""
+    """Returns the turns unchanged; any of them may have `system`, and `loss` next to `output`."""
     return {'conversation': example['conversation'], 'system': system_text(example), 'tools': example.get('tools')}

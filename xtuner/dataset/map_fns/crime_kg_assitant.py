@@ -11,5 +11,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('input', 'output', detect=never)
 def crime_kg_assitant_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The question is asked of a lawyer, the answer is trained."""
+    """The input is the question, with a lawyer's system message; the output is trained."""
     return one_turn(example, example['input'], example['output'], system=SYSTEM_TEMPLATE['lawyer'])

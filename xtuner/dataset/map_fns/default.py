@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('input', 'output')
 def default_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The input is asked, the output is trained."""
+    """The input is the question; the output is trained."""
     return one_turn(example, example['input'], example['output'])

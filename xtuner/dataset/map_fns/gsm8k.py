@@ -1,4 +1,4 @@
-"""GSM8K, and every other set of `question` and `answer`."""
+"""GSM8K, and every other data set of `question` and `answer`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('question', 'answer')
 def gsm8k_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The question is asked, the answer is trained."""
+    """The question is given; the answer is trained."""
     return one_turn(example, example['question'], example['answer'])

@@ -11,7 +11,7 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('question', 'reference', 'answer', detect=no_longer)
 def law_reference_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The articles are given with the question, the answer is trained."""
+    """The articles precede the question; the answer is trained."""
     articles = example['reference']
     shown = '\n'.join(articles) if isinstance(articles, list) else articles
     question = f'请根据以下法条回答问题。\n法条：{shown}\n问题：{example["question"]}'

@@ -11,6 +11,6 @@ from xtuner.dataset.map_fns.turns import join, one_turn
 
 @map_fn('instruction', 'output', detect=never)
 def medical_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The question is asked of a doctor, the answer is trained."""
+    """The instruction is the question, with a doctor's system message; the output is trained."""
     question = join(example['instruction'], example.get('input'))
     return one_turn(example, question, example['output'], system=SYSTEM_TEMPLATE['medical'])

@@ -1,9 +1,9 @@
-"""MOSS-003 SFT with its plugins: `chat`, turn by turn, with thoughts, commands and results beside question and answer.
+"""MOSS-003 SFT with plugins: `chat`, by turn, with thoughts, commands and results besides question and answer.
 
     <|Human|>: ...<eoh>  <|Inner Thoughts|>: ...<eot>  <|Commands|>: ...<eoc>  <|Results|>: ...<eor>  <|MOSS|>: ...<eom>
 
-The markers stand in the texts of the record; they are taken off here and put on again, as ids, by the template
-`moss_sft`. Results are what a tool gave back, so they are not trained.
+The record's texts contain the markers; they are removed here and inserted again, as ids, by the template `moss_sft`.
+Results come from a tool, so they are not trained.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import re
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn
-from xtuner.dataset.map_fns.turns import learnt
+from xtuner.dataset.map_fns.turns import training_fields
 from xtuner.dataset.mapping.unread_fields import is_empty
 from xtuner.errors import DataError
 
 _PARTS = (('Human', 'user'), ('Inner Thoughts', 'thoughts'), ('Commands', 'commands'), ('Tool Responses', 'tool'),
           ('MOSS', 'assistant'))  # fmt: skip
 _MARKED = re.compile(r'\s*<\|[A-Z][A-Za-z ]*\|>: ?(.*?)(?:<eo[hcrtm]>)?\s*', re.DOTALL)
-_NOTHING = 'None'  # what a part without content holds
+_NOTHING = 'None'  # the text of an empty part
 
 
 @map_fn('chat')
 def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Yields all parts of all turns; those without content keep their `None`, which MOSS learned to write."""
+    """Returns all parts of all turns; empty parts keep their `None`, which MOSS learned to write."""
     chat = example['chat']
     if not isinstance(chat, dict) or not chat:
         raise DataError(f'`chat` must be a dict of turns, got {str(chat)[:60]!r}')
@@ -40,7 +40,7 @@ def moss_003_sft_map_fn(example: dict[str, Any]) -> dict[str, Any]:
                 content = _content(turn[part], f'chat.{name}.{part}')
                 nothing = _NOTHING if role in ('thoughts', 'commands', 'tool') else ''
                 messages.append({'role': role, 'content': content or nothing})
-        if others := learnt(turn, {part for part, _ in _PARTS}):
+        if others := training_fields(turn, {part for part, _ in _PARTS}):
             messages[-1] |= others
     return {'messages': messages}
 
@@ -55,5 +55,5 @@ def _content(text: Any, name: str) -> str:
 def _number(name: str) -> int:
     match = re.fullmatch(r'turn_(\d+)', name)
     if match is None:
-        raise DataError(f'`chat` holds {name!r}, which is not `turn_` and a number')
+        raise DataError(f'`chat` has the key {name!r}; expected `turn_` and a number')
     return int(match.group(1))

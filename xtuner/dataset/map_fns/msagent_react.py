@@ -1,4 +1,4 @@
-"""MSAgent-Bench in the ReAct form: `conversations` with `from` and `value`, where the assistant calls plugins.
+"""MSAgent-Bench in ReAct format: `conversations` with `from` and `value`, where the assistant calls plugins.
 
 An answer that calls a plugin holds `<|startofthink|>{"api_name": ..., "parameters": ...}<|endofthink|>`, and the
 plugin's result follows as `<|startofexec|>...<|endofexec|>`. Both become ReAct text:
@@ -17,7 +17,7 @@ import re
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn, never
-from xtuner.dataset.map_fns.turns import learnt
+from xtuner.dataset.map_fns.turns import training_fields
 from xtuner.errors import DataError
 
 _CALL = re.compile(r'<\|startofthink\|>(.*?)<\|endofthink\|>', re.DOTALL)
@@ -30,7 +30,7 @@ arguments as JSON; then wait for its `Response:`. Once you can answer, write `Th
 
 @map_fn('conversations', detect=never)
 def msagent_react_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads the record's JSON with a JSON parser, splits answers at their calls, and writes ReAct text."""
+    """Parses the record's JSON, splits answers at their plugin calls, and returns ReAct text."""
     turns = example['conversations']
     turns = _json(turns, 'conversations') if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get('value'), str) for t in turns):
@@ -48,36 +48,36 @@ def msagent_react_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
         else:
             raise DataError(f'`from` must be system, user or assistant, got {role!r}')
         for message in messages[first:]:
-            message |= learnt(turn, ('from', 'value'))
+            message |= training_fields(turn, ('from', 'value'))
     return {'messages': messages} if messages else None
 
 
 def _answer(text: str) -> list[dict[str, Any]]:
-    """Splits an answer at its calls: each call ends a message of the model, each result is one to it."""
+    """Splits an answer at its calls: a call ends a message of the model, and its result becomes a user message."""
     messages: list[dict[str, Any]] = []
     done = 0
     for call in _CALL.finditer(text):
         messages.append({'role': 'assistant', 'content': _call(text[done : call.start()].strip(), call.group(1))})
         result = _RESULT.search(text, call.end())
         if result is None:
-            raise DataError('a plugin call has no `<|startofexec|>` result behind it')
+            raise DataError('a plugin call is not followed by a `<|startofexec|>` result')
         messages.append({'role': 'user', 'content': f'Response: {result.group(1).strip()}'})
         done = result.end()
     rest = text[done:].strip()
     if rest:
-        known = 'Thought: I know the answer now.\n' if messages else 'Thought: I need no tool for this.\n'
-        messages.append({'role': 'assistant', 'content': f'{known}Final Answer: {rest}'})
-    elif messages:  # the answer ends with a result that nothing is said about
+        thought = 'Thought: I know the answer now.\n' if messages else 'Thought: I need no tool for this.\n'
+        messages.append({'role': 'assistant', 'content': f'{thought}Final Answer: {rest}'})
+    elif messages:  # the answer ends with a result and no text after it
         messages.pop()
     return messages
 
 
 def _call(thought: str, text: str) -> str:
-    found = _json(re.sub(r'^```(?:JSON|json)?|```$', '', text.strip()).strip(), 'a plugin call')
-    if not isinstance(found, dict) or not isinstance(found.get('api_name'), str):
+    call = _json(re.sub(r'^```(?:JSON|json)?|```$', '', text.strip()).strip(), 'a plugin call')
+    if not isinstance(call, dict) or not isinstance(call.get('api_name'), str):
         raise DataError(f'a plugin call must be JSON with `api_name`, got {text.strip()[:60]!r}')
-    arguments = json.dumps(found.get('parameters', {}), ensure_ascii=False)
-    return f'Thought: {thought or "I need a tool for this."}\nAction: {found["api_name"]}\nAction Input: {arguments}'
+    arguments = json.dumps(call.get('parameters', {}), ensure_ascii=False)
+    return f'Thought: {thought or "I need a tool for this."}\nAction: {call["api_name"]}\nAction Input: {arguments}'
 
 
 def _json(text: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""OpenAssistant as the guanaco text form: `text` with `### Human:` and `### Assistant:` in turn."""
+"""OpenAssistant in the guanaco text format: `text` with `### Human:` and `### Assistant:` in turn."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def _is_guanaco(record: Any) -> bool:
 
 @map_fn('text', detect=_is_guanaco)
 def oasst1_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
-    """Splits the text at the marker of whoever speaks next, and nowhere else: any other `###` is content.
+    """Splits the text at the next speaker's marker only: any other `###` is content.
 
-    A last question without an answer is left out, and a text with no answer at all altogether.
+    A final question without an answer is dropped; a text without any answer is skipped.
     """
     text = example['text']
     if not isinstance(text, str) or not text.lstrip().startswith(_MARKERS[0]):

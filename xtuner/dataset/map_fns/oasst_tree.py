@@ -1,9 +1,9 @@
-"""OpenAssistant's original form: one tree of messages a record, replies nested and ranked.
+"""OpenAssistant's original format: one tree of messages per record, with nested, ranked replies.
 
     prompt ─┬─ answer, rank 0 ── question ─┬─ answer, rank 1
             └─ answer, rank 1              └─ answer, rank 0
 
-The best path takes the reply of the lowest rank at each step; `oasst_tree_all` takes every path to an answer.
+The best path takes the reply with the lowest rank at each step; `oasst_tree_all` takes every path to an answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xtuner.dataset.map_fns.registration import map_fn, never
-from xtuner.dataset.map_fns.turns import learnt
+from xtuner.dataset.map_fns.turns import training_fields
 from xtuner.errors import DataError
 
 _ROLES = {'prompter': 'user', 'assistant': 'assistant'}
@@ -24,7 +24,7 @@ def _is_tree(record: Any) -> bool:
 
 @map_fn('prompt', detect=_is_tree)
 def oasst_tree_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the best-ranked path, without a last question that nobody answered; None where nobody answered at all."""
+    """Returns the best-ranked path, without a final unanswered question; None if the tree has no answer."""
     path = [_message(example['prompt'])]
     node = example['prompt']
     while replies := _replies(node):
@@ -37,7 +37,7 @@ def oasst_tree_map_fn(example: dict[str, Any]) -> dict[str, Any] | None:
 
 @map_fn('prompt', detect=never)
 def oasst_tree_all_map_fn(example: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns every path to a last answer. An answer on several paths is trained in the first of them only."""
+    """Returns every path to a final answer. An answer on several paths is trained only in the first of them."""
     trained: set[int] = set()
     conversations = []
     for path in _paths(example['prompt'], []):
@@ -50,7 +50,7 @@ def oasst_tree_all_map_fn(example: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _preference(reply: Mapping[str, Any]) -> tuple[bool, bool, int]:
-    """Sorts by rank, unranked ones last, and behind them questions that nobody answered: there the path would end."""
+    """Sort key: by rank, unranked replies after them, and unanswered questions last, since the path would end there."""
     rank = reply.get('rank')
     unanswered = reply.get('role') == 'prompter' and not _replies(reply)
     return unanswered, not isinstance(rank, int), rank if isinstance(rank, int) else 0
@@ -75,4 +75,4 @@ def _replies(node: Any) -> list[Mapping[str, Any]]:
 def _message(node: Any) -> dict[str, Any]:
     if not isinstance(node, Mapping) or node.get('role') not in _ROLES or not isinstance(node.get('text'), str):
         raise DataError('a message of the tree must have a `text`, and the `role` prompter or assistant')
-    return {**learnt(node, ('role', 'text')), 'role': _ROLES[node['role']], 'content': node['text']}
+    return {**training_fields(node, ('role', 'text')), 'role': _ROLES[node['role']], 'content': node['text']}

@@ -1,4 +1,4 @@
-"""OpenAI: `messages` with `role` and `content`, and `system` (or `system_prompt`) and `tools` where there are some."""
+"""OpenAI: `messages` with `role` and `content`, and optional `system` (or `system_prompt`) and `tools`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import system_text
 
 @map_fn('messages')
 def openai_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Passes messages, system text and tools on as they are."""
+    """Returns messages, system text and tools unchanged."""
     return {'messages': example['messages'], 'system': system_text(example), 'tools': example.get('tools')}

@@ -1,4 +1,4 @@
-"""Bare documents: `text`, continued without any template."""
+"""Plain documents: `text`, trained without a template."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from xtuner.dataset.map_fns.registration import map_fn
 
 @map_fn('text')
 def pretrain_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The whole text is trained, from the tokenizer's begin to its end."""
+    """The whole text is trained, between the tokenizer's BOS and EOS."""
     return {'conversation': [{'input': '', 'output': example['text']}], 'plain': True}

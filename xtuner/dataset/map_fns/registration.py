@@ -1,4 +1,4 @@
-"""How a map function is registered, looked up and detected."""
+"""Registration, lookup and detection of map functions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from xtuner.registry import MAP_FUNC, imported
 MapFn = Callable[[dict[str, Any]], Any]
 _SUFFIX = '_map_fn'
 TURNS = ('messages', 'conversations', 'conversation')
-"""Columns of whole conversations; an empty one beside another does not tell the format."""
+"""Columns that hold whole conversations; an empty one next to a filled one is ignored by detection."""
 
 
 def map_fn(*columns: str, detect: Callable[[Mapping[str, Any]], bool] | None = None) -> Callable[[MapFn], MapFn]:
-    """Registers `<name>_map_fn` as `<name>` and under its own name.
+    """Decorator that registers `<name>_map_fn` as `<name>` and under its full name.
 
     Args:
-        columns: The columns that the function reads and cannot do without.
-        detect: Whether a record is of this format, told from the record itself; None: where it has all the columns.
-            Formats that share their columns with others are never detected: `detect=never`.
+        columns: The columns that the function requires.
+        detect: Whether a record has this format; None: if it has all the columns. Formats that share their columns with
+            others are never detected: `detect=never`.
     """
 
     def register(function: MapFn) -> MapFn:
@@ -37,20 +37,20 @@ def map_fn(*columns: str, detect: Callable[[Mapping[str, Any]], bool] | None = N
 
 
 def never(record: Mapping[str, Any]) -> bool:
-    """The `detect` of a format that shares its columns with another."""
+    """A `detect` for formats that share their columns with another."""
     return False
 
 
 def no_longer(record: Mapping[str, Any]) -> bool:
-    """The `detect` of a format that the first releases detected, though it adds text of its own to the record's."""
+    """A `detect` for formats that the first releases detected although they add their own text to the record's."""
     return False
 
 
 def first_detected_map_fn(record: Any) -> str:
-    """The name of the map function that the first releases detected; '' for none. Runs begun with them go on so."""
-    found = formats() if isinstance(record, Mapping) else {}
-    known = {name: function for name, function in found.items() if not function.__module__.endswith('.plain')}
-    return next((name for name, function in known.items() if _detected_first(function, record)), '')
+    """Name of the map function that the first releases detected, '' for none; runs begun with them keep it."""
+    functions = formats() if isinstance(record, Mapping) else {}
+    functions = {name: function for name, function in functions.items() if not function.__module__.endswith('.plain')}
+    return next((name for name, function in functions.items() if _detected_first(function, record)), '')
 
 
 def _detected_first(function: MapFn, record: Mapping[str, Any]) -> bool:
@@ -59,9 +59,9 @@ def _detected_first(function: MapFn, record: Mapping[str, Any]) -> bool:
 
 
 def formats() -> dict[str, MapFn]:
-    """Returns all registered map functions by short name, the more specific before the less specific for detection."""
-    short = {name: function for name, function in _registry().items() if not name.endswith(_SUFFIX)}
-    return dict(sorted(short.items(), key=lambda item: -len(getattr(item[1], 'columns', ()))))
+    """Returns all registered map functions by short name, the most specific first, the order of detection."""
+    by_name = {name: function for name, function in _registry().items() if not name.endswith(_SUFFIX)}
+    return dict(sorted(by_name.items(), key=lambda item: -len(getattr(item[1], 'columns', ()))))
 
 
 def resolve_map_fn(value: Any) -> MapFn:
@@ -71,7 +71,7 @@ def resolve_map_fn(value: Any) -> MapFn:
         value: A registered name (`alpaca` or `alpaca_map_fn`), a function, `module:function` or `file.py:function`.
 
     Raises:
-        ConfigError: Where there is no such function.
+        ConfigError: The function does not exist.
     """
     if callable(value):
         return value
@@ -79,35 +79,35 @@ def resolve_map_fn(value: Any) -> MapFn:
         raise ConfigError(f'`dataset.map_fn` must be a name, a function or `module:function`, got {value!r}')
     if ':' in value:
         return imported(value, '`dataset.map_fn`')
-    found = _registry().get(value)
-    if found is None:
+    function = _registry().get(value)
+    if function is None:
         known = sorted(formats())
-        raise ConfigError(f'`dataset.map_fn` is {value!r}, which is no map function{nearest(value, known)}; known: '
-                          f'{", ".join(known)}; a function of your own is named `module:function`')  # fmt: skip
-    return found
+        raise ConfigError(f'`dataset.map_fn` is {value!r}, which is not a map function{nearest(value, known)}; known: '
+                          f'{", ".join(known)}; name your own function as `module:function`')  # fmt: skip
+    return function
 
 
 def detect_map_fn(record: Any, origin: str) -> MapFn:
-    """Returns the map function whose format `record` has.
+    """Returns the map function for the format of `record`.
 
     Raises:
-        ConfigError: Where none or a record of no known format is found; names the columns found and the nearest format.
+        ConfigError: No known format matches; names the record's columns and the nearest format.
     """
     if isinstance(record, Mapping):
         full = {key for key in TURNS if not is_empty(record.get(key))}
-        told = {key: value for key, value in record.items() if not full or key in full or key not in TURNS}
+        visible = {key: value for key, value in record.items() if not full or key in full or key not in TURNS}
         for function in formats().values():
-            if getattr(function, 'detect', never)(told):
+            if getattr(function, 'detect', never)(visible):
                 return function
-        found = sorted(map(str, record))
+        columns = sorted(map(str, record))
     else:
-        found = [type(record).__name__]
-    if preference := {'chosen', 'rejected'} & set(found):
-        raise ConfigError(f'{origin}: the column {min(preference)} is of preference data, which is not trained here; '
-                          'give conversations, or a function of your own as `module:function`')  # fmt: skip
-    raise ConfigError(f'{origin}: no known format has the columns {", ".join(found)}; {nearest_format(found)}; '
-                      'name one with `dataset.map_fn` (`xtuner list-dataset-format` shows them), or a function of '
-                      'your own as `module:function`')  # fmt: skip
+        columns = [type(record).__name__]
+    if preference := {'chosen', 'rejected'} & set(columns):
+        raise ConfigError(f'{origin}: the column {min(preference)} belongs to preference data, which is not supported; '
+                          'use conversations, or your own map function as `module:function`')  # fmt: skip
+    raise ConfigError(f'{origin}: no known format has the columns {", ".join(columns)}; {nearest_format(columns)}; '
+                      'name a format with `dataset.map_fn` (`xtuner list-dataset-format` lists them), or your own '
+                      'map function as `module:function`')  # fmt: skip
 
 
 def nearest_format(columns: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from xtuner.utils.fields import shown
 
 @map_fn('conversations')
 def sharegpt_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Renames `from` and `value` (or takes `role` and `content`), and puts a `system` text first."""
+    """Renames `from` and `value` (or takes `role` and `content`) and puts a `system` text first."""
     turns = example['conversations']
     if not isinstance(turns, list):
         raise DataError(f'`conversations` must be a list, got {type(turns).__name__}')
@@ -23,5 +23,5 @@ def sharegpt_map_fn(example: dict[str, Any]) -> dict[str, Any]:
 def _message(turn: Any, index: int) -> Any:
     if isinstance(turn, dict) and ('role' in turn or {'from', 'value'} <= turn.keys()):
         return message(turn)
-    way = '; texts alone do not say who speaks: map them with a function of your own' if isinstance(turn, str) else ''
-    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {shown(turn)}{way}')
+    hint = '; plain texts do not say who speaks: write your own map function' if isinstance(turn, str) else ''
+    raise DataError(f'`conversations[{index}]` must be a dict with `from` and `value`, got {shown(turn)}{hint}')

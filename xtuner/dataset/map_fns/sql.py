@@ -11,7 +11,7 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('context', 'question', 'answer', detect=no_longer)
 def sql_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """Tables and question are given, the query is trained."""
+    """Tables and question are given; the query is trained."""
     return one_turn(
         example, f'{example["context"]}\n{example["question"]}', example['answer'], system=SYSTEM_TEMPLATE['sql']
     )

@@ -10,5 +10,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('question', 'response')
 def stack_exchange_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The question is asked, the response is trained."""
+    """The question is given; the response is trained."""
     return one_turn(example, example['question'], example['response'])

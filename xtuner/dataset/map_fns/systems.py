@@ -1,4 +1,4 @@
-"""System messages of the formats whose records need one, by the names that configs use."""
+"""System messages of the formats whose records need one, by the names used in configs."""
 
 from __future__ import annotations
 

@@ -11,5 +11,5 @@ from xtuner.dataset.map_fns.turns import one_turn
 
 @map_fn('prompt', 'response', detect=no_longer)
 def tiny_codes_map_fn(example: dict[str, Any]) -> dict[str, Any]:
-    """The prompt is asked of a programmer, the response is trained."""
+    """The prompt is the question, with a programmer's system message; the response is trained."""
     return one_turn(example, example['prompt'], example['response'], system=SYSTEM_TEMPLATE['coder'])

@@ -1,4 +1,4 @@
-"""The turn of a record of one question and one answer, with what stands before it."""
+"""Helpers for map functions: a question and its answer with system text, history and tools."""
 
 from __future__ import annotations
 
@@ -12,67 +12,67 @@ from xtuner.utils.fields import shown
 
 
 def one_turn(example: Mapping[str, Any], question: Any, answer: Any, *, system: str = '') -> dict[str, Any]:
-    """Returns the conversation of a question and its answer, after the record's own system text, history and tools.
+    """Returns the conversation of a question and its answer, after the record's system text, history and tools.
 
     Args:
-        example: The record; its `system` (or `system_prompt`), `history` and `tools` are used where it has them.
-        question: What is asked.
-        answer: What is trained.
-        system: The system text where the record has none.
+        example: The record; its `system` (or `system_prompt`), `history` and `tools` are used if present.
+        question: The user's text.
+        answer: The assistant's text, which is trained.
+        system: The system text if the record has none.
 
     Raises:
-        DataError: Where `history` is in no known form, or as `system_text` does.
+        DataError: `history` has an unknown form, or as `system_text` raises.
     """
-    found = {'system': system_text(example) or system, 'tools': example.get('tools')}
+    context = {'system': system_text(example) or system, 'tools': example.get('tools')}
     if history := _history(example.get('history')):
         last = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
-        return {'messages': history + last, **found}
-    return {'conversation': [{'input': question, 'output': answer}], **found}
+        return {'messages': history + last, **context}
+    return {'conversation': [{'input': question, 'output': answer}], **context}
 
 
 def system_text(example: Mapping[str, Any]) -> str:
-    """Returns the system text of a record: its `system` or `system_prompt`; '' where it has neither.
+    """Returns a record's `system` or `system_prompt`; '' if it has neither.
 
     Raises:
-        DataError: Where one of them is not text, or they differ.
+        DataError: One of them is not text, or they differ.
     """
-    found: list[str] = []
+    texts: list[str] = []
     for key in ('system', 'system_prompt'):
         if isinstance(value := example.get(key), str):
-            found += [value] if value else []
+            texts += [value] if value else []
         elif not is_empty(value):
             raise DataError(f'`{key}` must be text, got {type(value).__name__} {shown(value)}')
-    if len(set(found)) > 1:
-        raise DataError("`system` and `system_prompt` are different texts; leave one of them out with "
+    if len(set(texts)) > 1:
+        raise DataError("`system` and `system_prompt` differ; ignore one of them with "
                         "dataset.ignore=['system_prompt'] or ['system']")  # fmt: skip
-    return found[0] if found else ''
+    return texts[0] if texts else ''
 
 
 def join(question: Any, context: Any) -> Any:
-    """Returns the question, and below it the text it is about, where there is one."""
+    """Returns the question followed by the text that it is about, if any."""
     return f'{question}\n{context}' if isinstance(question, str) and context else question
 
 
 def message(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a message of ShareGPT with its `from` and `value` as `role` and `content`; any other as it is."""
+    """Returns a ShareGPT message with `from` and `value` renamed to `role` and `content`; any other unchanged."""
     if 'from' not in turn or 'value' not in turn:
         return turn
     others = {key: value for key, value in turn.items() if key not in ('from', 'value')}
     return {**others, 'role': turn['from'], 'content': turn['value']}
 
 
-def learnt(fields: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
-    """Returns those further fields of a part of a record that would change what is learnt; the rest is its format's."""
+def training_fields(fields: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+    """Returns the unread fields that would change what is trained; the others only belong to the format."""
     return {key: value for key, value in fields.items() if key not in read and kind_of(str(key))}
 
 
 def _history(turns: Any) -> list[Any]:
-    """Earlier turns as messages, from messages or from `[question, answer]` each; perhaps as JSON text."""
+    """Returns earlier turns as messages, from messages or `[question, answer]` pairs, possibly as JSON text."""
     if isinstance(turns, str) and turns.strip():
         try:
             turns = json.loads(turns)
         except ValueError:
-            raise DataError(f'`history` is text that is not JSON: {turns[:60]!r}') from None
+            raise DataError(f'`history` is not valid JSON: {turns[:60]!r}') from None
     if is_empty(turns):
         return []
     if isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns):

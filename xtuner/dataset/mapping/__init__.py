@@ -1,4 +1,4 @@
-"""Records to conversations, with a note for every field that nothing reads."""
+"""Maps records to conversations and reports every field that nothing reads."""
 
 from xtuner.aliases import former_names
 

@@ -1,4 +1,4 @@
-"""Formats that a run detected when it began stay its formats: what detection finds today is for new runs."""
+"""A resumed run keeps the formats that it detected when it began; today's detection applies to new runs only."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PREFIX = 'detected as '
 
 
 def with_recorded_formats(config: DatasetConfig, recorded: Mapping[str, str] | None) -> DatasetConfig:
-    """Names the recorded map function of each source in which detection would find another one now.
+    """Sets the recorded map function for each source in which today's detection would choose another one.
 
     Args:
-        config: The `dataset` section of a run that goes on.
-        recorded: `Summary.formats` of the run as it began; None where it recorded none, as streams did not: then the
-            first releases' detection decides.
+        config: The `dataset` section of a resumed run.
+        recorded: `Summary.formats` as recorded when the run began; None if none were recorded, as for streams: then the
+            detection of the first releases decides.
     """
     if config.map_fn is not None:
         return config
@@ -39,14 +39,14 @@ def _is_list(spec: Any) -> bool:
 
 
 def _named(spec: Any, recorded: Mapping[str, str] | None, config: DatasetConfig, num_sources: int) -> Any:
-    """The spec of a source, or of a list of them, with the map function of the run."""
+    """Returns the spec of a source, or of a list of sources, with the run's map function."""
     if _is_list(spec):
         return [_named(item, recorded, config, num_sources) for item in spec]
     if spec is None or (isinstance(spec, Mapping) and (spec.get('map_fn') or 'path' not in spec)):
         return spec
     [source] = open_sources(spec)
     if recorded is not None and len(recorded) == num_sources == 1:
-        recorded = {source.name: next(iter(recorded.values()))}  # the same data may have another place by now
+        recorded = {source.name: next(iter(recorded.values()))}  # the data may have moved since
     if recorded is not None and source.name not in recorded:
         return spec
     first = next((record for record in source.records() if not record.error), None)
@@ -54,7 +54,7 @@ def _named(spec: Any, recorded: Mapping[str, str] | None, config: DatasetConfig,
         return spec
     fields = visible_fields(first, config.ignore)
     try:
-        now = _short(detect_map_fn(fields, first.origin))
+        now = _format_name(detect_map_fn(fields, first.origin))
     except ConfigError:
         now = ''
     then = first_detected_map_fn(fields) if recorded is None else recorded[source.name].removeprefix(_PREFIX)
@@ -63,5 +63,5 @@ def _named(spec: Any, recorded: Mapping[str, str] | None, config: DatasetConfig,
     return {**(spec if isinstance(spec, Mapping) else {'path': str(spec)}), 'map_fn': then}
 
 
-def _short(function: Any) -> str:
+def _format_name(function: Any) -> str:
     return function_name(function).removesuffix('_map_fn')

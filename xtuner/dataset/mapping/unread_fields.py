@@ -1,8 +1,8 @@
-"""Fields of a record that nothing reads: an error where one would change what is learnt, else a note with a count.
+"""Fields of a record that nothing reads: an error if one would change what is trained, otherwise a counted note.
 
-One rule for every reader, map function and template. A field is used when the map function reads it (columns of the
-record), when `to_conversation` reads it (`loss` and its synonyms), or when the chat template reads it (the other fields
-of a message, `tools`). What is left is looked up in `kind_of`.
+One rule for every reader, map function and template. A field is used if the map function reads it (columns of the
+record), if `to_conversation` reads it (`loss` and its synonyms), or if the chat template reads it (other fields of a
+message, `tools`). The remaining fields are looked up in `kind_of`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from xtuner.errors import DataError
 from xtuner.utils.fields import shown
 
-# Names as other tools write them, in lower case and without `_`, `-` and spaces: `toolCalls` and `tool_calls` are one.
+# Names used by other tools, in lower case and without `_`, `-` and spaces: `toolCalls` and `tool_calls` are equal.
 _NAMES = {
     'system text': 'system systemprompt systemmessage systemtext systeminstruction systeminstructions sysprompt sysmsg '
     'systemcontent metainstruction metaprompt developer developermessage developerprompt',
@@ -43,7 +43,7 @@ _WORDS = {'true': True, 'false': False, '1': True, '0': False, '1.0': True, '0.0
 
 @lru_cache(maxsize=4096)
 def kind_of(name: str) -> str:
-    """What a field of this name says that changes what is learnt, such as 'reasoning'; '' for any other name."""
+    """Kind of training-relevant content that a field of this name holds, such as 'reasoning'; '' for any other name."""
     name = _squeezed(name)
     return _KINDS.get(name, '') or ('image, audio or video' if _MEDIA.fullmatch(name) else '')
 
@@ -54,55 +54,55 @@ def _squeezed(name: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is no data: None, '', or a list or dict of nothing else, which is how columnar files pad."""
+    """Whether a value is empty: None, '', or a list or dict of only such values, as columnar files pad records."""
     if isinstance(value, (list, tuple)):
         return all(map(is_empty, value))
     return value is None or value == '' if not isinstance(value, Mapping) else all(map(is_empty, value.values()))
 
 
 def training_flag(fields: Mapping[str, Any], name: str, origin: str) -> tuple[bool | None, list[str]]:
-    """Returns whether a message says that it is trained (None: it does not say), and the fields that say so.
+    """Returns the training flag of a message (None if it has none) and the fields that set it.
 
     Args:
         fields: The message, with `loss`, `weight`, `train` or a synonym as a bool, 0 or 1, or such a word.
-        name: The message's place, such as `messages[1]`.
+        name: The message's position, such as `messages[1]`.
         origin: Where the record came from.
 
     Raises:
-        DataError: For another value, such as a weight of 0.5, and where two fields contradict each other.
+        DataError: For any other value, such as a weight of 0.5, or if two fields contradict each other.
     """
-    found = {}
+    flags = {}
     for key, value in fields.items():
         sense = trained_by(key) if isinstance(key, str) else None
         if sense is not None and not is_empty(value):
-            found[key] = _flag(value, f'{name}.{key}', origin) is sense
-    if len(set(found.values())) > 1:
-        raise DataError(f'{origin}: `{name}` is trained by one and not by another of its fields {", ".join(found)}')
-    return next(iter(found.values()), None), list(found)
+            flags[key] = _flag(value, f'{name}.{key}', origin) is sense
+    if len(set(flags.values())) > 1:
+        raise DataError(f'{origin}: `{name}` has contradicting training flags: {", ".join(flags)}')
+    return next(iter(flags.values()), None), list(flags)
 
 
 def _flag(value: Any, name: str, origin: str) -> bool:
     if (flag := flag_of(value)) is None:
         raise DataError(f'{origin}: `{name}` must be true, false, 0 or 1, got {shown(value)}; a message is trained '
-                        'whole or not at all; where it is no flag, leave it out with '
+                        'as a whole or not at all; if it is not a training flag, ignore it with '
                         f'dataset.ignore=[{name.rpartition(".")[2]!r}]')  # fmt: skip
     return flag
 
 
 def flag_of(value: Any) -> bool | None:
-    """Returns a flag as data may write it (a bool, 0 or 1, or such a word); None for any other value."""
+    """Parses a flag (a bool, 0 or 1, or such a word); returns None for any other value."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     return _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def trained_by(name: str) -> bool | None:
-    """Which value of a flag of this name means that something is trained: True of `loss`, None of an unknown sense."""
+    """The flag value that means "trained": True for `loss`, False for `masked`; None for a name that is not a flag."""
     return _SENSE.get(_squeezed(name))
 
 
 class Observed(dict):
-    """A record that remembers which of its columns were read; walking over it reads all of them."""
+    """A record that tracks which of its columns were read; iterating over it reads all of them."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         super().__init__(record)
@@ -120,12 +120,12 @@ class Observed(dict):
         return dict(self) | other
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Reads a column where it is there."""
+        """Reads a column if it exists."""
         self.read.add(key)
         return super().get(key, default)
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Reads a column and takes it out."""
+        """Reads and removes a column."""
         self.read.add(key)
         return super().pop(key, *default)
 
@@ -146,13 +146,13 @@ _NESTED = (dict, list)
 
 
 def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bool) -> Any:
-    """Returns a value without the fields called `names`, at any depth outside tools and their calls.
+    """Returns a value without the fields in `names`, at any depth outside tools and tool calls.
 
     Args:
         value: A record, or a part of one.
-        names: Fields to leave out.
-        removed: Takes the names of fields with content that were left out.
-        padding: Whether fields that are None go too: a columnar file has them for every field of any record.
+        names: Fields to remove.
+        removed: Receives the names of removed fields that had content.
+        padding: Whether to remove None values too: a columnar file adds them for every field of any record.
     """
     if type(value) is list:
         return [without(item, names, removed, padding=padding) if type(item) in _NESTED else item for item in value]
@@ -170,7 +170,7 @@ def without(value: Any, names: frozenset[str], removed: set[str], *, padding: bo
 
 
 def _kind(key: str, value: Any) -> str:
-    """`kind_of`, but for numbers under another name than that of a flag: those count or label something."""
+    """`kind_of`, except that a number is only relevant as a training flag; elsewhere it is a count or a label."""
     kind = kind_of(key)
     return '' if isinstance(value, (bool, int, float)) and kind != 'training flag' else kind
 
@@ -178,19 +178,19 @@ def _kind(key: str, value: Any) -> str:
 def check_extras(
     extras: Mapping[str, Any], name: str, template: Any, origin: str, *, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Returns those further fields of a message that its template reads; the others are reported.
+    """Returns the extra fields of a message that its template reads; reports the others.
 
-    Reasoning is passed on under the name that the template reads, whichever synonym the data writes.
+    Reasoning is passed under the name that the template reads, whichever synonym the data uses.
 
     Args:
-        extras: The fields of the message beside `role`, `content` and what says whether it is trained.
-        name: The message's place, such as `messages[1]`.
-        template: The prompt template; its `reads` says which fields it looks at.
+        extras: The message's fields other than `role`, `content` and the training flag.
+        name: The message's position, such as `messages[1]`.
+        template: The prompt template; its `reads` says which fields it uses.
         origin: Where the record came from.
         note: Called with the name of each unused field.
 
     Raises:
-        DataError: For a field that would change what is learnt.
+        DataError: A field would change what is trained.
     """
     kept = {}
     for key, value in extras.items():
@@ -199,7 +199,7 @@ def check_extras(
         if read and read not in kept:
             kept[read] = value
         elif kind:
-            raise unused(f'{origin}: `{name}.{key}` ({kind}) has no place in the template `{template.name}`',
+            raise unused(f'{origin}: `{name}.{key}` ({kind}) is not supported by the template `{template.name}`',
                          _REMEDIES.get(kind) or from_tokenizer(template, 'write it into `content`'), key)  # fmt: skip
         else:
             note(f'{name.partition("[")[0]}[].{key}')
@@ -220,13 +220,13 @@ _REMEDIES = {
 
 
 def from_tokenizer(template: Any, otherwise: str) -> str:
-    """What to do about a field that a template has no place for."""
+    """Remedy for a field that a template does not support."""
     if template.name == 'from_tokenizer':
         return otherwise
-    return f"set model.template='from_tokenizer' where the tokenizer's chat template reads it, {otherwise}"
+    return f"set model.template='from_tokenizer' if the tokenizer's chat template reads it, {otherwise}"
 
 
-def unused(what: str, way: str, key: str) -> DataError:
-    """Returns the error of a field that would change what is learnt and is not used."""
-    return DataError(f'{what}, though it would change what is learnt; {way}, or leave it out with '
+def unused(what: str, remedy: str, key: str) -> DataError:
+    """Returns the error for an unused field that would change what is trained."""
+    return DataError(f'{what}, although it would change what is trained; {remedy}, or ignore it with '
                      f'dataset.ignore=[{key!r}]')  # fmt: skip

@@ -1,1 +1,1 @@
-"""Samples to packs and batches, in the order of an epoch."""
+"""Groups samples into packs and batches and orders them for an epoch."""

@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of seed and epoch, so that a resumed run reads on where it stopped."""
+"""Sample order of an epoch: a pure function of seed and epoch, so that a resumed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.utils.data import Sampler
 class EpochSampler(Sampler[int]):
     """Yields the indices of one epoch, shuffled by `(seed, epoch)`.
 
-    Ranks take turns in one common order, so that step for step they see together what one rank with a larger batch
-    would see. Where the items do not divide evenly, the order is filled up from its beginning: ranks stay in step and
-    nothing is left out, and at most `world_size - 1` items come twice.
+    Ranks take turns in one global order, so that at each step they see together what one rank with a larger batch
+    would see. If the items do not divide evenly, the order is extended from its beginning: ranks stay in step, nothing
+    is dropped, and at most `world_size - 1` items repeat.
 
     Args:
-        num_items: Items of the data set.
+        num_items: Number of items in the data set.
         seed: Seed of the order.
-        shuffle: Whether to shuffle at all.
-        rank: This process, from 0.
-        world_size: Processes that share the data.
-        lengths: Tokens of each item, where they are known. The longest changes places with the first of the first
-            epoch: if memory does not suffice, that shows at once and not after hours.
+        shuffle: Whether to shuffle.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes that share the data.
+        lengths: Length of each item in tokens, if known. In the first epoch the longest item is swapped to the front,
+            so that running out of memory shows at once and not after hours.
 
     Example: 5 items, unshuffled, 2 ranks: rank 0 yields 0, 2, 4 and rank 1 yields 1, 3, 0.
     """
@@ -47,18 +47,18 @@ class EpochSampler(Sampler[int]):
         self.skip = 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Chooses the epoch to iterate, and how many of this rank's items to leave out at its beginning."""
+        """Selects the epoch to iterate, and how many of this rank's items to skip at its start."""
         self.epoch = epoch
         self.skip = skip
 
     def order(self) -> np.ndarray:
-        """Returns the whole epoch's order over all ranks, int64 `(num_items,)`, before it is shared out."""
+        """Returns the epoch's order over all ranks, int64 `(num_items,)`."""
         if not self.shuffle:
             return np.arange(self.num_items)
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_items)
         if self.lengths is not None and self.epoch == 0:
-            place = int(np.argmax(self.lengths[order]))
-            order[[0, place]] = order[[place, 0]]
+            longest = int(np.argmax(self.lengths[order]))
+            order[[0, longest]] = order[[longest, 0]]
         return order
 
     def __iter__(self) -> Iterator[int]:
@@ -66,24 +66,25 @@ class EpochSampler(Sampler[int]):
         yield from order[self.rank :: self.world_size][self.skip :].tolist()
 
     def __len__(self) -> int:
-        """Items of a whole epoch on this rank, whatever is skipped."""
+        """Number of items per epoch on this rank, including skipped ones."""
         return -(-self.num_items // self.world_size)
 
 
 class LengthGroupedEpochSampler(EpochSampler):
-    """Like `EpochSampler`, with items of similar length in a batch, so that little is padded.
+    """Like `EpochSampler`, but batches hold items of similar length to reduce padding.
 
-    The shuffled order is cut into stretches of `batches_in_group` batches (over all ranks), each sorted by length and
-    cut into batches, and the batches are shuffled. The longest comes first: if it fits into memory, so do the others.
+    The shuffled order is split into groups of `batches_in_group` batches (over all ranks); each group is sorted by
+    length and split into batches, and the batches are shuffled. The batch with the longest item comes first: if it fits
+    into memory, so do the others.
 
     Args:
-        lengths: Tokens of each item.
-        batch_size: Items of a rank's micro-batch.
+        lengths: Length of each item in tokens.
+        batch_size: Items in a rank's micro-batch.
         seed: Seed of the order.
         shuffle: Whether to shuffle before grouping.
-        rank: This process, from 0.
-        world_size: Processes that share the data.
-        batches_in_group: Batches a stretch: more pads less and mixes less.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes that share the data.
+        batches_in_group: Batches per group: more batches mean less padding and less mixing.
     """
 
     def __init__(
@@ -103,16 +104,16 @@ class LengthGroupedEpochSampler(EpochSampler):
         self.group = self.batch * batches_in_group
 
     def order(self) -> np.ndarray:
-        """Returns the whole epoch's order over all ranks, int64 `(num_items,)`."""
+        """Returns the epoch's order over all ranks, int64 `(num_items,)`."""
         order = super().order()
         groups = np.arange(len(order)) // self.group
         order = order[np.lexsort((-self.item_lengths[order], groups))]  # within each group, the longest first
-        # A last batch that is not full stays last, so that all batches before it stay whole on every rank.
+        # An incomplete last batch stays last, so that all batches before it are complete on every rank.
         num_batches = len(order) // self.batch
         if not num_batches:
             return order
         batches, last = order[: num_batches * self.batch].reshape(num_batches, -1), order[num_batches * self.batch :]
-        places = np.random.default_rng([self.seed, self.epoch, 1]).permutation(num_batches)
+        batch_order = np.random.default_rng([self.seed, self.epoch, 1]).permutation(num_batches)
         longest = np.argmax(self.item_lengths[batches[:, 0]])
-        places = np.concatenate([[longest], places[places != longest]])
-        return np.concatenate([batches[places].reshape(-1), last])
+        batch_order = np.concatenate([[longest], batch_order[batch_order != longest]])
+        return np.concatenate([batches[batch_order].reshape(-1), last])

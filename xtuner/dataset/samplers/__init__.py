@@ -10,14 +10,14 @@ from xtuner.dataset.packing.sampler import LengthGroupedEpochSampler
 
 
 class LengthGroupedSampler(LengthGroupedEpochSampler):
-    """Batches of similar length; see `LengthGroupedEpochSampler`. Rank and world size are the process group's.
+    """Batches of similar length; see `LengthGroupedEpochSampler`. Uses the process group's rank and world size.
 
     Args:
         dataset: A data set with `lengths`.
         per_device_batch_size: Items of a rank's micro-batch.
         seed: Seed of the order.
         mega_batch_mult: Batches that are sorted together; None for 50.
-        length_property: Must be 'length': a prepared data set knows no other.
+        length_property: Must be 'length', the only one that prepared data sets have.
     """
 
     def __init__(

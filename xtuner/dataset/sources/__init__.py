@@ -1,4 +1,4 @@
-"""Where records come from: files, folders and the hub."""
+"""Sources of records: files, folders and the hub."""
 
 from xtuner.aliases import former_names
 

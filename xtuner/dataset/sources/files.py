@@ -1,4 +1,4 @@
-"""Opening a data file: what kind it is, compressed or not, and whether it stays as it is while it is read."""
+"""Opens data files: detects format and compression, and checks that a file does not change while it is read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from xtuner.errors import DataError, nearest, one_line
 from xtuner.utils.files import check_regular
@@ -20,33 +20,34 @@ TEXT_KINDS = ('.jsonl', '.json', '.csv', '.tsv')
 KINDS = (*TEXT_KINDS, '.parquet')
 
 
+_BUFFER = 2**17
 COMPRESSED = ('.gz', '.bz2', '.xz', '.zst')
 
 
 def kind_of_file(path: Path) -> str:
-    """Returns the kind of a data file, such as '.jsonl' of `a.jsonl` and of `a.jsonl.gz`.
+    """Returns the format of a data file, such as '.jsonl' for `a.jsonl` and `a.jsonl.gz`.
 
     Raises:
-        DataError: For a file of no known kind.
+        DataError: The format is unknown.
     """
     if is_data_file(path):
         suffixes = [suffix.lower() for suffix in path.suffixes]
         return suffixes[-2] if suffixes[-1] in COMPRESSED else suffixes[-1]
     if path.suffix.lower() == '.txt':
-        raise DataError(f'{path}: plain text is not read, since nothing says where a document ends; write a JSON line '
-                        '{"text": "..."} a document, which `pretrain` reads')  # fmt: skip
+        raise DataError(f'{path}: plain text is not supported: it does not mark where a document ends; '
+                        'write each document as a JSON line {"text": "..."} for the format `pretrain`')  # fmt: skip
     known = [*KINDS, *(kind + packed for kind in TEXT_KINDS for packed in COMPRESSED)]
     suffix = ''.join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSED else path.suffix.lower()
-    raise DataError(f'{path}: unknown kind of file {suffix!r}{nearest(suffix, known)}; known: {known_kinds()}')
+    raise DataError(f'{path}: unknown file format {suffix!r}{nearest(suffix, known)}; known: {known_kinds()}')
 
 
 def known_kinds() -> str:
-    """The kinds of data files, for messages."""
-    return f'{", ".join(KINDS)}, and all but the last with {", ".join(COMPRESSED)} behind'
+    """The supported file formats, for messages."""
+    return f'{", ".join(KINDS)}, all but the last also with {", ".join(COMPRESSED)}'
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file is data by its name."""
+    """Whether a file is data, judged by its name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         return len(suffixes) > 1 and suffixes[-2] in TEXT_KINDS
@@ -54,53 +55,75 @@ def is_data_file(path: Path) -> bool:
 
 
 def check_data_file(path: Path) -> os.stat_result:
-    """Returns the stat of a file, which must be one that ends and can be read twice.
+    """Returns the stat of a file, which must be a regular file, because data is read more than once.
 
     Raises:
-        DataError: Where it is a pipe, a device, a folder or a link to nothing, or cannot be looked at.
+        DataError: It is a pipe, a device, a folder or a broken link, or cannot be accessed.
     """
     return check_regular(path, DataError, '; data is read more than once, so write it into a file first')
 
 
+Advance = Callable[[int], object]
+"""Gets the number of bytes of a file, or of records, that were read since its last call."""
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens a data file, decompressed where its name says that it is compressed.
+def opened(path: Path, advance: Advance | None = None) -> Iterator[BinaryIO]:
+    """Opens a data file, decompressing it if its name says that it is compressed.
+
+    Args:
+        path: The file.
+        advance: Gets the bytes that are read, before they are decompressed.
 
     Raises:
-        DataError: Where it cannot be read, is damaged, or changes while it is read.
+        DataError: It cannot be read, is damaged, or changes while it is read.
     """
     with unchanging(path):
         try:
-            with _open(path) as file:
+            raw = path.open('rb') if advance is None else io.BufferedReader(_Counted(path, advance), _BUFFER)
+            with raw, _decompressed(raw, path.suffix.lower()) as file:
                 yield file
         except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DataError(f'{path}: the compressed file is damaged or ends too early: {one_line(error)}') from None
+            raise DataError(f'{path}: the compressed file is damaged or truncated: {one_line(error)}') from None
 
 
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
+class _Counted(io.FileIO):
+    """A file that says how many bytes were read from it."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads into the buffer; returns the number of bytes, 0 at the end."""
+        count = super().readinto(buffer) or 0
+        self._advance(count)
+        return count
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == '.gz':
-        return cast(BinaryIO, gzip.open(path))
+        return cast(BinaryIO, gzip.open(raw))
     if suffix in ('.bz2', '.xz'):
-        return cast(BinaryIO, (bz2 if suffix == '.bz2' else lzma).open(path))
+        return cast(BinaryIO, (bz2 if suffix == '.bz2' else lzma).open(raw))
     if suffix == '.zst':
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
-    return path.open('rb')
+        return io.BufferedReader(pyarrow.input_stream(raw, compression='zstd'))
+    return raw
 
 
 @contextmanager
 def unchanging(path: Path) -> Iterator[None]:
-    """Checks a file before it is read, and that it is the same afterwards; DataError where it is not."""
+    """Raises DataError if the file changes within the block."""
     before = check_data_file(path)
     yield
     after = check_data_file(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DataError(f'{path}: changed while it was read (from {before.st_size:,} to {after.st_size:,} bytes); '
-                        'start again once it is complete')  # fmt: skip
+        raise DataError(f'{path}: changed while being read (from {before.st_size:,} to {after.st_size:,} bytes); '
+                        'retry once it is complete')  # fmt: skip
 
 
 def as_text(file: BinaryIO) -> io.TextIOWrapper:
-    """Returns UTF-8 text of a binary file, line breaks as they are; bytes that are not UTF-8 as surrogates."""
+    """Wraps a binary file as UTF-8 text with unchanged line breaks; bytes that are not UTF-8 become surrogates."""
     return io.TextIOWrapper(file, encoding='utf-8-sig', errors='surrogateescape', newline='')

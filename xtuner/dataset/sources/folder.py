@@ -1,4 +1,4 @@
-"""The data files of a folder, and a note for each kind of file that is left out of it."""
+"""Data files of a folder, and a note for each group of files that are skipped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from xtuner.dataset.sources.files import COMPRESSED, is_data_file, known_kinds
 from xtuner.errors import DataError
 
 _HELD_OUT = frozenset({'test', 'tests', 'testing', 'valid', 'validation', 'val', 'dev', 'eval', 'evaluation'})
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 def data_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Returns the files of a folder to train on, by name, and what to say of those that are left out.
+    """Returns the files of a folder to train on, by name, and notes about those that are skipped.
 
-    Hidden files and folders are no data. A test or validation split beside other data is not trained; where it is all
-    that the folder holds, it was meant.
+    Hidden files and folders are skipped. A test or validation split next to other data is not trained; if the folder
+    holds nothing else, it is.
 
     Raises:
-        DataError: Where nothing is left, or a folder cannot be listed.
+        DataError: No file is left, or a folder cannot be listed.
     """
     visible, hidden = _walk(folder)
     found = [file for file in visible if is_data_file(file) and file.is_file()]
@@ -32,22 +32,24 @@ def data_files(folder: Path) -> tuple[list[Path], list[str]]:
     train = train or single
     if not train:
         raise DataError(
-            f'{folder}: the folder holds no data file; known: {known_kinds()}{_but(folder, visible + hidden)}'
+            f'{folder}: the folder contains no data file; supported: {known_kinds()}{_but(folder, visible + hidden)}'
         )
     held_out = sorted(names.difference(train, twins))
     others = sorted(set(visible) - names)
     notes = [
-        _note(folder, held_out, 'not trained as {} a test or validation split; name {} as a source to train on {}'),
-        _note(folder, alone, 'used though {} a test or validation split, since the folder holds nothing else'),
-        _note(folder, twins, 'not read as {} there uncompressed too'),
-        _note(folder, others, 'not read as {} no data file of a known kind'),
-        _note(folder, hidden, 'not read as {} hidden'),
+        _note(
+            folder, held_out, 'not trained because {} a test or validation split; name {} as a source to train on {}'
+        ),
+        _note(folder, alone, 'used although {} a test or validation split, since the folder contains nothing else'),
+        _note(folder, twins, 'not read because {} also there uncompressed'),
+        _note(folder, others, 'not read because {} not in a supported format'),
+        _note(folder, hidden, 'not read because {} hidden'),
     ]
     return train, [note for note in notes if note]
 
 
 def is_held_out(path: Path) -> bool:
-    """Whether a file, by its name or that of a folder above it, is a test or validation split."""
+    """Whether a file is a test or validation split, by its name or that of a parent folder."""
     parts = [re.split(r'[^a-z]+', part.lower()) for part in (*path.parts[:-1], path.name.partition('.')[0])]
     return any(
         not {'train', 'training'} & set(words) and bool({words[0], next(filter(None, reversed(words)), '')} & _HELD_OUT)
@@ -56,14 +58,14 @@ def is_held_out(path: Path) -> bool:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the visible files below a folder, and the hidden files and folders, into which nobody looks."""
+    """Returns the visible files below a folder, and its hidden files and folders, which are not entered."""
     visible: list[Path] = []
     hidden: list[Path] = []
     for where, folders, files in os.walk(folder, onerror=_refuse):
         for names, is_folder in ((folders, True), (files, False)):
             hidden += [Path(where, name) for name in names if name.startswith('.')]
             names[:] = [name for name in names if not name.startswith('.')]
-            links = [name for name in names if is_folder and Path(where, name).is_symlink()]  # not walked into
+            links = [name for name in names if is_folder and Path(where, name).is_symlink()]  # not followed
             visible += [Path(where, name) for name in (links if is_folder else names)]
     return sorted(visible), sorted(hidden)
 
@@ -81,9 +83,9 @@ def _note(folder: Path, files: list[Path], text: str) -> str:
 
 
 def _but(folder: Path, files: list[Path]) -> str:
-    return f'; it holds {_names(folder, files)}' if files else ''
+    return f'; it contains {_names(folder, files)}' if files else ''
 
 
 def _names(folder: Path, files: list[Path]) -> str:
-    names = [str(file.relative_to(folder)) for file in files[:_MOST_NAMED]]
-    return ', '.join(names) + (f' and {len(files) - _MOST_NAMED:,} more' if len(files) > _MOST_NAMED else '')
+    names = [str(file.relative_to(folder)) for file in files[:_MAX_NAMED]]
+    return ', '.join(names) + (f' and {len(files) - _MAX_NAMED:,} more' if len(files) > _MAX_NAMED else '')

@@ -1,14 +1,14 @@
-"""What a config calls a source -> where its records come from, and a fingerprint of what they are."""
+"""Opens the sources that a config names, with a fingerprint of their content."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xtuner.dataset.sources.files import check_data_file, is_data_file, kind_of_file
+from xtuner.dataset.sources.files import Advance, check_data_file, is_data_file, kind_of_file
 from xtuner.dataset.sources.folder import data_files
 from xtuner.dataset.sources.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest, one_line
@@ -22,33 +22,38 @@ class Source:
     """One source of records.
 
     Attributes:
-        name: What it is called in messages.
-        records: Opens it and yields its records, from the beginning at every call.
-        fingerprint: Changes when the records change.
-        map_fn: This source's own map function; None takes the config's.
+        name: Its name in messages.
+        records: Yields its records, from the start at every call. Calls its argument, if it gets one, with the number
+            of `unit` read since the last call.
+        fingerprint: A hash that changes when the records change.
+        map_fn: This source's own map function; None uses the config's.
         weight: How often it counts: 0.5 takes half of its conversations, 2 takes each twice.
-        notes: What to say of it, such as files of a folder that are left out.
+        notes: Remarks for the log, such as files of a folder that are skipped.
+        total: How many of `unit` there are; None: unknown.
+        unit: The unit of progress: 'B' for bytes of files, or 'records'.
     """
 
     name: str
-    records: Callable[[], Iterator[Record]]
+    records: Callable[..., Iterator[Record]]
     fingerprint: Callable[[], str]
     map_fn: Any = None
     weight: float = 1.0
     notes: tuple[str, ...] = ()
+    total: int | None = None
+    unit: str = 'records'
 
 
 def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
     """Returns the sources that a config names.
 
     Args:
-        spec: A file, a folder, a hub id, `modelscope:OWNER/NAME`; a dict with `path` and, where wanted, `name`,
-            `split`, `revision`, `data_files`, `streaming`, `map_fn`, `weight`; a loaded data set; or a list of these.
-        field: The config's field, for messages.
+        spec: A file, a folder, a hub id, `modelscope:OWNER/NAME`; a dict with `path` and optionally `name`, `split`,
+            `revision`, `data_files`, `streaming`, `map_fn`, `weight`; a loaded data set; or a list of these.
+        field: The config's field, for error messages.
 
     Raises:
-        ConfigError: For a value of another form.
-        DataError: For a file or folder that does not exist or holds nothing readable.
+        ConfigError: The value has another form.
+        DataError: A file or folder does not exist or contains nothing readable.
     """
     if isinstance(spec, (list, tuple)):
         if not spec:
@@ -64,10 +69,10 @@ def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
 
 
 def check_local(spec: Any) -> None:
-    """Looks for the files and folders that a config names, without opening them; what the hub holds is not asked for.
+    """Checks that the files and folders that a config names exist, without opening them; hub ids are not checked.
 
     Raises:
-        DataError: one of them does not exist.
+        DataError: One of them does not exist.
     """
     if isinstance(spec, (list, tuple)):
         for item in spec:
@@ -79,14 +84,14 @@ def check_local(spec: Any) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path is here; else it is a hub id, or raises DataError where it can be none."""
+    """Whether a path exists locally; otherwise it is a hub id, or DataError is raised if it cannot be one."""
     local = expanded(path)
     if local.exists() or local.is_symlink():
         return True
-    # A hub id has at most one slash and no suffix of a data file.
+    # A hub id has at most one slash and no data file suffix.
     if local.is_absolute() or path.startswith(('.', '~')) or is_data_file(local) or path.count('/') > 1:
-        beside = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
-        raise DataError(f'{path}: there is no such file or folder{nearest(str(local), beside, most=1)}')
+        siblings = [str(p) for p in local.parent.iterdir()] if local.parent.is_dir() else []
+        raise DataError(f'{path}: no such file or folder{nearest(str(local), siblings, most=1)}')
     return False
 
 
@@ -94,11 +99,11 @@ def _from_mapping(spec: Mapping[str, Any], field: str) -> Source:
     if 'type' in spec:  # the classical form: dict(type=load_dataset, path=...)
         from xtuner.registry import BUILDER
 
-        found = BUILDER.build(dict(spec))
-        return _loaded(found['train'] if isinstance(found, Mapping) else found, str(spec.get('path', 'data set')))
+        loaded = BUILDER.build(dict(spec))
+        return _loaded(loaded['train'] if isinstance(loaded, Mapping) else loaded, str(spec.get('path', 'data set')))
     unknown = sorted(set(spec) - set(_FIELDS))
     if unknown or 'path' not in spec:
-        raise ConfigError(f'`{field}` must be a dict with `path` and perhaps {", ".join(_FIELDS[1:])}; got '
+        raise ConfigError(f'`{field}` must be a dict with `path` and optionally {", ".join(_FIELDS[1:])}; got '
                           f'{", ".join(map(str, spec))}{nearest(unknown[0], _FIELDS) if unknown else ""}')  # fmt: skip
     weight = spec.get('weight', 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float('inf'):
@@ -123,9 +128,11 @@ def _open(path: str, options: Mapping[str, Any]) -> Source:
 def _files(name: str, files: list[Path], notes: list[str]) -> Source:
     return Source(
         name,
-        lambda: (record for file in files for record in read_file(file)),
+        lambda advance=None: (record for file in files for record in read_file(file, advance)),
         lambda: hashlib.blake2b(b''.join(map(hash_file, files)), digest_size=16).hexdigest(),
         notes=tuple(notes),
+        total=sum(file.stat().st_size for file in files if file.exists()),
+        unit='B',
     )
 
 
@@ -133,7 +140,7 @@ _hashes: dict[tuple[str, int, int], bytes] = {}
 
 
 def hash_file(file: Path) -> bytes:
-    """Returns a hash of a file's name and content; a file that did not change is read only once a process."""
+    """Returns a hash of a file's name and content; an unchanged file is read only once per process."""
     stat = check_data_file(file)
     key = (str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
@@ -149,19 +156,25 @@ def hash_file(file: Path) -> bytes:
 
 
 def _loaded(dataset: Any, name: str) -> Source:
-    """A data set that is in memory, or memory-mapped, already."""
+    """Source for a data set that is already in memory or memory-mapped."""
 
     def fingerprint() -> str:
         """The library's own fingerprint of the data, or a hash over all rows."""
-        known = getattr(dataset, '_fingerprint', None)
-        if known:
-            return str(known)
+        library_hash = getattr(dataset, '_fingerprint', None)
+        if library_hash:
+            return str(library_hash)
         digest = hashlib.blake2b(digest_size=16)
         for row in dataset:
             digest.update(repr(row).encode('utf-8', 'surrogatepass'))
         return digest.hexdigest()
 
-    return Source(name, lambda: (Record(f'{name}[{i}]', row) for i, row in enumerate(dataset)), fingerprint)
+    def records(advance: Advance | None = None) -> Iterator[Record]:
+        for i, row in enumerate(dataset):
+            yield Record(f'{name}[{i}]', row)
+            if advance is not None:
+                advance(1)
+
+    return Source(name, records, fingerprint, total=len(dataset) if isinstance(dataset, Sized) else None)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -172,41 +185,41 @@ def _saved(folder: Path) -> Source:
     from datasets import load_from_disk
 
     try:
-        found = load_from_disk(str(folder))
-    except Exception as error:  # the library raises a dozen kinds
+        loaded = load_from_disk(str(folder))
+    except Exception as error:  # the library raises many exception types
         raise DataError(f'{folder}: the saved data set cannot be read: {one_line(error)}') from None
-    source = _loaded(_split(found, 'train', str(folder)), str(folder))
-    others = [str(name) for name in found if name != 'train'] if isinstance(found, Mapping) else []
-    notes = [f'{folder}: of the saved data set, the split train is trained, and not {", ".join(others)}']
+    source = _loaded(_split(loaded, 'train', str(folder)), str(folder))
+    others = [str(name) for name in loaded if name != 'train'] if isinstance(loaded, Mapping) else []
+    notes = [f'{folder}: training on the split train of the saved data set, not on {", ".join(others)}']
     return replace(source, notes=tuple(notes if others else ()))
 
 
 def _hub(path: str, options: Mapping[str, Any]) -> Source:
     from datasets import load_dataset
 
-    wanted = {key: options[key] for key in ('name', 'revision', 'data_files', 'streaming') if options.get(key)}
+    arguments = {key: options[key] for key in ('name', 'revision', 'data_files', 'streaming') if options.get(key)}
     split = options.get('split', 'train')
     try:
-        found = load_dataset(path, split=split, **wanted)
-    except Exception as error:  # the library raises a dozen kinds, some of them long
+        dataset = load_dataset(path, split=split, **arguments)
+    except Exception as error:  # the library raises many exception types, some with long texts
         reason = (str(error).splitlines() or [''])[0][:200]
-        raise DataError(f'{path}: neither a local file or folder nor a data set that the hub gave us '
+        raise DataError(f'{path}: neither a local file or folder nor a data set that the hub returned '
                         f'({type(error).__name__}: {reason}); check the spelling, the network and HF_TOKEN, or '
-                        'download it and name the folder') from None  # fmt: skip
+                        'download it and set its folder as the source') from None  # fmt: skip
     name = f'{path}:{split}'
-    loaded = _loaded(found, name)
+    loaded = _loaded(dataset, name)
     if not options.get('streaming'):
         return loaded
-    # A stream has no content to hash before it was read: the id, split and revision stand for it.
-    return Source(name, loaded.records, lambda: f'{path}:{split}:{sorted(wanted.items())!r}')
+    # A stream's content is unknown before it is read: the id, split and revision identify it.
+    return Source(name, loaded.records, lambda: f'{path}:{split}:{sorted(arguments.items())!r}')
 
 
-def _split(found: Any, split: str, name: str) -> Any:
-    if not isinstance(found, Mapping):
-        return found
-    if split not in found:
-        raise DataError(f'{name}: has no split {split!r}; it has {", ".join(map(str, found))}')
-    return found[split]
+def _split(dataset: Any, split: str, name: str) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if split not in dataset:
+        raise DataError(f'{name}: no split {split!r}; available: {", ".join(map(str, dataset))}')
+    return dataset[split]
 
 
 def _modelscope(path: str, options: Mapping[str, Any]) -> Source:
@@ -217,9 +230,10 @@ def _modelscope(path: str, options: Mapping[str, Any]) -> Source:
             f'`modelscope:{path}` needs the package modelscope: pip install "xtuner[modelscope]"'
         ) from None
     split = options.get('split', 'train')
-    wanted = {to: options[of] for of, to in (('name', 'subset_name'), ('revision', 'version')) if options.get(of)}
+    arguments = {to: options[of] for of, to in (('name', 'subset_name'), ('revision', 'version')) if options.get(of)}
     try:
-        found = MsDataset.load(path, split=split, **wanted)
+        dataset = MsDataset.load(path, split=split, **arguments)
     except Exception as error:
         raise DataError(f'modelscope:{path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]})') from None
-    return _loaded(found.to_hf_dataset() if hasattr(found, 'to_hf_dataset') else found, f'modelscope:{path}:{split}')
+    dataset = dataset.to_hf_dataset() if hasattr(dataset, 'to_hf_dataset') else dataset
+    return _loaded(dataset, f'modelscope:{path}:{split}')

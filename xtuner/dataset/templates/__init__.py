@@ -1,1 +1,1 @@
-"""Prompt formats, and chat templates of tokenizers."""
+"""Prompt templates: built-in ones and the chat templates of tokenizers."""

@@ -1,4 +1,4 @@
-"""The built-in prompt formats, as data. To add one, add one entry; `templates.template` explains the fields."""
+"""Built-in prompt templates as data. To add one, add an entry; `templates.template` explains the fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _chatml(name: str, *stop: str, begin: str = '') -> Template:
 
 
 def _inst(name: str) -> Template:
-    """The `[INST]` form of Mistral: no form for a system text but in front of the user's."""
+    """The `[INST]` format of Mistral, which puts a system text in front of the user's."""
     return Template(
         name,
         turns={
@@ -70,7 +70,7 @@ def _vicuna(name: str) -> Template:
 
 
 def _instruction(name: str, default_system: str, answer: Turn, system_end: str = '\n\n') -> Template:
-    """The form of Alpaca, with `### Instruction:` and `### Response:`."""
+    """The Alpaca format with `### Instruction:` and `### Response:`."""
     return Template(
         name,
         turns={'system': Turn(end=system_end), 'user': Turn('### Instruction:\n', '\n\n'), 'assistant': answer},
@@ -121,7 +121,7 @@ _ALL = [
         },
         markers=('<|System|>', '<|User|>', '<|Bot|>'),
     ),
-    # No template: the texts as they are, between begin and end, for documents and for texts that are formatted already.
+    # No template: text between BOS and EOS, for documents and for text that is already formatted.
     Template('plain', turns={'system': Turn(), 'user': Turn(), 'assistant': Turn(end='{eos}')}),
     Template(
         'zephyr',
@@ -133,7 +133,7 @@ _ALL = [
         },
         markers=('<|system|>', '<|user|>', '<|assistant|>'),
     ),
-    # MOSS writes its thoughts, its calls and its answer itself, markers included; only people and tools interrupt it.
+    # MOSS writes thoughts, commands and answer itself, including markers; only users and tools interrupt it.
     Template(
         'moss_sft',
         begin='',
@@ -272,18 +272,18 @@ for _template in _ALL:
 
 
 FROM_TOKENIZER = 'from_tokenizer'
-"""The name that stands for the chat template of the tokenizer at hand."""
+"""The name of the tokenizer's own chat template."""
 
 
 def get_template(name: str | Template, tokenizer: Any = None) -> Template:
-    """Returns the template of a name.
+    """Returns a template by name.
 
     Args:
         name: A registered name, `from_tokenizer` for the tokenizer's own chat template, or a `Template` itself.
-        tokenizer: Where given, the template is checked against it; `from_tokenizer` needs it.
+        tokenizer: If given, the template is checked against it; `from_tokenizer` requires it.
 
     Raises:
-        ConfigError: For an unknown name, or where the tokenizer lacks the token that ends the template's answers.
+        ConfigError: The name is unknown, or the tokenizer lacks the token that ends the template's answers.
     """
     if isinstance(name, Template):
         template = name
@@ -295,7 +295,7 @@ def get_template(name: str | Template, tokenizer: Any = None) -> Template:
         template = registered(TEMPLATES, name)
         if template is None:
             known = [*TEMPLATES.module_dict, FROM_TOKENIZER]
-            raise ConfigError(f'{shown(name)} is no prompt template{nearest(str(name)[:64], known)}; '
+            raise ConfigError(f'{shown(name)} is not a prompt template{nearest(str(name)[:64], known)}; '
                               f'known: {", ".join(sorted(known))}')  # fmt: skip
     if tokenizer is not None:
         template.check(tokenizer)

@@ -1,7 +1,7 @@
 """`from_tokenizer`: the tokenizer's own chat template, with the exact spans of the answers.
 
-The template is rendered up to each answer with its generation prompt, and up to the answer's end; what lies between is
-the answer. Control tokens that a message spells are hidden from the template and come back as text.
+The template is rendered up to each answer with the generation prompt, and up to the answer's end; the answer is the
+text in between. Control tokens that a message contains as text are hidden from the template and restored as text.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from xtuner.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TokenizerTemplate(Template):
-    """A template whose strings are the tokenizer's Jinja.
+    """A template rendered by the tokenizer's Jinja chat template.
 
     Attributes:
-        tokenizer: Whose it is.
-        openings: Tokens with which the generation prompt begins the answer itself, such as `<think>`: an answer in the
-            data spells them, and they are the prompt's token there.
+        tokenizer: The tokenizer.
+        openings: Tokens such as `<think>` with which the generation prompt already begins the answer; an answer in the
+            data contains them as text, but in the rendering they are the prompt's tokens.
     """
 
     tokenizer: Any = None
@@ -37,21 +37,21 @@ class TokenizerTemplate(Template):
 
     @property
     def fillable(self) -> bool:
-        """A program may look at the texts."""
+        """False: a Jinja template may inspect the texts."""
         return False
 
     def reads(self, field: str) -> bool:
-        """Whether the name of the field occurs in the chat template, or in one of several."""
-        found = self.tokenizer.chat_template
-        texts = found.values() if isinstance(found, Mapping) else [found]
+        """Whether the field's name occurs in the chat template, or in one of several."""
+        template = self.tokenizer.chat_template
+        texts = template.values() if isinstance(template, Mapping) else [template]
         return any(re.search(rf'(?<!\w){re.escape(field)}(?!\w)', text or '') for text in texts)
 
     def render(self, conversation: Conversation, *, train_on: str = 'assistant', prompt: bool = False) -> list[Piece]:
-        """Renders a conversation into pieces; see `Template.render`.
+        """Renders a conversation as pieces; see `Template.render`.
 
         Raises:
-            DataError: Where the chat template refuses the conversation, reaches a bound of `rendering`, or shows an
-                answer that is trained in another way than behind its prompt.
+            DataError: The chat template rejects the conversation, exceeds a limit of `rendering`, or renders a trained
+                answer differently from what follows its prompt.
         """
         pieces = next(self.render_many([conversation], train_on=train_on, prompt=prompt))
         if isinstance(pieces, DataError):
@@ -61,40 +61,40 @@ class TokenizerTemplate(Template):
     def render_many(
         self, conversations: Sequence[Conversation], *, train_on: str = 'assistant', prompt: bool = False
     ) -> Iterator[list[Piece] | DataError]:
-        """Renders conversations, many in one exchange with the process that renders; see `Template.render_many`."""
-        for own, group in groupby(conversations, self._source):
-            if own is None:
+        """Renders conversations, many per request to the worker process; see `Template.render_many`."""
+        for source, group in groupby(conversations, self._source):
+            if source is None:
                 yield from (
                     super(TokenizerTemplate, self).render(one, train_on=train_on, prompt=prompt) for one in group
                 )
                 continue
-            shown = [_shown(conversation, self, prompt) for conversation in group]
-            rendered = render_chats(own, [one.chat for one in shown if isinstance(one, _Shown)])
-            yield from (self._pieces_of(one, next(rendered), train_on) if isinstance(one, _Shown) else one
-                        for one in shown)  # fmt: skip
+            requests = [_request(conversation, self, prompt) for conversation in group]
+            rendered = render_chats(source, [one.chat for one in requests if isinstance(one, _RenderRequest)])
+            yield from (self._pieces_of(one, next(rendered), train_on) if isinstance(one, _RenderRequest) else one
+                        for one in requests)  # fmt: skip
 
     def chat_template(self) -> str:
         """Returns the tokenizer's own chat template."""
         return self.tokenizer.get_chat_template()
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Returns the ids of all tokens that the tokenizer calls special, and of those that the template writes."""
-        written = {*self.markers, *self.stop, *self.openings, *self.answer_tokens}
+        """Returns the ids of all special tokens of the tokenizer and of the tokens that the template writes."""
+        used = {*self.markers, *self.stop, *self.openings, *self.answer_tokens}
         added = tokenizer.added_tokens_decoder.items()
-        return {token.content: id_ for id_, token in added if token.special or token.content in written}
+        return {token.content: id_ for id_, token in added if token.special or token.content in used}
 
     def check(self, tokenizer: Any) -> None:
-        """Nothing to check: the template is the tokenizer's."""
+        """Does nothing: the template is the tokenizer's own."""
 
     def fingerprint(self) -> str:
-        """Returns a hash of the chat templates and of what answers may spell."""
-        own = self.tokenizer.chat_template
-        others = sorted(own.items()) if isinstance(own, dict) else []
+        """Returns a hash of the chat templates and of the allowed answer tokens."""
+        template = self.tokenizer.chat_template
+        others = sorted(template.items()) if isinstance(template, dict) else []
         return digest([self.chat_template(), *others, *filter(None, [self.answer_tokens])])
 
     @cached_property
     def controls(self) -> tuple[str, ...]:
-        """The control tokens, the longest first."""
+        """The control tokens, longest first."""
         return tuple(sorted(filter(None, self.marker_ids(self.tokenizer)), key=len, reverse=True))
 
     @cached_property
@@ -102,7 +102,7 @@ class TokenizerTemplate(Template):
         return re.compile('|'.join(map(re.escape, self.controls)) or r'(?!)')
 
     def _source(self, conversation: Conversation) -> ChatTemplate | None:
-        """The chat template for a conversation: a tokenizer may have another for tools; None for a bare document."""
+        """The chat template for a conversation (a tokenizer may have another for tools); None for a plain document."""
         return None if conversation.messages[0].role == 'text' else self._sources[bool(conversation.tools)]
 
     @cached_property
@@ -110,12 +110,14 @@ class TokenizerTemplate(Template):
         texts = [self.tokenizer.get_chat_template(), self.tokenizer.get_chat_template(tools=[{}])]
         return [ChatTemplate(text, source_name(self.tokenizer), self.tokenizer.special_tokens_map) for text in texts]
 
-    def _pieces_of(self, shown: _Shown, texts: list[str] | DataError, train_on: str) -> list[Piece] | DataError:
+    def _pieces_of(
+        self, request: _RenderRequest, texts: list[str] | DataError, train_on: str
+    ) -> list[Piece] | DataError:
         if isinstance(texts, DataError):
             return texts
-        hidden, text, messages = shown.hidden, texts[0], shown.conversation.messages
-        everything = train_on == 'all' and not shown.prompt
-        answers = [] if shown.prompt else shown.answers
+        hidden, text, messages = request.hidden, texts[0], request.conversation.messages
+        everything = train_on == 'all' and not request.prompt
+        answers = [] if request.prompt else request.answers
         pieces: list[Piece] = []
         done = 0
         for number, index in enumerate(answers):
@@ -124,29 +126,29 @@ class TokenizerTemplate(Template):
                 trained = train_on != 'last_turn' or index == answers[-1]
             before, upto = texts[1 + 2 * number : 3 + 2 * number]
             if index + 1 == len(messages) and not upto.startswith(before):
-                text = upto = self._behind_opening(shown, before, upto) or upto
+                text = upto = self._answer_after_opening(request, before, upto) or upto
             if not (text.startswith(upto) and upto.startswith(before)):
                 if trained or everything:
-                    return _shown_otherwise(shown, index, before, upto)
+                    return _rendering_differs(request, index, before, upto)
                 continue
             end = max((m.end() for m in self._pattern.finditer(upto, len(before))), default=len(upto))
             pieces += self._split(text[done : len(before)], hidden, everything)
             answer = self._split(text[len(before) : end], hidden, trained)
-            pieces += [piece._replace(starts=place == 0) for place, piece in enumerate(answer)]
+            pieces += [piece._replace(starts=position == 0) for position, piece in enumerate(answer)]
             pieces += self._split(text[end : len(upto)], hidden, everything)
             done = len(upto)
         pieces += self._split(text[done:], hidden, everything)
-        return pieces if shown.prompt else _without_end(pieces)
+        return pieces if request.prompt else _without_final_separator(pieces)
 
-    def _behind_opening(self, shown: _Shown, before: str, upto: str) -> str | None:
-        """The conversation with its last answer behind the generation prompt, where the template leaves thoughts out.
+    def _answer_after_opening(self, request: _RenderRequest, before: str, upto: str) -> str | None:
+        """Rendering with the last answer after the generation prompt, for templates that strip thoughts from answers.
 
-        The prompt opens `<think>`, the answer begins with it, and the template shows what stands behind the thoughts
-        alone. What the model shall write is all of the answer, closed as the template closes it.
+        The prompt opens `<think>` and the answer begins with it, but the template renders only what follows the
+        thoughts. The model must write the whole answer, closed as the template closes it.
         """
         same = common_length(before, upto)
         opening, end = before[same:], upto.rfind(self.stop[0]) if self.stop else -1
-        content = shown.chat.messages[-1]['content']
+        content = request.chat.messages[-1]['content']
         begins = content.startswith(opening.strip()) and content.endswith(upto[same:end].strip())
         if not opening.strip() or end < same or not begins:
             return None
@@ -157,42 +159,42 @@ class TokenizerTemplate(Template):
         pieces = []
         done = 0
         for match in self._pattern.finditer(text):
-            pieces += [Piece(hidden.back(text[done : match.start()]), trained=trained),
+            pieces += [Piece(hidden.restore(text[done : match.start()]), trained=trained),
                        Piece(match.group(), control=True, trained=trained)]  # fmt: skip
             done = match.end()
-        pieces.append(Piece(hidden.back(text[done:]), trained=trained))
+        pieces.append(Piece(hidden.restore(text[done:]), trained=trained))
         return [piece for piece in pieces if piece.text]
 
 
 def tokenizer_template(tokenizer: Any) -> TokenizerTemplate:
-    """Returns the template that stands in the tokenizer.
+    """Returns the template for the tokenizer's own chat template.
 
     Raises:
-        ConfigError: Where it has none, or one that cannot be rendered or whose answers do not end with a token.
+        ConfigError: It has none, or one that cannot be rendered or whose answers do not end with a token.
     """
     if tokenizer is None:
-        raise ConfigError("`model.template` 'from_tokenizer' needs the tokenizer")
+        raise ConfigError("`model.template` 'from_tokenizer' requires the tokenizer")
     if not getattr(tokenizer, 'chat_template', None):
-        raise ConfigError("the tokenizer has no chat template to take ('from_tokenizer'); name one of ours, such as "
+        raise ConfigError("the tokenizer has no chat template ('from_tokenizer'); use a built-in one, such as "
                           'internlm_chat, as `model.template` or --prompt-template')  # fmt: skip
     check_chat_template(tokenizer.chat_template, f'{source_name(tokenizer)}: `chat_template`')
     try:
-        found = probe(tokenizer)
+        probed = probe(tokenizer)
     except DataError as error:
-        hint = '' if isinstance(error, TemplateBoundError) else '; name one of our templates with `model.template`'
+        hint = '' if isinstance(error, TemplateBoundError) else '; use a built-in template with `model.template`'
         raise ConfigError(f'{error}{hint}') from None
-    if not found.end:
-        raise ConfigError('the chat template of the tokenizer ends an answer with no token, so the model could not '
-                          'learn to stop; name one of our templates with `model.template`')  # fmt: skip
-    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, markers=found.markers, stop=(found.end,),
-                             tokenizer=tokenizer, openings=found.openings)  # fmt: skip
+    if not probed.end:
+        raise ConfigError('the chat template of the tokenizer does not end an answer with a token, so the model would '
+                          'not learn to stop; use a built-in template with `model.template`')  # fmt: skip
+    return TokenizerTemplate('from_tokenizer', {'assistant': Turn()}, markers=probed.markers, stop=(probed.end,),
+                             tokenizer=tokenizer, openings=probed.openings)  # fmt: skip
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Returns messages as the tokenizer's chat template writes them, with the generation prompt.
+    """Returns messages as rendered by the tokenizer's chat template, with the generation prompt.
 
     Raises:
-        DataError: The template refuses them, or reaches a bound of `rendering`.
+        DataError: The template rejects them, or exceeds a limit of `rendering`.
         ConfigError: The tokenizer has no template that can be rendered.
     """
     check_chat_template(tokenizer.chat_template, f'{source_name(tokenizer)}: `chat_template`')
@@ -203,8 +205,8 @@ def prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     return texts[0]
 
 
-class _Shown(NamedTuple):
-    """A conversation on its way through the template."""
+class _RenderRequest(NamedTuple):
+    """A conversation prepared for rendering by the chat template."""
 
     conversation: Conversation
     hidden: HiddenTokens
@@ -216,38 +218,38 @@ class _Shown(NamedTuple):
         return _answers(self.conversation.messages)
 
 
-def _shown(conversation: Conversation, template: TokenizerTemplate, prompt: bool) -> _Shown | DataError:
+def _request(conversation: Conversation, template: TokenizerTemplate, prompt: bool) -> _RenderRequest | DataError:
     messages, tools = conversation.messages, list(conversation.tools)
     views = [(len(messages), prompt)]
     for index in () if prompt else _answers(messages):
         views += [(index, True), (index + 1, False)]
     try:
         hidden = HiddenTokens(messages, tools, template.controls, {*template.openings, *template.answer_tokens})
-        shown = [hidden.show(message) for message in messages]
-        chat = Chat(shown, hidden.hide(tools) or None, views, conversation.origin)
+        visible = [hidden.show(message) for message in messages]
+        chat = Chat(visible, hidden.hide(tools) or None, views, conversation.origin)
     except RecursionError:
         return DataError(f'{conversation.origin}: the conversation is nested too deeply')
     except DataError as error:
         return DataError(f'{conversation.origin}: {error}')
-    return _Shown(conversation, hidden, chat, prompt)
+    return _RenderRequest(conversation, hidden, chat, prompt)
 
 
-def _shown_otherwise(shown: _Shown, index: int, before: str, upto: str) -> DataError:
-    origin, messages = shown.conversation.origin, shown.conversation.messages
+def _rendering_differs(request: _RenderRequest, index: int, before: str, upto: str) -> DataError:
+    origin, messages = request.conversation.origin, request.conversation.messages
     if index + 1 < len(messages):
-        return DataError(f'{origin}: the chat template shows answer {index + 1} in another '
-                         "way once more follows; train the last alone: `train_on = 'last_turn'`")  # fmt: skip
+        return DataError(f'{origin}: the chat template renders answer {index + 1} differently once messages follow; '
+                         "train only the last answer: `train_on = 'last_turn'`")  # fmt: skip
     opening = excerpt(repr(before[common_length(before, upto) :]))
-    return DataError(f'{origin}: the generation prompt of the chat template ends with {opening}, and the answer in '
-                     f'message {index + 1} is not shown behind it; begin that answer with it')  # fmt: skip
+    return DataError(f'{origin}: the generation prompt of the chat template ends with {opening}, but the answer in '
+                     f'message {index + 1} does not follow it; begin that answer with it')  # fmt: skip
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message.role == 'assistant']
 
 
-def _without_end(pieces: list[Piece]) -> list[Piece]:
-    """Leaves out the separator behind the last control token, where nothing follows it."""
+def _without_final_separator(pieces: list[Piece]) -> list[Piece]:
+    """Drops the separator after the last control token if nothing follows it."""
     if len(pieces) > 1 and pieces[-2].control and not pieces[-1].control and not pieces[-1].text.strip():
         return pieces[:-1]
     return pieces

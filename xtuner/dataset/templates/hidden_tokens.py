@@ -1,4 +1,4 @@
-"""Hides the control tokens that a conversation spells from a chat template, and puts them back into what it wrote."""
+"""Hides control tokens that a conversation contains as text from a chat template, and restores them in its output."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 
 
 
 class HiddenTokens:
-    """Stands characters that occur nowhere in a conversation for the control tokens that its messages spell.
+    """Replaces control tokens in message texts by unused private characters while a template is rendered.
 
     Args:
-        messages: The conversation's.
-        tools: What is on offer in it.
-        controls: The control tokens, the longest first.
-        meant: Those that mean themselves in what the model writes.
+        messages: The conversation's messages.
+        tools: The conversation's tools.
+        controls: The control tokens, longest first.
+        meant: The control tokens that stay control tokens in what the model writes.
     """
 
     def __init__(
         self, messages: Sequence[Message], tools: Sequence[Any], controls: Sequence[str], meant: set[str]
     ) -> None:
         texts = ''.join(_texts([[message.content, message.extra] for message in messages] + [tools]))
-        spelt = [name for name in controls if name in texts]
-        used = set(texts) if spelt else ()
+        contained = [name for name in controls if name in texts]
+        used = set(texts) if contained else ()
         free = (char for code in chain(*_PRIVATE_USE) if (char := chr(code)) not in used)
-        self._stands = dict(zip(spelt, free, strict=False))
-        if len(self._stands) < len(spelt):
-            raise DataError('the conversation uses every private character that Unicode has')
-        self._in_answers = {name: char for name, char in self._stands.items() if name not in meant}
+        self._placeholders = dict(zip(contained, free, strict=False))
+        if len(self._placeholders) < len(contained):
+            raise DataError('the conversation uses every private character of Unicode')
+        self._in_answers = {name: char for name, char in self._placeholders.items() if name not in meant}
 
     def show(self, message: Message) -> dict[str, Any]:
         """Returns the message as the template sees it."""
-        stands = self._in_answers if message.role == 'assistant' else self._stands
-        return _replaced({**message.extra, 'role': message.role, 'content': message.content}, stands)
+        placeholders = self._in_answers if message.role == 'assistant' else self._placeholders
+        return _replaced({**message.extra, 'role': message.role, 'content': message.content}, placeholders)
 
     def hide(self, value: Any) -> Any:
-        """Returns what is no answer as the template sees it."""
-        return _replaced(value, self._stands)
+        """Replaces control tokens in any value that is not an answer."""
+        return _replaced(value, self._placeholders)
 
-    def back(self, text: str) -> str:
-        """Puts what was hidden back."""
-        for name, char in self._stands.items():
+    def restore(self, text: str) -> str:
+        """Replaces the placeholders in rendered text by the control tokens."""
+        for name, char in self._placeholders.items():
             text = text.replace(char, name)
         return text
 
 
-def _replaced(value: Any, stands: Mapping[str, str]) -> Any:
+def _replaced(value: Any, placeholders: Mapping[str, str]) -> Any:
     if isinstance(value, str):
-        for name, char in stands.items():
+        for name, char in placeholders.items():
             value = value.replace(name, char)
         return value
     if isinstance(value, Mapping):
-        return {_replaced(key, stands): _replaced(item, stands) for key, item in value.items()}
-    return [_replaced(item, stands) for item in value] if isinstance(value, (list, tuple)) else value
+        return {_replaced(key, placeholders): _replaced(item, placeholders) for key, item in value.items()}
+    return [_replaced(item, placeholders) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _texts(value: Any) -> list[str]:

@@ -1,12 +1,12 @@
-r"""The prompt of InternLM-Chat's first release (July 2023), whose last question stands apart.
+r"""Prompt format of InternLM-Chat's first release (July 2023), which treats the last question differently.
 
-The tokenizer puts one BOS in front, and the prompt spells another before each past turn; but the question that is
-asked now has none of its own, unless it is the first:
+The tokenizer adds one BOS, and the prompt adds another before each earlier turn; the current question has none of its
+own unless it is the first:
 
     <s> <s> <|User|>:Hi<eoh>\n<|Bot|>:              no history
     <s> <s> <|User|>:Hi<eoh>\n<|Bot|>:Hello<eoa>\n <|User|>:And?<eoh>\n<|Bot|>:
 
-A conversation for training is rendered in the same way, so its last answer stands behind what the model will be asked.
+Training conversations are rendered in the same way, so that the last answer follows the prompt used at inference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FirstReleaseTemplate(Template):
     """A template whose user turns begin with BOS, except for the last of several."""
 
     def render(self, conversation: Conversation, *, train_on: str = 'assistant', prompt: bool = False) -> list[Piece]:
-        """As `Template.render`; the BOS before the last of several questions is left out."""
+        """As `Template.render`, without the BOS before the last of several questions."""
         pieces = super().render(conversation, train_on=train_on, prompt=prompt)
         if sum(message.role == 'user' for message in conversation.messages) > 1:
             last = max(i for i, piece in enumerate(pieces) if piece.control and piece.text == '{bos}')
@@ -35,6 +35,6 @@ class FirstReleaseTemplate(Template):
         return pieces
 
     def chat_template(self) -> str:
-        """The same as Jinja: a first loop finds the last question."""
+        """The same format as Jinja: a first loop finds the last question."""
         jinja = super().chat_template().replace(_OPENING, _ALONE)
         return jinja.replace(_LOOP, _FIND_LAST + _LOOP, 1)

@@ -1,4 +1,4 @@
-"""The strings around each role's text, and the Jinja that is saved with a tokenizer for them."""
+"""Strings around the text of each role, and the Jinja chat template generated from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Turn:
-    """What stands around one role's text. `{bos}`, `{eos}` and `{round}` (from 1) may be written in each string.
+    """Strings around the text of one role; each may contain `{bos}`, `{eos}` and `{round}` (from 1).
 
     Attributes:
-        before: Stands before the text, written by the template; for an answer, this is the generation prompt.
-        lead: Stands before an answer's text and is written by the model, so it is trained.
-        end: Closes the text; written by the model and trained where the text is an answer.
-        after: Separates from what follows; never trained.
+        before: Precedes the text, written by the template; for an answer, this is the generation prompt.
+        lead: Precedes an answer's text and is written by the model, so it is trained.
+        end: Ends the text; written by the model and trained if the text is an answer.
+        after: Separates the turn from the next one; never trained.
     """
 
     before: str = ''
@@ -43,9 +43,9 @@ def write_jinja(
     for role, turn in turns.items():
         if role == 'system':
             continue
-        own = "ns.system ~ message['content']" if role == 'user' else "message['content']"
-        inner = [turn.before, turn.lead, own, turn.end, turn.after]
-        shown = ' ~ '.join(part if part is own else _expression(part) for part in inner if part)
+        content = "ns.system ~ message['content']" if role == 'user' else "message['content']"
+        inner = [turn.before, turn.lead, content, turn.end, turn.after]
+        shown = ' ~ '.join(part if part is content else _expression(part) for part in inner if part)
         counted = '{%- set ns.round = ns.round + 1 -%}' if role == 'user' else ''
         reset = "{%- set ns.system = '' -%}" if role == 'user' else ''
         lines.append(f"{{%- elif message['role'] == '{role}' -%}}{counted}{{{{- {shown} }}}}{reset}")
@@ -68,6 +68,6 @@ _NAMES = {'{bos}': 'bos_token', '{eos}': 'eos_token', '{round}': 'ns.round'}
 
 
 def _expression(text: str) -> str:
-    """Writes a format string as a Jinja expression, such as `bos_token ~ "<|User|>:"`."""
+    """Converts a format string to a Jinja expression, such as `bos_token ~ "<|User|>:"`."""
     parts = [part for part in re.split(r'(\{bos\}|\{eos\}|\{round\})', text) if part]
     return ' ~ '.join(_NAMES.get(part) or json.dumps(part, ensure_ascii=False) for part in parts)

@@ -1,7 +1,7 @@
-"""Renders chat templates of tokenizers within bounds of time, memory and output, in processes of their own.
+"""Renders tokenizers' chat templates in worker processes with limits on time, memory and output.
 
-`render_chats` is the only way to a text: transformers' `apply_chat_template` runs a stranger's program in the process
-that calls it, without bounds. Beyond a bound the process is killed and reaped before the error is returned.
+Always use `render_chats`: transformers' `apply_chat_template` runs untrusted code in the calling process without
+limits. When a limit is exceeded, the worker is killed and reaped before the error is returned.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from xtuner.dataset.templates.worker_pool import MEMORY, POOL
 from xtuner.errors import ConfigError, DataError, one_line
 from xtuner.utils import escape
 
-SECONDS = 2.0  # processor time of compiling a template, and of showing a conversation
-_SECONDS_A_VIEW = 0.02  # and so much more for each further view of it
-_PATIENCE = 5  # times the processor time, by the clock: the machine may be busy
-MOST_TEMPLATE = 2**20  # characters of a template
-_MOST_OUTPUT, _OUTPUT_A_BYTE = 2**20, 8  # characters of a rendering, and so many more for each byte of the conversation
-_BATCH, _BATCH_BYTES = 64, 2**22  # conversations sent at a time
+SECONDS = 2.0  # CPU time for compiling a template, and for rendering a conversation
+_SECONDS_PER_VIEW = 0.02  # additional CPU time for each further view of the conversation
+_WALL_TIME_FACTOR = 5  # wall time limit as a multiple of CPU time, since the machine may be busy
+MOST_TEMPLATE = 2**20  # maximum characters of a template
+_MAX_OUTPUT, _OUTPUT_PER_BYTE = 2**20, 8  # maximum characters of a rendering, and more for each byte of the input
+_BATCH, _BATCH_BYTES = 64, 2**22  # conversations, and bytes, sent per request
 
 
 class TemplateBoundError(DataError):
-    """A chat template took more than it may; no process of it is left."""
+    """A chat template exceeded a limit; its process has been ended."""
 
 
 class TemplateBusyError(TemplateBoundError):
-    """The conversation was not rendered: too many others are slow to render just now. Another time it may be."""
+    """The conversation was not rendered because too many slow renderings are running; a later retry may succeed."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template of a tokenizer.
+    """A tokenizer's chat template.
 
     Attributes:
-        text: The Jinja.
-        name: Where it is from, for messages.
-        variables: What it sees beside the conversation: the named special tokens.
+        text: The Jinja source.
+        name: Where it comes from, for error messages.
+        variables: Variables that it sees besides the conversation: the named special tokens.
     """
 
     text: str
@@ -50,10 +50,10 @@ class Chat(NamedTuple):
     """A conversation to render.
 
     Attributes:
-        messages: Dicts with `role` and whatever else the template reads.
-        tools: The tools on offer, or None.
-        views: What to show: how many of the messages, and whether the generation prompt follows them.
-        origin: Where it came from, for messages.
+        messages: Dicts with `role` and any other fields that the template reads.
+        tools: The available tools, or None.
+        views: What to render: the number of messages, and whether the generation prompt follows them.
+        origin: Where the conversation came from, for error messages.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -63,14 +63,14 @@ class Chat(NamedTuple):
 
 
 def render_chats(template: ChatTemplate, chats: Iterable[Chat]) -> Iterator[list[str] | DataError]:
-    """Renders conversations, byte for byte as transformers' `apply_chat_template` does.
+    """Renders conversations, with the same output as transformers' `apply_chat_template`.
 
     Yields:
-        For each conversation the texts of its views, or why there are none: `TemplateBoundError` where a bound was
-        reached, another `DataError` where the template refuses the conversation.
+        For each conversation the texts of its views, or an error: `TemplateBoundError` if a limit was exceeded, another
+        `DataError` if the template rejects the conversation.
 
     Raises:
-        ConfigError: The template cannot be compiled, or the process for it does not start.
+        ConfigError: The template cannot be compiled, or the worker process does not start.
     """
     batch: list[tuple[Chat, bytes]] = []
     size = 0
@@ -85,7 +85,7 @@ def render_chats(template: ChatTemplate, chats: Iterable[Chat]) -> Iterator[list
 
 
 def _encoded(chat: Chat) -> bytes:
-    """A conversation as JSON; empty where it has no such form."""
+    """A conversation as JSON; empty if it cannot be serialized."""
     job: dict[str, Any] = {'messages': chat.messages, 'tools': chat.tools, 'views': chat.views}
     job['seconds'] = _seconds(chat)
     try:
@@ -96,18 +96,18 @@ def _encoded(chat: Chat) -> bytes:
 
 
 def _most_output(content: bytes) -> int:
-    return _MOST_OUTPUT + _OUTPUT_A_BYTE * len(content)
+    return _MAX_OUTPUT + _OUTPUT_PER_BYTE * len(content)
 
 
 def _plain(value: Any) -> Any:
-    """What a template sees of a value that JSON does not know: numbers of numpy, and the type's name of others."""
+    """Converts values unknown to JSON: numpy numbers to Python numbers, others to their type's name."""
     if isinstance(value, Mapping):
         return dict(value)
     return value.item() if hasattr(value, 'item') and not getattr(value, 'ndim', 0) else f'<{type(value).__name__}>'
 
 
 def _seconds(chat: Chat) -> float:
-    return SECONDS + _SECONDS_A_VIEW * (len(chat.views) - 1)
+    return SECONDS + _SECONDS_PER_VIEW * (len(chat.views) - 1)
 
 
 def _rendered(template: ChatTemplate, batch: Sequence[tuple[Chat, bytes]]) -> Iterator[list[str] | DataError]:
@@ -123,12 +123,12 @@ def _rendered(template: ChatTemplate, batch: Sequence[tuple[Chat, bytes]]) -> It
 
 
 def _answers(head: dict[str, Any], sent: Sequence[tuple[Chat, bytes]]) -> Iterator[dict[str, Any]]:
-    """Yields the answers; what stands behind one that reached a bound is rendered once it is asked for."""
+    """Yields the answers; conversations after one that exceeded a limit are rendered when their answer is requested."""
     done = 0
     while done < len(sent):
         rest = sent[done:]
-        patience = [_PATIENCE * (SECONDS + _seconds(chat)) for chat, _ in rest]
-        answers = POOL.run(head, [frame for _, frame in rest], patience)
+        wall_limits = [_WALL_TIME_FACTOR * (SECONDS + _seconds(chat)) for chat, _ in rest]
+        answers = POOL.run(head, [frame for _, frame in rest], wall_limits)
         yield from answers
         done += len(answers)
 
@@ -139,25 +139,25 @@ def _views(texts: list[Any]) -> list[str]:
 
 
 def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str, str]) -> DataError:
-    """The error for an answer without texts; raises ConfigError where no conversation would have one."""
+    """Returns the error for an answer without texts; raises ConfigError if it applies to every conversation."""
     kind, detail = answer['error'], excerpt(answer.get('message', ''))
     if kind == 'syntax':
-        raise ConfigError(f'the chat template of {template.name} is no valid Jinja: {detail}; name one of our '
-                          'templates: `model.template` of a config, --prompt-template of a command')  # fmt: skip
+        raise ConfigError(f'the chat template of {template.name} is not valid Jinja: {detail}; use a built-in '
+                          'template: `model.template` in a config, --prompt-template on the command line')  # fmt: skip
     if kind == 'start':
-        raise ConfigError(f'the process that renders chat templates does not start ({detail}); it needs jinja2 3.1.6 '
-                          'or newer, and processes to be allowed')  # fmt: skip
+        raise ConfigError(f'the worker process for chat templates does not start ({detail}); it needs jinja2 3.1.6 '
+                          'or newer, and permission to start processes')  # fmt: skip
     if kind == 'busy':
-        return TemplateBusyError(f'{chat.origin}: too many conversations on which the chat template is slow are being '
-                                  'rendered; try again')  # fmt: skip
+        return TemplateBusyError(f'{chat.origin}: too many slow conversations are being rendered by the chat template; '
+                                  'try again')  # fmt: skip
     if kind == 'refused':
-        return DataError(f'{chat.origin}: the chat template refuses the conversation: {detail}')
+        return DataError(f'{chat.origin}: the chat template rejects the conversation: {detail}')
     bounds = {
-        'time': f'took more than {_seconds(chat):.3g} s of processor time',
+        'time': f'took more than {_seconds(chat):.3g} s of CPU time',
         'memory': f'took more than {MEMORY // 2**20} MiB of memory',
         'output': f'wrote more than {_most_output(frame):,} characters',
     }
-    why = bounds.get(kind) or {'depth': 'calls itself too deeply', 'crash': f'ended its process: {detail}'}[kind]
+    why = bounds.get(kind) or {'depth': 'recurses too deeply', 'crash': f'crashed its process: {detail}'}[kind]
     return TemplateBoundError(
         f'{chat.origin}: the chat template of {template.name} {why} and was stopped; change the conversation, or name '
         'another template (`model.template`, --prompt-template)'
@@ -165,5 +165,5 @@ def _error(template: ChatTemplate, chat: Chat, frame: bytes, answer: Mapping[str
 
 
 def excerpt(text: str, most: int = 200) -> str:
-    """Text that a stranger chose, for a message: cut, on one line, with escapes for what moves a terminal's cursor."""
+    """Untrusted text for a message: truncated, on one line, with terminal control characters escaped."""
     return escape.printable(one_line(text)[:most])

@@ -1,6 +1,6 @@
-r"""What a prompt template is: strings around each role's text, rendered into pieces, and written out as Jinja.
+r"""Prompt templates: strings around the text of each role, rendered into pieces, and exported as Jinja.
 
-A piece is text or a control token, and knows whether it is trained and whether the model starts to write with it:
+A piece is text or a control token, with flags for whether it is trained and whether the model starts writing with it:
 
     <s>       <|User|>:   Hi        <eoh>     \n <|Bot|>:   Hello     <eoa>
     control   text        text      control   text          text      control
@@ -24,7 +24,7 @@ TRAIN_ON = ('assistant', 'last_turn', 'all')
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation: `text`, and whether it is a control token, trained, or starts an answer."""
+    """A part of a rendered conversation: `text`, and whether it is a control token, trained, or starts an answer."""
 
     text: str
     control: bool = False
@@ -39,14 +39,14 @@ class Template:
     Attributes:
         name: Its name in the registry.
         turns: The strings around each role's text, by role.
-        markers: The control tokens in those strings: inserted as ids where the vocabulary has them, text elsewhere.
-        stop: Words at which generation stops, beside the tokenizer's own end.
-        begin: Stands once before everything.
-        default_system: The system text where a conversation has no system message; an empty message means none.
-        system_in_user: Whether the system text goes into the following user message, in front of its text.
-        alternates: Whether only user and assistant in turn, the user first, have a form in it; the published templates
-            refuse others.
-        answer_tokens: Special tokens that the model writes: where an answer spells them, they are inserted as ids.
+        markers: The control tokens in those strings: inserted as ids if the vocabulary has them, otherwise as text.
+        stop: Stop words for generation besides the tokenizer's EOS.
+        begin: Precedes the whole conversation.
+        default_system: The system text if a conversation has no system message; an empty message means none.
+        system_in_user: Whether the system text is put in front of the text of the following user message.
+        alternates: Whether the template supports only alternating user and assistant messages, user first; the
+            published templates reject others.
+        answer_tokens: Special tokens that the model writes: if an answer contains them, they are inserted as ids.
     """
 
     name: str
@@ -62,31 +62,31 @@ class Template:
 
     @property
     def fillable(self) -> bool:
-        """Whether conversations of the same roles are rendered alike but for their texts."""
+        """Whether the rendering of a conversation depends on its texts only by inserting them."""
         return True
 
     def reads(self, field: str) -> bool:
-        """Whether the template looks at `tools`, or at a field of a message beside its role and content."""
+        """Whether the template reads `tools`, or this field of a message besides its role and content."""
         return False
 
     def __call__(self, conversation: Conversation) -> list[Piece]:
-        """Renders with the default training choice; makes a template registrable like a function."""
+        """Renders with the default `train_on`, so that a template can be registered like a function."""
         return self.render(conversation)
 
     def render(self, conversation: Conversation, *, train_on: str = 'assistant', prompt: bool = False) -> list[Piece]:
-        """Renders a conversation into pieces.
+        """Renders a conversation as pieces.
 
         Args:
-            conversation: What to render.
+            conversation: The conversation to render.
             train_on: 'assistant' trains every answer, 'last_turn' the last one, 'all' everything; a message's own
                 `loss` overrides it.
-            prompt: End with the generation prompt, for an answer to follow; nothing is trained then.
+            prompt: Whether to end with the generation prompt; nothing is trained then.
 
         Raises:
-            DataError: For a role, or for tools, that the template has no form for.
+            DataError: The template does not support a role, or tools.
         """
         if conversation.tools:
-            raise DataError(f'{conversation.origin}: template `{self.name}` has no place for `tools`; '
+            raise DataError(f'{conversation.origin}: template `{self.name}` does not support `tools`; '
                             'use `from_tokenizer`, or write them into the system message')  # fmt: skip
         if prompt and self.alternates:
             self._check_turns(conversation)
@@ -114,8 +114,8 @@ class Template:
             pieces += self._pieces(turn.before, everything, round_)
             if message.role in MODEL_ROLES:
                 if system:
-                    raise DataError(f'{conversation.origin}: template `{self.name}` puts the system text into a user '
-                                    'message, and none follows it')  # fmt: skip
+                    raise DataError(f'{conversation.origin}: template `{self.name}` puts the system text into the next '
+                                    'user message, but none follows')  # fmt: skip
                 pieces += _starting([*self._pieces(turn.lead, trained), *self._answer(message.content, trained)])
                 pieces += self._pieces(turn.end, trained)
             else:
@@ -130,7 +130,7 @@ class Template:
     def render_many(
         self, conversations: Sequence[Conversation], *, train_on: str = 'assistant', prompt: bool = False
     ) -> Iterator[list[Piece] | DataError]:
-        """Renders conversations, in order; what `render` raises for one is yielded in its place."""
+        """Renders conversations in order; yields the error that `render` raises for one instead of its pieces."""
         for conversation in conversations:
             try:
                 yield self.render(conversation, train_on=train_on, prompt=prompt)
@@ -144,34 +144,34 @@ class Template:
         )
 
     def marker_ids(self, tokenizer: Any) -> dict[str, int]:
-        """Returns the id of each marker that is one token of the vocabulary, with the tokenizer's begin and end."""
+        """Returns the id of each marker that is a single token, and of the tokenizer's BOS and EOS."""
         names = [*self.markers, *self.stop, *self.answer_tokens,
                  *filter(None, (tokenizer.bos_token, tokenizer.eos_token))]  # fmt: skip
         return {name: id_ for name in names if (id_ := token_id(tokenizer, name)) is not None}
 
     def allowing(self, choice: bool | Sequence[str] | None, tokenizer: Any) -> Template:
-        """Returns this template such that special tokens that an answer spells are inserted as ids.
+        """Returns this template with the given special tokens inserted as ids where an answer contains them.
 
         Args:
-            choice: `dataset.special_tokens_in_answers`: the tokens, or True for all that the tokenizer calls special
-                and that neither the template nor the tokenizer has another use for.
+            choice: `dataset.special_tokens_in_answers`: the tokens, or True for all special tokens of the tokenizer
+                that neither the template nor the tokenizer uses otherwise.
             tokenizer: A transformers tokenizer.
 
         Raises:
-            ConfigError: For what is no token of the tokenizer, or one that ends or separates messages.
+            ConfigError: A name is not a token of the tokenizer, or a token that ends or separates messages.
         """
         names = self.allowable(tokenizer) if choice is True else tuple(choice or ())
         for name in names:
             if not isinstance(name, str) or not name or token_id(tokenizer, name) is None:
-                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, which is no token of the '
+                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, which is not a token of the '
                                   'tokenizer')  # fmt: skip
             if name in self._used(tokenizer):
-                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, with which the template or the '
-                                  'tokenizer separates messages: leave it out')  # fmt: skip
+                raise ConfigError(f'`dataset.special_tokens_in_answers` names {name!r}, which the template or the '
+                                  'tokenizer uses to separate messages: remove it')  # fmt: skip
         return replace(self, answer_tokens=names) if names != self.answer_tokens else self
 
     def allowable(self, tokenizer: Any) -> tuple[str, ...]:
-        """Returns the special tokens of the tokenizer that an answer may spell, in the order of their ids."""
+        """Returns the special tokens of the tokenizer that an answer may contain as ids, in id order."""
         added = sorted(tokenizer.added_tokens_decoder.items())
         used = self._used(tokenizer)
         return tuple(token.content for _, token in added if token.special and token.content not in used)
@@ -180,38 +180,38 @@ class Template:
         return {'', *self.markers, *self.stop, *map(str, tokenizer.special_tokens_map.values())}
 
     def stop_ids(self, tokenizer: Any) -> list[int]:
-        """Returns the ids at which generation stops: the stop words that are tokens, then the tokenizer's own end."""
+        """Returns the ids that stop generation: stop words that are single tokens, then the tokenizer's EOS."""
         ids = [token_id(tokenizer, word) for word in (*self.stop, tokenizer.eos_token) if word]
         return list(dict.fromkeys(id_ for id_ in ids if id_ is not None))
 
     def check(self, tokenizer: Any) -> None:
-        """Raises ConfigError where the tokenizer has no token that ends an answer of this template."""
+        """Raises ConfigError if the tokenizer has no token that ends an answer of this template."""
         ends = [piece.text for piece in self._pieces(self.turns['assistant'].end) if piece.control]
         for end in ends[-1:] or ['{eos}']:
             word = tokenizer.eos_token if end == '{eos}' else end
             if not word or token_id(tokenizer, word) is None:
                 raise ConfigError(f'`model.template` {self.name!r} ends an answer with {word or "the end token"!r}, '
-                                  'which the tokenizer does not have as a token, so the model could not learn to stop; '
+                                  'which is not a token of the tokenizer, so the model could not learn to stop; '
                                   'use the template of this model, or `from_tokenizer`')  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Returns a hash that changes with anything that changes what is rendered."""
+        """Returns a hash that changes with anything that changes the rendering."""
         turns = sorted((role, repr(turn)) for role, turn in self.turns.items())
         content: tuple[Any, ...] = (self.name, turns, self.markers, self.stop, self.begin, self.default_system,
                                     self.system_in_user)  # fmt: skip
-        if self.answer_tokens:  # without them, the hash is that of older caches
+        if self.answer_tokens:  # without them, the hash equals that of older caches
             content += (self.answer_tokens,)
         return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
     def _check_turns(self, conversation: Conversation) -> None:
-        wanted = 'user'
+        expected = 'user'
         for number, message in enumerate(conversation.messages, 1):
             if message.role == 'system':
                 continue
-            if message.role != wanted:
-                raise DataError(f'{conversation.origin}: template `{self.name}` wants user and assistant in turn, the '
-                                f'user first; message {number} is the {message.role}\'s')  # fmt: skip
-            wanted = 'assistant' if wanted == 'user' else 'user'
+            if message.role != expected:
+                raise DataError(f'{conversation.origin}: template `{self.name}` expects alternating user and assistant '
+                                f'messages, user first; message {number} has the role {message.role!r}')  # fmt: skip
+            expected = 'assistant' if expected == 'user' else 'user'
 
     def _with_default_system(self, messages: Sequence[Message]) -> Sequence[Message]:
         if self.default_system and messages[0].role not in ('system', 'text'):
@@ -225,17 +225,17 @@ class Template:
     def _turn(self, message: Message, origin: str) -> Turn:
         if message.role not in self.turns or message.extra.get('tool_calls'):
             what = 'tool calls' if message.role in self.turns else f'the role {message.role!r}'
-            raise DataError(f'{origin}: template `{self.name}` has no form for {what}; use `from_tokenizer`')
+            raise DataError(f'{origin}: template `{self.name}` does not support {what}; use `from_tokenizer`')
         return self.turns[message.role]
 
     def _answer(self, content: str, trained: bool) -> list[Piece]:
-        """What the model writes between a turn's strings, in which some tokens mean themselves."""
+        """Pieces of an answer's content; answer tokens in it become control tokens."""
         if not self.answer_tokens or not content:
             return [Piece(content, trained=trained)]
         return [piece._replace(trained=trained) for piece in _split(content, self.answer_tokens)]
 
     def _pieces(self, text: str, trained: bool = False, round_: int = 0) -> Sequence[Piece]:
-        """Returns a format string as pieces; each string is split once, for this is called for every message."""
+        """Returns a format string as pieces; cached, since it is called for every message."""
         pieces = self._parsed.get((text, trained))
         if pieces is None:
             split = _split(text, (*self.markers, '{bos}', '{eos}')) if text else []
@@ -246,11 +246,11 @@ class Template:
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
-    """Returns the id of `text` where it is exactly one token of the vocabulary, else None."""
+    """Returns the id of `text` if it is exactly one token of the vocabulary, else None."""
     if getattr(tokenizer, 'is_fast', False):
         return tokenizer.backend_tokenizer.token_to_id(text)
-    found = tokenizer.convert_tokens_to_ids(text)
-    return None if found is None or found == tokenizer.unk_token_id else found
+    id_ = tokenizer.convert_tokens_to_ids(text)
+    return None if id_ is None or id_ == tokenizer.unk_token_id else id_
 
 
 def _is_trained(message: Message, index: int, last: int, train_on: str) -> bool:

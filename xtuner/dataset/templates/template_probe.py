@@ -1,4 +1,4 @@
-"""Looks at a tokenizer's chat template before it is used: whether it is one, and what it writes around an answer."""
+"""Validates a tokenizer's chat template and finds the control tokens that it writes around an answer."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from xtuner.errors import ConfigError, DataError, ModelError
 
 
 def check_chat_template(value: Any, where: str) -> None:
-    """Raises ConfigError where `value`, found at `where` (file and field), is no chat template that could be rendered.
+    """Raises ConfigError if `value`, found at `where` (file and field), is not a valid chat template.
 
-    It is a text, or several of them by name, one of which is `default`.
+    A valid value is text, or several templates by name, one of which is `default`.
     """
     fault = template_fault(value, where)
     if fault:
         raise ConfigError(fault)
     if isinstance(value, dict) and 'default' not in value:
-        raise ConfigError(f"{where} names {len(value)} templates, and none of them 'default'; name one of ours with "
+        raise ConfigError(f"{where} has {len(value)} templates but no 'default'; use a built-in one with "
                           '`model.template`')  # fmt: skip
 
 
 def check_template_files(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Looks at the chat templates of a tokenizer's folder before transformers reads them.
+    """Validates the chat templates of a tokenizer folder before transformers reads them.
 
     Args:
-        folder: The tokenizer's.
-        settings: What its `tokenizer_config.json` holds.
+        folder: The tokenizer folder.
+        settings: The content of its `tokenizer_config.json`.
 
     Raises:
-        ModelError: One is no text or no list of named ones, is larger than any published one, or is not UTF-8.
+        ModelError: A template is neither text nor a list of named ones, is larger than any published one, or is not
+            UTF-8.
     """
     value = settings.get('chat_template')
     fault = None if value is None else template_fault(value, f'{folder / "tokenizer_config.json"}: `chat_template`')
@@ -44,7 +45,7 @@ def check_template_files(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def template_fault(value: Any, where: str) -> str:
-    """Says what is wrong with what shall be a chat template; '' where nothing is."""
+    """Returns what is wrong with a chat template; '' if nothing is."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ('name', 'template')):
@@ -53,7 +54,7 @@ def template_fault(value: Any, where: str) -> str:
     for name, text in (value if isinstance(value, dict) else {'': value}).items():
         what = f'{where}[{excerpt(repr(name))}]' if name else where
         if not isinstance(name, str) or not isinstance(text, str):
-            return f'{what} is of type {type(text).__name__}; it must be text: a Jinja template'
+            return f'{what} has type {type(text).__name__}; it must be text: a Jinja template'
         if len(text) > MOST_TEMPLATE:
             return f'{what} has {len(text):,} characters; a chat template may have {MOST_TEMPLATE:,}'
     return ''
@@ -69,23 +70,23 @@ def _file_fault(file: Path) -> str:
     return ''
 
 
-class Probe(NamedTuple):
-    """What a chat template writes around an answer: control tokens, those that open it, the one that ends it."""
+class TemplateProbe(NamedTuple):
+    """What a chat template writes around an answer: its control tokens, those that open it, and the end token."""
 
     markers: tuple[str, ...] = ()
     openings: tuple[str, ...] = ()
     end: str = ''
 
 
-def probe(tokenizer: Any) -> Probe:
-    """Finds the control tokens that the template writes; a tokenizer need not call them special.
+def probe(tokenizer: Any) -> TemplateProbe:
+    """Finds the control tokens that the template writes, which the tokenizer need not mark as special.
 
-    Tokens that only occur inside answers, such as those around thoughts, are not among them: what a message spells of
-    those is meant as such. Where the generation prompt opens the answer with one, earlier answers, which templates show
-    without their thoughts, tell it from the header of an answer.
+    Tokens that occur only inside answers, such as those around thoughts, are not included: messages may contain
+    them as control tokens. If the generation prompt opens the answer with such a token, it is told apart from the
+    answer's header by an earlier answer, which templates render without its thoughts.
 
     Raises:
-        DataError: The template refuses a question and an answer, or reaches a bound of `rendering`.
+        DataError: The template rejects a question and an answer, or exceeds a limit of `rendering`.
     """
     question, answer = 'q0q', 'a0a'
     messages = [Message('user', question), Message('assistant', answer), Message('user', question)]
@@ -104,18 +105,18 @@ def probe(tokenizer: Any) -> Probe:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
     ends = sorted((whole.rfind(name) + len(name), name) for name in added if whole.rfind(name) >= start)
     end = ends[-1][1] if ends else ''
-    written = [name for name in added if name in prompt]
-    openings = tuple(name for name in written if prompt.rindex(name) + len(name) > header)
-    return Probe(tuple(name for name in written if name not in (end, *openings)), openings, end)
+    in_prompt = [name for name in added if name in prompt]
+    openings = tuple(name for name in in_prompt if prompt.rindex(name) + len(name) > header)
+    return TemplateProbe(tuple(name for name in in_prompt if name not in (end, *openings)), openings, end)
 
 
 def source_name(tokenizer: Any) -> str:
-    """Where a tokenizer is from, for messages."""
+    """Where a tokenizer comes from, for messages."""
     return tokenizer.name_or_path or 'the tokenizer'
 
 
 def common_length(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     if one.startswith(other):
         return len(other)
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,12 +1,12 @@
-"""The process in which chat templates are rendered; `templates.rendering` starts it, feeds it and ends it.
+"""Worker process that renders chat templates; started, fed and ended by `templates.rendering`.
 
-A chat template is a program from whoever published the tokenizer. Here it has no files, no network and no environment
-of ours, a bounded address space and, for each conversation, a bounded processor time: the kernel ends the process when
-that is used up, also within a single long step such as `10 ** 10 ** 9`, which no handler could interrupt.
+A chat template is untrusted code from the publisher of the tokenizer. The worker has no files, no network and no
+inherited environment, a limited address space, and a CPU time limit for each conversation: the kernel kills the
+process when it is used up, even within a single long operation such as `10 ** 10 ** 9`, which no handler could stop.
 
-The file runs as a script, with jinja2 and the standard library alone; it must import nothing else of the package.
+The file runs as a script with only jinja2 and the standard library; it must not import anything else of the package.
 Frames on standard input and output: four bytes of length, then JSON. A request is a frame with `template`, `variables`
-and `seconds` of compiling, and `count` frames, one a conversation; each is answered by one frame, in order.
+and `seconds` for compiling, and `count` frames, one per conversation; each is answered by one frame, in order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-if __name__ == '__main__':  # started without site-packages, whose .pth files would run: only what it needs is found
+if __name__ == '__main__':  # runs without site-packages, whose .pth files would execute code
     sys.path += sys.argv[2:]
 
 import jinja2
@@ -31,14 +31,14 @@ from jinja2 import ext, nodes, sandbox, utils
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# Imported by a template's steps on their first use, when no file can be opened any more.
+# Imported lazily by templates; imported early because no file can be opened later.
 _LATER = ('jinja2.constants', 'jinja2.debug', 'encodings.ascii', 'encodings.latin_1', 'encodings.unicode_escape',
           'encodings.utf_16', 'encodings.utf_32', 'html', 'pprint', 'textwrap', 'unicodedata')  # fmt: skip
-_MOST_MESSAGE = 500  # characters of a template's own error that are handed on
+_MAX_MESSAGE = 500  # maximum characters of a template's error that are returned
 
 
 def main() -> None:
-    """Serves requests until standard input ends, which it does with the process that holds the other end."""
+    """Serves requests until standard input is closed, which happens when the parent process ends."""
     settings = json.loads(sys.argv[1])
     _confine(settings['memory'])
     source, sink = sys.stdin.buffer, sys.stdout.buffer
@@ -51,22 +51,22 @@ def main() -> None:
                 return
             answer = _answer(request, frame)
             _write(sink, answer)
-            if answer.get('error') == 'memory':  # what follows shall find the same memory as what came before
+            if answer.get('error') == 'memory':  # the next conversation must find the same memory as this one
                 return
 
 
 def _confine(memory: int) -> None:
-    """Gives up what rendering does not need: files to open, processes to start, memory beyond `memory` bytes."""
+    """Drops permissions that rendering does not need: open files, new processes, memory beyond `memory` bytes."""
     for name in _LATER:
         importlib.import_module(name)
     time.localtime()  # reads the time zone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    if hasattr(signal, 'SIGPROF'):  # may have been ignored or blocked there
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
+    if hasattr(signal, 'SIGPROF'):  # the parent may have ignored or blocked it
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     try:
         import resource
-    except ImportError:  # Windows; there, who waits ends it
+    except ImportError:  # Windows: the waiting parent ends the process
         return
     limits = {'RLIMIT_AS': memory, 'RLIMIT_FSIZE': 0, 'RLIMIT_NOFILE': 3, 'RLIMIT_NPROC': 0, 'RLIMIT_CORE': 0}
     for name, most in limits.items():
@@ -91,54 +91,54 @@ def _answer(request: dict[str, Any], frame: bytes) -> dict[str, Any]:
         return {'error': 'output'}
     except TemplateSyntaxError as error:
         return {'error': 'syntax', 'message': f'line {error.lineno}: {_said(error.message)}'}
-    except Exception as error:  # templates raise every kind
+    except Exception as error:  # templates may raise anything
         return {'error': 'refused', 'message': _said(error)}
     finally:
         _allow(0)
 
 
 def _allow(seconds: float) -> None:
-    """Lets the kernel end this process after so much more processor time; 0: never.
+    """Sets the CPU time after which the kernel kills this process; 0: no limit.
 
-    The signal's default action needs no Python, so that it comes within a single long step, too.
+    The signal's default action needs no Python, so it also interrupts a single long operation.
     """
     if hasattr(signal, 'setitimer'):  # not on Windows
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _said(error: object) -> str:
-    """An exception's text; the template chose what is in it, and its text may be too long to be written."""
+    """Text of an exception; its content is chosen by the template and may be too long to convert."""
     try:
-        return str(error)[:_MOST_MESSAGE] or type(error).__name__
+        return str(error)[:_MAX_MESSAGE] or type(error).__name__
     except Exception:
         return type(error).__name__
 
 
 def _texts(template: jinja2.Template, variables: dict[str, Any], job: dict[str, Any]) -> Iterator[str | list[Any]]:
-    """Renders the views of a conversation: the first as text, each other as how it differs from the first.
+    """Renders the views of a conversation: the first as text, the others as differences from the first.
 
-    A view is how many messages are shown, and whether the generation prompt follows them. Most begin the first one.
+    A view is a number of messages, and whether the generation prompt follows. Most are a prefix of the first view.
     """
     messages, whole = [_message(message) for message in job['messages']], None
     if job['tools'] is not None and not all(isinstance(tool, dict) for tool in job['tools']):
         raise TemplateError('each of `tools` must be a JSON object')
-    room = job['characters']
+    remaining = job['characters']
     for count, prompt in job['views']:
         text = template.render(messages=messages[:count], tools=job['tools'], documents=None,
                                add_generation_prompt=prompt, **variables)  # fmt: skip
         same = 0 if whole is None else _common(whole, text)
-        room -= len(text) - same
-        if room < 0:
+        remaining -= len(text) - same
+        if remaining < 0:
             raise _TooMuchOutput
         yield text if whole is None else [same, text[same:]]
         whole = text if whole is None else whole
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common, by halving: a slice is compared faster than a loop runs."""
+    """Length of the common prefix of two texts, by bisection, since comparing slices is faster than a loop."""
     if one.startswith(other):
         return len(other)
-    low, high = 0, min(len(one), len(other)) + 1  # `low` are in common, `high` are not
+    low, high = 0, min(len(one), len(other)) + 1  # `low` characters match, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
         if one[low:middle] == other[low:middle]:
@@ -149,14 +149,14 @@ def _common(one: str, other: str) -> int:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it over: without nulls, its reasoning under every name that templates read."""
+    """A message as transformers passes it: without nulls, its reasoning under every name that templates read."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {'thinking': reasoning, **message, 'reasoning_content': reasoning}
 
 
 class _TooMuchOutput(Exception):
-    """A template wrote more than it may."""
+    """A template exceeded its output limit."""
 
 
 @lru_cache(maxsize=8)
@@ -171,7 +171,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, which marks what the model writes: shown as it is."""
+    """`{% generation %}`, which marks what the model writes: rendered unchanged."""
 
     tags = {'generation'}  # noqa: RUF012  # as Jinja declares it
 
@@ -187,12 +187,12 @@ class _Generation(ext.Extension):
 class _Namespace(utils.Namespace):
     """Jinja's namespace without names that begin with an underscore."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # without a name for `self`, so that a value may be called so
-        own, *rest = args
+    def __init__(*args: Any, **values: Any) -> None:  # positional self, so that a value may be named `self`
+        self, *rest = args
         values = dict(*rest, **values)
         for name in values:
             _check_name(name)
-        utils.Namespace.__init__(own, values)
+        utils.Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -201,11 +201,11 @@ class _Namespace(utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith('_'):
-        raise SecurityError(f'a namespace holds no name with an underscore in front, such as {name!r}')
+        raise SecurityError(f'a namespace name must not begin with an underscore: {name!r}')
 
 
 class _Dict:
-    """`dict` without the attributes of a class."""
+    """`dict` without class attributes."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -217,7 +217,7 @@ class _Dict:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
+    """JSON without Jinja's HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

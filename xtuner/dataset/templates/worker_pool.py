@@ -1,7 +1,7 @@
-"""The processes in which chat templates are rendered, and who may use how many of them at a time.
+"""Pool of worker processes that render chat templates, with limits on concurrent quick and slow renderings.
 
-A process ends when its standard input does: with the process that started it, however that ends. A fork of that
-process closes its copies and starts processes of its own.
+A worker ends when its standard input is closed, hence with its parent process, however that ends. A forked child
+closes its copies of the pipes and starts its own workers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MEMORY = 512 * 2**20  # bytes of address space of a process
-QUICK = 0.05  # seconds of processor time after which an answer counts as slow
-_QUICK_PLACES = 4
-_SLOW_PLACES = max(1, min(2, (os.cpu_count() or 1) // 2))
-_MOST_WAITING = 8  # callers that wait for a place among the slow ones; more are sent away
-_START_SECONDS = 60  # on a machine with much else to do
-_MOST_FRAME = 2**28  # bytes of an answer; what may be rendered is less
+MEMORY = 512 * 2**20  # address space of a worker in bytes
+QUICK = 0.05  # CPU seconds after which a rendering counts as slow
+_QUICK_SLOTS = 4
+_SLOW_SLOTS = max(1, min(2, (os.cpu_count() or 1) // 2))
+_MAX_WAITING = 8  # callers that may wait for a slow slot; further ones are rejected
+_START_SECONDS = 60  # generous, for a busy machine
+_MAX_FRAME = 2**28  # bytes of an answer; the output limit is lower
 _SCRIPT = Path(__file__).with_name('template_worker.py')
-_KEPT = ('TZ', 'LD_LIBRARY_PATH', 'SYSTEMROOT')  # what Python itself may need of the environment
+_ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'SYSTEMROOT')  # environment variables that Python itself may need
 
 
 class Died(Exception):
-    """A process ended, or was ended, before it answered: `reason` is 'time', 'crash' or 'start'."""
+    """A worker ended, or was killed, before it answered: `reason` is 'time', 'crash' or 'start'."""
 
     def __init__(self, reason: str, detail: str = '') -> None:
         super().__init__(detail)
@@ -42,11 +42,11 @@ class Died(Exception):
 
 
 class _Evicted(Exception):
-    """An answer is slow, and all places for slow ones are taken."""
+    """A rendering is slow and all slow slots are taken."""
 
 
 class Worker:
-    """One process, and the two pipes to it; `busy` while an answer is owed."""
+    """One worker process and the two pipes to it; `busy` while an answer is outstanding."""
 
     def __init__(self) -> None:
         folders = {str(Path(spec.origin).parent.parent) for name in ('jinja2', 'markupsafe')
@@ -54,7 +54,7 @@ class Worker:
         command = [sys.executable, '-I', '-S', '-X', 'utf8', str(_SCRIPT), json.dumps({'memory': MEMORY}), *folders]
         self.process = subprocess.Popen(
             command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=os.sep,
-            env={name: os.environ[name] for name in _KEPT if name in os.environ}, start_new_session=True,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, start_new_session=True,
         )  # fmt: skip
         assert self.process.stdin and self.process.stdout
         self._sink, self._source = self.process.stdin.fileno(), self.process.stdout.fileno()
@@ -65,7 +65,7 @@ class Worker:
         self.busy = True
 
     def send(self, frames: Sequence[bytes]) -> None:
-        """Writes frames; raises Died where the process takes none."""
+        """Writes frames; raises Died if the process does not accept them."""
         if not self._started:
             if self.receive(_START_SECONDS) is None:
                 raise Died('start', f'no answer within {_START_SECONDS} s')
@@ -78,12 +78,12 @@ class Worker:
             except BlockingIOError:
                 self._wait(self._sink, select.POLLOUT, until - time.monotonic())
                 if time.monotonic() > until:
-                    raise Died('crash', 'it does not read') from None
+                    raise Died('crash', 'it does not read its input') from None
             except OSError:
                 raise self._died() from None
 
     def receive(self, seconds: float) -> dict[str, Any] | None:
-        """Reads one answer; None where it does not come in time.
+        """Reads one answer; returns None if it does not arrive in time.
 
         Raises:
             Died: The process ended.
@@ -102,15 +102,15 @@ class Worker:
         return answer
 
     def receive_quick(self, seconds: float) -> dict[str, Any] | None:
-        """Reads one answer; None where it takes more than `QUICK` of processor time, or `seconds` by the clock."""
-        began, until = self._used(), time.monotonic() + seconds
+        """Reads one answer; returns None if it takes more than `QUICK` CPU seconds, or `seconds` of wall time."""
+        began, until = self._cpu_seconds(), time.monotonic() + seconds
         while (answer := self.receive(QUICK)) is None:
-            if self._used() - began >= QUICK or time.monotonic() > until:
+            if self._cpu_seconds() - began >= QUICK or time.monotonic() > until:
                 return None
         return answer
 
-    def _used(self) -> float:
-        """Seconds of processor time; of the clock where there is no /proc."""
+    def _cpu_seconds(self) -> float:
+        """CPU seconds used by the process; wall time where there is no /proc."""
         try:
             ticks = Path(f'/proc/{self.process.pid}/stat').read_text(encoding='utf-8').rpartition(')')[2].split()[11:13]
         except OSError:
@@ -118,24 +118,24 @@ class Worker:
         return sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
 
     def end(self) -> None:
-        """Kills and reaps the process; nothing of it is left after this."""
+        """Kills and reaps the process."""
         self.process.kill()
         self.process.wait()
         self.close()
 
     def close(self) -> None:
-        """Closes the pipes; in a fork of the process that started it, this is all there is to do."""
+        """Closes the pipes; a forked child of the parent process needs to do nothing else."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
             pipe.close()
         if self.process.returncode is None:
-            self.process.returncode = 0  # not ours to wait for
+            self.process.returncode = 0  # not this process's child
 
     def _frame(self) -> bytes | None:
         if len(self._read) < 4:
             return None
         size = struct.unpack_from('>I', self._read)[0]
-        if size > _MOST_FRAME:
+        if size > _MAX_FRAME:
             raise Died('crash', f'an answer of {size} bytes')
         if len(self._read) < 4 + size:
             return None
@@ -161,31 +161,31 @@ class Worker:
 
 
 class Pool:
-    """Processes that wait for work, and places for callers: many quick answers at a time, few slow ones."""
+    """Pool of idle workers, with slots for callers: many quick renderings at a time, few slow ones."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._workers: set[Worker] = set()
         self._idle: list[Worker] = []
-        self._quick = threading.Semaphore(_QUICK_PLACES)
-        self._slow = threading.Semaphore(_SLOW_PLACES)
-        self._waiting = threading.Semaphore(_MOST_WAITING)
+        self._quick = threading.Semaphore(_QUICK_SLOTS)
+        self._slow = threading.Semaphore(_SLOW_SLOTS)
+        self._waiting = threading.Semaphore(_MAX_WAITING)
 
     def run(self, head: dict[str, Any], frames: Sequence[bytes], seconds: Sequence[float]) -> list[dict[str, Any]]:
-        """Has frames answered, in order.
+        """Renders frames in order.
 
         Args:
-            head: What holds for all of them.
-            frames: One a job.
-            seconds: How long each may take by the clock.
+            head: The part of the request that is common to all frames.
+            frames: One frame per job.
+            seconds: Wall time limit of each job.
 
         Returns:
-            The answers, up to the first one that cost its process. One that did not come at all is
+            The answers, up to the first one that cost its process. A missing answer is
             `{'error': reason, 'message': detail}`.
         """
         answers: list[dict[str, Any]] = []
-        retried = False  # a process that crashed may have been ended by somebody else
-        with _Place(self._quick, self._slow, self._waiting) as place:
+        retried = False  # a crashed process may have been killed from outside
+        with _Slot(self._quick, self._slow, self._waiting) as slot:
             while len(answers) < len(frames):
                 try:
                     worker = self._take()
@@ -193,7 +193,7 @@ class Pool:
                     return [*answers, {'error': 'start', 'message': error.strerror or str(error)}]
                 done, evicted = len(answers), False
                 try:
-                    self._fill(answers, worker, place, head, frames, seconds)
+                    self._fill(answers, worker, slot, head, frames, seconds)
                     break
                 except _Evicted:
                     evicted = True
@@ -202,43 +202,43 @@ class Pool:
                     if not retried:
                         return [*answers, {'error': died.reason, 'message': died.detail}]
                 finally:
-                    self._give_back(worker)  # which ends one that owes an answer, before anything else is waited for
-                if evicted and not place.wait():
+                    self._give_back(worker)  # kills a busy worker before waiting for anything else
+                if evicted and not slot.wait():
                     return [*answers, {'error': 'busy'}]
         return answers
 
     def close(self) -> None:
-        """Ends all processes."""
+        """Ends all workers."""
         with self.lock:
             for worker in self._workers:
                 worker.end()
             self._workers, self._idle = set(), []
 
-    def forget(self) -> None:
-        """In a fork: leaves the processes to the one that started them, and begins anew."""
+    def reset_after_fork(self) -> None:
+        """In a forked child: leaves the workers to the parent and starts with an empty pool."""
         for worker in self._workers:
             worker.close()
-        self.__init__()  # type: ignore[misc]  # also the locks, which threads that are not here may have held
+        self.__init__()  # type: ignore[misc]  # also resets locks held by threads of the parent
 
     def _fill(
         self,
         answers: list[dict[str, Any]],
         worker: Worker,
-        place: _Place,
+        slot: _Slot,
         head: dict[str, Any],
         frames: Sequence[bytes],
         seconds: Sequence[float],
     ) -> None:
-        """Adds answers until none is missing or the process has to be replaced."""
+        """Adds answers until all are there or the worker has to be replaced."""
         done = len(answers)
         worker.busy = True
         worker.send([json.dumps({**head, 'count': len(frames) - done}).encode(), *frames[done:]])
-        for patience in seconds[done:]:
-            answer = worker.receive(patience) if place.slow else worker.receive_quick(patience)
-            if answer is None and not place.slow:
-                if not place.leave():
+        for wall_limit in seconds[done:]:
+            answer = worker.receive(wall_limit) if slot.slow else worker.receive_quick(wall_limit)
+            if answer is None and not slot.slow:
+                if not slot.move_to_slow():
                     raise _Evicted
-                answer = worker.receive(patience)
+                answer = worker.receive(wall_limit)
             if answer is None:
                 raise Died('time')
             answers.append(answer)
@@ -247,7 +247,7 @@ class Pool:
         worker.busy = False
 
     def _take(self) -> Worker:
-        with self.lock:  # nobody forks while a process is started: the fork would keep its pipes open
+        with self.lock:  # prevents a fork while a worker starts: the child would keep its pipes open
             if self._idle:
                 return self._idle.pop()
             worker = Worker()
@@ -255,7 +255,7 @@ class Pool:
             return worker
 
     def _give_back(self, worker: Worker) -> None:
-        """Keeps a process that has answered everything; ends one that has not."""
+        """Returns an idle worker to the pool; kills a busy one."""
         with self.lock:
             if not worker.busy and worker in self._workers:
                 self._idle.append(worker)
@@ -264,8 +264,8 @@ class Pool:
         worker.end()
 
 
-class _Place:
-    """A caller's place: among the quick ones at first, later perhaps among the slow ones."""
+class _Slot:
+    """A caller's slot: a quick one at first, later possibly a slow one."""
 
     def __init__(self, quick: threading.Semaphore, slow: threading.Semaphore, waiting: threading.Semaphore) -> None:
         self._quick, self._slow, self._waiting = quick, slow, waiting
@@ -275,7 +275,7 @@ class _Place:
     def slow(self) -> bool:
         return self._held is self._slow
 
-    def __enter__(self) -> _Place:
+    def __enter__(self) -> _Slot:
         self._quick.acquire()
         self._held = self._quick
         return self
@@ -283,15 +283,15 @@ class _Place:
     def __exit__(self, *_: object) -> None:
         self._move(None)
 
-    def leave(self) -> bool:
-        """Goes to the slow ones where a place is free there."""
+    def move_to_slow(self) -> bool:
+        """Moves to a slow slot if one is free."""
         if not self._slow.acquire(blocking=False):
             return False
         self._move(self._slow)
         return True
 
     def wait(self) -> bool:
-        """Goes to the slow ones, waiting for a place there; False where too many wait already."""
+        """Moves to a slow slot, waiting for one; returns False if too many callers wait already."""
         if not self._waiting.acquire(blocking=False):
             return False
         try:
@@ -312,4 +312,4 @@ POOL = Pool()
 atexit.register(POOL.close)
 if hasattr(os, 'register_at_fork'):  # not on Windows
     os.register_at_fork(before=lambda: POOL.lock.acquire(), after_in_parent=lambda: POOL.lock.release(),
-                        after_in_child=POOL.forget)  # fmt: skip
+                        after_in_child=POOL.reset_after_fork)  # fmt: skip

@@ -12,6 +12,8 @@ from mmengine.hooks import Hook
 from xtuner.engine.loop import StepResult
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line, truncate_after
+from xtuner.utils.progress import Progress
+from xtuner.utils.units import clock
 
 logger = logging.getLogger('xtuner')
 
@@ -30,17 +32,26 @@ class LogHook(Hook):
     def __init__(self, interval: int = 1) -> None:
         self._interval = interval
         self._seconds: float | None = None
+        self._bar: Progress | None = None
 
     def before_train(self, runner: Any) -> None:
         """Drops the lines of steps that a resumed run will do again, so that each step stands in the file once."""
         if runner.rank == 0:
             truncate_after(Path(runner.work_dir) / METRICS_FILE, runner.iter)
+            self._bar = Progress(
+                desc='training', total=runner.max_iters, initial=runner.iter, unit='steps', lines=False
+            )
+
+    def after_train(self, runner: Any) -> None:
+        """Erases the bar."""
+        if self._bar is not None:
+            self._bar.close()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Writes the step's line, and prints each `interval`-th, the first and the last."""
         if runner.rank != 0:
             return
-        result = StepResult(**outputs)
+        result = StepResult.of_outputs(outputs)
         step, last = runner.iter + 1, runner.max_iters
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         speed = result.num_tokens / result.seconds
@@ -56,6 +67,7 @@ class LogHook(Hook):
             'peak_memory_gib': round(memory, 3),
             'skipped': result.skipped,
             'num_skipped': result.num_skipped,
+            **result.metrics,
         }
         append_line(Path(runner.work_dir) / METRICS_FILE, numbers)
         scalars = {f'train/{k}': v for k, v in numbers.items() if k != 'step'}
@@ -63,26 +75,23 @@ class LogHook(Hook):
         first = self._seconds is None
         before = result.seconds if self._seconds is None else self._seconds
         self._seconds = _SMOOTHING * before + (1 - _SMOOTHING) * result.seconds
+        if self._bar is not None:
+            self._bar.update()
         if first or step % self._interval == 0 or step == last or result.skipped:
             epoch = runner.train_loop.plan.epochs_after(step)
             place = f'step {step:{len(str(last))}}/{last} · epoch {epoch:.2f}'
             peak = f' · peak {memory:.1f} GiB' if memory else ''
             skipped = ' · SKIPPED: gradient not finite' if result.skipped else ''
+            metrics = ''.join(f' · {name} {value:.4g}' for name, value in result.metrics.items())
             logger.info(
-                '%s · loss %.4f · lr %.2e · grad norm %.3f · %s tokens/s%s · eta %s%s',
+                '%s · loss %.4f%s · lr %.2e · grad norm %.3f · %s tokens/s%s · eta %s%s',
                 place,
                 result.loss,
+                metrics,
                 result.lr,
                 result.grad_norm,
                 f'{speed:,.0f}',
                 peak,
-                _clock((last - step) * self._seconds),
+                clock((last - step) * self._seconds),
                 skipped,
             )
-
-
-def _clock(seconds: float) -> str:
-    """'1:02:03' for 3723 seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f'{hour}:{minute:02}:{second:02}'

@@ -75,13 +75,13 @@ def _attention(
     if fused:
         from xtuner.kernels.triton import prefill_attention
 
-        if prefill_attention.takes(x_TH.dtype, heads.size):
+        if prefill_attention.supports(x_TH.dtype, heads.size):
 
             def by_kernels(number: int, qkv: Tensor) -> Tensor:
                 """By Triton."""
                 qkv = qkv.view(length, heads.groups, -1, heads.size)
                 keys, values = cache.all[2 * number, 0], cache.all[2 * number + 1, 0]
-                prefill_attention.turn_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
+                prefill_attention.rope_into_cache(qkv, turn, keys, values, start, queries=heads.queries)
                 return prefill_attention.attend(qkv, keys, values, start, heads.scale, queries=heads.queries)
 
             return by_kernels

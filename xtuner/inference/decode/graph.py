@@ -19,19 +19,19 @@ from xtuner.inference.decode.layers import Layer
 from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import QuantizedWeight
 from xtuner.kernels.triton import decode_attention, gemv
-from xtuner.kernels.triton.nf4_lut import in_planes
+from xtuner.kernels.triton.nf4_lut import to_planes
 
 logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A product as its kernel takes it; `down` is where its adapters' inner vector goes."""
+    """A product as its kernel takes it; `lora_ax` receives `s A x` of its adapters."""
 
-    weights: gemv.Weights
+    weights: gemv.GemvWeights
     bias: Tensor | None
-    low_rank: gemv.LowRank | None
-    down: Tensor | None
+    lora: gemv.LoraWeights | None
+    lora_ax: Tensor | None
 
     @property
     def planes(self) -> int:
@@ -40,20 +40,18 @@ class _Part:
 
     def project(self, x: Tensor) -> None:
         """Writes `s A x` of the adapters, where there are any."""
-        if self.low_rank is not None and self.down is not None:
-            gemv.project(self.low_rank, x, self.down)
+        if self.lora is not None and self.lora_ax is not None:
+            gemv.project(self.lora, x, self.lora_ax)
 
     def multiply(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
         """Writes the product, or adds it to what is there."""
         self.project(x)
-        gemv.multiply(self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, add=add)
+        gemv.multiply(self.weights, x, out, bias_N=self.bias, lora=self.lora, lora_ax=self.lora_ax, add=add)
 
     def multiply_gated(self, x: Tensor, out: Tensor, *, planes: int) -> None:
         """Writes the gated product of two layers, in planes."""
         self.project(x)
-        gemv.multiply_gated(
-            self.weights, x, out, bias_N=self.bias, low_rank=self.low_rank, down=self.down, planes=planes
-        )
+        gemv.multiply_gated(self.weights, x, out, bias_N=self.bias, lora=self.lora, lora_ax=self.lora_ax, planes=planes)
 
 
 class TokenStep:
@@ -86,7 +84,7 @@ class TokenStep:
         self._query = torch.empty(heads.num_queries, heads.size, device=like.device)
         self._attended = torch.empty(heads.num_queries * heads.size, device=like.device)
         self._gated = torch.empty(layers[0].down.num_in, device=like.device)
-        self._attention = decode_attention.Attention(heads.num_queries, like[0, 0])
+        self._attention = decode_attention.DecodeAttention(heads.num_queries, like[0, 0])
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -99,7 +97,7 @@ class TokenStep:
             keys, values = self._cache.all[2 * number, 0], self._cache.all[2 * number + 1, 0]
             self._norm(layer.norm_in, self._normed, qkv.planes)
             qkv.multiply(self._normed, self._qkv)
-            decode_attention.turn_and_store(
+            decode_attention.rope_and_store(
                 self._qkv, self._angles, position, self._query, keys, values, queries=heads.queries
             )
             self._attention(self._query, keys, values, position, self._attended, heads.scale, planes=out.planes)
@@ -169,34 +167,34 @@ class Mailbox:
 def _part(product: Product) -> _Part:
     quantised = [layer.parts() for layer in product.layers]
     if any(part is None for part in quantised):
-        weights = gemv.weights_of([layer.module.weight.detach() for layer in product.layers])
+        weights = gemv.gemv_weights([layer.module.weight.detach() for layer in product.layers])
     else:
-        weights = gemv.weights_of([part for part in quantised if isinstance(part, QuantizedWeight)])
+        weights = gemv.gemv_weights([part for part in quantised if isinstance(part, QuantizedWeight)])
     if isinstance(weights, str):
         raise ValueError(weights)
     dtype = product.dtype
     if weights.form == gemv.FLOAT and weights.dtype != dtype:
         raise ValueError(f'a layer has weights in {weights.dtype} among {dtype}')
-    low_rank = _low_rank(product, weights.planes)
-    down = None
-    if low_rank is not None:
-        down = torch.empty(len(low_rank.down), dtype=torch.float32, device=low_rank.down.device)
-    return _Part(weights, product.bias, low_rank, down)
+    lora = _lora(product, weights.planes)
+    lora_ax = None
+    if lora is not None:
+        lora_ax = torch.empty(len(lora.a), dtype=torch.float32, device=lora.a.device)
+    return _Part(weights, product.bias, lora, lora_ax)
 
 
-def _low_rank(product: Product, planes: int) -> gemv.LowRank | None:
+def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
     """All of a product's adapters, padded with zeros to one rank; None where it has none."""
     adapters = product.adapters
     if not any(adapters):
         return None
-    rank = max(1 << (a.rank - 1).bit_length() for a in adapters if a)
+    rank = max(1 << (adapter.rank - 1).bit_length() for adapter in adapters if adapter)
     device = product.layers[0].module.weight.device
-    down = torch.zeros(len(adapters) * rank, product.num_in, dtype=product.dtype, device=device)
-    up = torch.zeros(product.num_out, rank, dtype=product.dtype, device=device)
+    a = torch.zeros(len(adapters) * rank, product.num_in, dtype=product.dtype, device=device)
+    b = torch.zeros(product.num_out, rank, dtype=product.dtype, device=device)
     row = 0
     for number, (layer, adapter) in enumerate(zip(product.layers, adapters, strict=True)):
         if adapter:
-            down[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
-            up[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
+            a[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
+            b[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return gemv.LowRank(in_planes(down, planes).contiguous(), up, rank)
+    return gemv.LoraWeights(to_planes(a, planes).contiguous(), b, rank)

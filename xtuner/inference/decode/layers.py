@@ -16,28 +16,9 @@ from torch import Tensor, nn
 from xtuner.fused.projections import adapter_unsupported_reason, base_of
 from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import is_4bit
+from xtuner.model.families.find import spec_of
+from xtuner.model.families.spec import LayerPaths, ModelSpec
 
-_LLAMA = {
-    'norms': ('input_layernorm', 'post_attention_layernorm'),
-    'qkv': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-    'out': ('self_attn.o_proj',),
-    'gate_up': ('mlp.gate_proj', 'mlp.up_proj'),
-    'down': ('mlp.down_proj',),
-}
-_INTERNLM2 = {
-    'norms': ('attention_norm', 'ffn_norm'),
-    'qkv': ('attention.wqkv',),
-    'out': ('attention.wo',),
-    'gate_up': ('feed_forward.w1', 'feed_forward.w3'),
-    'down': ('feed_forward.w2',),
-}
-# By the layer's class and its attention's: a subclass may compute something else.
-_FORMS = {
-    ('LlamaDecoderLayer', 'LlamaAttention'): _LLAMA,
-    ('LlamaDecoderLayer', 'InternLMDynamicAttention'): _LLAMA,
-    ('InternLM2DecoderLayer', 'InternLM2Attention'): _INTERNLM2,
-}
-_GROUPS = ('qkv', 'out', 'gate_up', 'down')
 _LENGTH_BOUND = ('DynamicNTKRotaryEmbedding',)  # whose angles depend on the text's length beyond the trained one
 
 
@@ -85,30 +66,23 @@ class Layer:
 
 
 def read_layers(decoder: Any) -> list[Layer]:
-    """The layers of a decoder that has no `unsupported_reason`; only read."""
-    return [_read_layer(layer, decoder.config) for layer in decoder.layers]
+    """The layers of a decoder without an `unsupported_reason`; only read."""
+    spec = spec_of(decoder.config)
+    return [_read_layer(layer, decoder.config, spec) for layer in decoder.layers]
 
 
-def _read_layer(layer: Any, config: Any) -> Layer:
-    names = _form(layer)
-    assert names is not None
-    norm_in, norm_mid = (attrgetter(name)(layer) for name in names['norms'])
+def _read_layer(layer: Any, config: Any, spec: ModelSpec) -> Layer:
+    assert spec.paths is not None
+    norm_in, norm_mid = (attrgetter(path)(layer) for path in spec.paths.norms)
     dtype = norm_in.weight.dtype
-    qkv, out, gate_up, down = (Product([attrgetter(name)(layer) for name in names[group]], dtype) for group in _GROUPS)
+    qkv, out, gate_up, down = (
+        Product([attrgetter(path)(layer) for path in group], dtype) for group in spec.paths.groups
+    )
     queries, keys = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, 'head_dim', None) or config.hidden_size // queries
-    split = keys if names is _INTERNLM2 else 1
-    heads = Heads(split, queries // split, keys // split, size, _attention(layer).scaling)
+    attention = attrgetter(spec.paths.attention)(layer)
+    split = keys if spec.qkv_by_key_head else 1
+    heads = Heads(split, queries // split, keys // split, attention.head_dim, attention.scaling)
     return Layer(norm_in, norm_mid, qkv, out, gate_up, down, heads)
-
-
-def _attention(layer: Any) -> Any:
-    return layer.attention if hasattr(layer, 'attention') else layer.self_attn
-
-
-def _form(layer: Any) -> dict[str, tuple[str, ...]] | None:
-    attention = getattr(layer, 'attention', None) or getattr(layer, 'self_attn', None)
-    return _FORMS.get((type(layer).__name__, type(attention).__name__))
 
 
 def unsupported_reason(causal: Any) -> str | None:
@@ -118,17 +92,19 @@ def unsupported_reason(causal: Any) -> str | None:
         causal: A causal language model, not wrapped by peft.
     """
     decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else None
-    layers = getattr(decoder, 'layers', None)
-    if decoder is None or not layers or not hasattr(decoder, 'rotary_emb') or not hasattr(decoder, 'norm'):
-        return f'{type(causal).__name__} is not built like Llama'
+    if decoder is None:
+        return f'{type(causal).__name__} has no decoder'
+    spec = spec_of(decoder.config)
+    if reason := spec.mismatch(decoder):
+        return reason
+    assert spec.paths is not None
     if getattr(decoder.rotary_emb, 'rope_type', 'default') == 'longrope':
         return 'its rotary positions depend on the length of the text'
-    for layer in layers:
-        reason = _layer_unsupported_reason(layer)
-        if reason:
+    for layer in decoder.layers:
+        if reason := _layer_unsupported_reason(layer, spec.paths):
             return reason
-    if decoder.config.hidden_act not in ('silu', 'swish'):  # a field of the layers above; others call it otherwise
-        return f'its activation is {decoder.config.hidden_act}, not silu'
+    if reason := spec.config_reason(decoder.config):
+        return reason
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:
         return 'its weights lie on several devices'
@@ -142,22 +118,17 @@ def most_tokens(decoder: Any) -> float:
     return decoder.config.max_position_embeddings if bound else float('inf')
 
 
-def _layer_unsupported_reason(layer: Any) -> str | None:
+def _layer_unsupported_reason(layer: Any, paths: LayerPaths) -> str | None:
     if hasattr(layer, 'unshard'):
-        return 'its weights are spread over the ranks'
-    names = _form(layer)
-    if names is None:
-        return f'its layers are {type(layer).__name__}'
-    for group in _GROUPS:
-        for name in names[group]:
-            projection = attrgetter(name)(layer)
-            base = base_of(projection)
-            known = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
-            if not known:
-                return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
-            reason = None if getattr(projection, 'merged', False) else adapter_unsupported_reason(projection)
-            if reason:
-                return reason
+        return 'its weights are sharded over the ranks'
+    for projection in paths.projections(layer):
+        base = base_of(projection)
+        known = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
+        if not known:
+            return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
+        reason = None if getattr(projection, 'merged', False) else adapter_unsupported_reason(projection)
+        if reason:
+            return reason
     return None
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels for adapters under dropout: the mask is drawn inside each product and never written.
+"""Triton kernels for LoRA under dropout: the mask is generated inside each product and never stored.
 
-The mask is a hash of the entry's index and a seed, so the backward pass draws the same one; `plain.dropout_keep` is it.
+The mask is a hash of the entry's index and a seed (see `reference.dropout_keep`), so the backward pass regenerates it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,12 +17,12 @@ from xtuner.kernels import reference
 
 @triton.jit
 def _keep(row, column, size, seed, threshold):
-    """Whether entries are kept: the hash of `plain._hash`, over (rows, columns)."""
+    """Whether entries are kept: the hash of `reference._hash_`, over (rows, columns)."""
     lower = seed.to(tl.uint32)
-    second = (lower * 0x9E3779B1) ^ (lower >> 15)
+    seed2 = (lower * 0x9E3779B1) ^ (lower >> 15)
     x = (row[:, None] * size + column[None, :]).to(tl.uint32) ^ lower
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x + second
+    x = x + seed2
     x = (x ^ (x >> 15)) * 0x846CA68B
     x = x ^ (x >> 16)
     return x >= threshold.to(tl.uint32)
@@ -35,18 +35,18 @@ def _project(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
-    drawn = tl.load(seed)
-    total = tl.zeros((BT, BR), dtype=tl.float32)
+    seed_value = tl.load(seed)
+    acc = tl.zeros((BT, BR), dtype=tl.float32)
     for start in range(0, size, BK):
         column = start + tl.arange(0, BK)
         inside = (row < rows)[:, None] & (column < size)[None, :]
         value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-        value = tl.where(_keep(row, column, size, drawn, threshold), value, 0.0)
-        at = a + r[None, :] * a_row + column[:, None]
-        weight = tl.load(at, mask=(r < rank)[None, :] & (column < size)[:, None], other=0.0)
-        total = tl.dot(value, weight, total, input_precision='ieee')
+        value = tl.where(_keep(row, column, size, seed_value, threshold), value, 0.0)
+        a_ptr = a + r[None, :] * a_row + column[:, None]
+        weight = tl.load(a_ptr, mask=(r < rank)[None, :] & (column < size)[:, None], other=0.0)
+        acc = tl.dot(value, weight, acc, input_precision='ieee')
     target = out + row[:, None] * out_row + r[None, :]
-    tl.store(target, total * factor, mask=(row < rows)[:, None] & (r < rank)[None, :])
+    tl.store(target, acc * factor, mask=(row < rows)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit(do_not_specialize=['seed', 'threshold'])
@@ -57,18 +57,18 @@ def _weight_grad(
     column = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
     r = tl.arange(0, BR)
-    drawn = tl.load(seed)
-    total = tl.zeros((BR, BK), dtype=tl.float32)
+    seed_value = tl.load(seed)
+    acc = tl.zeros((BR, BK), dtype=tl.float32)
     for start in range(0, rows_each, BT):
         row = (split * rows_each + start + tl.arange(0, BT)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < size)[None, :]
         value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
-        value = tl.where(_keep(row, column, size, drawn, threshold), value, 0.0)
-        at = dxa + row[None, :] * dxa_row + r[:, None]
-        gradient = tl.load(at, mask=(r < rank)[:, None] & (row < rows)[None, :], other=0.0)
-        total = tl.dot(gradient, value, total, input_precision='ieee')
+        value = tl.where(_keep(row, column, size, seed_value, threshold), value, 0.0)
+        dxa_ptr = dxa + row[None, :] * dxa_row + r[:, None]
+        gradient = tl.load(dxa_ptr, mask=(r < rank)[:, None] & (row < rows)[None, :], other=0.0)
+        acc = tl.dot(gradient, value, acc, input_precision='ieee')
     target = out + (split * rank + r[:, None]) * size + column[None, :]
-    tl.store(target, total * factor, mask=(r < rank)[:, None] & (column < size)[None, :])
+    tl.store(target, acc * factor, mask=(r < rank)[:, None] & (column < size)[None, :])
 
 
 @triton.jit(do_not_specialize=['seed', 'threshold'])
@@ -80,20 +80,20 @@ def _input_grad(
     row = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
     inside = (row < rows)[:, None] & (column < size)[None, :]
-    at = dxa + row[:, None] * dxa_row + r[None, :]
-    gradient = tl.load(at, mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-    at_weight = a + r[:, None] * a_row + column[None, :]
-    weight = tl.load(at_weight, mask=(r < rank)[:, None] & (column < size)[None, :], other=0.0)
-    drawn = tl.load(seed)
+    dxa_ptr = dxa + row[:, None] * dxa_row + r[None, :]
+    gradient = tl.load(dxa_ptr, mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+    a_ptr = a + r[:, None] * a_row + column[None, :]
+    weight = tl.load(a_ptr, mask=(r < rank)[:, None] & (column < size)[None, :], other=0.0)
+    seed_value = tl.load(seed)
     product = tl.dot(gradient, weight, input_precision='ieee') * factor
     target = dx + row[:, None] * dx_row + column[None, :]
     before = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.where(_keep(row, column, size, drawn, threshold), product, 0.0)
-    tl.store(target, before + kept, mask=inside)
+    masked = tl.where(_keep(row, column, size, seed_value, threshold), product, 0.0)
+    tl.store(target, before + masked, mask=inside)
 
 
 def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: Tensor) -> None:
-    """See `plain.dropout_project`."""
+    """See `reference.dropout_project`."""
     (rows, size), rank = x_TK.shape, a_rK.shape[0]
     tile = 64 if rows >= 8192 else 32
     _project[(triton.cdiv(rows, tile),)](
@@ -104,20 +104,20 @@ def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: 
 
 
 def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
-    """See `plain.dropout_project_weight_grad`; the tokens are split over programs and their parts summed in order."""
+    """See `reference.dropout_project_weight_grad`; tokens are split over programs and the parts summed in order."""
     (rows, size), rank = x_TK.shape, dxa_Tr.shape[1]
     splits = min(8, triton.cdiv(rows, 256))
-    each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
+    rows_each = triton.cdiv(triton.cdiv(rows, splits), 64) * 64
     parts = torch.empty((splits, rank, size), dtype=torch.float32, device=x_TK.device)
     _weight_grad[(triton.cdiv(size, 64), splits)](
-        dxa_Tr, x_TK, parts, rows, size, rank, dxa_Tr.stride(0), x_TK.stride(0), each,
+        dxa_Tr, x_TK, parts, rows, size, rank, dxa_Tr.stride(0), x_TK.stride(0), rows_each,
         seed, reference.drop_threshold(p), 1 / (1 - p), BT=64, BK=64, BR=_rank_block(rank), num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts.sum(0) if splits > 1 else parts[0]
 
 
 def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
-    """See `plain.dropout_project_input_grad_`."""
+    """See `reference.dropout_project_input_grad_`."""
     (rows, size), rank = dx_TK.shape, a_rK.shape[0]
     _input_grad[(triton.cdiv(size, 128), triton.cdiv(rows, 64))](
         dx_TK, dxa_Tr, a_rK, rows, size, rank, dx_TK.stride(0), dxa_Tr.stride(0), a_rK.stride(0),

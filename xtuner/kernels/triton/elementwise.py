@@ -1,6 +1,6 @@
-"""Triton kernels over rows of activations: norm, rotary embedding, SwiGLU. Counterparts in `plain`.
+"""Triton kernels over rows of activations: RMSNorm, RoPE, SwiGLU; see `reference` for their definitions.
 
-Each is one pass: what it reads it reads once, at the memory's speed, in float32 inside.
+Each makes a single pass over its inputs and computes in float32, so it runs at memory bandwidth.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtuner.kernels.reference import roomy
+from xtuner.kernels.reference import empty_with_spare
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _rms_norm_backward(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, heads, x_token, x_head, out_token, out_head, sign,
+    x, cos, sin, out, heads, group, x_token, x_group, x_head, out_token, out_group, out_head, sign,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -56,12 +56,13 @@ def _rotate(
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     c = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :] * sign
-    source = x + token * x_token + head[:, None] * x_head + column[None, :]
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    target = out + token * out_token + head[:, None] * out_head + column[None, :]
-    tl.store(target, first * c - second * s, mask=inside)
-    tl.store(target + HALF, second * c + first * s, mask=inside)
+    outer, inner = (head // group)[:, None], (head % group)[:, None]
+    source = x + token * x_token + outer * x_group + inner * x_head + column[None, :]
+    x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    target = out + token * out_token + outer * out_group + inner * out_head + column[None, :]
+    tl.store(target, x1 * c - x2 * s, mask=inside)
+    tl.store(target + HALF, x2 * c + x1 * s, mask=inside)
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def _copy_rows(x, out, size, x_row, out_row, BLOCK: tl.constexpr):
 
 
 def copy_rows(x_TK: Tensor, out_TK: Tensor) -> None:
-    """See `plain.copy_rows`; PyTorch's own copy into rows that are further apart reaches a third of the bandwidth."""
+    """See `reference.copy_rows`; PyTorch's own strided copy reaches a third of the memory bandwidth."""
     rows, size = x_TK.shape
     _copy_rows[(rows, triton.cdiv(size, 4096))](
         x_TK, out_TK, size, x_TK.stride(0), out_TK.stride(0), BLOCK=4096, num_warps=8
@@ -108,7 +109,7 @@ def copy_rows(x_TK: Tensor, out_TK: Tensor) -> None:
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tensor:
-    """See `plain.rms_norm`."""
+    """See `reference.rms_norm`."""
     rows, size = x_TH.shape
     rstd = torch.empty(rows, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(size)
@@ -122,9 +123,9 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
 def rms_norm_backward(
     dh_TH: Tensor, x_TH: Tensor, rstd_T: Tensor, weight_H: Tensor, residual_TH: Tensor | None, *, spare: int = 0
 ) -> Tensor:
-    """See `plain.rms_norm_backward`."""
+    """See `reference.rms_norm_backward`."""
     rows, size = x_TH.shape
-    dx = roomy(x_TH, spare)
+    dx = empty_with_spare(x_TH, spare)
     block = triton.next_power_of_2(size)
     residual = dx if residual_TH is None else residual_TH
     _rms_norm_backward[(rows,)](
@@ -135,17 +136,19 @@ def rms_norm_backward(
 
 
 def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, inverse: bool) -> None:
-    """See `plain.rotate`."""
-    tokens, heads, size = x_TAD.shape
-    half, together = size // 2, min(16, triton.next_power_of_2(heads))
-    _rotate[(tokens, triton.cdiv(heads, together))](
-        x_TAD, cos_TD, sin_TD, out_TAD, heads, x_TAD.stride(0), x_TAD.stride(1), out_TAD.stride(0), out_TAD.stride(1),
-        -1.0 if inverse else 1.0, HEADS=together, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=4,
+    """See `reference.rotate`."""
+    x_TKGD, out_TKGD = (x if x.dim() == 4 else x.unsqueeze(1) for x in (x_TAD, out_TAD))
+    tokens, groups, group, size = x_TKGD.shape
+    heads, half = groups * group, size // 2
+    heads_each = min(16, triton.next_power_of_2(heads))
+    _rotate[(tokens, triton.cdiv(heads, heads_each))](
+        x_TAD, cos_TD, sin_TD, out_TAD, heads, group, *x_TKGD.stride()[:3], *out_TKGD.stride()[:3],
+        -1.0 if inverse else 1.0, HEADS=heads_each, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=4,
     )  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, out_TI: Tensor) -> None:
-    """See `plain.swiglu`."""
+    """See `reference.swiglu`."""
     rows, size = out_TI.shape
     _swiglu[(rows, triton.cdiv(size, 2048))](
         gate_up, out_TI, size, gate_up.stride(0), out_TI.stride(0), BLOCK=2048, num_warps=8
@@ -153,7 +156,7 @@ def swiglu(gate_up: Tensor, out_TI: Tensor) -> None:
 
 
 def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
-    """See `plain.swiglu_backward_`."""
+    """See `reference.swiglu_backward_`."""
     rows, size = dact_TI.shape
     _swiglu_backward[(rows, triton.cdiv(size, 2048))](
         dact_TI, gate_up, size, dact_TI.stride(0), gate_up.stride(0), BLOCK=2048, num_warps=8
@@ -161,5 +164,5 @@ def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
 
 
 def warps_for(block: int) -> int:
-    """Warps of a program that holds a row of so many entries."""
+    """Number of warps for a program that holds one row of so many entries."""
     return min(max(block // 512, 1), 16)

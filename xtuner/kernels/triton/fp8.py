@@ -1,7 +1,7 @@
-"""Triton kernels for FP8 products (e4m3): activations rounded row by row, 4-bit weights straight to FP8, transposed.
+"""Triton kernels for FP8 products (e4m3): quantize activations by row, and convert 4-bit weights to FP8, transposed.
 
-The products themselves are cuBLAS's, which on Hopper want both matrices with the inner dimension contiguous: the
-backward pass therefore reads the weight transposed.
+The products themselves are cuBLAS's, which on Hopper requires both matrices to be contiguous along the inner dimension;
+the backward pass therefore reads the transposed weight.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +16,7 @@ from torch import Tensor
 from xtuner.kernels import reference
 from xtuner.kernels.quantized import QuantizedWeight
 from xtuner.kernels.reference import FP8_MAX, FP8_TINY
-from xtuner.kernels.triton.nf4 import arguments, block_values, straddles
+from xtuner.kernels.triton.nf4 import arguments, block_values, has_partial_blocks
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _quantize_rows(
 
 
 def quantize_rows(x_TK: Tensor, tail_TR: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `plain.quantize_rows`: one read and one write."""
+    """See `reference.quantize_rows`; one read and one write."""
     (rows, size), rank = x_TK.shape, 0 if tail_TR is None else tail_TR.shape[1]
     out = torch.empty(rows, size + rank, dtype=torch.float8_e4m3fn, device=x_TK.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x_TK.device)
@@ -75,8 +75,8 @@ def _dequantize_transposed(
 
 
 def dequantize_transposed_into(out_KN: Tensor, weight: QuantizedWeight, scale: Tensor) -> None:
-    """See `plain.dequantize_transposed_into`."""
-    if straddles(weight):
+    """See `reference.dequantize_transposed_into`."""
+    if has_partial_blocks(weight):
         reference.dequantize_transposed_into(out_KN, weight, scale)
         return
     rows, row_blocks = weight.shape[0], weight.shape[1] // weight.block
@@ -89,10 +89,10 @@ def dequantize_transposed_into(out_KN: Tensor, weight: QuantizedWeight, scale: T
 def fp8_product(
     x_TK: Tensor, scale_T1: Tensor, weight_NK: Tensor, scale: Tensor, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """See `plain.fp8_product`; cuBLAS's, where the device has FP8, which sums faster with fewer bits (22 on Hopper)."""
+    """See `reference.fp8_product`; uses cuBLAS with fast accumulation (22 bits on Hopper) if the device has FP8."""
     if not x_TK.is_cuda:
         return reference.fp8_product(x_TK, scale_T1, weight_NK, scale, bias_N, dtype)
     scales = scale.expand(1, weight_NK.shape[0]).contiguous()
-    inside = None if dtype == torch.float32 else bias_N  # cuBLAS adds biases to half-precision results only
-    out = torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=inside, out_dtype=dtype, use_fast_accum=True)
-    return out if bias_N is None or inside is not None else out.add_(bias_N)
+    fused_bias = None if dtype == torch.float32 else bias_N  # cuBLAS adds biases only to half-precision results
+    out = torch._scaled_mm(x_TK, weight_NK.t(), scale_T1, scales, bias=fused_bias, out_dtype=dtype, use_fast_accum=True)
+    return out if bias_N is None or fused_bias is not None else out.add_(bias_N)

@@ -1,6 +1,6 @@
-"""A Triton kernel that turns a 4-bit weight with quantised scales into floats, at the memory's speed.
+"""Triton kernel that dequantizes a 4-bit weight with quantized scales at memory bandwidth.
 
-bitsandbytes takes two kernels and a temporary for the scales; this is one, and it writes into rows of a wider buffer.
+bitsandbytes needs two kernels and a temporary for the scales; this is one kernel, and its output may be strided.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,7 +14,7 @@ from torch import Tensor
 from xtuner.kernels import reference
 from xtuner.kernels.quantized import QuantizedWeight
 
-_BLOCKS, _WARPS = 32, 4  # quantisation blocks and warps a program; larger programs were slower on an H200
+_BLOCKS, _WARPS = 32, 4  # quantization blocks and warps per program; larger programs were slower on an H200
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def block_values(
     packed, table, absmax, absmax_table, absmax_scale, offset, factor, block, inside,
     NESTED: tl.constexpr, SCALED: tl.constexpr, COARSE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The values of quantisation blocks, float32 (blocks, 2 HALF), over `factor` where SCALED."""
+    """Values of quantization blocks, float32 (blocks, 2 HALF), divided by `factor` if SCALED."""
     if NESTED:
         code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
         fine = tl.load(absmax_table + code)
@@ -54,20 +54,20 @@ def _dequantize(
     tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def straddles(weight: QuantizedWeight) -> bool:
-    """Whether blocks go over the end of a row (or are of an odd size), which the kernels leave to plain PyTorch."""
+def has_partial_blocks(weight: QuantizedWeight) -> bool:
+    """Whether blocks cross row ends or have an odd size; the kernels leave these to plain PyTorch."""
     return bool(weight.shape[1] % weight.block or weight.block & (weight.block - 1))
 
 
 def arguments(weight: QuantizedWeight) -> tuple[Tensor, ...]:
-    """A weight's tensors in the order of the kernels' parameters; where there is none, one that is never read."""
+    """A weight's tensors in the order of the kernels' parameters, with a placeholder for missing ones."""
     nested = (weight.absmax_table, weight.absmax_scale, weight.offset)
     return weight.packed, weight.table, weight.absmax, *(weight.table if t is None else t for t in nested)
 
 
 def dequantize_into(out_NK: Tensor, weight: QuantizedWeight, scale: Tensor | None = None) -> None:
-    """See `plain.dequantize_into`."""
-    if straddles(weight):
+    """See `reference.dequantize_into`."""
+    if has_partial_blocks(weight):
         reference.dequantize_into(out_NK, weight, scale)
         return
     blocks = weight.shape[0] * weight.shape[1] // weight.block

@@ -1,10 +1,10 @@
-"""4-bit weights, eight to a word of 32 bits, as Triton's kernels turn them into floats.
+"""Dequantizes 4-bit weights, eight per 32-bit word, inside Triton kernels by a lookup table (LUT) in registers.
 
-On a GPU their values are picked by byte permutations out of the table as float16, 5 instructions a weight where reading
-the table from memory takes 11. The table is in [-1, 1]: what float16 rounds off is an eighth of what bfloat16 would.
+On a GPU, byte permutations select the values from the table in float16: 5 instructions per weight, against 11 for
+reading the table from memory. The table is in [-1, 1], where the rounding error of float16 is an eighth of bfloat16's.
 
-So that a thread finds the inputs of its words side by side, the input of 4-bit weights lies in eight planes: the first
-inputs of all words, the second ones, and so on.
+The input of 4-bit weights has eight planes (the first inputs of all words, the second inputs, and so on), so that the
+inputs that a thread needs are adjacent.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORD = 8  # 4-bit weights in a word, and planes of their input
-IN_REGISTERS = os.environ.get('TRITON_INTERPRET') != '1'  # the interpreter knows no assembly: the table is read there
+WORD = 8  # 4-bit weights per word, and planes of their input
+IN_REGISTERS = os.environ.get('TRITON_INTERPRET') != '1'  # the interpreter has no assembly and reads the table instead
 
 
 def table_words(table: Tensor) -> tuple[int, ...]:
-    """The table's values as float16: their low bytes four to a word, then their high bytes."""
+    """The table's values in float16: their low bytes, four per word, followed by their high bytes."""
     halves = table.detach().cpu().half().view(torch.uint8).view(16, 2)
     return tuple(halves.t().contiguous().view(torch.int32).reshape(-1).tolist())
 
 
 # The sum of a word's eight values times their inputs. $0: the sum; $1: the word; $2 to $9: the inputs; $10 to $13 and
-# $14 to $17: the table's low and high bytes. A permutation picks bytes by the low three bits of each code out of eight;
-# the fourth bit picks between the two halves of the table. A byte's high code comes first.
+# $14 to $17: the table's low and high bytes. A permutation selects bytes by the low three bits of each code; the fourth
+# bit selects one of the two halves of the table. The high code of a byte comes first.
 WORD_SUM = tl.constexpr("""
 {
 .reg .b32 code, side, p, q, low, high, first, second;
@@ -88,31 +88,31 @@ def word_sum(
     word, x0, x1, x2, x3, x4, x5, x6, x7, table, low0, low1, low2, low3, high0, high1, high2, high3,
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of words' values times their inputs."""
+    """The sum of each word's values times their inputs."""
     if IN_REGISTERS:
         return tl.inline_asm_elementwise(
             WORD_SUM, '=f,r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r',
             [word, x0, x1, x2, x3, x4, x5, x6, x7, low0, low1, low2, low3, high0, high1, high2, high3],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    total = tl.load(table + ((word >> 4) & 15)) * x0 + tl.load(table + (word & 15)) * x1
-    total += tl.load(table + ((word >> 12) & 15)) * x2 + tl.load(table + ((word >> 8) & 15)) * x3
-    total += tl.load(table + ((word >> 20) & 15)) * x4 + tl.load(table + ((word >> 16) & 15)) * x5
-    return total + tl.load(table + ((word >> 28) & 15)) * x6 + tl.load(table + ((word >> 24) & 15)) * x7
+    acc = tl.load(table + ((word >> 4) & 15)) * x0 + tl.load(table + (word & 15)) * x1
+    acc += tl.load(table + ((word >> 12) & 15)) * x2 + tl.load(table + ((word >> 8) & 15)) * x3
+    acc += tl.load(table + ((word >> 20) & 15)) * x4 + tl.load(table + ((word >> 16) & 15)) * x5
+    return acc + tl.load(table + ((word >> 28) & 15)) * x6 + tl.load(table + ((word >> 24) & 15)) * x7
 
 
 @triton.jit
-def place(index, size, PLANES: tl.constexpr):
-    """Where an entry of a vector lies in planes."""
+def plane_offset(index, size, PLANES: tl.constexpr):
+    """The offset of a vector's entry in plane layout."""
     return (index % PLANES) * (size // PLANES) + index // PLANES
 
 
 @triton.jit
-def plane(x, place, inside, size, NUMBER: tl.constexpr):
-    """A plane's inputs of words."""
-    return tl.load(x + NUMBER * (size // 8) + place, mask=inside, other=0.0)
+def load_plane(x, offset, inside, size, NUMBER: tl.constexpr):
+    """Loads the inputs of words that are in one plane."""
+    return tl.load(x + NUMBER * (size // 8) + offset, mask=inside, other=0.0)
 
 
-def in_planes(x: Tensor, planes: int) -> Tensor:
-    """The order in which a vector's entries, the last dimension, lie in planes."""
+def to_planes(x: Tensor, planes: int) -> Tensor:
+    """Converts the last dimension of a tensor to plane layout."""
     return x if planes == 1 else x.unflatten(-1, (-1, planes)).transpose(-1, -2).flatten(-2)

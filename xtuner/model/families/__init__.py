@@ -1,1 +1,1 @@
-"""What is particular to a family of models: one file or folder each."""
+"""Model families: one file or folder each."""

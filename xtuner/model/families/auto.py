@@ -1,4 +1,4 @@
-"""Registers our own model classes with transformers' Auto classes."""
+"""Registers this package's model classes with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NATIVE = frozenset(config.model_type for config in (InternLMConfig, InternLM2Con
 
 
 def register() -> None:
-    """Makes transformers' Auto classes know InternLM, InternLM2 and InternLM3."""
+    """Registers InternLM, InternLM2 and InternLM3 with transformers' Auto classes."""
     families: tuple[tuple[Any, Any, Any, Any], ...] = (
         (InternLMConfig, InternLMModel, InternLMForCausalLM, InternLMTokenizer),
         (InternLM2Config, InternLM2Model, InternLM2ForCausalLM, InternLM2Tokenizer),

@@ -1,4 +1,4 @@
-"""`chat` and `stream_chat`, as the model cards of InternLM show them."""
+"""`chat` and `stream_chat`, with the interface shown on InternLM's model cards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Turns = Sequence[tuple[str, str]]
 
 
 class ChatMixin:
-    """Gives a causal language model the chat interface of its model card."""
+    """Adds the chat interface of the model card to a causal language model."""
 
     chat_template_name: str
 
@@ -42,23 +42,23 @@ class ChatMixin:
 
         Args:
             tokenizer: The model's tokenizer.
-            query: What the user says.
+            query: The user's message.
             history: Earlier turns, each a query and its answer.
-            streamer: A transformers streamer, which gets the ids as they are drawn.
-            max_new_tokens: Most tokens of the answer.
-            do_sample: False takes the likeliest token each time.
-            temperature: Of the draws.
-            top_p: Tokens are drawn from the smallest set that has this share of the probability.
+            streamer: A transformers streamer that receives the ids as they are generated.
+            max_new_tokens: Maximum tokens of the answer.
+            do_sample: False decodes greedily.
+            temperature: Sampling temperature.
+            top_p: Samples from the smallest set of tokens with this share of the probability.
             meta_instruction: System text; '' for none.
-            template: Prompt format; None takes the one the family is trained with.
+            template: Prompt template; None uses the one that the family is trained with.
 
         Returns:
             The answer and the history with this turn added.
         """
         sampling = Sampling(max_new_tokens, temperature if do_sample else 0, top_p)
-        found = get_template(template or self.chat_template_name, tokenizer)
-        prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
-        stop_ids = found.stop_ids(tokenizer)
+        prompt_template = get_template(template or self.chat_template_name, tokenizer)
+        prompt = chat_prompt(tokenizer, query, history, meta_instruction, prompt_template)
+        stop_ids = prompt_template.stop_ids(tokenizer)
         ids = generate(self, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
         response = whole_characters(tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True))
         return response, [*history, (query, response)]
@@ -76,15 +76,15 @@ class ChatMixin:
         *,
         template: str | Template | None = None,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """As `chat`, but yields the answer so far, and the history with it, whenever there is more of it.
+        """Same as `chat`, but yields the answer so far, and the history with it, whenever it grows.
 
-        Closing the iterator ends the generation at its next token.
+        Closing the iterator stops the generation at its next token.
         """
         sampling = Sampling(max_new_tokens, temperature if do_sample else 0, top_p)
-        found = get_template(template or self.chat_template_name, tokenizer)
-        prompt = chat_prompt(tokenizer, query, history, meta_instruction, found)
-        # Closed by hand: not every Python closes an inner generator as its outer one is closed.
-        with closing(_stream(self, tokenizer, prompt, found.stop_ids(tokenizer), sampling)) as responses:
+        prompt_template = get_template(template or self.chat_template_name, tokenizer)
+        prompt = chat_prompt(tokenizer, query, history, meta_instruction, prompt_template)
+        # Closed explicitly, since not every Python closes an inner generator together with the outer one.
+        with closing(_stream(self, tokenizer, prompt, prompt_template.stop_ids(tokenizer), sampling)) as responses:
             for response in responses:
                 yield response, [*history, (query, response)]
 
@@ -92,14 +92,14 @@ class ChatMixin:
 def chat_prompt(
     tokenizer: Any, query: str, history: Turns = (), meta_instruction: str = '', template: Template | None = None
 ) -> list[int]:
-    """The ids of a prompt up to where the answer begins.
+    """Encodes a prompt up to the start of the answer.
 
     Args:
         tokenizer: The model's tokenizer.
-        query: What the user says.
+        query: The user's message.
         history: Earlier turns, each a query and its answer.
         meta_instruction: System text; '' for none.
-        template: Prompt format; None takes the tokenizer's own.
+        template: Prompt template; None uses the tokenizer's own.
     """
     messages = [Message('system', meta_instruction)] if meta_instruction else []
     for asked, answered in history:
@@ -113,11 +113,11 @@ def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 class _Closed(Exception):
-    """The reader of a stream has gone."""
+    """The reader closed the stream."""
 
 
 class _Responses(BaseStreamer):
-    """Decodes the answer so far at each new token and hands it on, unless it ends in half a character."""
+    """Decodes the answer so far at each new token and enqueues it, unless it ends within a character."""
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], out: queue.Queue) -> None:
         self.closed = threading.Event()
@@ -125,7 +125,7 @@ class _Responses(BaseStreamer):
         self._ids: list[int] | None = None
 
     def put(self, value: Any) -> None:
-        """Takes the prompt once, then ids as they are drawn."""
+        """Receives the prompt once, then ids as they are generated."""
         if self.closed.is_set():
             raise _Closed
         if self._ids is None:
@@ -137,7 +137,7 @@ class _Responses(BaseStreamer):
             self._out.put(text)
 
     def end(self) -> None:
-        """Hands on the whole answer."""
+        """Enqueues the complete answer."""
         self._out.put(whole_characters(self._text()))
 
     def _text(self) -> str:
@@ -147,15 +147,15 @@ class _Responses(BaseStreamer):
 def _stream(
     model: Any, tokenizer: Any, prompt: list[int], stop_ids: list[int], sampling: Sampling
 ) -> Generator[str, None, None]:
-    """Generates in a thread of its own; yields the answer so far, each time it differs; raises what the thread raised.
+    """Generates in a thread; yields the answer so far whenever it changes; re-raises the thread's exception.
 
-    An answer without any text is yielded once, so that there is always a last response.
+    An empty answer is yielded once, so that there is always a last response.
     """
     out: queue.Queue[str | BaseException | None] = queue.Queue()
     streamer: Any = _Responses(tokenizer, stop_ids, out)
 
     def run() -> None:
-        """Generates, and ends the queue with None or with what went wrong."""
+        """Generates, and ends the queue with None or with the exception."""
         try:
             generate(model, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
             out.put(None)

@@ -1,4 +1,4 @@
-"""Weights on disk: read, written and quantised a block of rows at a time."""
+"""Weights on disk: read, written and quantized by blocks of rows."""
 
 from xtuner.aliases import former_names
 

@@ -1,4 +1,4 @@
-"""Writing safetensors files with the permissions that every other file gets."""
+"""Writes safetensors files with the permissions of ordinary new files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file; its permissions follow the umask, where the library's own are 0600.
+    """Writes a safetensors file with permissions by the umask; the library's own are 0600.
 
     Raises:
-        OSError, SafetensorError: the file system refuses; which of them depends on where it fails.
+        OSError, SafetensorError: Writing fails; the type depends on where it fails.
     """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -23,7 +23,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mappin
 
 
 def apply_umask(folder: Path) -> None:
-    """Gives the safetensors files that another library wrote in a folder the permissions of a new file."""
+    """Sets the permissions of safetensors files written by another library to those of a new file."""
     probe = folder / '.permissions'
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)

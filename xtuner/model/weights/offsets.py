@@ -1,4 +1,4 @@
-"""Where the bytes of each tensor lie in a file of weights, so that they can be read without mapping it."""
+"""Byte ranges of tensors in weight files, to read them without memory mapping."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 from torch import Tensor
 
 ByteRange = tuple[int, int]
-"""A tensor's first byte in the file, and the one after its last."""
+"""A tensor's first byte in the file, and the byte after its last."""
 
-_LOCAL_HEADER_BYTES = 30  # before a zip member's name
+_LOCAL_HEADER_BYTES = 30  # size of a zip member's header before its name
 
 
-def safetensors_places(path: Path) -> dict[str, ByteRange]:
-    """The places of all tensors of a .safetensors file, from its header."""
+def safetensors_ranges(path: Path) -> dict[str, ByteRange]:
+    """Returns the byte ranges of all tensors in a .safetensors file, from its header."""
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
         header = json.loads(file.read(length))
     header.pop('__metadata__', None)
-    places = {name: entry['data_offsets'] for name, entry in header.items()}
-    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in places.items()}
+    offsets = {name: entry['data_offsets'] for name, entry in header.items()}
+    return {name: (8 + length + begin, 8 + length + end) for name, (begin, end) in offsets.items()}
 
 
-def bin_places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ByteRange]:
-    """The places of the contiguous tensors of a `.bin` file.
+def bin_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ByteRange]:
+    """Returns the byte ranges of the contiguous tensors in a `.bin` file.
 
-    torch keeps each storage uncompressed as a member of a zip archive, and maps the file as a whole: so storages lie in
-    memory as they lie in the file. Where that does not hold, nothing is returned.
+    torch stores each storage uncompressed as a member of a zip archive and maps the whole file, so that storages have
+    the same layout in memory as in the file. If that does not hold, the result is empty.
 
     Args:
         path: The file.
-        tensors: What torch mapped of it.
+        tensors: The tensors that torch mapped from it.
     """
     if not zipfile.is_zipfile(path):  # a file of torch before 1.6
         return {}
@@ -53,7 +53,7 @@ def bin_places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ByteRange
 
 
 def _members(path: Path) -> list[int]:
-    """Where the storages begin, in the order of the file."""
+    """Start offsets of the storages, in file order."""
     begins = []
     with zipfile.ZipFile(path) as archive, path.open('rb') as file:
         for info in archive.infolist():

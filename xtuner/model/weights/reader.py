@@ -1,11 +1,11 @@
-"""Weights on disk, read one tensor at a time and never unpickled as code.
+"""Reads weights from disk tensor by tensor, without unpickling code.
 
-A folder holds `.safetensors` or `.bin` files, one or several with an index:
+A folder contains `.safetensors` or `.bin` files, one or several with an index:
 
     model.safetensors            pytorch_model.bin
     model.safetensors.index.json + shards      pytorch_model.bin.index.json + shards
 
-`.bin` files go through torch's weights-only reader, which knows tensors and nothing else.
+`.bin` files are read by torch's weights-only reader, which supports only tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xtuner.errors import ModelError, first_line, first_of, one_line
-from xtuner.model.weights.offsets import ByteRange, bin_places, safetensors_places
+from xtuner.model.weights.offsets import ByteRange, bin_ranges, safetensors_ranges
 from xtuner.utils.fields import Field, check_fields, shown
 from xtuner.utils.files import check_regular, read_object
 
@@ -31,10 +31,10 @@ _SINGLE = ('model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
 _MAX_FILE_NAME = 255
 _INDEX_FIELDS = {'weight_map': Field(dict[str, str])}
-# Buffers that some published checkpoints carry although they are computed from the config.
+# Buffers that some published checkpoints contain although they are computed from the config.
 _STRAY_SUFFIXES = ('rotary_emb.inv_freq',)
-_SAMPLE_LENGTH = 512  # elements that the fingerprint takes from each of three places
-# safetensors' names of the dtypes that published weights come in.
+_SAMPLE_LENGTH = 512  # elements that the fingerprint reads at each of three positions
+# safetensors' dtype names.
 DTYPES = {
     'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
     'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
@@ -43,11 +43,11 @@ DTYPES = {
 
 
 class WeightReader:
-    """The tensors of a checkpoint folder, by name, for any number of threads. Made by `open_weights`.
+    """The tensors of a checkpoint folder by name; thread-safe. Created by `open_weights`.
 
     Args:
         folder: The checkpoint's folder.
-        files: For each tensor name, the file that holds it, where an index says so.
+        files: The file of each tensor.
     """
 
     def __init__(self, folder: Path, files: dict[str, Path]) -> None:
@@ -58,42 +58,42 @@ class WeightReader:
         self._raw: dict[tuple[Path, int], Any] = {}
 
     def names(self) -> list[str]:
-        """Names of all tensors, file by file, stray buffers left out."""
+        """Names of all tensors, file by file, without stray buffers."""
         return [name for name in self._files if not name.endswith(_STRAY_SUFFIXES)]
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor.
+        """The file that contains a tensor.
 
         Raises:
-            ModelError: there is no such tensor.
+            ModelError: There is no such tensor.
         """
         if name not in self._files:
             raise ModelError(f'{self.folder} has no tensor {name!r}')
         return self._files[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its own dtype; memory-mapped where the file allows it.
+        """Reads a tensor to the CPU, in its own dtype; memory-mapped if the format allows it.
 
         Raises:
-            ModelError: there is no such tensor, or its file is damaged.
+            ModelError: There is no such tensor, or its file is damaged.
         """
         return self._look(name, lambda source: source.get_tensor(name), lambda tensor: tensor)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` of a tensor, in memory of their own: a walk over any model needs one block at a time.
+        """Copies rows `start` to `stop` of a tensor, so that a model can be read in blocks.
 
         Raises:
-            ModelError: as `read`.
+            ModelError: As `read`.
         """
         path, shape = self.file(name), self.shape(name)
-        place = self._places(path).get(name)
-        if place is None or not shape:
+        byte_range = self._ranges(path).get(name)
+        if byte_range is None or not shape:
             return self.read(name)[start:stop].clone() if shape else self.read(name).clone()
         stop = shape[0] if stop is None else min(stop, shape[0])
         start = min(start, stop)
         rows = torch.empty((stop - start, *shape[1:]), dtype=self.dtype(name))
         if rows.numel():
-            begin = place[0] + start * math.prod(shape[1:]) * rows.element_size()
+            begin = byte_range[0] + start * math.prod(shape[1:]) * rows.element_size()
             self._read_into(path, begin, rows.view(-1).view(torch.uint8).numpy().data)
         return rows
 
@@ -105,19 +105,19 @@ class WeightReader:
         """A tensor's dtype, without reading it; raises as `read`."""
 
         def in_safetensors(source: Any) -> torch.dtype:
-            """By the name in the file's header."""
+            """Looks up the dtype in the file's header."""
             kind = source.get_slice(name).get_dtype()
             if kind not in DTYPES:
-                raise ModelError(f'{self.file(name)}: tensor {name!r} has dtype {kind}, which is not read here')
+                raise ModelError(f'{self.file(name)}: tensor {name!r} has dtype {kind}, which is not supported')
             return DTYPES[kind]
 
         return self._look(name, in_safetensors, lambda tensor: tensor.dtype)
 
     def sample(self, name: str) -> bytes:
-        """Raw bytes from a tensor's beginning, middle and end: what the fingerprint looks at.
+        """Raw bytes from a tensor's start, middle and end, for the fingerprint.
 
         Raises:
-            ModelError: there is no such tensor.
+            ModelError: There is no such tensor.
         """
         path, size = self.file(name), self.dtype(name).itemsize
         num_elements = math.prod(self.shape(name))
@@ -126,7 +126,7 @@ class WeightReader:
             flat = self.read(name).reshape(-1)
             parts = [flat[start : start + _SAMPLE_LENGTH].contiguous() for start in starts]
             return b''.join(part.view(torch.uint8).numpy().tobytes() for part in parts if part.numel())
-        begin, end = self._places(path)[name]
+        begin, end = self._ranges(path)[name]
         with path.open('rb') as file:  # safetensors' own slices cost milliseconds each
             parts_read = []
             for start in starts:
@@ -135,8 +135,8 @@ class WeightReader:
         return b''.join(parts_read)
 
     def _read_into(self, path: Path, begin: int, buffer: memoryview) -> None:
-        """Fills the buffer with a file's bytes; unlike a mapping, that keeps no page of the file in this process."""
-        key = (path, threading.get_ident())  # each thread has a position of its own
+        """Fills the buffer from a file; unlike a mapping, this keeps no pages of the file in the process."""
+        key = (path, threading.get_ident())  # each thread has its own file position
         try:
             if key not in self._raw:
                 self._raw[key] = path.open('rb', buffering=0)
@@ -145,16 +145,16 @@ class WeightReader:
             while buffer:
                 length = file.readinto(buffer)
                 if not length:
-                    raise ModelError(f'{path} is cut off: it ends within a tensor')
+                    raise ModelError(f'{path} is truncated: it ends within a tensor')
                 buffer = buffer[length:]
         except OSError as error:
             raise ModelError(f'{path} cannot be read: {error.strerror or error}') from error
 
-    def _places(self, path: Path) -> dict[str, ByteRange]:
-        """Where each tensor's bytes begin and end in a file, as far as that is known."""
+    def _ranges(self, path: Path) -> dict[str, ByteRange]:
+        """Byte ranges of a file's tensors, where known."""
         if path not in self._headers:
             safe = path.suffix == '.safetensors'
-            self._headers[path] = safetensors_places(path) if safe else bin_places(path, self._source(path))
+            self._headers[path] = safetensors_ranges(path) if safe else bin_ranges(path, self._source(path))
         return self._headers[path]
 
     def _look(self, name: str, in_safetensors: Callable[[Any], Any], in_bin: Callable[[Tensor], Any]) -> Any:
@@ -174,10 +174,10 @@ class WeightReader:
 
 
 def open_weights(folder: Path) -> WeightReader:
-    """Opens a checkpoint folder; every file that it names is looked at, so that a torn one is found at once.
+    """Opens a checkpoint folder and all of its files, so that a damaged one is detected at once.
 
     Raises:
-        ModelError: no weights there, a shard is missing or torn, or a file holds anything but tensors.
+        ModelError: No weights, a missing or damaged shard, or a file with anything but tensors.
     """
     folder = Path(folder)
     for name in _SINGLE:
@@ -188,14 +188,14 @@ def open_weights(folder: Path) -> WeightReader:
             return WeightReader(folder, dict.fromkeys(file_names(open_file(single)), single))
     if not folder.is_dir():
         raise ModelError(f'{folder}: no such folder')
-    raise ModelError(f'{folder} holds no weights: neither {" nor ".join(_SINGLE)}, nor an index of shards')
+    raise ModelError(f'{folder} contains no weights: neither {" nor ".join(_SINGLE)}, nor an index of shards')
 
 
 def open_file(path: Path) -> Any:
-    """A file's tensors: safetensors' own reader, or a dict of memory-mapped tensors for a `.bin`.
+    """Opens a file's tensors: safetensors' own reader, or a dict of memory-mapped tensors for a `.bin`.
 
     Raises:
-        ModelError: the file is missing, torn, or holds anything but tensors.
+        ModelError: The file is missing, damaged, or contains anything but tensors.
     """
     if not path.exists():
         raise ModelError(f'{path} is missing')
@@ -204,34 +204,34 @@ def open_file(path: Path) -> Any:
         try:
             return safe_open(path, 'pt')
         except (SafetensorError, OSError) as error:
-            raise ModelError(f'{path} is damaged or cut off: {error}') from error
+            raise ModelError(f'{path} is damaged or truncated: {error}') from error
     try:
         try:
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError as error:  # a file of torch before 1.6 cannot be memory-mapped
+        except RuntimeError as error:  # files of torch before 1.6 cannot be memory-mapped
             if 'mmap' not in str(error):
                 raise
             content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         reason = first_line(error)
-        raise ModelError(f'{path} was refused: it holds something else than tensors ({reason})') from error
+        raise ModelError(f'{path} was rejected: it contains objects other than tensors ({reason})') from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f'{path} is damaged or cut off: {first_line(error)}') from error
+        raise ModelError(f'{path} is damaged or truncated: {first_line(error)}') from error
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f'{path} was refused: it is no plain table of tensors')
+        raise ModelError(f'{path} was rejected: it is not a plain dict of tensors')
     return content
 
 
 def file_names(source: Any) -> list[str]:
-    """The tensor names of what `open_file` returned."""
+    """Tensor names in the result of `open_file`."""
     return list(source.keys())
 
 
 def fingerprint(reader: WeightReader) -> str:
-    """A hash that tells one model's weights from another's in little time.
+    """A hash that identifies a model's weights quickly.
 
-    It takes every tensor's name, shape and dtype, and raw bytes from its beginning, middle and end; so it is the
-    same for the same weights in `.bin` and `.safetensors`, in one file or many.
+    It covers every tensor's name, shape and dtype, and raw bytes from its start, middle and end; it is the same for the
+    same weights in `.bin` and `.safetensors`, in one file or several.
     """
     digest = hashlib.sha256()
     for name in sorted(reader.names()):
@@ -241,22 +241,22 @@ def fingerprint(reader: WeightReader) -> str:
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
-    """For each tensor its file, as the index says; tensors that it does not name are found all the same."""
+    """Maps each tensor to its file by the index, including tensors that the index does not list."""
     content = read_object(index, ModelError)
     check_fields(content, _INDEX_FIELDS, index, ModelError)
     if 'weight_map' not in content:
         raise ModelError(f'{index} cannot be read: `weight_map` is missing')
     for file in content['weight_map'].values():
         if not file.isprintable() or len(file) > _MAX_FILE_NAME:
-            raise ModelError(f'{index}: `weight_map` names {shown(file)}, which is no name of a file')
+            raise ModelError(f'{index}: `weight_map` names {shown(file)}, which is not a file name')
     files = {name: folder / Path(file).name for name, file in content['weight_map'].items()}
     for path in sorted(set(files.values())):
         expected = [name for name, file in files.items() if file == path]
         try:
-            held = file_names(open_file(path))
+            stored = file_names(open_file(path))
         except ModelError as error:
-            raise ModelError(f'{error}; {index.name} says it holds {first_of(expected)}') from error
-        if missing := sorted(set(expected) - set(held)):
-            raise ModelError(f'{path} lacks tensor {missing[0]!r}, which {index.name} says it holds')
-        files |= dict.fromkeys((name for name in held if name not in files), path)
+            raise ModelError(f'{error}; {index.name} lists it for {first_of(expected)}') from error
+        if missing := sorted(set(expected) - set(stored)):
+            raise ModelError(f'{path} lacks tensor {missing[0]!r}, which {index.name} lists for it')
+        files |= dict.fromkeys((name for name in stored if name not in files), path)
     return files

@@ -188,8 +188,8 @@ def test_options_of_the_published_config(small: Path, tmp_path: Path) -> None:
 
 
 def test_bad_files(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match='holds no tokenizer'):
+    with pytest.raises(ModelError, match='contains no tokenizer'):
         load_tokenizer(tmp_path)
     (tmp_path / 'tokenizer.model').write_bytes((small / 'tokenizer.model').read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r'tokenizer\.model is no sentencepiece'):
+    with pytest.raises(ModelError, match=r'tokenizer\.model is not a sentencepiece'):
         load_tokenizer(tmp_path)

@@ -114,5 +114,5 @@ def test_names_that_do_not_fit_the_pieces_are_refused(tmp_path: Path) -> None:
     far = str(len(pieces(folder)) + 50)
     content['added_tokens_decoder'][far] = content['added_tokens_decoder'].pop(str(len(pieces(folder))))
     file.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r'the id \d+, and the model has 320 pieces'):
+    with pytest.raises(ModelError, match=r'id \d+ to .*, but the model has 320 pieces'):
         load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""InternLM v1's config: Llama's, with biases on the attention projections and its own way to name the rotary form."""
+"""InternLM v1's config: Llama's, with attention biases and its own names for the RoPE settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class InternLMConfig(LlamaConfig):
     """Reads the fields that InternLM's published `config.json` adds to Llama's.
 
     Attributes:
-        bias: Whether q, k, v and o have a bias. The MLP never has.
-        rotary: `base` (10000), `type` ('origin': plain, 'dynamic': dynamic NTK, as in Chat-7B-8k) and
-            `scaling_factor` (1.0). None is plain.
+        bias: Whether q, k, v and o have a bias; the MLP never has.
+        rotary: `base` (10000), `type` ('origin': plain RoPE, 'dynamic': dynamic NTK, as in Chat-7B-8k) and
+            `scaling_factor` (1.0). None is plain RoPE.
 
     Raises:
-        ValueError: `rotary.type` is another.
+        ValueError: `rotary.type` is unknown.
     """
 
     model_type = 'internlm'
@@ -39,6 +39,6 @@ class InternLMConfig(LlamaConfig):
 
     @property
     def ntk_factor(self) -> float | None:
-        """The scaling factor of dynamic NTK; None where the rotary positions are plain."""
+        """The scaling factor of dynamic NTK; None for plain RoPE."""
         rotary = self.rotary or {}
         return float(rotary.get('scaling_factor', 1.0)) if rotary.get('type') == 'dynamic' else None

@@ -1,11 +1,11 @@
-"""InternLM v1: Llama with biases on the attention projections, and dynamic NTK where the config asks for it.
+"""InternLM v1: Llama with attention biases and optional dynamic NTK.
 
-Parameter names are Llama's, so the published checkpoints load as they are.
+Parameter names are Llama's, so published checkpoints load unchanged.
 
-Letters of shapes: B rows, H heads, S new tokens, L tokens in the cache, new ones included, D a head's size.
+Shape letters: B rows, H heads, S new tokens, L tokens in the cache including new ones, D head size.
 """
 
-# transformers types its modules for its own use; what mypy misses where they are overridden is of no consequence.
+# transformers types its modules for internal use; mypy's findings on overridden methods can be ignored.
 # mypy: disable-error-code="override, misc, assignment, arg-type, type-arg, operator"
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from xtuner.model.families.internlm.rotary import DynamicNTKRotaryEmbedding
 
 
 class InternLMDynamicAttention(LlamaAttention):
-    """Attention whose cache holds keys before their rotation.
+    """Attention whose KV cache holds keys before rotation.
 
-    The base depends on the length of the text, which grows while an answer is generated; so all keys are rotated anew,
-    at the current base, in every step. A cache too short for that (`rotated`) holds rotated ones, as Llama's does.
+    The RoPE base depends on the length of the text, which grows during generation; so all keys are rotated with the
+    current base in every step. A cache too short to exceed the trained length (`rotated`) holds rotated keys, as in
+    Llama.
     """
 
     def __init__(self, config: InternLMConfig, layer_idx: int, rotary: DynamicNTKRotaryEmbedding) -> None:
         super().__init__(config, layer_idx)
-        self._rotary = [rotary]  # in a list: it belongs to the model, not to this module
+        self._rotary = [rotary]  # in a list, so that it is not registered as a submodule
 
     def forward(
         self,
@@ -44,7 +45,7 @@ class InternLMDynamicAttention(LlamaAttention):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Llama's, except for the keys where there is a cache."""
+        """Same as Llama's, except for the keys if there is a cache."""
         if past_key_values is None or getattr(past_key_values, 'rotated', False):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, position_ids=position_ids, **kwargs
@@ -54,7 +55,7 @@ class InternLMDynamicAttention(LlamaAttention):
         query_BHSD, key_BHSD, value_BHSD = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Before the update: a static cache counts in place.
+        # Before the update, since a static cache counts in place.
         last_slot = past_key_values.get_seq_length(self.layer_idx) + hidden_states.shape[1] - 1
         key_BHLD, value_BHLD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
         query_BHSD = _rotate(query_BHSD, *position_embeddings)
@@ -70,10 +71,10 @@ class InternLMDynamicAttention(LlamaAttention):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def _at_all_keys(self, key_BHLD: Tensor, position_ids: Tensor, last_slot: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for every key: its position is that of the last query less its distance from it.
+        """Cosines and sines for every key: its position is that of the last query minus its distance from it.
 
-        So the keys of a row that is padded at the left count from its first token; those of the padding, which no
-        query sees, get positions below 0.
+        In a left-padded row, positions therefore count from its first token; padding, which no query attends to, gets
+        positions below 0.
         """
         slots = torch.arange(key_BHLD.shape[2], device=key_BHLD.device)
         positions_BL = slots[None, :] - last_slot + position_ids[:, -1:].to(key_BHLD.device)
@@ -99,7 +100,7 @@ class InternLMModel(LlamaModel):
 
 
 class InternLMForCausalLM(ChatMixin, LlamaForCausalLM):
-    """The language model, with `chat` and `stream_chat` as the model card shows them."""
+    """The language model with `chat` and `stream_chat`, as on the model card."""
 
     config_class = InternLMConfig
     chat_template_name = 'internlm_chat'

@@ -1,11 +1,11 @@
-"""Rotary positions whose base grows with the length of the text (dynamic NTK), without memory of earlier calls.
+"""RoPE whose base grows with the text length (dynamic NTK), computed anew in every call.
 
     base(n) = base * (factor * n / trained - (factor - 1)) ** (d / (d - 2))     for n > trained, else base
 
-n is the length of the longest text at hand, d a head's size, `trained` the config's `max_position_embeddings`. With
-factor 1 this is base * (n / trained) ** (d / (d - 2)): not a no-op.
+n is the length of the longest text in the batch, d the head size, `trained` the config's `max_position_embeddings`.
+With factor 1 this is base * (n / trained) ** (d / (d - 2)): not a no-op.
 
-Letters of shapes: B rows, S tokens, D a head's size.
+Shape letters: B rows, S tokens, D head size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
 class DynamicNTKRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding with the frequencies worked out anew in each call, so that none changes the next.
+    """Llama's rotary embedding with stateless dynamic NTK: no call affects the next.
 
     Args:
         config: A Llama config.
@@ -31,11 +31,11 @@ class DynamicNTKRotaryEmbedding(LlamaRotaryEmbedding):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at the base of the longest text in the batch.
+        """Returns cosines and sines at the base of the longest text in the batch.
 
         Args:
-            x: Any float tensor; gives dtype and device.
-            position_ids: int64 (B, S); the largest one, plus 1, is the length.
+            x: A float tensor that determines dtype and device.
+            position_ids: int64 (B, S); the length is the largest one plus 1.
 
         Returns:
             Two tensors (B, S, D) in x's dtype.
@@ -44,14 +44,14 @@ class DynamicNTKRotaryEmbedding(LlamaRotaryEmbedding):
 
     @torch.no_grad()
     def at_length(self, x: Tensor, position_ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, for texts of a given length (int64 scalar)."""
+        """Same as `forward`, for a given text length (int64 scalar)."""
         frequencies = self._frequencies(length.to(x.device))
         angles = position_ids[..., None].float().to(x.device) * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _frequencies(self, length: Tensor) -> Tensor:
-        """float32 (D / 2,). Branches on no value of a tensor: a GPU need not wait for it."""
+        """float32 (D / 2,). Does not branch on tensor values, which avoids a GPU synchronization."""
         config: Any = self.config
         trained, theta, size = config.max_position_embeddings, config.rope_parameters['rope_theta'], config.head_dim
         growth = ((self.factor * length.double() / trained) - (self.factor - 1)).clamp(min=1)

@@ -1,9 +1,9 @@
-"""A published sentencepiece model as a Rust tokenizer that gives the same ids.
+"""Converts a published sentencepiece model to a Rust tokenizer with identical ids.
 
-sentencepiece merges, of all neighbouring pairs that make a piece, the one whose piece has the best score, and of those
-with equal scores the leftmost. The Rust BPE ranks pairs, each by its own place in a list. InternLM's vocabulary joins
-several languages', so that unlike pieces share a score, and a piece may be made of more than one pair. The list below
-therefore puts a pair before those that may begin where it ends: then the better rank is the leftmost pair, too.
+sentencepiece merges, of all adjacent pairs that form a piece, the one whose piece has the best score, and among equal
+scores the leftmost. The Rust BPE ranks pairs by their position in a list. InternLM's vocabulary joins those of several
+languages, so that different pieces share a score, and a piece may be formed by more than one pair. The list below
+therefore puts a pair before those that may begin where it ends, so that the better rank is also the leftmost pair.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_model(path: Path) -> Any:
         sentencepiece's `ModelProto`.
 
     Raises:
-        ModelError: no such file, no sentencepiece model, or one of another kind than InternLM's.
+        ModelError: The file is missing, is not a sentencepiece model, or is a different type than InternLM's.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as pb2
@@ -42,33 +42,32 @@ def read_model(path: Path) -> Any:
     except OSError as error:
         raise ModelError(f'{path} cannot be read: {error.strerror or error}') from error
     except DecodeError as error:
-        raise ModelError(f'{path} is no sentencepiece model, or is cut off') from error
+        raise ModelError(f'{path} is not a sentencepiece model, or is truncated') from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != _BPE or not trainer.byte_fallback or not proto.pieces:
-        raise ModelError(f'{path} is no sentencepiece BPE model with byte fallback, as InternLM tokenizers are')
+        raise ModelError(f'{path} is not a sentencepiece BPE model with byte fallback, as required for InternLM')
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
-        raise ModelError(f'{path} changes the text before it splits it (normaliser {normalizer.name!r}), '
-                         'which InternLM tokenizers do not')  # fmt: skip
+        raise ModelError(f'{path} normalizes the text before splitting it (normalizer {normalizer.name!r}), '
+                         'which InternLM tokenizers do not do')  # fmt: skip
     return proto
 
 
 def to_rust(proto: Any, renamed: dict[int, str] | None = None) -> Tokenizer:
-    """Builds the Rust tokenizer: ids equal to sentencepiece's on every text.
+    """Builds the Rust tokenizer, with the same ids as sentencepiece for every text.
 
     Args:
         proto: From `read_model`.
-        renamed: Tokens that take the place of a piece, by id, as `added_tokens_decoder` in a tokenizer config names
-            them.
+        renamed: Tokens that replace pieces, by id, as named by `added_tokens_decoder` in a tokenizer config.
 
     Returns:
-        A tokenizer that adds no special tokens. `<s>`, `</s>` and `<unk>` are special tokens, user-defined pieces
-        are found in the text as they stand, and everything else is merged.
+        A tokenizer that adds no special tokens. `<s>`, `</s>` and `<unk>` are special tokens, user-defined pieces are
+        matched literally in the text, and everything else is merged.
     """
     pieces = list(proto.pieces)
     names = [(renamed or {}).get(i, piece.piece) for i, piece in enumerate(pieces)]
     nul = next((i for i, piece in enumerate(pieces) if piece.piece == '\0'), None)
     if nul is not None:
-        names[nul] = '\0\0'  # sentencepiece never uses this piece: it spells NUL as a byte
+        names[nul] = '\0\0'  # sentencepiece never uses this piece and encodes NUL as a byte
     ids = {name: i for i, name in enumerate(names)}
     scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL and piece.piece != '\0'}
     unknown = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
@@ -86,11 +85,11 @@ def to_rust(proto: Any, renamed: dict[int, str] | None = None) -> Tokenizer:
 
 
 def merges(scores: dict[str, float], ids: dict[str, int]) -> Iterator[Pair]:
-    """All pairs of pieces that make a piece, in the order in which sentencepiece would merge them.
+    """Yields all pairs of pieces that form a piece, in sentencepiece's merge order.
 
     Args:
         scores: Score of each piece that may take part in merges.
-        ids: Their ids, which settle the order where nothing else does.
+        ids: Their ids, used as tie-breaker.
     """
     groups: dict[float, list[Pair]] = defaultdict(list)
     for piece, score in scores.items():
@@ -105,8 +104,9 @@ def merges(scores: dict[str, float], ids: dict[str, int]) -> Iterator[Pair]:
 def _leftmost_first(pairs: list[Pair]) -> list[Pair]:
     """Orders pairs so that (x, y) comes before (y, z): a depth-first topological sort.
 
-    Runs of one character make circles, such as (-, --) and (--, -); they are cut where the search meets them. Merging
-    begins at the left of a run, so that the smaller piece stands at its right end and the circle does not matter.
+    Runs of one character form cycles, such as (-, --) and (--, -), which are broken where the search meets them.
+    Merging starts at the left of a run, so that the smaller piece ends up at its right end and the cycle does not
+    matter.
     """
     if len(pairs) == 1:
         return pairs

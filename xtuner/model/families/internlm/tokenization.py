@@ -1,8 +1,8 @@
-"""InternLM's tokenizer, Rust-backed, built from the published sentencepiece model.
+"""InternLM's tokenizer in Rust, built from the published sentencepiece model.
 
-Ids are those of the original Python tokenizer: no space is put in front, runs of spaces stay, what the vocabulary
-lacks is spelled in bytes, BOS is added and EOS is not, `<eoh>` and `<eoa>` are ordinary pieces, and `<s>`, `</s>` and
-`<unk>` in a text are special tokens. `decode` gives the original's text as well.
+Ids equal those of the original Python tokenizer: no space is prefixed, runs of spaces are kept, characters outside the
+vocabulary are encoded as bytes, BOS is added and EOS is not, `<eoh>` and `<eoa>` are ordinary pieces, and `<s>`, `</s>`
+and `<unk>` in a text are special tokens. `decode` returns the original's text as well.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from xtuner.errors import ModelError
 from xtuner.model.families.internlm.sentencepiece import SPACE, read_model, to_rust
 
 _BYTE = re.compile(r'<0x([0-9A-F]{2})>')
-# What transformers' `clean_up_tokenization` takes the space out of; the original does so after every decoding.
+# Where transformers' `clean_up_tokenization` removes the space; the original does so after every decoding.
 _CLEAN_UP = (' .', ' ?', ' !', ' ,', " ' ", " n't", " 'm", " 's", " 've", " 're")
 _DEFAULTS = {
     'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '</s>',
     'add_bos_token': True, 'add_eos_token': False,
 }  # fmt: skip
 PREFIX_KEY = 'add_dummy_prefix'
-"""In `tokenizer_config.json`, it marks a folder whose `tokenizer.json` we wrote."""
+"""In `tokenizer_config.json`, it marks a folder whose `tokenizer.json` was written by this class."""
 
 
 class InternLMTokenizer(PreTrainedTokenizerFast):
-    """Loads a folder that holds `tokenizer.model`, or one that `save_pretrained` wrote.
+    """Loads a folder with `tokenizer.model`, or one written by `save_pretrained`.
 
-    `save_pretrained` writes a `tokenizer.json` that plain transformers loads as well, with `tokenizer.model` beside it.
+    `save_pretrained` writes a `tokenizer.json` that plain transformers can load, and `tokenizer.model` next to it.
     """
 
     vocab_files_names = {'vocab_file': 'tokenizer.model', 'tokenizer_file': 'tokenizer.json'}  # noqa: RUF012
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """What `from_pretrained` calls with the files it found and the tokenizer config; returns `__init__`'s keywords.
+        """Called by `from_pretrained` with the files and the tokenizer config; returns keyword arguments of `__init__`.
 
         Raises:
-            ModelError: there is no `tokenizer.model` that can be read.
+            ModelError: There is no readable `tokenizer.model`.
         """
         if PREFIX_KEY in kwargs and kwargs.get('tokenizer_file'):
             return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
@@ -58,31 +58,32 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         rust.add_tokens([token for _, token in sorted(added.items())])
         for id_, token in added.items():
             if rust.token_to_id(str(token)) != id_:
-                raise ModelError(f'{file}: the tokenizer config gives {str(token)!r} the id {id_}, and the model has '
-                                 f'{len(proto.pieces)} pieces: the two do not belong together')  # fmt: skip
+                raise ModelError(f'{file}: the tokenizer config assigns id {id_} to {str(token)!r}, but the model has '
+                                 f'{len(proto.pieces)} pieces: they do not belong together')  # fmt: skip
         kwargs = _DEFAULTS | {key: value for key, value in kwargs.items() if key != 'tokenizer_file'}
         return kwargs | {'tokenizer_object': rust, PREFIX_KEY: bool(proto.normalizer_spec.add_dummy_prefix)}
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """As transformers' own. A plain batch of texts is encoded without working out where each token came from.
+        """Same as in transformers; encodes a plain batch of texts faster, without character offsets.
 
-        Like the original's, its result then knows no character positions: `return_offsets_mapping=True` asks for them.
+        As with the original, the result of a plain batch has no offsets; request them with
+        `return_offsets_mapping=True`.
         """
         if args or set(kwargs) - {'add_special_tokens'} or not _is_plain_batch(text):
             return super().__call__(text, *args, **kwargs)
         rust = self.backend_tokenizer
-        if rust.truncation is not None:  # left behind by an earlier call
+        if rust.truncation is not None:  # set by an earlier call
             rust.no_truncation()
         if rust.padding is not None:
             rust.no_padding()
         rust.encode_special_tokens = self.split_special_tokens
         ids = [encoding.ids for encoding in rust.encode_batch_fast(text, **kwargs)]
         if max(map(len, ids)) > self.model_max_length:
-            return super().__call__(text, **kwargs)  # which warns of it
+            return super().__call__(text, **kwargs)  # which logs a warning
         return BatchEncoding({'input_ids': ids, 'attention_mask': [[1] * len(row) for row in ids]})
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens, as the original writes it: a space before text that precedes a special token."""
+        """Decodes tokens as the original does, with a space before text that precedes a special token."""
         return clean_up(self._join(tokens))
 
     def _join(self, tokens: list[str]) -> str:
@@ -100,7 +101,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return ''.join([*parts, self._pieces_to_text(group)])
 
     def _pieces_to_text(self, pieces: list[str]) -> str:
-        """sentencepiece's own decoding of pieces: runs of byte pieces are read as UTF-8."""
+        """Decodes pieces as sentencepiece does: runs of byte pieces are read as UTF-8."""
         if pieces and pieces[0].startswith(SPACE) and self.init_kwargs.get(PREFIX_KEY):
             pieces = [pieces[0][1:], *pieces[1:]]
         parts: list[str] = []
@@ -121,7 +122,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """Like the original's, which always cleans up; False for `clean_up_tokenization_spaces` keeps every space."""
+        """Same as the original, which always cleans up; `clean_up_tokenization_spaces=False` keeps every space."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         tokens = self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
         text = self._join([token for token in tokens if token is not None])
@@ -137,7 +138,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return files
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """Saves so that plain transformers loads it too: its config names transformers' own class."""
+        """Saves so that plain transformers can load it: the saved config names transformers' own class."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / 'tokenizer_config.json'
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -145,7 +146,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'add_bos_token': self.add_bos_token,
             'add_eos_token': self.add_eos_token,
-            'clean_up_tokenization_spaces': False,  # ours cleans up all the same; plain transformers does not for BPE
+            'clean_up_tokenization_spaces': False,  # this class cleans up anyway; plain transformers does not for BPE
         }
         for key in ('auto_map', 'is_local', 'local_files_only'):
             config.pop(key, None)
@@ -158,14 +159,14 @@ def _is_plain_batch(text: Any) -> bool:
 
 
 def clean_up(text: str) -> str:
-    """Takes out the space before punctuation and English contractions, in transformers' order."""
-    for found in _CLEAN_UP:
-        text = text.replace(found, found.strip())
+    """Removes the space before punctuation and English contractions, in transformers' order."""
+    for pattern in _CLEAN_UP:
+        text = text.replace(pattern, pattern.strip())
     return text
 
 
 def utf8(data: bytes) -> str:
-    """Reads UTF-8; each byte that belongs to no character becomes U+FFFD, as sentencepiece has it."""
+    """Decodes UTF-8; each byte that does not belong to a character becomes U+FFFD, as in sentencepiece."""
     text = ''
     while data:
         try:

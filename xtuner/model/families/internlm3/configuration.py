@@ -12,7 +12,7 @@ class InternLM3Config(LlamaConfig):
 
     Attributes:
         qkv_bias: Whether q, k and v have a bias.
-        bias: Whether o and the MLP have one.
+        bias: Whether o and the MLP have a bias.
     """
 
     model_type = 'internlm3'
@@ -27,6 +27,6 @@ class InternLM3Config(LlamaConfig):
 
     @property
     def ntk_factor(self) -> float | None:
-        """The scaling factor of dynamic NTK; None where there is none."""
+        """The scaling factor of dynamic NTK; None without it."""
         rope: Any = self.rope_parameters
         return float(rope.get('factor', 1.0)) if rope.get('rope_type') == 'dynamic' else None

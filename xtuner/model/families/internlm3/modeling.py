@@ -1,9 +1,9 @@
-"""InternLM3: Llama with grouped keys, heads of a size of their own, and biases under two switches.
+"""InternLM3: Llama with grouped-query attention, a separate head size, and two switches for biases.
 
-Parameter names are Llama's, so the published checkpoints load as they are.
+Parameter names are Llama's, so published checkpoints load unchanged.
 """
 
-# transformers types its modules for its own use; what mypy misses where they are overridden is of no consequence.
+# transformers types its modules for internal use; mypy's findings on overridden methods can be ignored.
 # mypy: disable-error-code="override, misc, assignment, arg-type, type-arg, operator"
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class InternLM3Model(LlamaModel):
 
 
 class InternLM3ForCausalLM(ChatMixin, LlamaForCausalLM):
-    """The language model, with `chat` and `stream_chat` as InternLM's model cards show them."""
+    """The language model with `chat` and `stream_chat`, as on InternLM's model cards."""
 
     config_class = InternLM3Config
     chat_template_name = 'internlm2_chat'

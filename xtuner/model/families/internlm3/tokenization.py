@@ -1,4 +1,4 @@
-"""InternLM3's tokenizer: read as InternLM's is; what differs is how ids become text again."""
+"""InternLM3's tokenizer: encodes like InternLM's and decodes differently."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from xtuner.model.families.internlm.sentencepiece import SPACE
 from xtuner.model.families.internlm.tokenization import InternLMTokenizer, clean_up
 
 SPACES_KEY = 'spaces_for_interleaved_special_tokens'
-"""In `tokenizer_config.json`, it tells InternLM3's tokenizer from its elders'."""
+"""In `tokenizer_config.json`, it distinguishes InternLM3's tokenizer from earlier ones."""
 
 
 class InternLM3Tokenizer(InternLMTokenizer):
-    """Loads InternLM3. Text is cleaned up only where the config or the caller says so.
+    """Loads InternLM3. Text is cleaned up only if the config or the caller requests it.
 
-    A space stands around special tokens only with `spaces_for_interleaved_special_tokens`, and the first piece loses
+    Spaces around special tokens are added only with `spaces_for_interleaved_special_tokens`, and the first piece loses
     its space with `add_prefix_space`.
     """
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """As InternLM's, with the two settings of the published config and their defaults."""
+        """Same as InternLM's, with the two settings of the published config and their defaults."""
         kwargs = {SPACES_KEY: False, 'add_prefix_space': True, 'clean_up_tokenization_spaces': False} | kwargs
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of tokens, as the original writes it."""
+        """Decodes tokens as the original does."""
         return self._join(tokens)
 
     def _join(self, tokens: list[str]) -> str:
@@ -35,14 +35,14 @@ class InternLM3Tokenizer(InternLMTokenizer):
             tokens = [tokens[0][1:], *tokens[1:]]
         text, after_special = '', False
         group: list[str] = []
-        for place, token in enumerate(tokens):
+        for index, token in enumerate(tokens):
             if token in special:
-                text += ' ' if spaced and place and not after_special else ''
+                text += ' ' if spaced and index and not after_special else ''
                 text += self._pieces_to_text(group) + token
                 group = []
             else:
-                text += ' ' if spaced and prefixed and after_special and place == 1 and token[:1] != SPACE else ''
-                group += [token] if token else []  # the first, where it was nothing but its space
+                text += ' ' if spaced and prefixed and after_special and index == 1 and token[:1] != SPACE else ''
+                group += [token] if token else []  # empty if the first piece was only a space
             after_special = token in special
         return text + self._pieces_to_text(group)
 
@@ -53,6 +53,6 @@ class InternLM3Tokenizer(InternLMTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        wanted = clean_up_tokenization_spaces
+        requested = clean_up_tokenization_spaces
         text = super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces=False, **kwargs)
-        return clean_up(text) if (self.clean_up_tokenization_spaces if wanted is None else wanted) else text
+        return clean_up(text) if (self.clean_up_tokenization_spaces if requested is None else requested) else text

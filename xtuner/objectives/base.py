@@ -1,0 +1,170 @@
+"""What an objective is: which values of each target token it asks for, and the loss that it makes of them.
+
+One file an objective; docs/objectives.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtuner.dataset.packing.collate import collate, count_targets
+from xtuner.errors import ConfigError, nearest
+from xtuner.fused.target_values import BASE_VALUES, VALUES
+
+FIELDS = ('nll_sum', *VALUES, 'hidden', 'labels', 'positions', 'samples')
+"""What `Objective.needs` may name: the attributes of `TargetRows`."""
+
+Statistics = Mapping[str, Tensor]
+Metrics = Mapping[str, Tensor]
+
+
+class TargetRows:
+    """The target tokens of a micro-batch, T of them in the order of the batch; only what `needs` names is there.
+
+    Attributes:
+        count: T.
+        nll_sum: float32 (), the negative log-likelihood summed over the targets, by the fused cross entropy.
+        log_prob: float32 (T,), log p of the target, where p = softmax(logits).
+        log_sum_exp: float32 (T,), log of the sum of exp(logits) (the log-partition function).
+        entropy: float32 (T,), -sum_j p_j log p_j, in nats.
+        sum_log_probs: float32 (T,), log p summed over the V words of the vocabulary.
+        kl_to_base: float32 (T,), KL(p || q), where q is the distribution of the base model without the adapter.
+        base_log_prob: float32 (T,), log q of the target, without a gradient.
+        hidden: (T, H), last hidden states, from which the targets are predicted.
+        labels: int64 (T,), the target's id.
+        positions: int64 (T,), position of the token that predicts the target, within its sample.
+        samples: int64 (T,), number of the target's sample in the micro-batch, counted from 0 row by row. What ends a
+            row without a target is padding, and not counted.
+        num_samples: int, samples in the micro-batch; with `samples`.
+        vocabulary: int, V.
+        batch: What `Objective.collate` returned beside ids, labels and positions.
+    """
+
+    count: int
+    nll_sum: Tensor
+    log_prob: Tensor
+    log_sum_exp: Tensor
+    entropy: Tensor
+    sum_log_probs: Tensor
+    kl_to_base: Tensor
+    base_log_prob: Tensor
+    hidden: Tensor
+    labels: Tensor
+    positions: Tensor
+    samples: Tensor
+    num_samples: int
+    vocabulary: int
+    batch: Mapping[str, Tensor]
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        if name in FIELDS or name == 'num_samples':
+            field = 'samples' if name == 'num_samples' else name
+            raise ConfigError(f"`rows.{name}` was not asked for; add '{field}' to the objective's `needs`")
+        raise ConfigError(f'`rows.{name}` does not exist{nearest(name, FIELDS)}')
+
+    def sum_by_sample(self, values_T: Tensor) -> Tensor:
+        """Sums a value of each target over its sample, (num_samples,); needs `samples`."""
+        return values_T.new_zeros(self.num_samples).index_add(0, self.samples, values_T)
+
+
+class Objective:
+    """The base class of objectives: the defaults are those of a loss averaged over target tokens.
+
+    The gradient of an optimizer step is that of `sum of losses / sum of weights`, both over the micro-batches of the
+    step and all ranks. So the weight comes from the batch alone (`weight`), not from the model's output: it is known
+    before the first backward pass, and every gradient is normalised as it arises, under loss scaling, gradient
+    reduction during the backward pass and DeepSpeed as well. What must be normalised by a value of the model's own
+    output takes that value from `statistics`.
+
+    Attributes:
+        name: For messages; the class's.
+        needs: Names of `FIELDS`; each is computed only when it is named.
+        no_grad: Those of them that the loss is not differentiated by, such as an entropy that is only logged; they cost
+            no product with the output head.
+    """
+
+    name: str
+    needs: Sequence[str] = ('log_prob',)
+    no_grad: Sequence[str] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__
+
+    def collate(self, items: Sequence[Mapping[str, Any]], *, pad_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
+        """Joins items of the data set into a micro-batch: `dataset.packing.collate`.
+
+        An override may add tensors of its own, which arrive as `rows.batch`, or join the items in another way; ids,
+        labels and positions must be there.
+        """
+        return collate(items, pad_id=pad_id, multiple_of=multiple_of)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:
+        """What a micro-batch counts in the step's average: its target tokens.
+
+        Ranks that share a pack each see all of it, and the sum over them is divided by their number.
+        """
+        return count_targets(batch['labels'])
+
+    def statistics(self, rows: TargetRows) -> Statistics:
+        """What the loss needs of the whole step: tensors by name, summed over its micro-batches and all ranks.
+
+        An objective that overrides this has a statistics phase: another forward pass, without gradients, over all
+        micro-batches of the step, with the same dropout masks. A step takes about a third longer.
+        """
+        raise NotImplementedError
+
+    def loss(self, rows: TargetRows, statistics: Statistics | None) -> tuple[Tensor, Metrics]:
+        """The loss summed over a micro-batch, and metrics.
+
+        Args:
+            rows: What `needs` names.
+            statistics: Sums of what `statistics` returned over the step and all ranks, float64; None where the
+                objective does not override it.
+
+        Returns:
+            A scalar, and by name a scalar to be summed like it: what is logged is the sum over the step divided by the
+            step's weight. Names must be the same in every micro-batch.
+        """
+        raise NotImplementedError
+
+
+def check_needs(objective: Objective, where: str) -> None:
+    """Raises ConfigError for a field that is asked for and does not exist."""
+    for attribute in ('needs', 'no_grad'):
+        names = getattr(objective, attribute)
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f'`{where}`: `{attribute}` must be a list of names, got {names!r}')
+        known = FIELDS if attribute == 'needs' else tuple(objective.needs)
+        for name in names:
+            if name not in known:
+                hint = nearest(name, known) or f'; known: {", ".join(known)}'
+                raise ConfigError(f'`{where}`: `{attribute}` names {name!r}, which does not exist{hint}')
+
+
+def has_statistics(objective: Objective) -> bool:
+    """Whether an objective has a statistics phase."""
+    return type(objective).statistics is not Objective.statistics
+
+
+def needs_base(objective: Objective) -> bool:
+    """Whether an objective compares with the base model without the adapter."""
+    return any(name in BASE_VALUES for name in objective.needs)
+
+
+def scalar(value: Any) -> bool:
+    """Whether a value is a tensor of one number without dimensions."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype.is_floating_point
+
+
+def as_metric(value: Any, device: torch.device) -> Tensor:
+    """A metric as a float64 scalar without a gradient."""
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
