@@ -25,8 +25,7 @@ from xtuner.engine.step_checks import (
     is_dead_worker,
     next_batch,
 )
-from xtuner.engine.step_origins import Origins, StepOrigins
-from xtuner.engine.step_result import Skips, StepResult
+from xtuner.engine.step_result import Origins, Skips, StepOrigins, StepResult
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
 from xtuner.objectives.base import errors_named
