@@ -11,6 +11,8 @@ from xtuner.errors import ModelError
 from xtuner.utils import files
 from xtuner.utils.files import expanded, read_object, write_atomically
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
     ('content', 'reason'),
