@@ -23,8 +23,8 @@ pytestmark = pytest.mark.unit
         (b'\xff{}', "can't decode byte"),
         (b'[' * 200_000, 'nested deeper than 64 levels'),
         (b'{"a": ' * 65 + b'1' + b'}' * 65, 'nested deeper than 64 levels'),
-        (b'{"x": 1, "x": 2}', "the key 'x' stands twice"),
-        (b'{"y": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+        (b'{"x": 1, "x": 2}', "the key 'x' occurs twice"),
+        (b'{"y": {"x": 1, "x": 2}}', "the key 'x' occurs twice"),
         (b'{"x": ' + b'9' * 5000 + b'}', 'limit'),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from xtuner.errors import ModelError, one_line
 from xtuner.inference.decode.decoder import Decoder, find_decoder, release
 from xtuner.inference.detokenizer import TextStream
 
@@ -145,16 +146,24 @@ def generate_plainly(
     streamer: TextStream | None = None,
     synced: bool = False,
 ) -> list[int]:
-    """As `generate`, by transformers' own method; the seed is not looked at."""
+    """As `generate`, by transformers' own method; the seed is not looked at.
+
+    Raises:
+        ModelError: transformers has no way to generate with a model of this type.
+    """
     ids = torch.tensor([list(prompt_ids)], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0],
-        streamer=streamer,
-        synced_gpus=synced,
-        **sampling.arguments(),
-    )
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            streamer=streamer,
+            synced_gpus=synced,
+            **sampling.arguments(),
+        )
+    except (AttributeError, NotImplementedError) as error:
+        kind = model.config.model_type
+        raise ModelError(f'transformers cannot generate with a model of type {kind!r}: {one_line(error)}') from error
     return output[0, len(prompt_ids) :].tolist()

@@ -24,7 +24,7 @@ def test_nodes_that_cannot_be() -> None:
 
 def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(UsageError, match='--nproc-per-node 4, but this machine has 2 GPUs'):
+    with pytest.raises(UsageError, match='--nproc-per-node is 4, but this machine has 2 GPUs'):
         Nodes(4)
 
 

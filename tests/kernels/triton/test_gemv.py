@@ -35,7 +35,7 @@ def quantised(rows, size, nested=True):
 def adapters(sizes, size, rank, dtype, planes):
     down = rand(len(sizes) * rank, size, dtype=dtype) / size**0.5
     up = rand(sum(sizes), rank, dtype=dtype)
-    low = gemv.LoraWeights(to_planes(down, planes).contiguous(), up, rank)
+    low = gemv.GemvLora(to_planes(down, planes).contiguous(), up, rank)
     member = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
     def exact(x):

@@ -30,7 +30,7 @@ class _Part:
 
     weights: gemv.GemvWeights
     bias: Tensor | None
-    lora: gemv.LoraWeights | None
+    lora: gemv.GemvLora | None
     lora_ax: Tensor | None
 
     @property
@@ -182,7 +182,7 @@ def _part(product: Product) -> _Part:
     return _Part(weights, product.bias, lora, lora_ax)
 
 
-def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
+def _lora(product: Product, planes: int) -> gemv.GemvLora | None:
     """All of a product's adapters, padded with zeros to one rank; None where it has none."""
     adapters = product.adapters
     if not any(adapters):
@@ -197,4 +197,4 @@ def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
             a[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
             b[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return gemv.LoraWeights(to_planes(a, planes).contiguous(), b, rank)
+    return gemv.GemvLora(to_planes(a, planes).contiguous(), b, rank)
