@@ -38,7 +38,7 @@ def test_a_pack_before_ampere_is_computed_sample_by_sample(dtype: torch.dtype, m
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (7, 5))
     chosen = attention_for(POSITIONS, 1, 8, device=torch.device('cuda'), dtype=dtype, head_size=16)
     assert chosen.offsets is None and chosen.starts == [0, 3, 7, 8]
-    assert chosen.form is None  # CUDA graphs are not recorded: the samples' lengths differ from batch to batch
+    assert chosen.graph_key is None  # CUDA graphs are not recorded: the samples' lengths differ from batch to batch
     q = torch.randn(8, 4, 16, dtype=dtype)
     k, v = torch.randn(2, 8, 2, 16, dtype=dtype)
     out = chosen.forward(q, k, v, 0.25)

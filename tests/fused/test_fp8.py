@@ -90,10 +90,10 @@ def test_product_is_the_product_of_the_rounded_factors():
 
 def fast_fp8(model, kernels):
     path = enable_fused_training(model)
-    assert path.taken
+    assert path.enabled
     decoder = model.get_base_model().model
-    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=False, fp8=True)
-    return decoder.forward.fast
+    decoder.forward.fused = FusedDecoder(decoder, kernels, fused_lora=False, fp8=True)
+    return decoder.forward.fused
 
 
 def relative(grads, exact):
@@ -123,7 +123,7 @@ def test_dropout_draws_the_same_masks_as_without_fp8(batch):
     for fp8 in (False, True):
         enable_fused_training(model)
         decoder = model.get_base_model().model
-        decoder.forward.fast = FusedDecoder(decoder, PLAIN, fused_lora=False, fp8=fp8)
+        decoder.forward.fused = FusedDecoder(decoder, PLAIN, fused_lora=False, fp8=fp8)
         torch.manual_seed(4)
         results.append(step(model, batch)[1])
     assert relative(results[1], results[0]) < 0.25
@@ -149,7 +149,7 @@ def test_where_fp8_cannot_be_had_it_is_said():
     model = with_adapter(quantise(tiny_llama()), rank=16)
     with pytest.raises(ConfigError, match=r'`runtime.fp8`: a cpu has no FP8 units'):
         enable_fused_training(model.cpu(), fp8=True)
-    with pytest.raises(ConfigError, match='needs the fast path'):
+    with pytest.raises(ConfigError, match='requires the fused training path'):
         enable_fused_training(nn.Sequential(nn.Linear(2, 2)), fp8=True)
     fast = fast_fp8(model, PLAIN)
     if torch.cuda.is_available():

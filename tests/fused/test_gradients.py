@@ -1,4 +1,4 @@
-"""The whole fast path on a tiny model: gradients of every adapter against the stock path and float64."""
+"""The fused path on a tiny model: gradients of every adapter against the model's own forward pass and float64."""
 
 from dataclasses import replace
 
@@ -40,16 +40,16 @@ def error(grads, exact):
 
 
 def force(model, kernels, *, fused_lora):
-    """The fast path with these kernels, whatever the device."""
+    """Enables the fused path with these kernels, whatever the device."""
     path = enable_fused_training(model)
-    assert path.taken
+    assert path.enabled
     decoder = model.get_base_model().model
-    decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=fused_lora)
+    decoder.forward.fused = FusedDecoder(decoder, kernels, fused_lora=fused_lora)
     return path
 
 
 WAYS = ['plain-apart', 'plain-folded', 'triton-folded']
-# Triton's interpreter is slow: layers computed twice are the harder case, the others the plain kernels' too.
+# Triton's interpreter is slow: recomputed layers are the harder case; the others are covered by the plain kernels.
 CHECKPOINTED = [(way, again) for way in WAYS for again in (False, True) if again or not way.startswith('triton')]
 
 
@@ -102,10 +102,10 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
         pytest.skip('oneDNN multiplies on CPUs only')
     model = with_adapter(quantise(tiny_llama()), dropout=dropout, targets=['q_proj', 'v_proj', 'up_proj', 'down_proj'])
     path = enable_fused_training(model)
-    groups = [group for layer in model.get_base_model().model.forward.fast.layers for group in layer.groups]
-    assert path.reason_disabled == '14 of its 4-bit weights kept as floats' and all(g.kept is not None for g in groups)
+    groups = [group for layer in model.get_base_model().model.forward.fused.layers for group in layer.groups]
+    assert path.reason_disabled == '14 of its 4-bit weights cached as floats' and all(g.cached is not None for g in groups)
     for group in groups:
-        group.kept = group.kept if kept else None
+        group.cached = group.cached if kept else None
     torch.manual_seed(3)
     loss, grads = step(model, batch)
     monkeypatch.setattr(cpu_gemm, '_MIN_MULTIPLICATIONS', 1)
@@ -233,7 +233,7 @@ def test_all_ways_draw_the_same_masks(batch):
 
 
 def test_dropout_is_unbiased_in_the_mean(batch):
-    """The mean loss over many masks is the stock path's, to within both means' spread."""
+    """The mean loss over many masks is that of the model's own forward pass, to within both means' spread."""
     model = with_adapter(quantise(tiny_llama(layers=1)), dropout=0.5)
     with torch.no_grad():
         stock = torch.tensor([_loss(model, batch) for _ in range(200)])
@@ -249,21 +249,21 @@ def _loss(model, batch):
     return float(torch.nn.functional.cross_entropy(logits.float(), batch['labels'][:, 1:].flatten(), reduction='sum'))
 
 
-class _Shelf:
-    """Stands in for the host store: keeps tensors as they are, hands copies back."""
+class _FakeOffload:
+    """Stands in for `HostOffload`: keeps copies on the device."""
 
     def __init__(self, depth):
-        self.depth, self.kept, self.taken = depth, [], 0
+        self.depth, self.pinned, self.num_reloads = depth, [], 0
 
     select = HostOffload.select
 
     def offload(self, tensors):
-        self.kept.append([t.clone() for t in tensors])
-        return len(self.kept) - 1
+        self.pinned.append([t.clone() for t in tensors])
+        return len(self.pinned) - 1
 
-    def reload(self, place):
-        self.taken += 1
-        return self.kept[place]
+    def reload(self, index):
+        self.num_reloads += 1
+        return self.pinned[index]
 
     def prefetch(self):
         pass
@@ -272,16 +272,16 @@ class _Shelf:
 @pytest.mark.parametrize('depth', [1, 2, 3])
 @pytest.mark.parametrize('folded', [False, True])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_what_checkpoints_keep_on_the_host_changes_nothing(batch, depth, folded, dropout):
+def test_offloading_to_the_host_changes_nothing(batch, depth, folded, dropout):
     model = with_adapter(quantise(tiny_llama(layers=4)), dropout=dropout)
     force(model, PLAIN, fused_lora=folded)
     torch.manual_seed(2)
     _, expected = step(model, batch)
     decoder = model.get_base_model().model
     decoder.gradient_checkpointing_enable({'use_reentrant': False})
-    shelf = _Shelf(depth)
-    decoder.forward.fast._store = lambda *_: shelf
+    offload = _FakeOffload(depth)
+    decoder.forward.fused.memory.host_offload = lambda *_: offload
     torch.manual_seed(2)
     _, grads = step(model, batch)
-    assert shelf.taken == 3 and {len(kept) for kept in shelf.kept} == ({2, 3} if depth == 3 else {depth})
+    assert offload.num_reloads == 3 and {len(tensors) for tensors in offload.pinned} == ({2, 3} if depth == 3 else {depth})
     assert error(grads, expected) < 1e-5

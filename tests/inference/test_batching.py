@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 
 from xtuner.errors import ModelError
-from xtuner.inference.batch_graphs import StepGraphs, distance
+from xtuner.inference.batch_graphs import StepGraphs, relative_error
 from xtuner.inference.batching import BatchDecoder
 from xtuner.model.families.internlm.configuration import InternLMConfig
 from xtuner.model.families.internlm.modeling import InternLMForCausalLM
@@ -133,7 +133,7 @@ def two_decoders(device: str) -> tuple[BatchDecoder, BatchDecoder]:
 @torch.inference_mode()
 def test_a_recording_is_of_the_next_power_of_two() -> None:
     recorded, plain = two_decoders('cpu')
-    graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
+    graphs = recorded._graphs = Replayed(recorded._decode_step, num_rows=6, max_length=600, device=torch.device('cpu'))
     steps_beside(recorded, plain)
     assert not graphs.reason_disabled
     assert {(rows, places) for _, rows, places in graphs._recorded} == {(r, p) for r in (1, 4, 6) for p in (256, 512)}
@@ -147,7 +147,7 @@ def test_a_recording_is_of_the_next_power_of_two() -> None:
 @torch.inference_mode()
 def test_a_recording_that_says_something_else_is_not_used() -> None:
     recorded, plain = two_decoders('cpu')
-    graphs = recorded._graphs = Replayed(recorded._pass, num_rows=6, max_length=600, device=torch.device('cpu'))
+    graphs = recorded._graphs = Replayed(recorded._decode_step, num_rows=6, max_length=600, device=torch.device('cpu'))
     graphs.spoilt = True
     steps_beside(recorded, plain)
     assert 'other logits' in graphs.reason_disabled and not graphs._recorded
@@ -156,9 +156,9 @@ def test_a_recording_that_says_something_else_is_not_used() -> None:
 def test_the_distance_of_logits() -> None:
     """Of the farthest row; what is no number is infinitely far."""
     expected = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
-    assert distance(expected + torch.tensor([[0.3, 0.4], [0.0, 0.5]]), expected) == pytest.approx(0.1)
-    assert distance(expected.flip(0), expected) > 1
-    assert distance(expected * torch.tensor([[1.0], [float('nan')]]), expected) == float('inf')
+    assert relative_error(expected + torch.tensor([[0.3, 0.4], [0.0, 0.5]]), expected) == pytest.approx(0.1)
+    assert relative_error(expected.flip(0), expected) > 1
+    assert relative_error(expected * torch.tensor([[1.0], [float('nan')]]), expected) == float('inf')
 
 
 @pytest.mark.gpu
@@ -179,7 +179,7 @@ def test_wide_models_in_half_precision_are_recorded(quantised: bool) -> None:
         for number in range(3):
             ids = [11 * row + number for row in range(rows)]
             got = recorded.step(ids, lengths, row=0, alone=True).clone()
-            assert distance(got, plain.step(ids, lengths, row=0)) < 0.05
+            assert relative_error(got, plain.step(ids, lengths, row=0)) < 0.05
             lengths = [length + 1 for length in lengths]
     assert recorded._graphs is not None and not recorded._graphs.reason_disabled
     assert {rows for _, rows, _ in recorded._graphs._recorded} == {1, 16}

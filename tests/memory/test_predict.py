@@ -68,11 +68,11 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
     if setup.checkpointing:
         base.gradient_checkpointing_enable({'use_reentrant': False})
     if setup.fast:
-        assert enable_fused_training(model).taken
-        fast: FusedDecoder = base.get_decoder().forward.fast
+        assert enable_fused_training(model).enabled
+        fused: FusedDecoder = base.get_decoder().forward.fused
         fast.kernels, fast.fused_lora = hollow(), True  # as on CUDA
-        for group in (group for layer in fast.layers for group in layer.groups):
-            group.kept = None
+        for group in (group for layer in fused.layers for group in layer.groups):
+            group.cached = None
     monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
     ids = torch.randint(3, 500, (1, TOKENS))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -118,8 +118,8 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
-    assert terms_kernels._PLACES == cuda_graphs._AHEAD
-    assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
+    assert terms_kernels._PLACES == cuda_graphs._RING_SIZE
+    assert decoder.memory.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
 
 @pytest.mark.parametrize(

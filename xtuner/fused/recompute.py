@@ -1,4 +1,4 @@
-"""How many layers are computed again in the backward pass: as few as the memory that is free allows."""
+"""How many layers are recomputed in the backward pass: as few as the free memory allows."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 from xtuner.fused.context import LayerParts
 
-# Of the free memory on a GPU; a host's is shared with other programs and with what is read from disk.
+# Usable fraction of the free memory; a host's is shared with other programs and the page cache.
 _SHARE = {'cuda': 0.9, 'cpu': 0.5}
-# Bytes still to come for each trained value: its gradient, a second copy where ranks add theirs up, two moments.
+# Bytes not yet allocated per trainable value: gradient, a second copy for its all-reduce, two moments.
 _BYTES_A_TRAINED_VALUE = 16
-_LOSS_BYTES = 2**29  # logits and hidden states of the slices that the loss holds
+_LOSS_BYTES = 2**29  # logits and hidden states of the slices of the loss
 
 
-def kept_bytes(parts: LayerParts, tokens: int, ranks: Sequence[int], item_bytes: int) -> int:
-    """What a layer keeps for its backward pass where it is not computed again.
+def saved_bytes(parts: LayerParts, tokens: int, ranks: Sequence[int], item_bytes: int) -> int:
+    """Bytes of activations that a layer saves for its backward pass if it is not recomputed.
 
-    Its input, q, k and v, the attention's output with a float32 for each head, the state between the halves, gate and
-    up, and the adapters' projections.
+    Its input, q, k and v, the attention's output with one float32 per head, the hidden states between attention and
+    MLP, gate and up, and the adapters' projections.
 
     Args:
         parts: The layer.
         tokens: T.
-        ranks: Sum of the adapters' ranks of each group.
-        item_bytes: Bytes of one activation.
+        ranks: Sum of the adapters' ranks, for each group.
+        item_bytes: Bytes per activation.
 
     """
     size = parts.qkv.num_in
@@ -34,49 +34,56 @@ def kept_bytes(parts: LayerParts, tokens: int, ranks: Sequence[int], item_bytes:
 
 
 def working_bytes(parts: LayerParts, tokens: int, item_bytes: int) -> int:
-    """What one layer's backward pass takes beside: a second set of its activations, the widest group's weight twice."""
+    """Peak extra memory of one layer's backward: a second copy of its activations, two of its largest fused weight."""
     widest = max(group.num_in * group.num_out for group in parts.groups)
-    return kept_bytes(parts, tokens, (0, 0, 0, 0), item_bytes) + 2 * widest * item_bytes
+    return saved_bytes(parts, tokens, (0, 0, 0, 0), item_bytes) + 2 * widest * item_bytes
 
 
 def activation_budget_bytes(free: int, num_trained: int, kind: str) -> int:
-    """Bytes that activations may take on a device that holds model and adapters, but no gradients or moments yet.
+    """Bytes available for activations on a device that holds model and adapters, but no gradients or moments yet.
 
     Args:
-        free: `host.free_bytes` of it.
-        num_trained: Trained values.
-        kind: Of the device: 'cuda' or 'cpu'.
+        free: `offload.free_bytes` of the device.
+        num_trained: Number of trainable values.
+        kind: Device type, 'cuda' or 'cpu'.
 
     """
     return int((free - num_trained * _BYTES_A_TRAINED_VALUE - _LOSS_BYTES) * _SHARE.get(kind, 0.5))
 
 
 def gathered_bytes(layer: Iterable[Tensor], embedding: Tensor) -> int:
-    """Bytes of frozen weights that `fully_shard` has whole at a time, at most, beside a rank's own rows.
+    """Peak bytes of frozen weights that `fully_shard` gathers, in addition to a rank's own shards.
 
-    Two layers, the one that is computed and the one that comes next, each held twice: as it arrives and as it will lie.
-    For the loss the head, once, with one layer on its way.
+    Two layers, the current one and the prefetched one, each twice: the output of its all-gather and the copy in its
+    final layout. For the loss, the head once, and one prefetched layer.
 
     Args:
-        layer: A layer's parameters, in their whole shapes.
-        embedding: Of the head's size.
-
+        layer: Parameters of a layer, with their full shapes.
+        embedding: A tensor of the size of the head.
     """
     one = sum(p.numel() * p.element_size() for p in layer)
     return max(4 * one, one + embedding.numel() * embedding.element_size())
 
 
 def num_recomputed_layers(
-    parts: LayerParts, ranks: Sequence[int], num_layers: int, *, tokens: int, item_bytes: int, room: int
+    parts: LayerParts, ranks: Sequence[int], num_layers: int, *, tokens: int, item_bytes: int, budget: int
 ) -> int:
-    """How many of the layers, from the first on, must be computed again for the rest to fit into `room` bytes.
+    """How many layers, from the first on, must be recomputed so that the activations of the rest fit into `budget`.
 
-    The first ones, because the last ones' memory is free again by the time the first ones' backward passes come. The
-    last layer never: its backward pass comes at once.
+    The first layers are recomputed, because the memory of the last ones is free again when the backward pass reaches
+    the first ones. The last layer is never recomputed, since its backward pass comes first.
+
+    Args:
+        parts: A layer.
+        ranks: Sum of the adapters' ranks, for each group.
+        num_layers: Number of layers.
+        tokens: T.
+        item_bytes: Bytes per activation.
+        budget: Bytes available for activations.
 
     Example:
-        room for 5 of 8 layers' activations  ->  3
+        budget for the activations of 5 out of 8 layers  ->  3
 
     """
-    fitting = (room - working_bytes(parts, tokens, item_bytes)) // kept_bytes(parts, tokens, ranks, item_bytes)
+    fitting = (budget - working_bytes(parts, tokens, item_bytes)) // saved_bytes(parts, tokens, ranks, item_bytes)
     return num_layers - min(max(fitting, 1), num_layers)

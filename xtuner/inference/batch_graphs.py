@@ -15,15 +15,17 @@ from torch import Tensor
 
 logger = logging.getLogger('xtuner')
 
-_SHORTEST = 256  # places
+_MIN_LENGTH = 256  # places
 _WARMUPS = 2  # passes before recording: what is tried or set up at first must not be recorded
-_NEAR = 0.1  # of a row's logits: rounding in half precision is some hundredths of that, a wrong place or row all of it
+_MAX_ERROR = (
+    0.1  # of a row's logits: rounding in half precision is some hundredths of that, a wrong place or row all of it
+)
 
 Forward = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass
-class _Recorded:
+class _RecordedStep:
     graph: Any  # torch.cuda.CUDAGraph
     ids: Tensor  # (B, 1)
     positions: Tensor  # (B, 1)
@@ -43,7 +45,7 @@ class StepGraphs:
 
     def __init__(self, forward: Forward, *, num_rows: int, max_length: int, device: torch.device) -> None:
         self._forward, self._num_rows, self._max_length, self._device = forward, num_rows, max_length, device
-        self._recorded: dict[tuple[Hashable, int, int], _Recorded] = {}
+        self._recorded: dict[tuple[Hashable, int, int], _RecordedStep] = {}
         self._pool: Any = None
         self.reason_disabled = ''  # why nothing can be recorded
 
@@ -61,55 +63,55 @@ class StepGraphs:
             return None
         num = len(ids)
         rows = min(1 << (num - 1).bit_length(), self._num_rows)
-        places = min(max(1 << max(lengths).bit_length(), _SHORTEST), self._max_length)
-        found = self._recorded.get((key, rows, places))
-        if found is None:
-            found = self._record(rows, places)
-            if found is None:
+        length = min(max(1 << max(lengths).bit_length(), _MIN_LENGTH), self._max_length)
+        recorded = self._recorded.get((key, rows, length))
+        if recorded is None:
+            recorded = self._record(rows, length)
+            if recorded is None:
                 return None
-            self._recorded[key, rows, places] = found
+            self._recorded[key, rows, length] = recorded
         spare = [0] * (rows - num)
         both = torch.tensor([[*ids, *spare], [*lengths, *spare]], device=self._device)
-        found.ids.copy_(both[0][:, None])
-        found.positions.copy_(both[1][:, None])
-        found.graph.replay()
-        return found.logits[:num]
+        recorded.ids.copy_(both[0][:, None])
+        recorded.positions.copy_(both[1][:, None])
+        recorded.graph.replay()
+        return recorded.logits[:num]
 
-    def _record(self, rows: int, places: int) -> _Recorded | None:
+    def _record(self, rows: int, length: int) -> _RecordedStep | None:
         ids, positions = (torch.zeros(rows, 1, dtype=torch.long, device=self._device) for _ in range(2))
         # Recorded over places that the rows have not reached: what is in the store stays as it is.
-        positions.fill_(places - 1)
+        positions.fill_(length - 1)
         try:
-            graph, logits, expected = self._capture(ids, positions, places)
+            graph, logits, expected = self._capture(ids, positions, length)
             graph.replay()
-            far = distance(logits, expected)
+            deviation = relative_error(logits, expected)
         except RuntimeError as error:  # the model waits for the GPU somewhere
             self.reason_disabled = ' '.join(str(error).split())[:200]
         else:
-            if far <= _NEAR:
-                return _Recorded(graph, ids, positions, logits)
+            if deviation <= _MAX_ERROR:
+                return _RecordedStep(graph, ids, positions, logits)
             self.reason_disabled = (
-                f'a recorded step gave other logits than the step itself: {far:.2g} of their size away'
+                f'a recorded step gave other logits than the step itself: {deviation:.2g} of their size away'
             )
         logger.info('steps are not recorded, which is slower: %s', self.reason_disabled)
         return None
 
-    def _capture(self, ids: Tensor, positions: Tensor, places: int) -> tuple[Any, Tensor, Tensor]:
+    def _capture(self, ids: Tensor, positions: Tensor, length: int) -> tuple[Any, Tensor, Tensor]:
         """The recording, where its logits lie, and what they must be for these ids."""
         here, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(_WARMUPS):
-                expected = self._forward(ids, positions, places)
+                expected = self._forward(ids, positions, length)
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
-            logits = self._forward(ids, positions, places)
+            logits = self._forward(ids, positions, length)
         self._pool = self._pool or graph.pool()
         return graph, logits, expected
 
 
-def distance(logits_BV: Tensor, expected_BV: Tensor) -> float:
+def relative_error(logits_BV: Tensor, expected_BV: Tensor) -> float:
     """How far the row that is farthest lies from what is expected, as a share of that one's size."""
     norms = [torch.linalg.vector_norm(x.float(), dim=-1) for x in (logits_BV - expected_BV, expected_BV)]
     return float((norms[0] / norms[1].clamp(min=1e-30)).amax().nan_to_num(torch.inf))

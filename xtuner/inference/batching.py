@@ -25,11 +25,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from xtuner.errors import ModelError, one_line
 from xtuner.inference.batch_graphs import StepGraphs
 
-_KINDS = {'full_attention', 'sliding_attention'}
-_STRIDE = 32  # a pass looks at a multiple of so many places: attention kernels want aligned masks
+_SUPPORTED_LAYERS = {'full_attention', 'sliding_attention'}
+_LENGTH_MULTIPLE = 32  # a pass looks at a multiple of so many places: attention kernels want aligned masks
 
 
-class _Window:
+class _ActiveSlots:
     """Which part of the store the pass under way writes and sees; shared by all layers."""
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class _Window:
         self.numbers = torch.zeros(0, dtype=torch.long)  # (B,), of the rows
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotCacheLayer(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, places, size), made when the first ones come."""
 
     is_sliding = False
     is_compileable = True
 
-    def __init__(self, num_rows: int, max_length: int, window: _Window) -> None:
+    def __init__(self, num_rows: int, max_length: int, active: _ActiveSlots) -> None:
         super().__init__()
-        self._shape, self._window = (num_rows, max_length), window
+        self._shape, self._active = (num_rows, max_length), active
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes room for all rows."""
@@ -61,28 +61,28 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        window = self._window
+        active = self._active
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            if window.start is None:
-                store[window.numbers, :, window.positions[:, 0]] = new[:, :, 0].to(store.dtype)
+            if active.start is None:
+                store[active.numbers, :, active.positions[:, 0]] = new[:, :, 0].to(store.dtype)
             else:
-                store[window.rows, :, window.start : window.start + new.shape[2]] = new
-        return self.keys[window.rows, :, : window.length], self.values[window.rows, :, : window.length]
+                store[active.rows, :, active.start : active.start + new.shape[2]] = new
+        return self.keys[active.rows, :, : active.length], self.values[active.rows, :, : active.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Places seen and the first of them."""
-        return self._window.length, 0
+        return self._active.length, 0
 
     def get_seq_length(self) -> Any:
         """The position of each row's first new token, int64 (B, 1): what stood in the cache before the pass."""
-        return self._window.positions
+        return self._active.positions
 
     def get_max_length(self) -> int:
         """Places of a row."""
         return self._shape[1]
 
 
-class _Slots(Cache):
+class _SlotCache(Cache):
     """The store as the model sees it.
 
     Args:
@@ -112,17 +112,19 @@ class BatchDecoder:
         self.model = model
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, 'layer_types', None) or ['full_attention'])
-        if kinds - _KINDS or getattr(config, 'is_encoder_decoder', False):
-            other = ', '.join(sorted(kinds - _KINDS)) or 'an encoder'
+        if kinds - _SUPPORTED_LAYERS or getattr(config, 'is_encoder_decoder', False):
+            other = ', '.join(sorted(kinds - _SUPPORTED_LAYERS)) or 'an encoder'
             raise ModelError(f'a model of type {config.model_type!r} cannot be decoded in batches: it has {other}')
         self._mixed = 'sliding_attention' in kinds and len(kinds) > 1
         self._sliding = config.sliding_window if kinds == {'sliding_attention'} or self._mixed else None
         if getattr(config, 'layer_types', None) is None and getattr(config, 'sliding_window', None):
             self._sliding = config.sliding_window  # of all layers, as in Mistral
-        self._window = _Window()
+        self._active = _ActiveSlots()
         self._graphs: StepGraphs | None = None
-        layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
-        self._cache = _Slots(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
+        layers: list[Any] = [
+            _SlotCacheLayer(num_rows, max_length, self._active) for _ in range(config.num_hidden_layers)
+        ]
+        self._cache = _SlotCache(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
         try:
             self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
             made = all(layer.is_initialized for layer in layers)
@@ -137,7 +139,7 @@ class BatchDecoder:
                 'cache; `xtuner chat` answers with it'
             )
         if model.device.type == 'cuda':
-            self._graphs = StepGraphs(self._pass, num_rows=num_rows, max_length=max_length, device=model.device)
+            self._graphs = StepGraphs(self._decode_step, num_rows=num_rows, max_length=max_length, device=model.device)
 
     @property
     def store_bytes(self) -> int:
@@ -162,7 +164,7 @@ class BatchDecoder:
         device = self.model.device
         padded = torch.tensor([[*one, *[0] * (size - len(one))] for one in ids], device=device)
         positions = torch.arange(start, start + size, device=device).expand(len(ids), -1)
-        self._aim(row, positions, start, start + size)
+        self._select(row, positions, start, start + size)
         kept = sorted({length - 1 for length in lengths})
         logits = self._forward(padded, positions, torch.tensor(kept, device=device))
         chosen = [kept.index(length - 1) for length in lengths]
@@ -190,7 +192,7 @@ class BatchDecoder:
                 return logits
         device = self.model.device
         both = torch.tensor([list(ids), list(lengths)], device=device)
-        return self._pass(both[0][:, None], both[1][:, None], max(lengths) + 1, row)
+        return self._decode_step(both[0][:, None], both[1][:, None], max(lengths) + 1, row)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
@@ -201,17 +203,17 @@ class BatchDecoder:
                 store[target, :, :length] = store[source, :, :length]
 
     @torch.inference_mode()
-    def _pass(self, ids: Tensor, positions: Tensor, length: int, row: int = 0) -> Tensor:
-        self._aim(row, positions, None, length)
+    def _decode_step(self, ids: Tensor, positions: Tensor, length: int, row: int = 0) -> Tensor:
+        self._select(row, positions, None, length)
         return self._forward(ids, positions, 1)[:, -1].float()
 
-    def _aim(self, row: int, positions: Tensor, start: int | None, length: int) -> None:
-        window = self._window
-        window.rows = slice(row, row + len(positions))
-        window.start = start
-        window.length = min(-(-length // _STRIDE) * _STRIDE, self.max_length)
-        window.positions = positions[:, :1]
-        window.numbers = torch.arange(row, row + len(positions), device=positions.device)
+    def _select(self, row: int, positions: Tensor, start: int | None, length: int) -> None:
+        active = self._active
+        active.rows = slice(row, row + len(positions))
+        active.start = start
+        active.length = min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.max_length)
+        active.positions = positions[:, :1]
+        active.numbers = torch.arange(row, row + len(positions), device=positions.device)
 
     def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: Tensor | int) -> Tensor:
         dtype = self.model.dtype
@@ -228,12 +230,12 @@ class BatchDecoder:
 
     def _masks(self, positions: Tensor, dtype: torch.dtype) -> Any:
         """What is added to the scores, (B, 1, S, L): 0 where a place is seen, the least number where not."""
-        places = torch.arange(self._window.length, device=positions.device)
-        seen = places <= positions[:, :, None]
+        key_positions = torch.arange(self._active.length, device=positions.device)
+        seen = key_positions <= positions[:, :, None]
         full = _additive(seen, dtype)
         if self._sliding is None:
             return full
-        near = _additive(seen & (places > positions[:, :, None] - self._sliding), dtype)
+        near = _additive(seen & (key_positions > positions[:, :, None] - self._sliding), dtype)
         return {'full_attention': full, 'sliding_attention': near} if self._mixed else near
 
 

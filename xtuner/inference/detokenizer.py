@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-UNFINISHED = '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
+REPLACEMENT_CHARACTER = (
+    '\ufffd'  # what a tokenizer decodes from the first bytes of a character whose last are still to come
+)
 
 
-def whole_characters(text: str) -> str:
+def strip_partial_character(text: str) -> str:
     """A decoded answer without the character at its end whose last bytes never came, as where it was cut."""
-    return text.rstrip(UNFINISHED)
+    return text.rstrip(REPLACEMENT_CHARACTER)
 
 
 class IncrementalDetokenizer:
@@ -33,14 +35,14 @@ class IncrementalDetokenizer:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []  # of the last piece and of what came after it
-        self._num_shown = 0  # ids of the last piece
-        self._held = ''  # text that may be the beginning of a stop word
+        self._num_decoded = 0  # ids of the last piece
+        self._pending = ''  # text that may be the beginning of a stop word
 
     def push(self, id_: int) -> str:
         """Takes the next id; returns the text that is certain now, perhaps ''."""
         self._ids.append(id_)
         text = self._decode(self._ids)
-        if text.endswith(UNFINISHED):
+        if text.endswith(REPLACEMENT_CHARACTER):
             return ''
         return self._show(text)
 
@@ -48,24 +50,24 @@ class IncrementalDetokenizer:
         """Returns what was held back: the beginning of a stop word. An unfinished character is left out."""
         if self.stopped:
             return ''
-        text = self._show(self._decode(self._ids)) + ('' if self.stopped else self._held)
-        self._held = ''
+        text = self._show(self._decode(self._ids)) + ('' if self.stopped else self._pending)
+        self._pending = ''
         return text
 
     def _show(self, text: str) -> str:
-        before = self._decode(self._ids[: self._num_shown])
+        before = self._decode(self._ids[: self._num_decoded])
         # A special token may change how the text in front of it is written; what is shown stays as it is.
-        new = text[len(before) :] if text.startswith(before) else self._decode(self._ids[self._num_shown :])
-        new = whole_characters(new)
-        self._ids = self._ids[self._num_shown :]
-        self._num_shown = len(self._ids)
-        self._held += new
-        found = [at for word in self._stop if (at := self._held.find(word)) >= 0]
+        new = text[len(before) :] if text.startswith(before) else self._decode(self._ids[self._num_decoded :])
+        new = strip_partial_character(new)
+        self._ids = self._ids[self._num_decoded :]
+        self._num_decoded = len(self._ids)
+        self._pending += new
+        found = [at for word in self._stop if (at := self._pending.find(word)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)]
-        keep = max((_overlap(self._held, word) for word in self._stop), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            return self._pending[: min(found)]
+        keep = max((_overlap(self._pending, word) for word in self._stop), default=0)
+        shown, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         return shown
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -87,12 +89,12 @@ class TextStream:
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop_ids: Sequence[int]) -> None:
         self.ids: list[int] = []
         self._text, self._on_text, self._stop_ids = IncrementalDetokenizer(tokenizer), on_text, frozenset(stop_ids)
-        self._prompt_seen = False
+        self._prompt_skipped = False
 
     def put(self, value: Tensor) -> None:
         """Takes the prompt once, then ids as they are drawn."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
+        if not self._prompt_skipped:
+            self._prompt_skipped = True
             return
         for id_ in value.reshape(-1).tolist():
             if id_ not in self._stop_ids:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from xtuner.inference.decode.decoder import Decoder, find_decoder, release
+from xtuner.inference.decode.decoder import SequenceDecoder, find_decoder, release
 from xtuner.inference.detokenizer import TextStream
 
 logger = logging.getLogger('xtuner')
-_SAID: set[str] = set()  # reasons for the slower way that were logged
+_LOGGED_REASONS: set[str] = set()  # reasons for the slower way that were logged
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,25 @@ def generate(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     if synced:
-        return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer, synced=True)
+        return generate_with_transformers(
+            model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer, synced=True
+        )
     decoder = find_decoder(model, len(prompt_ids) + sampling.max_new_tokens)
     reason = decoder if isinstance(decoder, str) else 'there is not enough memory for a cache of fixed size'
-    if isinstance(decoder, Decoder):
-        answer = _decode(decoder, prompt_ids, frozenset(stop_ids), sampling, streamer)
+    if isinstance(decoder, SequenceDecoder):
+        answer = _generate_with_decoder(decoder, prompt_ids, frozenset(stop_ids), sampling, streamer)
         if answer is not None:
             return answer
         release(model)
         torch.cuda.empty_cache()
-    if reason not in _SAID:
-        _SAID.add(reason)
+    if reason not in _LOGGED_REASONS:
+        _LOGGED_REASONS.add(reason)
         logger.info('decoding by transformers, which is slower: %s', reason)
-    return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
+    return generate_with_transformers(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
 
 
 @torch.inference_mode()
-def warm(model: Any, num_tokens: int) -> None:
+def warm_up(model: Any, num_tokens: int) -> None:
     """Draws a few tokens, with room for `num_tokens`, so that what is loaded at its first use is loaded.
 
     PyTorch's generators are left as they were. Models that are not decoded here are left alone.
@@ -97,15 +99,15 @@ def warm(model: Any, num_tokens: int) -> None:
         return
     devices = [model.device] if model.device.type == 'cuda' else []
     with torch.random.fork_rng(devices), decoder.lock, torch.autocast(model.device.type, enabled=False):
-        room = num_tokens - len(prompt)
-        with closing(decoder.answer(prompt, max_new_tokens=room, temperature=0.5, top_p=0.5)) as ids:
+        max_new_tokens = num_tokens - len(prompt)
+        with closing(decoder.answer(prompt, max_new_tokens=max_new_tokens, temperature=0.5, top_p=0.5)) as ids:
             for _, _ in zip(range(3), ids, strict=False):
                 pass
 
 
 @torch.inference_mode()
-def _decode(
-    decoder: Decoder,
+def _generate_with_decoder(
+    decoder: SequenceDecoder,
     prompt_ids: Sequence[int],
     stop_ids: frozenset[int],
     sampling: Sampling,
@@ -136,7 +138,7 @@ def _decode(
 
 
 @torch.inference_mode()
-def generate_plainly(
+def generate_with_transformers(
     model: Any,
     prompt_ids: Sequence[int],
     *,

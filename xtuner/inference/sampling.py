@@ -15,11 +15,11 @@ from torch import Tensor
 
 from xtuner.inference.generate import Sampling
 
-_FEW = 256  # words looked at first
+_NUM_CANDIDATES = 256  # words looked at first
 
 
 @torch.inference_mode()
-def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int | None]:
+def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int | None]:
     """The next token of each answer; None where its logits hold NaN or infinity.
 
     At temperature 0 the likeliest. Otherwise words are ordered by probability and cut where the share `top_p` is
@@ -39,22 +39,22 @@ def draw_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], randoms: Seque
         temperature, top_p, number = torch.tensor(settings, dtype=torch.float64, device=device).T[..., None]
         # Less the greatest first: a tiny temperature must not reach infinity.
         scaled = (drawn - drawn.amax(-1, keepdim=True)) / temperature.float().clamp(min=1e-6)
-        shares, order = _likeliest(scaled.softmax(-1), top_p)
-        mass = shares.double().cumsum(-1)
-        kept = (mass - shares < top_p) | (top_p >= 1)
+        probabilities, order = _most_probable(scaled.softmax(-1), top_p)
+        cumulative = probabilities.double().cumsum(-1)
+        kept = (cumulative - probabilities < top_p) | (top_p >= 1)
         kept[:, 0] = True
-        total = (shares * kept).double().sum(-1, keepdim=True)
-        place = torch.searchsorted(mass, number * total, right=True)
-        place = place.clamp(max=kept.sum(-1, keepdim=True) - 1)  # rounding must not leave the words that are kept
-        tokens[rows] = order.gather(-1, place)[:, 0]
+        total = (probabilities * kept).double().sum(-1, keepdim=True)
+        index = torch.searchsorted(cumulative, number * total, right=True)
+        index = index.clamp(max=kept.sum(-1, keepdim=True) - 1)  # rounding must not leave the words that are kept
+        tokens[rows] = order.gather(-1, index)[:, 0]
     found = torch.where(largest.isfinite(), tokens, -1).tolist()  # NaN is the largest of all
     return [None if token < 0 else token for token in found]
 
 
-def _likeliest(shares_BV: Tensor, top_p_B1: Tensor) -> tuple[Tensor, Tensor]:
+def _most_probable(probabilities_BV: Tensor, top_p_B1: Tensor) -> tuple[Tensor, Tensor]:
     """The words by probability, as many as are needed: a few hundred nearly always, and they are found much sooner."""
-    if shares_BV.shape[1] > 2 * _FEW:
-        shares, order = shares_BV.topk(_FEW, sorted=True)
-        if bool((shares.double().sum(-1, keepdim=True) >= top_p_B1).all()):
-            return shares, order
-    return shares_BV.sort(-1, descending=True)
+    if probabilities_BV.shape[1] > 2 * _NUM_CANDIDATES:
+        probabilities, order = probabilities_BV.topk(_NUM_CANDIDATES, sorted=True)
+        if bool((probabilities.double().sum(-1, keepdim=True) >= top_p_B1).all()):
+            return probabilities, order
+    return probabilities_BV.sort(-1, descending=True)

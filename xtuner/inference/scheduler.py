@@ -23,7 +23,7 @@ from torch import Tensor
 from xtuner.inference.answer import Answer, Events
 from xtuner.inference.decoder_interface import Decoder
 from xtuner.inference.failures import BROKEN, NotFinite, failure_message
-from xtuner.inference.sampling import draw_tokens
+from xtuner.inference.sampling import sample_tokens
 from xtuner.inference.slots import SlotTable
 
 logger = logging.getLogger('xtuner')
@@ -233,7 +233,7 @@ class Scheduler:
                 self._fail([answers[number] for number in drawing], error, events)
 
     def _draw(self, answers: Sequence[Answer], logits: Tensor, events: Events) -> None:
-        tokens = draw_tokens(logits, [a.sampling for a in answers], [a.random for a in answers])
+        tokens = sample_tokens(logits, [a.sampling for a in answers], [a.random for a in answers])
         for answer, token in zip(answers, tokens, strict=True):
             try:
                 if token is None:

@@ -37,32 +37,32 @@ class SlotTable(Generic[T]):
 
     def group(self, group: Hashable) -> tuple[int, list[T]]:
         """The first row of an adapter, and its answers in the order of their rows."""
-        return self._first(group), list(self._groups[group])
+        return self._first_slot(group), list(self._groups[group])
 
     def row(self, group: Hashable, item: T) -> int:
         """The row of an answer."""
-        return self._first(group) + self._groups[group].index(item)
+        return self._first_slot(group) + self._groups[group].index(item)
 
     def add(self, group: Hashable, item: T) -> int:
         """Gives an answer the row behind the others of its adapter; returns it."""
-        for later in reversed(self._behind(group)):
-            held, first = self._groups[later], self._first(later)
+        for later in reversed(self._groups_after(group)):
+            held, first = self._groups[later], self._first_slot(later)
             if held:
                 self._move(first, first + len(held), held[0])
                 held.append(held.pop(0))
         self._groups[group].append(item)
-        return self._first(group) + len(self._groups[group]) - 1
+        return self._first_slot(group) + len(self._groups[group]) - 1
 
     def remove(self, group: Hashable, item: T) -> None:
         """Frees the row of an answer. Where a move raises, no other answer is lost from the table."""
-        held, first = self._groups[group], self._first(group)
+        held, first = self._groups[group], self._first_slot(group)
         at = held.index(item)
         hole = first + len(held) - 1
         if at < len(held) - 1:
             self._move(hole, first + at, held[-1])
             held[at] = held[-1]
         held.pop()
-        for later in self._behind(group):
+        for later in self._groups_after(group):
             held = self._groups[later]
             if held:
                 self._move(hole + len(held), hole, held[-1])
@@ -74,10 +74,10 @@ class SlotTable(Generic[T]):
         for held in self._groups.values():
             held.clear()
 
-    def _first(self, group: Hashable) -> int:
+    def _first_slot(self, group: Hashable) -> int:
         names = list(self._groups)
         return sum(len(self._groups[name]) for name in names[: names.index(group)])
 
-    def _behind(self, group: Hashable) -> list[Hashable]:
+    def _groups_after(self, group: Hashable) -> list[Hashable]:
         names = list(self._groups)
         return names[names.index(group) + 1 :]

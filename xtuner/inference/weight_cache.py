@@ -20,8 +20,10 @@ from xtuner.fused.offload import free_bytes
 from xtuner.kernels import cpu_gemm
 from xtuner.kernels.quantized import is_4bit
 
-_SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
-_CACHED = 2**24  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
+_CACHE_FRACTION = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
+_CPU_CACHE_BYTES = (
+    2**24
+)  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class CachedWeights:
     """How many layers might be kept in a better form, how many of them are, and what that takes."""
 
     num_layers: int
-    num_kept: int
+    num_cached: int
     num_bytes: int
 
 
-def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callable[[Tensor], Tensor]:
+def _forward(weight_NK: Tensor, bias: Tensor | None, *, small_model: bool) -> Callable[[Tensor], Tensor]:
     """What stands in for one layer's `forward`."""
     dtype, size = weight_NK.dtype, weight_NK.shape[1]
 
@@ -43,15 +45,15 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callabl
 
     if not cpu_gemm.can_pack(weight_NK):
         return multiply
-    ordered, plain = cpu_gemm.pack_weight(weight_NK), multiply if cached else None
+    packed, unpacked = cpu_gemm.pack_weight(weight_NK), multiply if small_model else None
 
-    def multiply_ordered(x: Tensor) -> Tensor:
+    def multiply_packed(x: Tensor) -> Tensor:
         """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
-        if plain is not None and x.numel() == size:
-            return plain(x)
-        return cpu_gemm.linear(x.to(dtype), ordered, bias).to(x.dtype)
+        if unpacked is not None and x.numel() == size:
+            return unpacked(x)
+        return cpu_gemm.linear(x.to(dtype), packed, bias).to(x.dtype)
 
-    return multiply_ordered
+    return multiply_packed
 
 
 def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWeights:
@@ -62,24 +64,24 @@ def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWe
             does not see it when their weights change.
         budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
     """
-    layers: list[Any] = [module for module in model.modules() if _is_worth_it(module)]
+    layers: list[Any] = [module for module in model.modules() if _is_cacheable(module)]
     sizes = [_size_bytes(layer) for layer in layers]
-    left = budget_bytes or 0
+    budget = budget_bytes or 0
     if budget_bytes is None and layers:
         device = layers[0].weight.device
-        left = int(_SHARE[device.type] * free_bytes(device))
-    kept = taken = 0
+        budget = int(_CACHE_FRACTION[device.type] * free_bytes(device))
+    num_cached = num_bytes = 0
     for layer, size in zip(layers, sizes, strict=True):
-        if size > left:
+        if size > budget:
             break
-        weight = _floats(layer)
+        weight = _dequantized(layer)
         bias = None if layer.bias is None else layer.bias.detach().to(weight.dtype)
-        layer.forward = _forward(weight, bias, cached=sum(sizes) <= _CACHED)
-        kept, taken, left = kept + 1, taken + size, left - size
-    return CachedWeights(len(layers), kept, taken)
+        layer.forward = _forward(weight, bias, small_model=sum(sizes) <= _CPU_CACHE_BYTES)
+        num_cached, num_bytes, budget = num_cached + 1, num_bytes + size, budget - size
+    return CachedWeights(len(layers), num_cached, num_bytes)
 
 
-def _is_worth_it(module: nn.Module) -> bool:
+def _is_cacheable(module: nn.Module) -> bool:
     return is_4bit(module) or (type(module) is nn.Linear and cpu_gemm.can_pack(module.weight))
 
 
@@ -93,5 +95,5 @@ def _dtype(layer: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _floats(layer: Any) -> Tensor:
+def _dequantized(layer: Any) -> Tensor:
     return FrozenLinear(layer).matrix(_dtype(layer)).detach()

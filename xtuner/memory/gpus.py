@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from xtuner.errors import UsageError, nearest
-from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.memory.predict import Setup
 
 # Share of the peak that a step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): our path with large and
@@ -85,6 +85,6 @@ def flops_per_token(setup: Setup) -> float:
 
 def tokens_per_second(setup: Setup, card: GpuSpec) -> float:
     """What one card will train, roughly."""
-    size = 'large' if setup.tokens > MOST_TOKENS else 'small'
+    size = 'large' if setup.tokens > MAX_GRAPH_TOKENS else 'small'
     reached = _REACHED[size if setup.on_fast_path else 'stock']
     return card.tflops * 1e12 * reached / flops_per_token(setup)

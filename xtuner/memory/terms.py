@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.fused.loss import slice_tokens_for
-from xtuner.fused.recompute import kept_bytes
+from xtuner.fused.recompute import saved_bytes
 from xtuner.memory.dims import ModelDims
 
 _PLACES = 3  # `graphs._AHEAD`: places for layers' inputs beside recorded graphs
@@ -85,7 +85,7 @@ class Setup:
     @property
     def graphs(self) -> bool:
         """Whether layers are recorded as CUDA graphs (`kernels.graphs.suits`)."""
-        return self.on_fast_path and self.tokens <= MOST_TOKENS and self.value_bytes == 2 and any(self.shape.ranks)
+        return self.on_fast_path and self.tokens <= MAX_GRAPH_TOKENS and self.value_bytes == 2 and any(self.shape.ranks)
 
     @property
     def offloaded(self) -> bool:
@@ -155,9 +155,9 @@ def row_bytes(setup: Setup) -> int:
 
 
 def kept_by_fast_layer(setup: Setup) -> int:
-    """T ((3 H + A + 2 KV + 2 I + ranks) b + 4 heads): `recompute.kept_bytes`, by which the fast path goes itself."""
+    """T ((3 H + A + 2 KV + 2 I + ranks) b + 4 heads): `recompute.saved_bytes`, by which the fast path goes itself."""
     assert setup.shape.parts is not None
-    return kept_bytes(setup.shape.parts, setup.tokens, setup.group_ranks, setup.value_bytes)
+    return saved_bytes(setup.shape.parts, setup.tokens, setup.group_ranks, setup.value_bytes)
 
 
 def kept_by_stock_layer(setup: Setup) -> int:
@@ -208,7 +208,7 @@ def in_flight(setup: Setup) -> int:
     """On the way to or from the host: 2 T H b, for large batches also gate and up, 2 T I b (`HostOffload`)."""
     if not setup.offloaded:
         return 0
-    deep = setup.tokens > MOST_TOKENS
+    deep = setup.tokens > MAX_GRAPH_TOKENS
     return row_bytes(setup) * 2 + (setup.tokens * 2 * setup.shape.inner * setup.value_bytes if deep else 0)
 
 
@@ -238,9 +238,9 @@ def _fast_workspace(setup: Setup) -> int:
     """
     shape, (r0, _, r2, r3) = setup.shape, setup.group_ranks
     h, inner, attended, qkv, tokens = shape.hidden, shape.inner, _attended(shape), _qkv_width(shape), setup.tokens
-    slim = setup.recomputed_layers > 0 and setup.num_recomputed is None and tokens <= MOST_TOKENS
+    slim = setup.recomputed_layers > 0 and setup.num_recomputed is None and tokens <= MAX_GRAPH_TOKENS
     r0, r2 = (0, 0) if shape.dropout else (r0, r2)  # under dropout the ranks are no part of the product
-    later = qkv + attended if setup.offloaded and setup.num_recomputed is None and tokens > MOST_TOKENS else 0
+    later = qkv + attended if setup.offloaded and setup.num_recomputed is None and tokens > MAX_GRAPH_TOKENS else 0
     gone = 2 * inner + setup.group_ranks[2] + h  # gate and up, once their gradient has been used, and the state before
     down = tokens * (2 * h + r3 + inner - later) + (h + r3) * inner
     gate_up = tokens * (3 * h + r2 - later) + ((inner if slim else 2 * inner) + r2) * h

@@ -8,7 +8,7 @@ import torch
 
 from tests.tiny_models import quantise, tiny_llama
 from xtuner.inference.decode import decoder as decoding
-from xtuner.inference.generate import Sampling, generate, generate_plainly
+from xtuner.inference.generate import Sampling, generate, generate_with_transformers
 from xtuner.model.quantization import keep_plain_layout
 
 PROMPT = [1, 5, 9, 33, 4, 70]
@@ -26,13 +26,13 @@ def four_bit(**shape: Any) -> Any:
 def plainly(model: Any, prompt: list[int], sampling: Sampling, stop: tuple[int, ...] = STOP) -> list[int]:
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    return generate_plainly(model, prompt, stop_ids=stop, sampling=sampling)
+    return generate_with_transformers(model, prompt, stop_ids=stop, sampling=sampling)
 
 
 def assert_decoded(model: Any, prompt: list[int] = PROMPT, stop: tuple[int, ...] = STOP) -> list[int]:
     """Our ids are `generate`'s, and were not made by it."""
     causal = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    assert isinstance(decoding.find_decoder(model, len(prompt) + 14), decoding.Decoder)
+    assert isinstance(decoding.find_decoder(model, len(prompt) + 14), decoding.SequenceDecoder)
     for sampling in (GREEDY, DRAWN):
         expected = plainly(model, prompt, sampling, stop)
         own = type(causal).generate

@@ -15,7 +15,7 @@ from tests.inference.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_d
 from tests.model.published import CONFIGS, TRAINED, write_model
 from tests.tiny_models import dequantised, tiny_llama, with_adapter
 from xtuner.inference.decode import decoder as decoding
-from xtuner.inference.generate import Sampling, generate, warm
+from xtuner.inference.generate import Sampling, generate, warm_up
 from xtuner.model.loading import load_model
 
 if torch.cuda.is_available():
@@ -78,7 +78,7 @@ def test_a_prompt_that_begins_as_the_last_one_did(monkeypatch: pytest.MonkeyPatc
     answer = assert_decoded(model)
     longer = [*PROMPT, *answer, 8, 9]
     lengths = []
-    own = decoding.advance
+    own = decoding.forward_layers
     monkeypatch.setattr(decoding, 'advance', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest))
     assert generate(model, longer, stop_ids=STOP, sampling=GREEDY) == plainly(model, longer, GREEDY)
     assert lengths[0] <= 4
@@ -187,7 +187,7 @@ def test_base_and_adapter_in_turn_keep_their_caches(monkeypatch: pytest.MonkeyPa
     with adapted.disable_adapter():
         without = assert_decoded(adapted)
     lengths = []
-    own = decoding.advance
+    own = decoding.forward_layers
     monkeypatch.setattr(decoding, 'advance', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest))
     assert assert_decoded(adapted) == with_it != without
     with adapted.disable_adapter():
@@ -229,6 +229,6 @@ def test_warming_draws_no_random_numbers() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    warm(model, 64)
+    warm_up(model, 64)
     assert torch.equal(torch.rand(2), expected)
     assert decoding.find_decoder(model, 20)._cache is not None

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 def recorded(model: Any) -> Any:
     decoder: Any = decoding.find_decoder(model, 20)
-    assert decoder._step is not None and decoder._step._graph is not None, decoder._no_step
+    assert decoder._step is not None and decoder._step._graph is not None, decoder._step_disabled_reason
     return decoder
 
 
@@ -119,7 +119,7 @@ def test_a_long_prompt_by_kernels() -> None:
         decoder: Any = decoding.find_decoder(model, 1310)
         decoder._prepare(1310)
         whole = error(decoder._prefill(prompt)[0])
-        assert all(p._floats is not None for layer in decoder.layers for p in layer.products)
+        assert all(p._cached_floats is not None for layer in decoder.layers for p in layer.products)
         decoder._ids = []
         again = error(decoder._prefill(prompt)[0])
         decoder._ids = []
