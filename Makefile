@@ -14,10 +14,10 @@ BIN    := $(VENV)/bin
 help:           ## list the verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo    ## train a tiny InternLM, tune it in 4 bit, merge it, compare the answers (CPU, minutes)
+demo: $(VENV)/.demo    ## train a tiny InternLM, fine-tune it in 4 bits, merge it, compare the answers (CPU, minutes)
 	$(BIN)/python demo/demo.py
 
-demo-real: $(VENV)/.demo    ## tune, ask and merge a real model of 135 M parameters in 4 bit (fetches 93 MB; CPU, minutes)
+demo-real: $(VENV)/.demo    ## fine-tune and merge a real model of 135 M parameters in 4 bits (downloads 93 MB; CPU, minutes)
 	$(BIN)/python demo/real.py
 
 test: $(VENV)/.test    ## run the tests in their own environment

@@ -153,7 +153,7 @@ def predict(row: Row, layers: int) -> Any:
 
 
 def reserved(expected: Any) -> int:
-    beside = expected.beside
+    beside = expected.untracked
     return expected.allocated + beside.get('recorded graphs', 0) + beside['fragments']
 
 
@@ -187,8 +187,8 @@ def main() -> None:
         found, expected = measure(model, row), predict(row, args.layers)
         off = expected.allocated / GIB / found['allocated'] - 1
         lines.append(f'| {row.name} | {expected.allocated / GIB:.2f} | {found["allocated"]:.2f} | {off:+.1%} '
-                     f'| {reserved(expected) / GIB:.2f} | {found["reserved"]:.2f} | {expected.moment} |')  # fmt: skip
-        terms = {k: round(v / GIB, 3) for k, v in {**expected.terms, **expected.beside}.items()}
+                     f'| {reserved(expected) / GIB:.2f} | {found["reserved"]:.2f} | {expected.phase} |')  # fmt: skip
+        terms = {k: round(v / GIB, 3) for k, v in {**expected.terms, **expected.untracked}.items()}
         records.append({'row': row.name, 'measured': found, 'predicted': expected.allocated / GIB, 'terms': terms})
         print(lines[-1], json.dumps(records[-1]), flush=True)
         if args.out:  # after each row: whoever runs out of time keeps what there is

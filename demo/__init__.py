@@ -1,1 +1,1 @@
-"""The embedded default: a tiny InternLM made, tuned, merged and asked on the CPU. `make demo` runs demo.py."""
+"""The demo: trains, fine-tunes, merges and queries a tiny InternLM on the CPU. `make demo` runs demo.py."""

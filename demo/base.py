@@ -1,11 +1,11 @@
-"""Writes the demo's untrained base model: InternLM-7B's published form, a thousand times smaller.
+"""Writes the demo's untrained base model: InternLM-7B's published format, a thousand times smaller.
 
-    config.json              the published fields, the tiny shape
+    config.json              the published fields with a tiny shape
     generation_config.json
-    model.safetensors        fresh weights under the published names
+    model.safetensors        random weights with the published names
     tokenizer.model ...      the demo's own vocabulary, see tokenizer.py
 
-Run as a program, it does only that: `python demo/base.py FOLDER`.
+Usage: `python demo/base.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run by path: what stands beside the demo folder is not on the path
+if not __package__:  # run by path: the parent of the demo folder is not on sys.path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.tokenizer import train_tokenizer
@@ -45,17 +45,17 @@ CONFIG: dict[str, Any] = {
     'use_cache': True,
     'vocab_size': VOCAB_SIZE,
 }
-"""The fields of InternLM-7B's config.json, but `auto_map`: it names code files, and this folder holds none."""
+"""The fields of InternLM-7B's config.json except `auto_map`, which names code files that this folder lacks."""
 
 GENERATION_CONFIG = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 2}
 
 
 def write_base_model(folder: str | Path, *, seed: int = 0) -> Path:
-    """Write a tiny InternLM with fresh weights and its tokenizer; the same seed gives the same files.
+    """Writes a tiny InternLM with random weights and its tokenizer; the same seed gives the same files.
 
     Args:
-        folder: where to write; made if missing. `xtuner.model.loading.load_model` and `load_tokenizer` read it.
-        seed: seed of the weights.
+        folder: Output folder; created if missing. `xtuner.model.loading.load_model` and `load_tokenizer` read it.
+        seed: Random seed of the weights.
 
     Returns:
         `folder`.

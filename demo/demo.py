@@ -1,12 +1,12 @@
-"""`make demo`: a tiny InternLM from nothing to a tuned, merged, chatting model, on the CPU, without a network.
+"""`make demo`: trains a tiny InternLM from scratch, fine-tunes it, merges it and chats with it, on the CPU and offline.
 
-1. A base model with fresh weights, and a vocabulary of its own, in InternLM-7B's published form.
-2. `xtuner train demo/internlm_tiny_full_base.py`: all its weights learn a few hundred short conversations.
-3. `xtuner train demo/internlm_tiny_qlora_identity.py`: the base frozen in 4 bit, an adapter learns who the model is.
-4. `xtuner convert merge`: base and adapter become plain weights.
-5. The same questions to all three; the answers side by side, and checked.
+1. Create a base model with random weights and its own vocabulary, in InternLM-7B's published format.
+2. `xtuner train demo/internlm_tiny_full_base.py`: full training on a few hundred short conversations.
+3. `xtuner train demo/internlm_tiny_qlora_identity.py`: QLoRA on the base in 4 bits; an adapter learns who the model is.
+4. `xtuner convert merge`: merge base and adapter into plain weights.
+5. Ask all three models the same questions, print the answers side by side, and check them.
 
-Everything is written to work_dirs/demo; what an earlier demo left there is replaced.
+All output is written to work_dirs/demo and replaces that of an earlier demo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run by path, Python looks only beside this file
+sys.path.insert(0, str(ROOT))  # run by path: Python searches only this file's folder
 
 from demo.picture import PICTURE, Picture, draw, first_and_last_loss  # noqa: E402
 from demo.table import format_table  # noqa: E402
@@ -32,21 +32,21 @@ FRESH, BASE_RUN, BASE = WORK / 'fresh', WORK / 'base_run', WORK / 'base'
 IDENTITY_RUN, MERGED, CACHE = WORK / 'identity_run', WORK / 'merged', WORK / 'cache'
 TEMPLATE = 'internlm_chat'
 QUESTIONS = ROOT / 'demo' / 'questions.jsonl'
-Question = tuple[str, str]  # what is asked, and the answer that was trained
+Question = tuple[str, str]  # the question, and the answer in the training data
 
 
 class DemoError(Exception):
-    """The demo cannot go on, or did not show what it should; the message is one line."""
+    """The demo failed, or its results are not as expected; the message is one line."""
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Run the five steps; 0 when every answer is as it should be, else 1 with one line on stderr."""
+    """Runs the five steps; returns 0 if every answer is as expected, otherwise 1 with one line on stderr."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
     os.chdir(ROOT)
-    os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
-    os.environ['HF_HUB_OFFLINE'] = '1'  # nothing here needs a network, so nothing waits for one
+    os.environ['XTUNER_CACHE'] = str(CACHE)  # writes nothing outside of the work directory
+    os.environ['HF_HUB_OFFLINE'] = '1'  # no network is needed, so nothing waits for one
     os.environ['TQDM_DISABLE'] = '1'  # the weights load in an instant; the log lines tell the rest
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # threads that spin crawl where something else runs too
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # spinning threads are slow on a busy machine
     started = time.perf_counter()
     try:
         questions = read_questions(QUESTIONS)
@@ -64,25 +64,25 @@ def main(words: Sequence[str] = ()) -> int:
 
 
 def make_models() -> tuple[Path, Path, Path]:
-    """Steps 1 to 4: returns the folders of the base, of its adapter and of the merged model."""
+    """Steps 1 to 4: returns the folders of the base model, its adapter and the merged model."""
     from demo.base import write_base_model
 
     for folder in (FRESH, BASE_RUN, BASE, IDENTITY_RUN, MERGED, CACHE):
         shutil.rmtree(folder, ignore_errors=True)
-    say('1/5', 'making a tiny InternLM: fresh weights, its own vocabulary')
+    say('1/5', 'creating a tiny InternLM: random weights, its own vocabulary')
     write_base_model(FRESH)
-    say('2/5', 'training all of its weights on demo/base.jsonl')
+    say('2/5', 'full training on demo/base.jsonl')
     checkpoint = train('demo/internlm_tiny_full_base.py', BASE_RUN)
     publish_base(checkpoint)
-    say('3/5', 'QLoRA: tuning it in 4 bit on demo/identity.jsonl')
+    say('3/5', 'QLoRA: fine-tuning in 4 bits on demo/identity.jsonl')
     adapter = train('demo/internlm_tiny_qlora_identity.py', IDENTITY_RUN)
-    say('4/5', 'merging the adapter into the base')
+    say('4/5', 'merging the adapter into the base model')
     xtuner('convert', 'merge', str(BASE), str(adapter), str(MERGED))
     return BASE, adapter, MERGED
 
 
 def train(config: str, work_dir: Path) -> Path:
-    """Run `xtuner train` as a user would; return the folder of its last checkpoint."""
+    """Runs `xtuner train` as a user would; returns the folder of its last checkpoint."""
     started = time.perf_counter()
     checkpoint = Path(xtuner('train', config, '--work-dir', str(work_dir)).strip())
     first, last = first_and_last_loss(work_dir)
@@ -91,32 +91,32 @@ def train(config: str, work_dir: Path) -> Path:
 
 
 def publish_base(checkpoint: Path) -> None:
-    """Put the trained weights where the fresh ones were: a folder as InternLM-7B's is published, nothing else in it."""
+    """Writes the trained weights to a folder with exactly the files of the published InternLM-7B."""
     shutil.copytree(FRESH, BASE)
     shutil.copyfile(checkpoint / 'model.safetensors', BASE / 'model.safetensors')
 
 
 def xtuner(*words: str, line: str | None = None) -> str:
-    """Run one `xtuner` command and return its stdout; its progress goes to our stderr.
+    """Runs one `xtuner` command and returns its stdout; its log goes to our stderr.
 
     Args:
-        words: the command and its arguments.
-        line: what it reads on stdin; None: nothing.
+        words: The command and its arguments.
+        line: Input for stdin; None for none.
 
     Raises:
-        DemoError: it did not end with exit status 0.
+        DemoError: its exit status was not 0.
     """
     print('    $ xtuner', *words, flush=True)
     command = [sys.executable, '-m', 'xtuner.cli.main', *words]
     done = subprocess.run(command, input=line or '', stdout=subprocess.PIPE, encoding='utf-8', check=False)
     if done.returncode:
-        raise DemoError(f'`xtuner {" ".join(words)}` ended with exit status {done.returncode}; its reason stands above')
+        raise DemoError(f'`xtuner {" ".join(words)}` failed with exit status {done.returncode}; see its error above')
     return done.stdout
 
 
 def ask_all(questions: Sequence[Question], base: Path, adapter: Path, merged: Path) -> list[tuple[str, ...]]:
-    """Step 5: one row a question: the question, and the greedy answers of base, tuned and merged model."""
-    say('5/5', 'asking the base, the tuned and the merged model the same questions')
+    """Step 5: one row per question, with the greedy answers of the base, fine-tuned and merged models."""
+    say('5/5', 'asking the base, the fine-tuned and the merged model the same questions')
     columns = [ask(questions, base), ask(questions, base, adapter), ask(questions, merged)]
     return list(zip([question for question, _ in questions], *columns, strict=True))
 
@@ -129,7 +129,7 @@ def ask(
     template: str | None = TEMPLATE,
     bits: int | None = None,
 ) -> list[str]:
-    """The greedy answers of one model, each question in a conversation of its own."""
+    """The greedy answers of one model, each question in a new conversation."""
     from xtuner.cli.log import start_logging
 
     start_logging()
@@ -146,24 +146,24 @@ def ask(
 
 
 def read_questions(file: Path) -> list[Question]:
-    """The questions of the check and their trained answers."""
+    """Reads the questions of the check and their expected answers."""
     records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
     return [(record['question'], record['answer']) for record in records]
 
 
 def check_answers(questions: Sequence[Question], rows: Sequence[tuple[str, ...]]) -> None:
-    """Base wrong, tuned right, merged as tuned, on every question; a DemoError names the first that is not."""
+    """Checks every question: base wrong, fine-tuned right, merged equal; DemoError for the first that fails."""
     for (question, expected), (_, base, tuned, merged) in zip(questions, rows, strict=True):
         if base == expected:
-            raise DemoError(f'{question!r}: the base, which was never told, already answers {base!r}')
+            raise DemoError(f'{question!r}: the base model already answers {base!r} without training')
         if tuned != expected:
-            raise DemoError(f'{question!r}: the tuned model answers {tuned!r}, it was trained to say {expected!r}')
+            raise DemoError(f'{question!r}: the fine-tuned model answers {tuned!r} instead of {expected!r}')
         if merged != tuned:
-            raise DemoError(f'{question!r}: the merged model answers {merged!r}, the tuned one {tuned!r}')
+            raise DemoError(f'{question!r}: the merged model answers {merged!r}, the fine-tuned one {tuned!r}')
 
 
 def check_chat(question: Question, llm: Path) -> None:
-    """One question through `xtuner chat`, piped: it must print the answer and nothing else."""
+    """Asks one question through piped `xtuner chat`, which must print only the answer."""
     asked, expected = question
     answer = xtuner('chat', str(llm), '--prompt-template', TEMPLATE, '--temperature', '0', line=asked + '\n').strip()
     print(f'    {asked}  ->  {answer}', flush=True)
@@ -172,7 +172,7 @@ def check_chat(question: Question, llm: Path) -> None:
 
 
 def picture_of(answers: Sequence[tuple[str, ...]]) -> Picture:
-    """What the picture shows; every answer has been checked."""
+    """The content of the picture; every answer has been checked."""
     first, last = first_and_last_loss(IDENTITY_RUN)
     number = len(answers)
     return Picture(
@@ -190,29 +190,29 @@ def picture_of(answers: Sequence[tuple[str, ...]]) -> Picture:
 
 
 def say(step: str, text: str) -> None:
-    """A heading in the output, set off from the log lines around it."""
+    """Prints the heading of a step."""
     print(f'\n=== {step}  {text}', flush=True)
 
 
 def closing_words(num_questions: int, seconds: float) -> str:
-    """What was shown, where the results are, and what to try next."""
+    """The closing text: results, their location, and what to try next."""
     program = os.path.relpath(Path(sys.executable).with_name('xtuner'))
     return f"""
-The base knew none of the {num_questions} answers. After a QLoRA tune the 4-bit base with its adapter knows all of them,
-and the merged weights, with no adapter and no quantisation left, say the same. It took {seconds:.0f} s.
+The base model knew none of the {num_questions} answers. After QLoRA, the 4-bit base with its adapter gives all of them,
+and so does the merged model, without adapter and without quantization. The demo took {seconds:.0f} s.
 
     {BASE}           the tiny base model, trained from scratch
     {IDENTITY_RUN}   the run: its adapter (checkpoint-*), log, metrics and samples
-    {MERGED}         base and adapter in one: plain fp16 weights
+    {MERGED}         base and adapter merged: plain fp16 weights
     {WORK / PICTURE}       both loss curves and the answers
 
 Try next:
     {program} chat {MERGED}
-        talks to it (ask it for the secret word)
+        chats with it (ask for the secret word)
     {program} copy-cfg demo/internlm_tiny_qlora_identity.py .
-        writes a config to edit and train on your own conversations
+        writes a config to edit and to train with on your own conversations
     {program} train internlm_7b_qlora_oasst1
-        does the same to InternLM-7B, with a GPU
+        fine-tunes InternLM-7B in the same way, on a GPU
 """
 
 

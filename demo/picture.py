@@ -1,4 +1,4 @@
-"""Draws what a demo did as one picture, in a report's style: numbers, loss curves, answers before and after."""
+"""Draws the results of a demo as a picture in the style of a report: numbers, loss curves, answers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _PAGE, _CARD, _INK, _SOFT, _HAIR, _WASH, _MAIN = (
     '#f7f7f5', '#ffffff', '#1b1d22', '#5f646d', '#e5e5e1', '#f1f1ee', '#3257c8')  # fmt: skip
 _WIDTH, _MARGIN, _GAP = 11.0, 0.35, 0.14  # inches, as all below
 _HEAD, _TILE, _CHART, _LINE = 0.85, 0.82, 2.6, 0.17
-_SMOOTH = 9  # steps that the bold line is the mean of
-_MOST_ROWS = 6
-_FIRST_CJK = '\u2e80'  # from here on are the characters that matplotlib's own font has not
+_SMOOTH = 9  # steps over which the bold line is averaged
+_MAX_ROWS = 6
+_FIRST_CJK = '\u2e80'  # matplotlib's font lacks the characters from here on
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn.
+    """The content of the picture.
 
     Attributes:
         title: The heading.
-        subtitle: A line below it.
-        tiles: Numbers: each a name, a value and a line on it.
-        runs: Curves: each a title and the work folder of a run.
-        answers: Rows of a question, the answer before and the one after. Those that the picture's font cannot show,
-            Chinese ones, are left out.
+        subtitle: The line below the heading.
+        tiles: Numbers, each with a name, a value and a note.
+        runs: Loss curves, each with a title and the work directory of a run.
+        answers: Rows of a question, the answer before and the answer after. Rows with characters that the font lacks
+            (Chinese) are skipped.
     """
 
     title: str
@@ -47,8 +47,8 @@ def draw(picture: Picture, out: Path) -> Path:
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    drawn = [row for row in picture.answers if all(char < _FIRST_CJK for text in row for char in text)][:_MOST_ROWS]
-    rows = [(_wrapped(question, 28), _wrapped(before), _wrapped(after)) for question, before, after in drawn]
+    shown = [row for row in picture.answers if all(char < _FIRST_CJK for text in row for char in text)][:_MAX_ROWS]
+    rows = [(_wrapped(question, 28), _wrapped(before), _wrapped(after)) for question, before, after in shown]
     heights = [0.3 + _LINE * max(text.count('\n') + 1 for text in row) for row in rows]
     height = _HEAD + _TILE + _CHART + sum(heights) + 2 * _MARGIN + (len(rows) + 1) * _GAP
     figure = pyplot.figure(figsize=(_WIDTH, height), facecolor=_PAGE)
@@ -74,13 +74,13 @@ def draw(picture: Picture, out: Path) -> Path:
 
 
 class _Page:
-    """A figure measured in inches from its upper left corner."""
+    """A figure with coordinates in inches from the upper left corner."""
 
     def __init__(self, figure: Any, height: float) -> None:
         self._figure, self._height = figure, height
 
     def text(self, x: float, y: float, content: str, *, color: str = _INK, **style: Any) -> None:
-        """Writes a text whose (last) line stands at `y`, literally: a $ begins no formula."""
+        """Writes a text literally ($ starts no formula), with its last line at `y`."""
         self._figure.text(x / _WIDTH, 1 - y / self._height, content.replace('$', r'\$'), color=color, **style)
 
     def card(self, x: float, y: float, width: float, height: float, *, color: str = _CARD, edge: str = _HAIR) -> None:
@@ -95,7 +95,7 @@ class _Page:
         self._figure.add_artist(box)
 
     def curve(self, x: float, y: float, width: float, height: float, title: str, steps: Any, losses: Any) -> None:
-        """Draws the loss of each step, faint, and its running mean."""
+        """Draws the loss of each step in a light colour, and its moving average."""
         self.card(x, y, width, height)
         self.text(x + 0.16, y + 0.28, title, size=10, weight='bold')
         self.text(x + width - 0.16, y + 0.28, 'loss, nats per token', size=8.5, color=_SOFT, ha='right')
@@ -111,7 +111,7 @@ class _Page:
             spine.set_visible(False)
 
     def answer(self, y: float, height: float, question: str, before: str, after: str) -> None:
-        """Draws a question with what was answered before and after."""
+        """Draws a question with the answers before and after."""
         whole = _WIDTH - 2 * _MARGIN
         self.card(_MARGIN, y, whole, height)
         self.text(_MARGIN + 0.16, y + 0.18, question, size=10, weight='bold', va='top', linespacing=1.25)

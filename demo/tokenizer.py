@@ -1,9 +1,9 @@
-"""Trains the demo's own little tokenizer, in the form in which InternLM-7B's is published.
+"""Trains the demo's own small tokenizer, in the published format of InternLM-7B's.
 
-That form: a sentencepiece BPE model that leaves text as it is (identity normaliser, no space put in front, no space
-taken away), splits numbers into digits and spells what it does not know in bytes. The ids are `<unk>` 0, `<s>` 1,
-`</s>` 2, then the 256 bytes, then the learned pieces, and last the control tokens of a chat, `<eoh>` and `<eoa>`, as
-user-defined pieces. There is no padding piece; padding is `</s>`.
+The format: a sentencepiece BPE model without text normalization (identity normalizer, no dummy prefix, no whitespace
+removal), with numbers split into digits and byte fallback. The ids are `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes,
+then the learned pieces, and last the control tokens of a chat, `<eoh>` and `<eoa>`, as user-defined pieces. There is no
+padding piece; padding is `</s>`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sentencepiece as spm
 CONTROL_PIECES = ('<eoh>', '<eoa>')
 ROLE_MARKERS = ('<|System|>:', '<|User|>:', '<|Bot|>:')
 MARKER_REPEATS = 500
-"""How often the role markers are shown to the trainer: every turn has them, so each part should become one piece."""
+"""Repetitions of the role markers in the training text; every turn has them, so each should become few pieces."""
 
 TOKENIZER_CONFIG = {
     'add_bos_token': True,
@@ -26,7 +26,7 @@ TOKENIZER_CONFIG = {
     'bos_token': '<s>',
     'clean_up_tokenization_spaces': False,
     'eos_token': '</s>',
-    'model_max_length': 1000000000000000019884624838656,  # the published way of saying: no limit here
+    'model_max_length': 1000000000000000019884624838656,  # the published value, meaning no limit
     'pad_token': '</s>',
     'tokenizer_class': 'InternLMTokenizer',
     'unk_token': '<unk>',
@@ -35,12 +35,12 @@ SPECIAL_TOKENS_MAP = {name: TOKENIZER_CONFIG[name] for name in ('bos_token', 'eo
 
 
 def train_tokenizer(files: Sequence[str | Path], out_folder: str | Path, vocab_size: int = 2000) -> Path:
-    """Train on the texts of conversation files and write a tokenizer folder; the same input gives the same bytes.
+    """Trains on the texts of conversation files and writes a tokenizer folder; the same input gives the same bytes.
 
     Args:
         files: JSON-lines files of `{"messages": [{"role": ..., "content": ...}]}`.
-        out_folder: receives `tokenizer.model`, `tokenizer_config.json` and `special_tokens_map.json`; made if missing.
-        vocab_size: number of pieces in all, the bytes and the control tokens among them.
+        out_folder: Gets `tokenizer.model`, `tokenizer_config.json` and `special_tokens_map.json`; created if missing.
+        vocab_size: Number of pieces, including bytes and control tokens.
 
     Returns:
         `out_folder`.
@@ -48,7 +48,7 @@ def train_tokenizer(files: Sequence[str | Path], out_folder: str | Path, vocab_s
     Raises:
         OSError: a file cannot be read.
         ValueError: a line is not a conversation (file and line are named).
-        RuntimeError: sentencepiece cannot make `vocab_size` pieces of so little text.
+        RuntimeError: the text is too short for `vocab_size` pieces.
     """
     folder = Path(out_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def train_tokenizer(files: Sequence[str | Path], out_folder: str | Path, vocab_s
 
 
 def _train_model(texts: Iterator[str], vocab_size: int) -> bytes:
-    """The serialized sentencepiece model; one thread and no file names inside, so that it is the same everywhere."""
+    """The serialized sentencepiece model; one thread and no file names, so that it is reproducible."""
     trained = BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=texts,
@@ -76,15 +76,15 @@ def _train_model(texts: Iterator[str], vocab_size: int) -> bytes:
         minloglevel=2,
     )
     model = trained.getvalue() + b''.join(map(_user_defined_piece, CONTROL_PIECES)) + _vocab_size_field(vocab_size)
-    # Reading it back merges what was appended into one tidy message.
+    # Parsing it merges the appended fields into one message.
     return spm.SentencePieceProcessor(model_proto=model).serialized_model_proto()
 
 
 def _user_defined_piece(piece: str) -> bytes:
-    """One more entry of the model's list of pieces, in protobuf's wire form.
+    """One more entry of the model's list of pieces, in protobuf's wire format.
 
-    Asked for them by its own option, sentencepiece would put user-defined pieces before the bytes; the published model
-    has them behind the learned pieces. A protobuf message may be followed by more of its own fields, so we append.
+    With its own option, sentencepiece would put user-defined pieces before the bytes; the published model has them
+    after the learned pieces. A protobuf message may be extended by appending fields, so the entry is appended.
     """
     text = piece.encode()
     body = b'\x0a' + bytes([len(text)]) + text  # field 1: the piece
@@ -94,13 +94,13 @@ def _user_defined_piece(piece: str) -> bytes:
 
 
 def _vocab_size_field(vocab_size: int) -> bytes:
-    """The trainer's note of the vocabulary's size (field 4 of field 2), corrected for what was appended."""
+    """The vocabulary size in the trainer spec (field 4 of field 2), corrected for the appended pieces."""
     body = b'\x20' + _varint(vocab_size)
     return b'\x12' + bytes([len(body)]) + body
 
 
 def _varint(value: int) -> bytes:
-    """Protobuf's form of a whole number: seven bits a byte, lowest first, the top bit set on all but the last."""
+    """Encodes an integer as a protobuf varint: seven bits per byte, lowest first, top bit set except in the last."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains under Slurm: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS=...] tools/slurm_train.sh PARTITION JOB_NAME \
-#   CONFIG [further options of `xtuner train`]
-# PYTHON names the interpreter (python).
+#   CONFIG [more options of `xtuner train`]
+# PYTHON sets the Python interpreter (default: python).
 set -euo pipefail
 if [ $# -lt 3 ]; then
   sed -n '2,4s/^# //p' "$0" >&2

@@ -1,4 +1,4 @@
-"""`xtuner train` by path, for launchers that take a script: `torchrun tools/train.py CONFIG --launcher pytorch`."""
+"""`xtuner train` as a script, for launchers that need one: `torchrun tools/train.py CONFIG --launcher pytorch`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""`xtuner chat LLM --web` under Streamlit's own command: `streamlit run tools/web_demo.py -- LLM [--adapter A] ...`.
+"""`xtuner chat LLM --web` with Streamlit's own command: `streamlit run tools/web_demo.py -- LLM [--adapter A] ...`.
 
-What stands after the `--` are arguments of `xtuner chat`; Streamlit's own, such as `--server.port`, stand before it.
+Arguments of `xtuner chat` come after `--`, Streamlit's own, such as `--server.port`, before it.
 """
 
 import argparse
@@ -22,4 +22,4 @@ try:
 except XTunerError as error:
     sys.exit(f'xtuner: error: {printable(str(error))}')
 
-app = App(PAGE, middleware=MIDDLEWARE)  # what `streamlit run` looks for
+app = App(PAGE, middleware=MIDDLEWARE)  # the object that `streamlit run` looks for

@@ -1,4 +1,4 @@
-"""xtuner: parameter-efficient fine-tuning, from a conversation file to a chatting model."""
+"""xtuner: parameter-efficient fine-tuning of LLMs, from a conversation file to a chat model."""
 
 from xtuner.aliases import install
 

@@ -61,6 +61,12 @@ def first_of(names: Sequence[str]) -> str:
     return repr(names[0]) + (f' (and {len(names) - 1} more)' if len(names) > 1 else '')
 
 
+def first_few(names: Sequence[object], most: int) -> str:
+    """The first `most` of several names, and the number of others: 'a, b and 2 more'."""
+    more = f' and {len(names) - most:,} more' if len(names) > most else ''
+    return ', '.join(map(str, names[:most])) + more
+
+
 def one_line(error: object) -> str:
     """An exception of another library, or its text, on one line for an error message.
 

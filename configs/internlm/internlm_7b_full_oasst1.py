@@ -1,4 +1,4 @@
-# InternLM-7B, every weight trained on OpenAssistant conversations.
+# InternLM-7B, full fine-tuning on OpenAssistant conversations.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# InternLM-7B in half precision with LoRA, tuned on OpenAssistant conversations.
+# InternLM-7B in half precision with LoRA, fine-tuned on OpenAssistant conversations.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# InternLM-7B in 4 bit, tuned on Chinese Alpaca instructions.
+# InternLM-7B in 4 bits, fine-tuned on Chinese Alpaca instructions.
 from mmengine.config import read_base
 
 with read_base():

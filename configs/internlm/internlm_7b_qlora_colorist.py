@@ -1,4 +1,4 @@
-# InternLM-7B in 4 bit, tuned on names of colours.
+# InternLM-7B in 4 bits, fine-tuned on names of colours.
 from mmengine.config import read_base
 
 with read_base():

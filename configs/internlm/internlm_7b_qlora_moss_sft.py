@@ -1,4 +1,4 @@
-# InternLM-7B in 4 bit, tuned on MOSS-003 dialogues.
+# InternLM-7B in 4 bits, fine-tuned on MOSS-003 dialogues.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# InternLM-7B in 4 bit, tuned on Open-Platypus reasoning tasks.
+# InternLM-7B in 4 bits, fine-tuned on Open-Platypus reasoning tasks.
 from mmengine.config import read_base
 
 with read_base():

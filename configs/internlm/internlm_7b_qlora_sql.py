@@ -1,4 +1,4 @@
-# InternLM-7B in 4 bit, tuned on questions about tables.
+# InternLM-7B in 4 bits, fine-tuned on questions about tables.
 from mmengine.config import read_base
 
 with read_base():

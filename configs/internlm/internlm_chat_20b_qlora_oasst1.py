@@ -1,4 +1,4 @@
-# InternLM-Chat-20B in 4 bit, tuned on OpenAssistant conversations.
+# InternLM-Chat-20B in 4 bits, fine-tuned on OpenAssistant conversations.
 from mmengine.config import read_base
 
 with read_base():

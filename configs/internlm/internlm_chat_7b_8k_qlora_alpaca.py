@@ -1,4 +1,4 @@
-# InternLM-Chat-7B in 4 bit, tuned on Alpaca instructions.
+# InternLM-Chat-7B in 4 bits, fine-tuned on Alpaca instructions.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# InternLM-Chat-7B, every weight trained on OpenAssistant conversations.
+# InternLM-Chat-7B, full fine-tuning on OpenAssistant conversations.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# InternLM2-Chat-20B in 4 bit, tuned on Alpaca instructions.
+# InternLM2-Chat-20B in 4 bits, fine-tuned on Alpaca instructions.
 from mmengine.config import read_base
 
 with read_base():

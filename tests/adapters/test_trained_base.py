@@ -16,7 +16,7 @@ TRAINED = Provenance('base', '0' * 64, 'internlm_chat', 'bf16', NF4)
 
 @pytest.mark.parametrize(('here', 'said'), [
     (NF4, ''), ({'bits': 4}, ''), (None, 'the base is unquantized, but the adapter was trained with it in 4 bit (nf4)'),
-    ({'bits': 8}, 'the base is in 8 bit, and'), (NF4 | {'quant_type': 'fp4'}, 'the base is in 4 bit (fp4), and'),
+    ({'bits': 8}, 'the base is in 8 bit, but'), (NF4 | {'quant_type': 'fp4'}, 'the base is in 4 bit (fp4), but'),
 ])  # fmt: skip
 def test_another_base_than_the_trained_one_is_named(here: Any, said: str) -> None:
     assert base_note(TRAINED, here).startswith(said)
@@ -38,4 +38,4 @@ def test_what_a_merge_measured() -> None:
     )
     assert merged_note(TRAINED) == ''
     for broken in ({'base': 'original'}, merged | {'kl': 'x'}, {}):
-        assert merged_note(replace(TRAINED, merged=broken)).startswith('merged on the ')
+        assert merged_note(replace(TRAINED, merged=broken)).startswith('merged into the ')

@@ -27,9 +27,9 @@ def test_settings(scripted: Any) -> None:
 
 
 @pytest.mark.parametrize(('line', 'message'), [
-    ('temperature -1', 'temperature must be a number from 0, got -1'), ('temperature nan', 'temperature'),
+    ('temperature -1', 'temperature must be at least 0, got -1'), ('temperature nan', 'temperature'),
     ('top_p 0', 'top_p must be above 0'), ('top_p 1.5', 'at most 1'), ('top_p two', "must be a number, got 'two'"),
-    ('max_new_tokens 0', 'whole number from 1'), ('max_new_tokens 1.5', 'must be a number'),
+    ('max_new_tokens 0', 'integer of at least 1'), ('max_new_tokens 1.5', 'must be a number'),
     ('temprature 1', "did you mean 'temperature'"), ('seed x', 'seed must be a number'),
 ])  # fmt: skip
 def test_a_wrong_setting_changes_nothing(scripted: Any, line: str, message: str) -> None:
@@ -41,7 +41,7 @@ def test_a_wrong_setting_changes_nothing(scripted: Any, line: str, message: str)
 
 def test_system(scripted: Any) -> None:
     session = scripted.session()
-    assert run_command(session, '/system').note == 'there is no system message'
+    assert run_command(session, '/system').note == 'no system message is set'
     run_command(session, '/system Be brief.')
     assert session.system == 'Be brief.' and 'Be brief.' in run_command(session, '/system').note
     run_command(session, '/system -')

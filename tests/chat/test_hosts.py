@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xtuner.chat.hosts import LOOPBACK, host_name, is_called
+from xtuner.chat.hosts import LOOPBACK, host_name, is_allowed_host
 
 
 @pytest.mark.parametrize(('header', 'name'), [
@@ -20,9 +20,9 @@ def test_the_name_in_a_header(header: str, name: str) -> None:
     '127.0.0.1.evil.example:80', '[::1].evil.example', '[evil.example]:80', '0.0.0.0', 'localhost, evil.example',
 ])  # fmt: skip
 def test_what_is_not_this_machine(header: str) -> None:
-    assert not is_called(header, LOOPBACK)
+    assert not is_allowed_host(header, LOOPBACK)
 
 
 def test_what_is() -> None:
     for header in ('localhost', 'localhost:1', '127.0.0.1:8000', '[::1]:8000'):
-        assert is_called(header, LOOPBACK)
+        assert is_allowed_host(header, LOOPBACK)

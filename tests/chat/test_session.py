@@ -83,10 +83,10 @@ def test_a_long_message_shortens_the_answer_and_a_longer_one_is_an_error(scripte
     session.ask('hi', quiet)
     session.ask('how are you? ' * 4, quiet)
     length = len(session._encode(session.history[:1]))
-    assert session.num_dropped_turns == 1 and session.room == 60 - length < 50
-    assert scripted.model.samplings[-1].max_new_tokens == session.room
+    assert session.num_dropped_turns == 1 and session.answer_limit == 60 - length < 50
+    assert scripted.model.samplings[-1].max_new_tokens == session.answer_limit
     before = roles(session)
-    with pytest.raises(DataError, match='the model holds 60'):
+    with pytest.raises(DataError, match='the context length is 60'):
         session.ask('how are you? ' * 20, quiet)
     assert roles(session) == before and session.num_dropped_turns == 1
 
@@ -138,7 +138,7 @@ def test_memory_that_runs_out_in_the_middle_ends_the_answer_in_words(scripted: A
     scripted.model.script = ['one<eoa>', ['two', torch.OutOfMemoryError('CUDA out of memory. Tried ...')], 'three<eoa>']
     session.ask('hi', quiet)
     before = session.history
-    with pytest.raises(ModelError, match='memory ran out during this answer; ask for a shorter one'):
+    with pytest.raises(ModelError, match='memory during this answer; limit its length'):
         session.ask('and?', quiet)
     assert session.history == before
     assert session.ask('and?', quiet) == 'three'

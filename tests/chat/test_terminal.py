@@ -45,7 +45,7 @@ def test_a_conversation(scripted: Any, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert shown.split('\n') == ['', 'I am well!', '', '', '', '世界', '', '/x', '', '']
     assert [m.content for m in session.history] == ['hi', '世界', '/x', '/x']
     noted = capsys.readouterr().err
-    assert 'Ctrl-D ends' in noted and 'again: hi' in noted
+    assert 'Ctrl-D exits' in noted and 'retrying: hi' in noted
 
 
 def test_an_answer_does_not_command_the_terminal(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(
     talk(session, monkeypatch, 'first', 'second', 'third')
     assert [m.content for m in session.history] == ['first', 'I am', 'third', 'one']
     noted = capsys.readouterr().err
-    assert 'kept as far as it came' in noted and 'nothing is kept' in noted
+    assert 'the partial answer is kept' in noted and 'the message is discarded' in noted
 
 
 def test_what_does_not_fit_is_said(
@@ -73,9 +73,9 @@ def test_what_does_not_fit_is_said(
     scripted.model.script = ['I am well!<eoa>', 'two<eoa>', 'three<eoa>']
     talk(session, monkeypatch, 'hi', 'how are you? ' * 4, 'how are you? ' * 9, 'how are you? ' * 50)
     noted = capsys.readouterr().err
-    assert '(the oldest turn was left out to make room)' in noted
-    assert re.search(r'\(the prompt is long: this answer had room for \d+ tokens\)', noted)
-    assert 'the model holds 60' in noted
+    assert '(the oldest turn was dropped to fit the context length)' in noted
+    assert re.search(r'\(the prompt is long: this answer was limited to \d+ tokens\)', noted)
+    assert 'the context length is 60' in noted
 
 
 def test_piped(scripted: Any, capsys: pytest.CaptureFixture) -> None:
@@ -85,7 +85,7 @@ def test_piped(scripted: Any, capsys: pytest.CaptureFixture) -> None:
     terminal.chat_piped(session, ['hi\n', '\n', '/help\n'], out)
     assert out.getvalue() == 'one two\n世界\n'  # a script's lines are messages, whatever they begin with
     assert session.history[2].content == '/help'
-    with pytest.raises(DataError, match='line 2: this message'):
+    with pytest.raises(DataError, match='line 2: the prompt with this message'):
         terminal.chat_piped(session, ['\n', 'how are you? ' * 99], out)
     bytes_in = io.TextIOWrapper(io.BytesIO('世界\n'.encode() + b'\xff\n'), encoding='utf-8')
     with pytest.raises(DataError, match='line 2: not UTF-8: byte 0xff'):
@@ -177,11 +177,11 @@ def test_in_a_pseudo_terminal(chat: Terminal, tmp_path: Path) -> None:
     chat.type('long\r')
     chat.expect('long\r\n.{30}')
     chat.type('\x03')
-    chat.expect('kept as far as it came.*you > ')
+    chat.expect('the partial answer is kept.*you > ')
     chat.type('/save ' + str(tmp_path / 'talk.jsonl') + '\r')
-    chat.expect('conversation added')
+    chat.expect('conversation appended')
     chat.expect('you > ')
-    chat.interrupt('Ctrl-D ends.*you > ')  # before that, the terminal itself would take the next key
+    chat.interrupt('Ctrl-D exits.*you > ')  # before that, the terminal itself would take the next key
     chat.type('\x04')
     assert chat.process.wait(30) == 0
     saved = (tmp_path / 'talk.jsonl').read_text(encoding='utf-8')

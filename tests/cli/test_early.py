@@ -64,7 +64,7 @@ def call(place: Path, *words: str) -> tuple[int, str]:
 
 TRAIN = ['train', CONFIG, '--model', 'model', '--data', 'data.jsonl']
 REFUSALS = {
-    'used work folder': ([*TRAIN, '--work-dir', 'used'], 1, 'used already holds checkpoints; add --resume'),
+    'used work folder': ([*TRAIN, '--work-dir', 'used'], 1, 'used already contains checkpoints; add --resume'),
     'work folder is a file': ([*TRAIN, '--work-dir', 'data.jsonl'], 1, 'cannot write to data.jsonl: it is a file'),
     'resume nothing': (
         [*TRAIN, '--work-dir', 'used', '--resume', 'used/checkpoint-00000009'],
@@ -72,17 +72,13 @@ REFUSALS = {
         'no such folder; did you mean used/checkpoint-00000003?',
     ),
     'start from nothing': ([*TRAIN, '--start-from', 'none'], 1, '--start-from none: no such folder'),
-    'both': ([*TRAIN, '--resume', '--start-from', 'adapter'], 2, 'give one of them'),
+    'both': ([*TRAIN, '--resume', '--start-from', 'adapter'], 2, 'use one of them'),
     'train without a model': (['train', CONFIG, '--model', './none'], 1, "model './none': no such folder"),
     'train without data': ([*TRAIN, '--data', 'dat.jsonl'], 1, 'dat.jsonl: no such file or folder; did you'),
     'unknown key': ([*TRAIN, '--cfg-options', 'schedule.batch=2'], 1, 'unknown key `schedule.batch`'),
-    'several devices': ([*TRAIN, '--work-dir', 'used', '--nproc-per-node', '2'], 1, 'already holds checkpoints'),
+    'several devices': ([*TRAIN, '--work-dir', 'used', '--nproc-per-node', '2'], 1, 'already contains checkpoints'),
     'chat without a model': (['chat', 'none/../none'], 1, "model 'none/../none': no such folder"),
-    'chat with a hub id that is not here': (
-        ['chat', 'no-such-model'],
-        1,
-        "model 'no-such-model' is not a local folder",
-    ),
+    'chat with an unknown hub id': (['chat', 'no-such-model'], 1, "model 'no-such-model' is not a local folder"),
     'chat without an adapter': (['chat', 'model', '--adapter', 'none'], 1, 'none: no adapter found'),
     'web on a taken port': (['chat', 'model', '--web', '--port', 'PORT'], 2, '--port PORT: Address already in use'),
     'serve without a model': (['serve', './none', '--port', '0'], 1, "model './none': no such folder"),
@@ -90,9 +86,9 @@ REFUSALS = {
     'serve two of a name': (
         ['serve', 'model', '--adapter', 'a=adapter', '--adapter', 'a=full'],
         2,
-        "--adapter a=full: the name 'a' is taken",
+        "--adapter a=full: the name 'a' is already used",
     ),
-    'serve on a taken port': (['serve', 'model', '--port', 'PORT'], 2, '127.0.0.1:PORT cannot be had'),
+    'serve on a taken port': (['serve', 'model', '--port', 'PORT'], 2, 'cannot listen on 127.0.0.1:PORT'),
     'serve at no address': (['serve', 'model', '--host', '999.1.1.1'], 2, '--host 999.1.1.1: '),
     'merge into a full folder': (['convert', 'merge', 'model', 'adapter', 'full'], 1, 'full is not empty'),
     'merge of nothing': (['convert', 'merge', 'model', 'none', 'out'], 1, 'none: no adapter found'),

@@ -54,7 +54,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (
             ['train', 'internlm_7b_qlora_oasst1', '--data', ''],
             2,
-            '--data: is empty; perhaps a shell variable is not set',
+            '--data: is empty; is a shell variable unset?',
         ),
         (['train', 'internlm_7b_qlora_oasst1', '--resume', ''], 2, '--resume: is empty'),
         (['convert', 'merge', 'a', '', 'c'], 2, 'adapter: is empty'),
@@ -64,7 +64,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (['train', 'internlm_7b_qlora_oasst1', '--max-steps', '0'], 2, '--max-steps: must be at least 1'),
         (['train', 'internlm_7b_qlora_oasst1', '--cfg-options', 'x'], 2, '--cfg-options takes KEY=VALUE'),
         (['train', 'internlm_7b_qlora_oast1'], 1, "no config 'internlm_7b_qlora_oast1'; did you mean"),
-        (['train', '.'], 1, "'.' is no config: a config is a shipped name (`xtuner list-cfg`) or a .py file"),
+        (['train', '.'], 1, "'.' is not a config: give a shipped name (`xtuner list-cfg`) or a .py file"),
         (
             ['train', 'internlm_7b_qlora_oasst1', '--cfg-options', 'optimizer.lr=nan'],
             1,
@@ -72,9 +72,9 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ),
         (['chat', 'x', '--temperature', '-1'], 2, '--temperature: must be 0 or more'),
         (['chat', 'x', '--top-p', '0'], 2, '--top-p: must be above 0'),
-        (['convert', 'merge', 'a', 'b', 'c', '--max-shard-size', 'big'], 2, "'big' is no size"),
+        (['convert', 'merge', 'a', 'b', 'c', '--max-shard-size', 'big'], 2, "'big' is not a size"),
         (['print-config', 'internlm_7b_qlora_oasst1', '--cfg-options', 'model.pth=x'], 1, "did you mean 'path'"),
-        (['list-cfg', '-p', 'qwenn'], 1, "no config has 'qwenn' in its name"),
+        (['list-cfg', '-p', 'qwenn'], 1, "no config name contains 'qwenn'"),
     ],
 )
 def test_a_wrong_call_is_one_line(
@@ -170,9 +170,9 @@ def test_copy_cfg_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     before = written.read_text(encoding='utf-8')
     written.write_text(before + '# edited\n', encoding='utf-8')
     assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(tmp_path / 'new')]) == 1
-    assert 'exists; nothing was written' in capsys.readouterr().err
+    assert 'already exists; nothing was written' in capsys.readouterr().err
     assert written.read_text(encoding='utf-8').endswith('# edited\n')
-    for folder, reason in ((written, f'{written} exists'), (written / 'below', 'cannot write .*: Not a directory')):
+    for folder, reason in ((written, f'{written} already exists'), (written / 'below', 'cannot write .*: Not a')):
         assert main(['copy-cfg', 'internlm_7b_qlora_oasst1', str(folder)]) == 1
         assert re.match(f'xtuner: error: {reason}', capsys.readouterr().err)
 

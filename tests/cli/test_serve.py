@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from xtuner.cli.main import main
-from xtuner.cli.serve import is_loopback, read_key
+from xtuner.cli.serve import add_arguments, is_loopback, read_key
 
 
 class Process:
@@ -129,12 +130,12 @@ def test_a_wrong_call_is_one_line(tiny_internlm: Path, tmp_path: Path, capsys: p
         port = str(other.getsockname()[1])
         (tmp_path / 'empty').write_text('\n', encoding='utf-8')
         for words, message in [
-            ([model, '--port', port], f'127.0.0.1:{port} cannot be had'),
+            ([model, '--port', port], f'cannot listen on 127.0.0.1:{port}'),
             ([model, '--host', 'no.such.host.invalid', '--port', '0'], '--host no.such.host.invalid'),
             ([model, '--port', '70000'], 'must be from 0 to 65535'),
             ([model, '--api-key-file', str(tmp_path / 'none')], 'cannot be read'),
-            ([model, '--api-key-file', str(tmp_path / 'empty')], 'holds no API key'),
-            ([model, '--port', '0', *2 * ['--adapter', f'a={tmp_path}']], "the name 'a' is taken"),
+            ([model, '--api-key-file', str(tmp_path / 'empty')], 'contains no API key'),
+            ([model, '--port', '0', *2 * ['--adapter', f'a={tmp_path}']], "the name 'a' is already used"),
         ]:
             assert main(['serve', *words]) == 2
             assert message in capsys.readouterr().err
@@ -158,7 +159,7 @@ def test_a_word_of_warning_where_others_can_reach_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The address is any of this machine's, and is let go as there is no model; nothing connects to it."""
-    for key, words in (('', 'WITHOUT AN API KEY'), ('open-sesame', 'knows the API key')):
+    for key, words in (('', 'WITHOUT AN API KEY'), ('open-sesame', 'with the API key')):
         monkeypatch.setenv('XTUNER_API_KEY', key)
         assert main(['serve', str(tmp_path / 'none'), '--host', '0.0.0.0', '--port', '0']) == 1
         said = capsys.readouterr().err
@@ -172,3 +173,12 @@ def test_without_its_extra_the_command_says_how_to_get_it(
     monkeypatch.delitem(sys.modules, 'xtuner.serve.server', raising=False)
     assert main(['serve', str(tiny_internlm), '--port', '0']) == 2
     assert "pip install 'xtuner[serve]'" in capsys.readouterr().err
+
+
+def test_the_weight_cache_has_an_option_and_its_earlier_name() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(['model']).weight_cache
+    for option in ('--no-weight-cache', '--packed'):
+        assert not parser.parse_args(['model', option]).weight_cache, option
+    assert '--no-weight-cache' in parser.format_help() and '--packed' not in parser.format_help()

@@ -65,8 +65,8 @@ def test_qlora(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.samples.system.startswith('Read the instruction')
     assert (config.log.trackers, config.hooks, config.runtime.seed) == ([], [], 42)
     said = capsys.readouterr().err
-    for word in ('trust_remote_code is not taken over', 'do not see each other', '500 iterations are 31 steps',
-                 'no effect here: env_cfg, log_level, log_processor'):  # fmt: skip
+    for word in ('trust_remote_code is ignored', 'do not attend to each other', '500 iterations are 31 steps',
+                 'no effect: env_cfg, log_level, log_processor'):  # fmt: skip
         assert said.count(word) >= 1
     assert said.count('trust_remote_code') == 2  # one line, which also names the option
 
@@ -84,7 +84,7 @@ def test_lora_on_two_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.log.trackers, config.runtime.seed, config.model.dtype) == (['tensorboard'], 7, 'bf16')
     assert (config.checkpoint.max_keep, config.samples.max_new_tokens) == (-1, 4)
     assert config.checkpoint.interval >= 10**6  # only at the end
-    assert 'do not see each other' not in capsys.readouterr().err  # as the file has it
+    assert 'do not attend to each other' not in capsys.readouterr().err  # as the file has it
 
 
 def test_all_weights() -> None:
@@ -99,19 +99,19 @@ def test_all_weights() -> None:
 FAULTS = [
     ('max_norm=max_norm, error', 'max_norm=max_norm, norm_type=1, error', r'clip_grad\.norm_type'),
     ("load_from = None", "load_from = 'a.pth'", r'load_from.*--resume'),
-    ('sequence_parallel_size = 1', 'sequence_parallel_size = 2', 'not spread over devices'),
-    ('eta_min=0.0', 'gamma=0.5', r'param_scheduler\[1\]\.gamma.*not understood'),
+    ('sequence_parallel_size = 1', 'sequence_parallel_size = 2', 'set `parallel.sequence_parallel_size`'),
+    ('eta_min=0.0', 'gamma=0.5', r'param_scheduler\[1\]\.gamma.*not supported'),
     ('        end=max_epochs', '        end=2', r'goes from 0\.09 to 2'),
     ('start_factor=1e-5', 'start_factor=0.5', 'start_factor'),
     ('max_length=max_length', 'max_dataset_length=10', r'max_dataset_length.*max_length` is missing'),
-    ("loss_scale='dynamic'", "loss_scale='dynamic', paramwise_cfg=dict(a=1)", 'one learning rate'),
-    ('type=process_hf_dataset', 'type=load_dataset', r'dataset\.type` is load_dataset; understood: process_hf_dataset'),
+    ("loss_scale='dynamic'", "loss_scale='dynamic', paramwise_cfg=dict(a=1)", 'the same learning rate'),
+    ('type=process_hf_dataset', 'type=load_dataset', r'dataset\.type` is load_dataset; supported: process_hf_dataset'),
     ('shuffle=True)', 'shuffle=False)', 'always shuffled'),
     ("r=64", "r=64), max_position_embeddings=dict(a=4", 'max_position_embeddings'),
     ('torch_dtype=torch.float16', 'torch_dtype=torch.float16, rope_scaling=dict(factor=2)', r'llm\.rope_scaling'),
     ('resume = False', "resume = False\nval_dataloader = dict(batch_size=1)", r'val_dataloader.*dataset\.val_file'),
     ('template=prompt_template)', "template=dict(SYSTEM='a'))", r'template_map_fn\.template'),
-    ('path=data_path', "path='json', data_files='a.json', split='train[:9]'", 'of files, all records are read'),
+    ('path=data_path', "path='json', data_files='a.json', split='train[:9]'", 'all records of a file are read'),
     ("dtype='float16'", "dtype='int8'", r"optim_wrapper\.dtype` is 'int8'"),
 ]  # fmt: skip
 
@@ -123,21 +123,21 @@ def test_what_would_change_the_result_is_refused(old: str, new: str, message: st
     file = written(tmp_path, text.replace(old, new, 1))
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(file)
-    assert str(caught.value).startswith(f'{file}: read as a classical config: ')
+    assert str(caught.value).startswith(f'{file}: unsupported in a classical config: ')
 
 
 VARIANTS = [
-    ('start_factor=1e-5', 'start_factor=1 / 40', 'a warm-up rises from 0 here', 'schedule.decay', 'cosine'),
-    ('        end=max_epochs', '        T_max=max_epochs', 'ends at 3.09, the run at 3; here both end',
+    ('start_factor=1e-5', 'start_factor=1 / 40', 'a warm-up starts at 0 now', 'schedule.decay', 'cosine'),
+    ('        end=max_epochs', '        T_max=max_epochs', 'ends at 3.09, the run at 3; now both end',
      'schedule.decay', 'cosine'),
     ('collate_fn=dict', "batch_sampler=dict(type='BatchSampler', drop_last=True, batch_size=1), collate_fn=dict",
-     'batch_sampler.drop_last (the last batch is filled up)', 'schedule.batch_size', 1),
+     'batch_sampler.drop_last (the last batch is always filled up)', 'schedule.batch_size', 1),
     ('dataset_map_fn=oasst1_map_fn', 'dataset_map_fn=None', '', 'dataset.map_fn', None),
     ('dataset=train_dataset', 'dataset=dict(type="ConcatDataset", datasets_cfg=dict(a=train_dataset))', '',
      'dataset.map_fn', 'oasst1'),
-    ('num_workers=dataloader_num_workers', 'num_workers=2, persistent_workers=True', 'persistent_workers (read as',
+    ('num_workers=dataloader_num_workers', 'num_workers=2, persistent_workers=True', 'persistent_workers (set',
      'runtime.num_workers', 2),
-    ("dtype='float16'", 'dtype=torch.bfloat16', "base is held in the compute dtype bf16, not in 'torch:float16'",
+    ("dtype='float16'", 'dtype=torch.bfloat16', "base is loaded in the compute dtype bf16, not in 'torch:float16'",
      'model.dtype', 'bf16'),
     ("visualizer = None", "visualizer = dict(vis_backends=[dict(type='WandbVisBackend', init_kwargs=dict(a=1))])",
      'vis_backends', 'log.trackers', ['wandb']),
@@ -153,7 +153,7 @@ VARIANTS = [
     ('dataset_map_fn=oasst1_map_fn', "dataset_map_fn='xtuner.dataset.map_fns.oasst1_map_fn'", '', 'dataset.map_fn',
      'oasst1'),
     ('dataset_map_fn=oasst1_map_fn', "dataset_map_fn='my.mapping.mine'", '', 'dataset.map_fn', 'my.mapping:mine'),
-    ("loss_scale='dynamic'", 'loss_scale=512.0', 'the scale is always found', 'schedule.max_norm', 1),
+    ("loss_scale='dynamic'", 'loss_scale=512.0', 'the loss scale is always dynamic', 'schedule.max_norm', 1),
 ]  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_faults_of_options_are_not_laid_on_the_file(tmp_path: Path) -> None:
     path.write_text("model = {'path': 7}\ndataset = {'source': 'a.jsonl', 'max_lenght': 9}\n", encoding='utf-8')
     with pytest.raises(ConfigError) as caught:
         load_config(str(path), {'model.path': 'here', 'schedule.max_epochs': 'two'})
-    of_file, of_options = str(caught.value).split('; options given: ')
+    of_file, of_options = str(caught.value).split('; command-line options: ')
     assert of_file.startswith(f'{path}: unknown key `dataset.max_lenght`') and 'model.path' not in of_file
     assert of_options == "`schedule.max_epochs` must be a number, got 'two'"
 

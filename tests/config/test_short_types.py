@@ -46,5 +46,5 @@ def test_a_short_name_is_kept_in_full(key: str, name: str, target: str, tmp_path
 
 
 def test_a_misspelt_name_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"`optimizer.type` 'AdamWW' is not known; did you mean 'AdamW'"):
+    with pytest.raises(ConfigError, match=r"unknown `optimizer.type` 'AdamWW'; did you mean 'AdamW'"):
         load_config(NAME, {'optimizer.type': 'AdamWW'})

@@ -35,13 +35,13 @@ def write(path: Path) -> bytes:
 
 def test_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = []
-    put = DirectIOWriter._put_direct
+    put = DirectIOWriter._write_direct
 
     def counted(self: DirectIOWriter, data: memoryview, position: int) -> bool:
         direct.append(done := put(self, data, position))
         return done
 
-    monkeypatch.setattr(DirectIOWriter, '_put_direct', counted)
+    monkeypatch.setattr(DirectIOWriter, '_write_direct', counted)
     whole = write(tmp_path / 'file')
     assert (tmp_path / 'file').read_bytes() == whole
     assert len(direct) == 6  # three buffers of the largest part, one each of three more; the others are short

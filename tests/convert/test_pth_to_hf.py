@@ -129,7 +129,7 @@ class Bomb:
         ('bomb', 'was rejected without running any of it'),
         ('cut', 'is damaged or truncated'),
         ('visual', 'belongs to a vision-language model'),
-        ('rank', 'rank 4 there, 2 in the checkpoint'),
+        ('rank', 'rank 4 in the config but 2 in the checkpoint'),
         ('empty', 'are in other files (ZeRO 3)'),
         ('nothing', 'no such file'),
         ('folder', 'no mp_rank_00_model_states.pt'),

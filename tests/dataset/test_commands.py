@@ -50,12 +50,12 @@ def test_log_dataset_in_colours(config, capsys):
     assert main(['log-dataset', config, '--color', 'always']) == 0
     assert '\x1b[32mI am ' in capsys.readouterr().out
     assert main(['log-dataset', config, '--part', 'val', '--cfg-options', 'dataset.val_ratio=0']) == 1
-    assert 'asks for no validation part' in capsys.readouterr().err
+    assert 'has no validation data' in capsys.readouterr().err
 
 
 def test_check_custom_dataset_says_what_is_wrong_where(config, tmp_path, capsys):
     assert main(['check-custom-dataset', config]) == 0
-    assert 'every record can be used' in capsys.readouterr().out
+    assert 'all records are usable' in capsys.readouterr().out
     (tmp_path / 'none.csv').write_text('question,answer\n')
     assert main(['check-custom-dataset', config, '--data', str(tmp_path / 'none.csv')]) == 1
     assert "none.csv' contains no conversation" in capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_check_custom_dataset_says_what_is_wrong_where(config, tmp_path, capsys)
     out, err = capsys.readouterr()
     assert f'bad: {bad}:2: `gsm8k_map_fn` needs the column answer; found question; the nearest is' in out
     assert f'bad: {bad}:3: not JSON: ' in out and f'bad: {bad}:4: `conversation[0].output` is empty' in out
-    assert err.endswith('xtuner: error: 3 of 4 records are wrong, listed above by file and line\n')
+    assert err.endswith('xtuner: error: 3 of 4 records are invalid, listed above by file and line\n')
 
 
 def test_check_custom_dataset_counts_what_is_too_long(config, tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_check_custom_dataset_counts_what_is_too_long(config, tmp_path, capsys):
     command = ['check-custom-dataset', config, '--data', str(tmp_path / 'long.jsonl'), '--cfg-options']
     assert main([*command, 'dataset.on_long=error']) == 1
     out, err = capsys.readouterr()
-    assert 'too long: ' in out and 'xtuner: error: 1 of 1 record is wrong' in err
+    assert 'too long: ' in out and 'xtuner: error: 1 of 1 record is invalid' in err
     assert main([*command, 'dataset.on_long=drop']) == 1
     assert 'xtuner: error: 1 of 1 conversations would be dropped' in capsys.readouterr().err
     (tmp_path / 'long.jsonl').write_text('\n'.join(map(json.dumps, [*RECORDS, long])))

@@ -73,7 +73,7 @@ def test_what_needs_the_whole_data_is_refused(stream, tmp_path):
 
 
 @pytest.mark.parametrize(('records', 'reason'), [
-    (RECORDS[:1], 'makes 1 pack, too few for 2 groups of processes x 1 readers to have one each'),
+    (RECORDS[:1], 'yields 1 pack, too few for 2 groups of processes x 1 readers to have one each'),
     ([], 'contains no conversation; 0 records'),
     ([{'question': 'Hi', 'answer': ''}], '1 could not be used'),
 ])  # fmt: skip

@@ -46,7 +46,7 @@ def test_good_answers_pass() -> None:
 
 @pytest.mark.parametrize(
     ('column', 'answer', 'message'),
-    [(1, 'One day.', 'the base, which was never told'), (2, 'Two days.', 'the tuned model answers'),
+    [(1, 'One day.', 'the base model already answers'), (2, 'Two days.', 'the fine-tuned model answers'),
      (3, 'One day', 'the merged model answers')],
 )  # fmt: skip
 def test_a_wrong_answer_is_named(column: int, answer: str, message: str) -> None:
@@ -65,7 +65,7 @@ def test_a_command_that_fails_ends_the_demo(capfd: pytest.CaptureFixture[str], m
     monkeypatch.setattr(demo, 'make_models', lambda: demo.xtuner('train', 'internlm_tiny_nothing'))
     assert demo.main() == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith('demo failed: `xtuner train internlm_tiny_nothing` ended with exit status ')
+    assert last.startswith('demo failed: `xtuner train internlm_tiny_nothing` failed with exit status ')
 
 
 @pytest.mark.parametrize(('words', 'status'), [(['--help'], 0), (['--fast'], 2)])

@@ -25,8 +25,8 @@ def test_what_was_taught_kept_and_merged_is_counted() -> None:
 
 @pytest.mark.parametrize(
     ('taught', 'general', 'message'),
-    [([0, 10, 10], [4, 3, 3], ''), ([1, 10, 10], [4, 4, 4], 'the base gives 1'), ([0, 7, 7], [4, 4, 4], 'model 7'),
-     ([0, 10, 10], [5, 3, 5], 'the base knew 5, and the tuned model 3')],
+    [([0, 10, 10], [4, 3, 3], ''), ([1, 10, 10], [4, 4, 4], 'base model gives 1'), ([0, 7, 7], [4, 4, 4], 'model 7'),
+     ([0, 10, 10], [5, 3, 5], 'the base model answers 5, the fine-tuned one 3')],
 )  # fmt: skip
 def test_too_little_learnt_or_too_much_forgotten_fails(taught: list[int], general: list[int], message: str) -> None:
     counts = {'taught': taught, 'general': general, 'as tuned': [0, 10, 10]}
@@ -51,7 +51,7 @@ def test_pip_is_told_the_hashes_and_its_refusal_is_one_line(tmp_path: Path, monk
         return subprocess.CompletedProcess(command, 1, '', 'Looking\nERROR: THESE PACKAGES DO NOT MATCH THE HASHES')
 
     monkeypatch.setattr(real_model.subprocess, 'run', refuse)
-    with pytest.raises(real_model.FetchError, match='cannot be fetched: ERROR: THESE PACKAGES DO NOT MATCH'):
+    with pytest.raises(real_model.FetchError, match='cannot be downloaded: ERROR: THESE PACKAGES DO NOT MATCH'):
         real_model.fetch_real_model(tmp_path / 'model')
     assert list(tmp_path.iterdir()) == []
 

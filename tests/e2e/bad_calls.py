@@ -41,7 +41,7 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     'no process': ([*TRAIN, '--nproc-per-node', '0'], 'at least 1'),
     'an option without =': ([*TRAIN, '--cfg-options', 'adapter.r'], 'KEY=VALUE'),
     'an option without a key': ([*TRAIN, '--cfg-options', '=3'], 'KEY=VALUE'),
-    'resume and start-from': ([*TRAIN, '--resume', '--start-from', 'MODEL'], 'give one of them'),
+    'resume and start-from': ([*TRAIN, '--resume', '--start-from', 'MODEL'], 'use one of them'),
     'changes without resume': ([*TRAIN, '--allow-changes'], 'add --resume'),
     'chat without a model': (['chat'], 'llm'),
     'bits that are none': (['chat', 'MODEL', '--bits', '5'], '--bits'),
@@ -51,8 +51,8 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     'a share of nothing': (['chat', 'MODEL', '--top-p', '0'], '--top-p'),
     'no new token': (['chat', 'MODEL', '--max-new-tokens', '0'], '--max-new-tokens'),
     'merge without a folder to write': (['convert', 'merge', 'MODEL', 'DONE'], 'out'),
-    'a size that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', 'big'], 'no size'),
-    'a size of nothing': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', '0GB'], 'no size'),
+    'a size that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', 'big'], 'not a size'),
+    'a size of nothing': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--max-shard-size', '0GB'], 'not a size'),
     'a dtype that is none': (['convert', 'merge', 'MODEL', 'DONE', 'RUN', '--dtype', 'int8'], 'int8'),
     'to-llama without a model': (['convert', 'to-llama'], 'model'),
     'copy-cfg without a folder': (['copy-cfg', FLAGSHIP], 'folder'),
@@ -216,10 +216,10 @@ BAD_MODELS: dict[str, tuple[dict[str, object], str]] = {
 
 # Command line -> exit status 1 and a part of the message; DONE is a work folder with checkpoint-00000001 and 2.
 BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
-    'a run is there already': ([*IN_DONE, *SMALL], 'already holds checkpoints; add --resume'),
+    'a run is there already': ([*IN_DONE, *SMALL], 'already contains checkpoints; add --resume'),
     'resume from nowhere': ([*TRAIN, '--resume', 'none/checkpoint-00000001', *SMALL], 'no such folder'),
     'resume from a file': ([*TRAIN, '--resume', 'DATA', *SMALL], 'no such folder'),
-    'resume from a model': ([*TRAIN, '--resume', 'MODEL', *SMALL], 'not a whole checkpoint'),
+    'resume from a model': ([*TRAIN, '--resume', 'MODEL', *SMALL], 'not a complete checkpoint'),
     'another learning rate': (
         [*IN_DONE, '--resume', *SMALL, 'optimizer.lr=1'], '`optimizer.lr` was 0.0002 and is now 1'),
     'another rank': ([*IN_DONE, '--resume', *SMALL, 'adapter.r=4'],
@@ -247,6 +247,6 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'to-llama of nothing': (['convert', 'to-llama', './none', 'RUN'], 'none'),
     'a shipped config that is none': (['train', 'internlm_7b_qlora_oast1'], "did you mean 'internlm_7b_qlora_oasst1'"),
     'a config file that is none': (['print-config', 'none.py'], 'no config file'),
-    'a config that is a folder': (['print-config', 'MODEL'], 'no config'),
+    'a config that is a folder': (['print-config', 'MODEL'], 'is not a config'),
     'copy of a config that is none': (['copy-cfg', 'nonesuch', 'RUN'], 'no config'),
 }  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_work_folder_that_holds_a_run_is_not_overwritten(place: Place, capsys:
     assert place.train() == 0
     before = sorted((p.name, p.stat().st_mtime_ns) for p in place.work_dir.iterdir())
     assert place.train() == 1
-    assert 'already holds checkpoints; add --resume' in capsys.readouterr().err
+    assert 'already contains checkpoints; add --resume' in capsys.readouterr().err
     assert sorted((p.name, p.stat().st_mtime_ns) for p in place.work_dir.iterdir()) == before
 
 

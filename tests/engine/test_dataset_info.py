@@ -41,6 +41,6 @@ def test_a_stream_says_what_is_not_used_and_where_nothing_is_left(
     begin(max_length=512)
     assert 'data, so far: `score` is not used (1 record)' in caplog.text
     with pytest.raises(
-        DataError, match=r'contains no conversation to train; .*1 dropped because longer than max_length'
+        DataError, match=r'contains no conversation to train on; .*1 dropped because longer than max_length'
     ):
         begin(max_length=8, on_long='drop')

@@ -33,7 +33,7 @@ def test_a_wrong_product_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert check_4bit(torch.device('cpu')).state == FAILED
     assert main(['doctor']) == 1
     out = capsys.readouterr().out
-    assert '- FAILED: 4-bit product on the CPU, forward and backward: wrong by' in out
+    assert '- FAILED: 4-bit product on the CPU, forward and backward: max relative error' in out
     assert '1. 4-bit product on the CPU, forward and backward: install a bitsandbytes' in out
 
 

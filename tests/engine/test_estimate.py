@@ -16,9 +16,9 @@ from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.engine import preflight
 from xtuner.engine.build import RunInputs
-from xtuner.engine.estimate import DataSize, estimate, knobs, optimizer_memory, setup_of, shape_of
+from xtuner.engine.estimate import DataSize, dims_of, estimate, memory_savings, optimizer_memory, setup_of
 from xtuner.errors import TrainingError, UsageError
-from xtuner.memory.gpus import GPUS, find_card, flops_per_token
+from xtuner.memory.gpus import GPUS, find_gpu, flops_per_token
 from xtuner.memory.predict import predict_memory
 
 GIB = 2**30
@@ -39,13 +39,13 @@ def test_flagship_by_hand(folder_7b: Path) -> None:
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     trained = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
     found = estimate(load_config(FLAGSHIP), folder_7b)
-    assert found.setup.shape.num_trained == trained == 159_907_840
-    assert found.setup.shape.num_base == 7_321_948_160
+    assert found.setup.dims.num_trained == trained == 159_907_840
+    assert found.setup.dims.num_base == 7_321_948_160
     scales = linear / 64 * (1 + 4 / 256)
     head_norms_biases = 2 * (words * hidden + layers * (4 * hidden + 2 * hidden) + hidden)
     assert found.memory.terms['base'] == pytest.approx(linear / 2 + scales + head_norms_biases, rel=1e-6)
     assert found.memory.terms['adapter'] == 4 * trained
-    assert found.memory.beside['paged optimizer'] == 8 * trained
+    assert found.memory.untracked['paged optimizer'] == 8 * trained
     assert found.memory.host['embedding'] == 2 * words * hidden
     assert 'embedding' not in found.memory.terms
     assert found.checkpoint_bytes == pytest.approx(12 * trained, rel=0.01)
@@ -56,7 +56,7 @@ def test_memory_goes_the_way_of_each_setting(folder_7b: Path) -> None:
     def peak(*options: str, name: str = FLAGSHIP) -> int:
         overrides = dict(option.split('=') for option in options)
         values = {k: json.loads(v) for k, v in overrides.items()}
-        return estimate(load_config(name, values), folder_7b).memory.on_card
+        return estimate(load_config(name, values), folder_7b).memory.on_gpu
 
     least = peak('runtime.activation_checkpointing=true')
     assert peak() == least  # 'auto' without a card: the least
@@ -74,20 +74,20 @@ def test_auto_takes_what_the_card_has(folder_7b: Path) -> None:
     large, small = (estimate(config, folder_7b, free=GPUS[name].num_bytes) for name in ('h200', 'l4'))
     assert large.setup.recomputed_layers == 0
     assert 0 < small.setup.recomputed_layers < 32
-    assert small.memory.on_card < GPUS['l4'].num_bytes < large.memory.on_card
+    assert small.memory.on_gpu < GPUS['l4'].num_bytes < large.memory.on_gpu
     assert large.least == estimate(config, folder_7b).memory
 
 
 def test_knobs_are_sorted_and_each_saves_what_it_says(folder_7b: Path) -> None:
     config = load_config(FLAGSHIP, {'schedule.batch_size': 4, 'runtime.fast': False, 'quantization': None})
-    setup = setup_of(config, shape_of(config, folder_7b))
-    found = knobs(config, setup)
+    setup = setup_of(config, dims_of(config, folder_7b))
+    found = memory_savings(config, setup)
     assert [knob.saved for knob in found] == sorted((knob.saved for knob in found), reverse=True)
     texts = [knob.text for knob in found]
     assert {'quantization.bits=4', 'schedule.batch_size=2 schedule.accumulative_counts=32', 'adapter.r=32',
             'dataset.max_length=1024', 'runtime.fast=True'} == set(texts)  # fmt: skip
     halved = replace(setup, tokens=2 * 2048)
-    saved = predict_memory(setup).on_card - predict_memory(halved).on_card
+    saved = predict_memory(setup).on_gpu - predict_memory(halved).on_gpu
     assert found[texts.index('schedule.batch_size=2 schedule.accumulative_counts=32')].saved == saved
 
 
@@ -109,13 +109,13 @@ def test_optimizer_memory(section: dict[str, Any], expected: tuple[float, bool, 
 def test_flops_are_those_of_the_notes(folder_7b: Path) -> None:
     """30.5 GFLOP a token without recomputation, in benchmarks/notes_qlora_step.md."""
     config = load_config(FLAGSHIP, {'runtime.activation_checkpointing': False})
-    assert flops_per_token(setup_of(config, shape_of(config, folder_7b))) == pytest.approx(30.5e9, rel=0.01)
+    assert flops_per_token(setup_of(config, dims_of(config, folder_7b))) == pytest.approx(30.5e9, rel=0.01)
 
 
 def test_cards_by_name() -> None:
-    assert find_card('RTX 4090').gib == 24
-    with pytest.raises(UsageError, match=r'no card .h10. is known; known: .*; did you mean .*h100.*\?$'):
-        find_card('h10')
+    assert find_gpu('RTX 4090').gib == 24
+    with pytest.raises(UsageError, match=r'unknown GPU .h10.; known: .*; did you mean .*h100.*\?$'):
+        find_gpu('h10')
 
 
 def test_steps_and_tokens_follow_the_data(folder_7b: Path) -> None:
@@ -137,7 +137,7 @@ def test_command(tiny_internlm: Path, conversations: Path, capsys: pytest.Captur
     assert 'on 2 x h100' in out
     assert main([*words, '--step-seconds', '1800', '--max-steps', '3']) == 2
     assert main([*words, '--step-seconds', '1800', '--cfg-options', 'schedule.max_steps=3']) == 0
-    assert 'time: 1 h 30 min at 1800 s a step' in capsys.readouterr().out
+    assert 'time: 1 h 30 min at 1800 s per step' in capsys.readouterr().out
     assert main([*words, '--json', '--no-data']) == 0
     assert json.loads(capsys.readouterr().out)['memory']['allocated'] > 0
 
@@ -147,8 +147,8 @@ def test_command_without_the_data_still_tells_the_memory(
 ) -> None:
     assert main(['estimate', FLAGSHIP, '--model', str(folder_7b), '--data', str(tmp_path / 'none.jsonl')]) == 0
     found = capsys.readouterr()
-    assert 'the size of the data is not known' in found.err
-    assert 'the number of steps is not known' in found.out
+    assert 'the size of the data is unknown' in found.err
+    assert 'the number of steps is unknown' in found.out
     assert '  base               3.90   frozen weights' in found.out
 
 

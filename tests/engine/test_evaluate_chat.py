@@ -29,4 +29,4 @@ def test_an_answer_that_cannot_be_recorded_is_a_warning(
     runner = SimpleNamespace(strategy=SimpleNamespace(together=True), watch=watch, bare_model=SimpleNamespace(llm=None))
     hook._sample(runner, [Message('user', 'hi')], 1, 7)
     assert agreed == ['']
-    assert 'the sample at step 7 is not recorded, training goes on: OSError' in caplog.text
+    assert 'sample at step 7 was not recorded, training continues: OSError' in caplog.text

@@ -38,7 +38,7 @@ def trained(used: tuple[int, ...], *, targets: list[str]) -> nn.Module:
 def test_an_expert_without_tokens_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger='xtuner'):
         check_gradients(trained((0, 2), targets=['up_proj', 'head']), step=0)
-    assert 'no token reached 2 adapters of experts (base_model.model.experts.1.up_proj ...)' in caplog.text
+    assert 'no token was routed to 2 adapters of experts (base_model.model.experts.1.up_proj ...)' in caplog.text
 
 
 @pytest.mark.parametrize(('used', 'named'), [((), 'experts.0.up_proj'), ((0, 1, 2, 3), 'head')])
@@ -47,5 +47,5 @@ def test_what_nothing_depends_on_ends_the_run(used: tuple[int, ...], named: str)
     if named == 'head':
         for name, parameter in model.named_parameters():
             parameter.grad = None if 'head' in name else parameter.grad
-    with pytest.raises(TrainingError, match=rf'gave no gradient to base_model.model.{named}'):
+    with pytest.raises(TrainingError, match=rf'no gradient for base_model.model.{named}'):
         check_gradients(model, step=0)

@@ -21,7 +21,7 @@ from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, Kernels
 from xtuner.memory import terms as terms_kernels
 from xtuner.memory.dims import model_dims
-from xtuner.memory.predict import Setup, moments, predict_memory
+from xtuner.memory.predict import Setup, phase_memory, predict_memory
 from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
 from xtuner.model.families.internlm.configuration import InternLMConfig
 from xtuner.objectives.sft import SupervisedFinetune
@@ -70,7 +70,7 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
     if setup.fast:
         assert enable_fused_training(model).enabled
         fused: FusedDecoder = base.get_decoder().forward.fused
-        fast.kernels, fast.fused_lora = hollow(), True  # as on CUDA
+        fused.kernels, fused.fused_lora = hollow(), True  # as on CUDA
         for group in (group for layer in fused.layers for group in layer.groups):
             group.cached = None
     monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
@@ -100,7 +100,7 @@ def test_prediction_is_what_lives(
     row = TOKENS * 256 * 2
     assert kept == pytest.approx(kept_activations(setup) + row + (0 if setup.checkpointing else cast_weights(setup)),
                                  rel=0.06)  # fmt: skip
-    ordinary = {name: terms for name, terms in moments(setup).items() if 'record' not in name}
+    ordinary = {name: terms for name, terms in phase_memory(setup).items() if 'record' not in name}
     # 8 %: attention on CUDA sums its gradient in float32, which is in the prediction and not in this CPU's routine.
     assert max(sum(terms.values()) for terms in ordinary.values()) == pytest.approx(peak, rel=0.08)
 
@@ -118,7 +118,7 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
-    assert terms_kernels._PLACES == cuda_graphs._RING_SIZE
+    assert terms_kernels._INPUT_BUFFERS == cuda_graphs._RING_SIZE
     assert decoder.memory.offload_from_bytes == terms_kernels._OFFLOAD_FROM
 
 

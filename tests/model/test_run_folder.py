@@ -61,5 +61,5 @@ def test_a_run_of_all_weights_is_a_model(run: Path) -> None:
 
 def test_no_run_goes_on_from_a_plain_adapter(run: Path) -> None:
     (run / 'checkpoint-00000002' / 'manifest.json').unlink()
-    with pytest.raises(CheckpointError, match=r"without the trainer's state.*--start-from takes its weights"):
+    with pytest.raises(CheckpointError, match=r"without the trainer's state.*--start-from uses its weights"):
         ResumeOptions(resume=run)

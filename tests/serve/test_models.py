@@ -32,7 +32,7 @@ def test_a_base_without_a_format_completes_and_says_why_it_does_not_chat(base: P
     model = load_served(str(base)).served[0]
     assert model.name == base.name and model.encode_text('Hi')[0] == model.tokenizer.bos_token_id
     assert model.stop_ids == {model.tokenizer.eos_token_id}
-    with pytest.raises(DataError, match=r'no prompt format.*/v1/completions works.*--prompt-template'):
+    with pytest.raises(DataError, match=r'no prompt template.*use /v1/completions.*--prompt-template'):
         model.render_chat([{'role': 'user', 'content': 'Hi'}])
 
 
@@ -57,7 +57,7 @@ def test_each_adapter_keeps_its_format_and_the_base_its_bits(
     assert loaded.model.get_base_model().is_loaded_in_4bit
     assert loaded.max_length == 2048
     third = with_origin(adapters['second'], tmp_path / 'third', base)
-    with pytest.raises(UsageError, match="'first' and 'third' were trained on the base in different bits; choose with"):
+    with pytest.raises(UsageError, match="'first' and 'third' were trained with different quantization"):
         load_served(str(base), adapters=[str(first), str(third)])
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_served(base: Path, adapters: dict[str, Path], tmp_path: 
 
     config = PromptTuningConfig(num_virtual_tokens=2, task_type='CAUSAL_LM')
     get_peft_model(load_model(base, dtype=torch.float32), config).save_pretrained(tmp_path / 'prompt')
-    with pytest.raises(ModelError, match='adds tokens to the prompt'):
+    with pytest.raises(ModelError, match='add tokens to the prompt'):
         load_served(str(base), adapters=[str(tmp_path / 'prompt')])
 
 
@@ -110,10 +110,10 @@ def test_names_of_any_kind_are_adapters_of_their_own(base: Path, adapters: dict[
 
 
 @pytest.mark.parametrize(('choice', 'said'), [
-    (BaseChoice(), 'base in 4 bit, computed in fp32, on cpu, as the adapter was trained; --bits changes that'),
-    (BaseChoice(16), 'base in fp32, not quantised, on cpu'),
-    (BaseChoice(16, 'bf16', 'cpu'), 'base in bf16, not quantised, on cpu'),
-    (BaseChoice(4, 'bf16'), 'base in 4 bit, computed in bf16, on cpu'),
+    (BaseChoice(), 'base model: 4 bits, compute dtype fp32, on cpu, as the adapter was trained (change with --bits)'),
+    (BaseChoice(16), 'base model: fp32, unquantized, on cpu'),
+    (BaseChoice(16, 'bf16', 'cpu'), 'base model: bf16, unquantized, on cpu'),
+    (BaseChoice(4, 'bf16'), 'base model: 4 bits, compute dtype bf16, on cpu'),
 ])  # fmt: skip
 def test_the_base_is_held_as_asked_and_said(
     base: Path, adapters: dict[str, Path], tmp_path: Path, choice: BaseChoice, said: str,
@@ -127,5 +127,5 @@ def test_the_base_is_held_as_asked_and_said(
         open_chat_model(str(base), adapter=folder, bits=choice.bits, dtype=choice.dtype, device=choice.device)
     records = {id(record): record.getMessage() for record in caplog.records}  # each once, whatever handlers there are
     assert [m for m in records.values() if m.startswith('base ')] == [said] * 2
-    assert getattr(loaded.model.get_base_model(), 'is_loaded_in_4bit', False) == ('4 bit' in said)
+    assert getattr(loaded.model.get_base_model(), 'is_loaded_in_4bit', False) == ('4 bits' in said)
     assert loaded.model.dtype == (torch.bfloat16 if 'bf16' in said else torch.float32)

@@ -15,7 +15,7 @@ def test_an_address_is_taken_once() -> None:
     for _ in range(2):  # the second time over what is left of the first one's connection
         (taken,) = listen('127.0.0.1', port)
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f'127.0.0.1:{port} cannot be had'):
+        with pytest.raises(UsageError, match=f'cannot listen on 127.0.0.1:{port}'):
             listen('127.0.0.1', port)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.listen()
@@ -37,10 +37,10 @@ def test_all_addresses_of_a_name_are_taken(monkeypatch: pytest.MonkeyPatch) -> N
     names = [one.getsockname() for one in taken]
     assert [host for host, _ in names] == ['127.0.0.1', '127.0.0.2']
     assert len({port for _, port in names}) == 1
-    with pytest.raises(UsageError, match=r'both:\d+ cannot be had'):
+    with pytest.raises(UsageError, match=r'cannot listen on both:\d+'):
         listen('both', names[0][1])
     for one in taken:
         one.close()
     monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: [(socket.AF_INET, *stream, ('192.0.2.1', 0))])
-    with pytest.raises(UsageError, match='none:0 cannot be had'):
+    with pytest.raises(UsageError, match='cannot listen on none:0'):
         listen('none', 0)

@@ -110,7 +110,7 @@ def test_answers_and_notes_of_a_chat(capsys: pytest.CaptureFixture[str]) -> None
         assert 'clear' in out.getvalue()
         assert bool(obeyed(out.getvalue())) != out.isatty(), 'a file gets what the model said'
     out = Terminal()
-    session.sampling, session.room = type('S', (), {'max_new_tokens': 1}), 1
+    session.sampling, session.answer_limit = type('S', (), {'max_new_tokens': 1}), 1
     terminal._answer(session, 'hi', out)
     terminal._answer(session, 'fail', out)
     terminal.show_call(Call('Search', HOSTILE), HOSTILE)

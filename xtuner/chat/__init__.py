@@ -1,0 +1,1 @@
+"""Chat sessions, in a terminal and on a web page."""

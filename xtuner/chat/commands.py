@@ -1,4 +1,4 @@
-"""What begins with a slash: commands to the chat itself."""
+"""Slash commands of the terminal chat."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xtuner.inference.generate import Sampling
 
 
 class Exit(Exception):
-    """The user ends the chat."""
+    """Raised when the user ends the chat."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a command says, and a message to ask in its wake."""
+    """The output of a command, and a message to send to the model, if any."""
 
     note: str = ''
     ask: str | None = None
@@ -26,26 +26,26 @@ class Reply:
 
 def _system(session: ChatSession, rest: str) -> Reply:
     if not rest:
-        return Reply(f'system message: {session.system}' if session.system else 'there is no system message')
+        return Reply(f'system message: {session.system}' if session.system else 'no system message is set')
     session.system = '' if rest == '-' else rest
-    return Reply('system message set, from the next answer on' if session.system else 'system message removed')
+    return Reply('system message set for the following answers' if session.system else 'system message removed')
 
 
 def _clear(session: ChatSession, rest: str) -> Reply:
     session.clear()
-    return Reply('conversation forgotten')
+    return Reply('conversation cleared')
 
 
 def _undo(session: ChatSession, rest: str) -> Reply:
     text = session.undo()
-    return Reply('there is no turn to take back' if text is None else f'taken back: {_short(text)}')
+    return Reply('there is no turn to undo' if text is None else f'removed: {_short(text)}')
 
 
 def _retry(session: ChatSession, rest: str) -> Reply:
     text = session.undo()
     if text is None:
-        return Reply('there is no turn to answer again')
-    return Reply(f'again: {_short(text)}', text)
+        return Reply('there is no turn to retry')
+    return Reply(f'retrying: {_short(text)}', text)
 
 
 def _save(session: ChatSession, rest: str) -> Reply:
@@ -53,37 +53,37 @@ def _save(session: ChatSession, rest: str) -> Reply:
         raise UsageError('/save needs a file: /save chat.jsonl')
     path = Path(rest).expanduser()
     session.save(path)
-    return Reply(f'conversation added to {path}')
+    return Reply(f'conversation appended to {path}')
 
 
 def _set(session: ChatSession, rest: str) -> Reply:
-    known = [field.name for field in fields(Sampling)]
+    names = [field.name for field in fields(Sampling)]
     if not rest:
-        return Reply(' · '.join(f'{name} {getattr(session.sampling, name)}' for name in known))
+        return Reply(' · '.join(f'{name} {getattr(session.sampling, name)}' for name in names))
     name, _, value = rest.partition(' ')
-    if name not in known:
-        raise UsageError(f'/set knows no {name!r}{nearest(name, known)}; it knows {", ".join(known)}')
+    if name not in names:
+        raise UsageError(f'unknown setting {name!r}{nearest(name, names)}; settings: {", ".join(names)}')
     change: dict[str, Any] = {name: _value(name, value.strip())}
     session.sampling = replace(session.sampling, **change)
     return Reply(f'{name} is now {getattr(session.sampling, name)}')
 
 
 def _value(name: str, text: str) -> int | float | None:
-    """A setting's value from text; the bounds are those of the command line's flags."""
+    """Parses the value of a setting; the bounds are those of the command-line options."""
     try:
         if name == 'seed':
             return None if text in ('', 'none') else int(text)
         if name == 'max_new_tokens':
             value: int | float = int(text)
-            allowed, what = value >= 1, 'a whole number from 1'
+            allowed, text_of_bounds = value >= 1, 'an integer of at least 1'
         else:
             value = float(text)
             allowed = 0 <= value < float('inf') if name == 'temperature' else 0 < value <= 1
-            what = 'a number from 0' if name == 'temperature' else 'above 0 and at most 1'
+            text_of_bounds = 'at least 0' if name == 'temperature' else 'above 0 and at most 1'
     except ValueError:
         raise UsageError(f'{name} must be a number, got {text!r}') from None
     if not allowed:
-        raise UsageError(f'{name} must be {what}, got {text}')
+        raise UsageError(f'{name} must be {text_of_bounds}, got {text}')
     return value
 
 
@@ -92,48 +92,48 @@ def _exit(session: ChatSession, rest: str) -> Reply:
 
 
 def _help(session: ChatSession, rest: str) -> Reply:
-    lines = [f'{f"/{name} {argument}".strip():26}{what}' for name, (_, argument, what) in COMMANDS.items()]
+    lines = [f'{f"/{name} {argument}".strip():26}{help_}' for name, (_, argument, help_) in COMMANDS.items()]
     return Reply('\n'.join([*lines, *_KEYS]))
 
 
 _KEYS = (
-    f'{"a line that ends in a backslash":34}goes on in the next; """ before and after takes lines as they are',
-    f'{"Ctrl-C":34}stops an answer, which is kept as far as it came; Ctrl-D ends',
+    f'{"a line that ends in a backslash":34}continues on the next line; """ starts and ends a multi-line message',
+    f'{"Ctrl-C":34}stops an answer and keeps it as far as it was generated; Ctrl-D exits',
     f'{"//":34}a message that begins with a slash',
 )
 
 COMMANDS: dict[str, tuple[Callable[[ChatSession, str], Reply], str, str]] = {
-    'help': (_help, '', 'shows this'),
+    'help': (_help, '', 'shows this help'),
     'system': (_system, '[TEXT | -]', 'shows, sets or removes the system message'),
     'set': (_set, '[NAME VALUE]', 'shows or sets temperature, top_p, max_new_tokens, seed'),
-    'retry': (_retry, '', 'answers the last message again'),
-    'undo': (_undo, '', 'takes the last turn back'),
-    'clear': (_clear, '', 'forgets the conversation; the system message stays'),
-    'save': (_save, 'FILE', 'adds the conversation to a file, as training data'),
-    'exit': (_exit, '', 'ends, as Ctrl-D does'),
+    'retry': (_retry, '', 'generates the last answer again'),
+    'undo': (_undo, '', 'removes the last turn'),
+    'clear': (_clear, '', 'clears the conversation; the system message stays'),
+    'save': (_save, 'FILE', 'appends the conversation to a file, as training data'),
+    'exit': (_exit, '', 'exits, like Ctrl-D'),
 }
-_OTHER_NAMES = {'quit': 'exit', 'q': 'exit', '?': 'help', 'reset': 'clear', 'regenerate': 'retry'}
+_ALIASES = {'quit': 'exit', 'q': 'exit', '?': 'help', 'reset': 'clear', 'regenerate': 'retry'}
 
 
 def run_command(session: ChatSession, line: str) -> Reply:
     """Runs a line that begins with one slash.
 
     Returns:
-        What to say; an error is said too, it ends nothing.
+        The output; errors are returned as output too.
 
     Raises:
-        Exit: the user is done.
+        Exit: the user ends the chat.
     """
     name, _, rest = line[1:].partition(' ')
-    name = _OTHER_NAMES.get(name, name)
+    name = _ALIASES.get(name, name)
     if name not in COMMANDS:
-        return Reply(f'there is no /{name}{nearest(name, COMMANDS)}; /help lists the commands')
+        return Reply(f'unknown command /{name}{nearest(name, COMMANDS)}; /help lists the commands')
     try:
         return COMMANDS[name][0](session, rest.strip())
     except XTunerError as error:
         return Reply(str(error))
 
 
-def _short(text: str, most: int = 60) -> str:
+def _short(text: str, max_length: int = 60) -> str:
     line = ' '.join(text.split())
-    return line if len(line) <= most else line[: most - 1] + '…'
+    return line if len(line) <= max_length else line[: max_length - 1] + '…'

@@ -1,7 +1,7 @@
-"""Which names a service on this machine answers to: the guard of the page and of the HTTP service.
+"""Host name checks of the web page and the HTTP service, against DNS rebinding.
 
-A web site can point its own name at 127.0.0.1, after its page is loaded; its reader's browser then takes the service
-for a part of that site. What gives it away is the name, in the header `Host`.
+A web site can let its own name resolve to 127.0.0.1 after its page has been loaded; the browser then treats a local
+service as part of that site. The header `Host` reveals the name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ LOOPBACK = frozenset({'localhost', '127.0.0.1', '::1'})
 
 
 def host_name(header: str) -> str:
-    """The name in a `Host` header: without port and brackets, in lower case; '' where it has another form."""
-    found = _HOST.fullmatch(header.strip().lower())
-    return '' if found is None else found['address'] or found['name'] or ''
+    """The name in a `Host` header, without port and brackets, in lower case; '' if the header is malformed."""
+    match = _HOST.fullmatch(header.strip().lower())
+    return '' if match is None else match['address'] or match['name'] or ''
 
 
-def is_called(header: str, names: Collection[str]) -> bool:
-    """Whether a `Host` header holds one of the names, which are in lower case; an empty or missing one does not."""
+def is_allowed_host(header: str, names: Collection[str]) -> bool:
+    """Whether a `Host` header contains one of the names, given in lower case; an empty one never does."""
     return host_name(header) in names

@@ -1,6 +1,6 @@
-"""Messages from a terminal: several lines, arrow keys, a history that outlives the program.
+"""Reads messages from a terminal: multi-line input, line editing, completion, persistent history.
 
-GNU readline or libedit, whichever Python has, edits the line. Where it is missing, a line is what the terminal gives.
+Line editing uses the readline module of Python, which is GNU readline or libedit. Without it, lines are read plainly.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-_MOST_LINES = 1000  # of the history
+_MAX_HISTORY_LINES = 1000
 _FENCE = '"""'
 
 
 def read_message(prompt: str, read: Callable[[str], str] = input) -> str:
     """Reads a message.
 
-    A line that ends in a backslash goes on in the next one. Lines between two of \"\"\" are taken as they are.
+    A line that ends in a backslash continues on the next one. Lines are taken verbatim between two of \"\"\".
 
     Args:
-        prompt: Shown before the first line.
-        read: Reads a line after showing its argument.
+        prompt: The prompt of the first line.
+        read: Shows its argument as a prompt and reads a line.
 
     Raises:
         EOFError: the input has ended.
@@ -49,28 +49,28 @@ def _fenced(first: str, read: Callable[[], str]) -> str:
 
 @contextlib.contextmanager
 def line_editing(words: Iterable[str], history: Path | None = None) -> Iterator[None]:
-    """Arrow keys, completion of words by the tab key, and a history in a file, while the context lasts.
+    """Enables line editing, tab completion and a history file within the context.
 
     Args:
-        words: What the tab key completes at the beginning of a line.
-        history: The file; None takes `chat_history` in `$XTUNER_CACHE` or `~/.cache/xtuner`. It holds what was typed:
-            only its owner may read it.
+        words: Words that the tab key completes at the start of a line.
+        history: The file; None means `chat_history` in `$XTUNER_CACHE` or `~/.cache/xtuner`. It contains the input
+            and is readable only by its owner.
     """
     try:
         import readline
-    except ImportError:  # not on Windows
+    except ImportError:  # on Windows
         yield
         return
     path = history or Path(os.environ.get('XTUNER_CACHE', '~/.cache/xtuner')).expanduser() / 'chat_history'
     _load(readline, path)
-    known = sorted(words)
+    sorted_words = sorted(words)
 
     def complete(text: str, state: int) -> str | None:
-        """The completion number `state` of what is typed; None after the last, as readline asks for them."""
-        found = [word for word in known if word.startswith(text)] if text else []
-        return found[state] if state < len(found) else None
+        """Returns completion number `state` of the text, None after the last (readline's protocol)."""
+        matches = [word for word in sorted_words if word.startswith(text)] if text else []
+        return matches[state] if state < len(matches) else None
 
-    before = readline.get_completer(), readline.get_completer_delims()
+    previous = readline.get_completer(), readline.get_completer_delims()
     readline.set_completer(complete)
     readline.set_completer_delims('\n')
     if _is_libedit(readline):
@@ -81,25 +81,25 @@ def line_editing(words: Iterable[str], history: Path | None = None) -> Iterator[
     try:
         yield
     finally:
-        readline.set_completer(before[0])
-        readline.set_completer_delims(before[1])
+        readline.set_completer(previous[0])
+        readline.set_completer_delims(previous[1])
         _store(readline, path)
 
 
 def _is_libedit(readline: ModuleType) -> bool:
-    """Whether the module is libedit's, as on macOS, which reads key bindings in another form."""
+    """Whether readline is libedit, as on macOS, which has another syntax for key bindings."""
     return getattr(readline, 'backend', '') == 'editline' or 'libedit' in (readline.__doc__ or '')
 
 
 def _load(readline: ModuleType, path: Path) -> None:
     readline.clear_history()
-    with contextlib.suppress(OSError):  # none yet, or one that cannot be read: there is nothing to go back to then
+    with contextlib.suppress(OSError):  # missing or unreadable: start with an empty history
         readline.read_history_file(path)
 
 
 def _store(readline: ModuleType, path: Path) -> None:
-    readline.set_history_length(_MOST_LINES)
-    with contextlib.suppress(OSError):  # a home that cannot be written to keeps no history
+    readline.set_history_length(_MAX_HISTORY_LINES)
+    with contextlib.suppress(OSError):  # an unwritable home folder has no history
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         readline.write_history_file(path)

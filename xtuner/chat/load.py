@@ -1,4 +1,4 @@
-"""What to chat with: a model, or a base and its adapter, and the template that belongs to it."""
+"""Loads a model, with or without an adapter, and its prompt template for a chat."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger('xtuner')
 
 @dataclass(frozen=True)
 class ChatModel:
-    """What every conversation with one model shares: nothing here changes while it is talked to.
+    """The model, tokenizer and template shared by all conversations; immutable.
 
     Attributes:
         model: A transformers or peft causal language model, in evaluation mode.
         tokenizer: Its tokenizer.
-        template: The prompt format it was tuned with.
-        max_length: Tokens of prompt and answer together that it can hold.
+        template: The prompt template it was trained with.
+        max_length: The context length: maximum tokens of prompt and answer together.
     """
 
     model: Any
@@ -40,20 +40,20 @@ class ChatModel:
     max_length: int
 
     def session(self, *, system: str = '', sampling: Sampling) -> ChatSession:
-        """Begins a conversation; several can be under way over the same weights."""
+        """Starts a conversation; several conversations may share the model."""
         return ChatSession(self.model, self.tokenizer, self.template, **self._settings(system, sampling))
 
     def moss_session(
         self, plugins: Sequence[Plugin], on_call: Callable[[Call, str], None], *, system: str = '', sampling: Sampling
     ) -> MossSession:
-        """Begins a conversation in which the model may call tools; see `MossSession`."""
+        """Starts a conversation in which the model may call tools; see `MossSession`."""
         settings = self._settings(system, sampling)
         return MossSession(self.model, self.tokenizer, self.template, plugins=plugins, on_call=on_call, **settings)
 
     def warm(self) -> None:
-        """Makes the first answer as fast as all others: on a GPU, loads kernels and records the decoding step."""
+        """Warms up on a GPU: loads kernels and records the CUDA graph of the decoding step."""
         if self.model.device.type == 'cuda':
-            logger.info('warming up; the first time on a machine, kernels are compiled, which takes some seconds')
+            logger.info('warming up (the first start on a machine compiles kernels, which takes some seconds)')
             warm_up(self.model, self.max_length)
 
     def _settings(self, system: str, sampling: Sampling) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class ChatModel:
 
 
 def open_session(llm: str, *, system: str = '', sampling: Sampling, **choice: Any) -> ChatSession:
-    """Begins a conversation with a model that `open_chat_model` loads; `choice` are its further arguments."""
+    """Starts a conversation with a model loaded by `open_chat_model`; `choice` are its other arguments."""
     return open_chat_model(llm, **choice).session(system=system, sampling=sampling)
 
 
@@ -75,23 +75,23 @@ def open_chat_model(
     device: str = 'auto',
     trust_remote_code: bool = False,
 ) -> ChatModel:
-    """Loads everything a chat needs.
+    """Loads a model, its tokenizer, its adapter and its template.
 
     Args:
-        llm: A model's folder or hub id.
-        adapter: A checkpoint or work folder of `xtuner train`, or any peft adapter.
-        template: Name of the prompt template; None takes the one the adapter or the merged model was tuned with, or
-            else the tokenizer's own.
-        bits: 4 or 8 quantises the base; 16 does not; None leaves it as the adapter was trained, or else as 16.
-        dtype: 'auto', 'bf16', 'fp16' or 'fp32', as in a config: half precision on a GPU, float32 on a CPU.
-        device: 'cuda' or 'cpu'; 'auto' is a GPU where there is one.
+        llm: Folder or hub id of the model.
+        adapter: A checkpoint or work directory of `xtuner train`, or any peft adapter.
+        template: Name of the prompt template; None uses the one that the adapter or the merged model was trained
+            with, otherwise the tokenizer's own.
+        bits: 4 or 8 to quantize the base, 16 not to; None means as the adapter was trained, otherwise 16.
+        dtype: 'auto', 'bf16', 'fp16' or 'fp32', as in a config; auto is half precision on a GPU, float32 on a CPU.
+        device: 'cuda' or 'cpu'; 'auto' selects a GPU if there is one.
         trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
         ModelError: the model cannot be loaded.
-        CheckpointError: the adapter is of another base, or none.
+        CheckpointError: the adapter was trained on another base, or the folder contains no adapter.
         DataError: no template is known.
-        UsageError: a GPU is asked for and there is none.
+        UsageError: a GPU is requested but not available.
     """
     folder = resolve_model(llm, trust_remote_code=trust_remote_code)
     adapter = None if adapter is None else resolve_checkpoint(adapter)
@@ -113,7 +113,7 @@ def open_chat_model(
     if adapter is not None:
         model = load_adapter(model, adapter)
     model.eval()
-    chosen = get_template(name, tokenizer)
+    prompt_template = get_template(name, tokenizer)
     if provenance is not None and provenance.answer_tokens:
-        chosen = chosen.allowing(provenance.answer_tokens, tokenizer)
-    return ChatModel(model, tokenizer, chosen, max_length)
+        prompt_template = prompt_template.allowing(provenance.answer_tokens, tokenizer)
+    return ChatModel(model, tokenizer, prompt_template, max_length)

@@ -1,4 +1,4 @@
-"""A conversation under way: its messages, what of them fits, one answer at a time."""
+"""A chat session: its messages, truncation to the context length, and one answer at a time."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from xtuner.utils.out_of_memory import is_out_of_memory
 
 
 class ChatSession:
-    """Keeps the messages of a conversation and asks the model for the next one.
+    """Keeps the messages of a conversation and generates answers.
 
     Args:
         model: A transformers or peft causal language model.
         tokenizer: Its tokenizer.
-        template: The prompt format the model was tuned with.
+        template: The prompt template the model was trained with.
         system: System message; '' for none. May be changed between answers.
-        sampling: How answers are drawn. May be changed between answers.
-        max_length: Tokens of prompt and answer together that the model can hold.
+        sampling: Sampling settings. May be changed between answers.
+        max_length: The context length: maximum tokens of prompt and answer together.
 
     Attributes:
         history: The messages so far, without the system message.
-        num_dropped_turns: How many of the oldest turns were left out so far to make room.
-        room: Tokens that the last answer had room for: fewer than asked for where its prompt is long.
+        num_dropped_turns: Number of oldest turns dropped so far to fit the context length.
+        answer_limit: Maximum tokens of the last answer; fewer than requested if its prompt was long.
     """
 
     def __init__(
@@ -42,38 +42,39 @@ class ChatSession:
         self.system, self.sampling = system, sampling
         self.history: list[Message] = []
         self.num_dropped_turns = 0
-        self.room = sampling.max_new_tokens
+        self.answer_limit = sampling.max_new_tokens
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._max_length = max_length
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> str:
         """Answers one message.
 
-        The oldest turns are left out, whole, where prompt and answer would not fit; `num_dropped_turns` counts them.
-        An answer that is interrupted, or fails, leaves the conversation as it was; `keep` adds what there was of it.
+        If prompt and answer exceed the context length, the oldest turns are dropped as a whole and counted in
+        `num_dropped_turns`. An answer that is interrupted or fails does not change the conversation; `keep` adds the
+        partial answer.
 
         Args:
-            text: What the user says.
-            on_text: Called with each piece of the answer as it comes; whatever it raises ends the answer.
+            text: The message of the user.
+            on_text: Called with each piece of the answer; an exception that it raises stops the answer.
 
         Returns:
-            The whole answer, without its stop token.
+            The complete answer, without its stop token.
 
         Raises:
-            DataError: the message alone is too long for the model.
-            ModelError: memory ran out.
+            DataError: the message alone exceeds the context length.
+            ModelError: out of memory.
         """
         messages, prompt_ids = self._fit([*self.history, Message('user', text)])
-        answer = self._say(prompt_ids, on_text)
+        answer = self._generate(prompt_ids, on_text)
         self.history = [*messages, Message('assistant', answer)]
         return answer
 
     def keep(self, text: str, answer: str) -> None:
-        """Adds a turn whose answer was stopped."""
+        """Adds a turn with a partial answer."""
         self.history = [*self.history, Message('user', text), Message('assistant', answer)]
 
     def undo(self) -> str | None:
-        """Takes the last turn back; returns what the user had said, None where there was no turn."""
+        """Removes the last turn; returns the message of the user, None if there was no turn."""
         starts = _turns(self.history)
         if not starts:
             return None
@@ -82,11 +83,11 @@ class ChatSession:
         return text
 
     def clear(self) -> None:
-        """Forgets the conversation; the system message stays."""
+        """Clears the conversation; the system message stays."""
         self.history = []
 
     def save(self, path: Path) -> None:
-        """Appends the conversation to a file, as one line of JSON in the OpenAI form, which `xtuner train` reads.
+        """Appends the conversation to a file, as one line of JSON in OpenAI's format, which `xtuner train` reads.
 
         Raises:
             DataError: there is nothing to save, or the file cannot be written.
@@ -101,27 +102,27 @@ class ChatSession:
             raise DataError(f'{path} cannot be written: {error.strerror}') from error
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
-        """What of the messages fits, and its ids."""
+        """The newest messages that fit, and their ids."""
         prompt_ids = self._encode(messages)
         dropped = 0
         while len(prompt_ids) + self.sampling.max_new_tokens > self._max_length and len(_turns(messages)) > 1:
             messages = messages[_turns(messages)[1] :]
             dropped += 1
             prompt_ids = self._encode(messages)
-        room = self._max_length - len(prompt_ids)
-        if room < 1:
+        available = self._max_length - len(prompt_ids)
+        if available < 1:
             raise DataError(
-                f'this message makes a prompt of {len(prompt_ids)} tokens, the model holds {self._max_length} with the '
-                'answer; shorten it, or the system message'
+                f'the prompt with this message has {len(prompt_ids)} tokens; the context length is {self._max_length} '
+                'including the answer; shorten the message or the system message'
             )
         self.num_dropped_turns += dropped
-        self.room = min(room, self.sampling.max_new_tokens)
+        self.answer_limit = min(available, self.sampling.max_new_tokens)
         return messages, prompt_ids
 
-    def _say(self, prompt_ids: list[int], on_text: Callable[[str], None]) -> str:
+    def _generate(self, prompt_ids: list[int], on_text: Callable[[str], None]) -> str:
         stop_ids = self._template.stop_ids(self._tokenizer)
         stream = TextStream(self._tokenizer, on_text, stop_ids)
-        sampling = replace(self.sampling, max_new_tokens=self.room)
+        sampling = replace(self.sampling, max_new_tokens=self.answer_limit)
         dtype, device = self._model.dtype, self._model.device
         try:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -129,8 +130,8 @@ class ChatSession:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise ModelError(f'{device.type} memory ran out during this answer; ask for a shorter one '
-                             '(--max-new-tokens), or begin a new conversation') from None  # fmt: skip
+            raise ModelError(f'out of {device.type} memory during this answer; limit its length '
+                             '(--max-new-tokens), or start a new conversation') from None  # fmt: skip
         return strip_partial_character(self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
@@ -141,5 +142,5 @@ class ChatSession:
 
 
 def _turns(messages: list[Message]) -> list[int]:
-    """Where turns begin: with what the user says."""
+    """Indices of the first messages of turns, which are the user's messages."""
     return [index for index, message in enumerate(messages) if message.role == 'user']

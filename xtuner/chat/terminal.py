@@ -1,4 +1,4 @@
-"""Chat in a terminal, or one answer a line where input is piped."""
+"""Chat in a terminal, or line by line with piped input."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from xtuner.errors import DataError, XTunerError
 from xtuner.utils.escape import printable
 
 _PROMPT = 'you > '
-_GREETING = '/help lists commands · Ctrl-C stops an answer · Ctrl-D ends'
+_GREETING = '/help lists commands · Ctrl-C stops an answer · Ctrl-D exits'
 
 
 def chat_piped(session: ChatSession, lines: Iterable[str], out: TextIO) -> None:
-    """Answers each line of input on one line of output, nothing else there; a newline in an answer becomes a space.
+    """Answers each line of input with exactly one line of output; newlines in answers become spaces.
 
     Raises:
-        DataError: a line is too long for the model, or is no text; the message says which.
+        DataError: a line exceeds the context length or is not UTF-8; the message has its number.
     """
     if isinstance(lines, TextIOWrapper):
-        lines.reconfigure(errors='surrogateescape')  # what is no text is then told with its line
+        lines.reconfigure(errors='surrogateescape')  # invalid bytes are then reported with their line
     for number, line in enumerate(lines, 1):
-        if wrong := next((char for char in line if '\udc80' <= char <= '\udcff'), None):
-            raise DataError(f'line {number}: not UTF-8: byte 0x{ord(wrong) & 0xFF:02x}')
+        if invalid := next((char for char in line if '\udc80' <= char <= '\udcff'), None):
+            raise DataError(f'line {number}: not UTF-8: byte 0x{ord(invalid) & 0xFF:02x}')
         if text := line.strip():
             dropped = session.num_dropped_turns
             try:
@@ -38,11 +38,11 @@ def chat_piped(session: ChatSession, lines: Iterable[str], out: TextIO) -> None:
                 raise
             line = ' '.join(answer.split())
             print(printable(line) if out.isatty() else line, file=out, flush=True)
-            _say_what_was_left_out(session, dropped)
+            _report_dropped_turns(session, dropped)
 
 
 def chat_interactive(session: ChatSession, out: TextIO) -> None:
-    """Reads, answers and streams until the user ends it."""
+    """Reads messages and streams answers until the user exits."""
     _note(_GREETING)
     with line_editing(f'/{name}' for name in COMMANDS):
         while True:
@@ -53,20 +53,20 @@ def chat_interactive(session: ChatSession, out: TextIO) -> None:
                 print(file=out)
                 return
             except KeyboardInterrupt:
-                _note('\n(Ctrl-D ends)')
+                _note('\n(Ctrl-D exits)')
                 continue
             try:
-                _react(session, text, out)
+                _handle(session, text, out)
             except Exit:
                 return
 
 
 def show_call(call: Call, result: str) -> None:
-    """Says which tool was called, and what it gave."""
+    """Displays a tool call and its result."""
     _note(f'({call} => {result})')
 
 
-def _react(session: ChatSession, text: str, out: TextIO) -> None:
+def _handle(session: ChatSession, text: str, out: TextIO) -> None:
     if text.startswith('/') and not text.startswith('//'):
         reply = run_command(session, text)
         _note(reply.note)
@@ -84,7 +84,7 @@ def _answer(session: ChatSession, text: str, out: TextIO) -> None:
     pieces: list[str] = []
 
     def show(piece: str) -> None:
-        """Prints a piece of the answer as it comes, and keeps it in case the answer is stopped."""
+        """Prints a piece of the answer and stores it in case the answer is stopped."""
         pieces.append(piece)
         print(printable(piece), end='', file=out, flush=True)
 
@@ -93,22 +93,22 @@ def _answer(session: ChatSession, text: str, out: TextIO) -> None:
     except KeyboardInterrupt:
         if pieces:
             session.keep(text, ''.join(pieces))
-            _note('\n(stopped; the answer is kept as far as it came, /undo takes it back, /retry asks again)', end='')
+            _note('\n(stopped; the partial answer is kept: /undo removes it, /retry generates it again)', end='')
         else:
-            _note('\n(stopped before the answer began; nothing is kept)', end='')
+            _note('\n(stopped before the answer started; the message is discarded)', end='')
     except XTunerError as error:
         _note(f'({error})', end='')
     print(file=out)
-    _say_what_was_left_out(session, dropped)
-    if pieces and session.room < session.sampling.max_new_tokens:
-        _note(f'(the prompt is long: this answer had room for {session.room} tokens)')
+    _report_dropped_turns(session, dropped)
+    if pieces and session.answer_limit < session.sampling.max_new_tokens:
+        _note(f'(the prompt is long: this answer was limited to {session.answer_limit} tokens)')
 
 
-def _say_what_was_left_out(session: ChatSession, dropped_before: int) -> None:
+def _report_dropped_turns(session: ChatSession, dropped_before: int) -> None:
     turns = session.num_dropped_turns - dropped_before
     if turns:
-        what = 'the oldest turn was' if turns == 1 else f'the {turns} oldest turns were'
-        _note(f'({what} left out to make room)')
+        dropped = 'the oldest turn was' if turns == 1 else f'the {turns} oldest turns were'
+        _note(f'({dropped} dropped to fit the context length)')
 
 
 def _note(text: str, end: str = '\n') -> None:

@@ -1,6 +1,6 @@
-"""Talks to a model, with or without an adapter.
+"""Chats with a model, with or without an adapter.
 
-Piped, each line of input is a turn of one conversation, and its answer one line of output.
+With piped input, each line of input is one turn of a conversation and produces one line of output.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('llm', type=filled, help='a model: a folder or a hub id')
-    parser.add_argument('--adapter', type=given_path, help='a checkpoint folder of `xtuner train`, or any peft adapter')
-    parser.add_argument('--prompt-template', help='prompt template in place of the one that comes with the model')
+    parser.add_argument('llm', type=filled, help='the model: a folder or a hub id')
+    parser.add_argument('--adapter', type=given_path, help='a checkpoint of `xtuner train`, or any peft adapter')
+    parser.add_argument('--prompt-template', help='prompt template (default: that of the adapter or model)')
     parser.add_argument('--system', default='', help='system message')
     add_base_arguments(parser)
     parser.add_argument(
         '--with-plugins', nargs='+', metavar='NAME', default=[],
-        help='tools that a model trained on MOSS plugins may call: calculate, solve, search',
+        help='enable tools for a model trained on MOSS plugins: calculate, solve, search',
     )  # fmt: skip
-    parser.add_argument('--trust-remote-code', action='store_true', help="run code that comes with the model's files")
-    parser.add_argument('--web', action='store_true', help='chat on a web page on this machine')
-    parser.add_argument('--port', type=positive_int, help='port of the web page (the first free one from 8501)')
+    parser.add_argument(
+        '--trust-remote-code', action='store_true', help="allow running Python code from the model's files"
+    )
+    parser.add_argument('--web', action='store_true', help='chat on a web page, served on this machine only')
+    parser.add_argument(
+        '--port', type=positive_int, help='port of the web page (default: the first free port from 8501)'
+    )
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Loads, then chats until the input ends, or the page is closed by Ctrl-C."""
+    """Loads the model, then chats until the input ends, or serves the web page until Ctrl-C."""
     if args.web and args.with_plugins:
-        raise UsageError('--with-plugins is for the terminal; the web page has no tools')
+        raise UsageError('--with-plugins works in the terminal only; remove it or --web')
     if args.web:
         return _run_page(args)
     if args.port:
-        raise UsageError('--port is of the web page; add --web')
+        raise UsageError('--port sets the port of the web page; add --web')
     from xtuner.cli.log import start_logging
 
     start_logging()
@@ -89,7 +93,7 @@ def _open(args: argparse.Namespace) -> ChatModel:
 
 
 def load_shared_model(args: argparse.Namespace) -> SharedModel:
-    """Loads what the page's tabs share."""
+    """Loads the model that all tabs of the web page share."""
     from xtuner.chat.web.talk import SharedModel
     from xtuner.inference.generate import Sampling
 

@@ -1,4 +1,4 @@
-"""Checks a file of conversations against a config, every record of it, and says what is wrong where. Loads no model."""
+"""Checks every record of a data file against a config and reports errors with file and line. Loads no model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from xtuner.cli.options import add_config_arguments, positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument('--most', type=positive_int, default=20, help='how many faults to show (20)')
+    parser.add_argument('--most', type=positive_int, default=20, help='maximum number of errors to show (default: 20)')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints faults and counts on stdout.
+    """Prints errors and counts to stdout.
 
     Raises:
-        DataError: Where a record is wrong, or training would lose more than the config allows.
+        DataError: A record is invalid, or more records would be dropped than the config allows.
     """
     from xtuner.cli.data import load_data_config
 
@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     if wrong := sum(summary.counts[kind] for kind in kinds):
         verb = 'is' if wrong == 1 else 'are'
         raise DataError(
-            f'{wrong:,} of {counted(summary.records, "record")} {verb} wrong, listed above by file and line'
+            f'{wrong:,} of {counted(summary.records, "record")} {verb} invalid, listed above by file and line'
         )
     check_dropped(summary, data)
     num_packs, num_conversations = training.sizes()
     if note := few_steps_note(TrainingSchedule(num_packs, config.schedule), num_conversations):
         print(f'training: {note}')
     dropped = counted(summary.dropped, 'conversation')
-    print(f'{dropped} would be dropped' if summary.dropped else 'every record can be used')
+    print(f'{dropped} would be dropped' if summary.dropped else 'all records are usable')
     return 0

@@ -1,4 +1,4 @@
-"""What the commands about data share: the config, its tokenizer and template, and no model."""
+"""Loading shared by the data commands: the config, its tokenizer and its template, but no model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xtuner.cli.options import read_config
 
 
 def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Returns the checked config of a command line, its tokenizer and its template; the model is not loaded."""
+    """Returns the checked config of a command line, its tokenizer and its template; loads no model."""
     from xtuner.cli.log import start_logging
 
     config = read_config(args)

@@ -1,4 +1,4 @@
-"""Prints versions, devices and what works here, tried for real, as Markdown to paste into an issue."""
+"""Prints versions, devices and the results of real tests on this machine, as Markdown for a bug report."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds no arguments of its own."""
+    """Adds this command's arguments: none."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report on stdout; exit status 1 where something that is needed does not work."""
+    """Prints the report to stdout; the exit status is 1 if a required component does not work."""
     from xtuner.cli.log import start_logging
 
     start_logging()

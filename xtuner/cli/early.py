@@ -1,4 +1,4 @@
-"""What a command can refuse before torch and transformers are imported: paths that are not there, folders in use."""
+"""Checks that run before torch and transformers are imported: missing models, adapters and data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ logger = logging.getLogger('xtuner')
 
 
 def say_loading() -> None:
-    """The first line of a command that loads a model: what it waits for, before the imports that take seconds."""
-    if CHILD not in os.environ:  # the process that started this one has said it
+    """Logs that libraries are being loaded, before the imports that take seconds."""
+    if CHILD not in os.environ:  # the parent process has logged it
         logger.info('loading PyTorch and transformers ...')
 
 
 def check_model(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Looks for a model; of one on the hub, config and tokenizer are fetched, by the first process alone.
+    """Checks that a model exists. The first process downloads the config and tokenizer of a hub model.
 
     Raises:
-        ModelError: nothing there under that name.
+        ModelError: there is no model of that name.
     """
     from xtuner.model.hub import MODELSCOPE, resolve_model
 
@@ -32,18 +32,18 @@ def check_model(path: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def check_adapters(*paths: Path) -> None:
-    """Raises CheckpointError where one of the paths does not exist; what is in them is looked at when they are read."""
+    """Raises CheckpointError if one of the paths does not exist. Contents are checked when they are read."""
     for path in paths:
         if not path.exists():
             raise CheckpointError(f'{path}: no adapter found (no such file or folder)')
 
 
 def check_config(config: TrainConfig, *, data: bool = True) -> None:
-    """Looks for what a config names.
+    """Checks that the model and data of a config exist.
 
     Args:
         config: A checked config.
-        data: Whether its data is looked for too.
+        data: Whether to check the data as well.
 
     Raises:
         ModelError: there is no such model.

@@ -1,4 +1,4 @@
-"""Predicts a run's memory by term, steps, tokens, disk and hours: without the weights and without a GPU."""
+"""Predicts memory by component, steps, tokens, disk space and hours of a run, without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument('--gpu', metavar='CARD', help='a card such as h100 or rtx4090; else the GPU of this machine')
-    parser.add_argument('--num-gpus', type=positive_int, default=1, help='how many GPUs train together (1)')
-    parser.add_argument('--step-seconds', type=positive_float, help="a step's measured time, from which hours follow")
-    parser.add_argument('--no-data', action='store_true', help='leave the data alone: memory for full rows only')
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument(
+        '--gpu', metavar='GPU', help='a GPU model such as h100 or rtx4090 (default: the GPU of this machine)'
+    )
+    parser.add_argument(
+        '--num-gpus', type=positive_int, default=1, help='number of GPUs for data parallel training (default: 1)'
+    )
+    parser.add_argument(
+        '--step-seconds', type=positive_float, help='measured time of one step, to predict the hours from'
+    )
+    parser.add_argument(
+        '--no-data', action='store_true', help='do not prepare the data; predict memory for full rows only'
+    )
+    parser.add_argument('--json', action='store_true', help='print the estimate as JSON')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the estimate on stdout."""
+    """Prints the estimate to stdout."""
     from xtuner.cli.log import start_logging
 
     config = read_config(args)
     start_logging()
-    check_config(config, data=False)  # without its data, the memory is told all the same
+    check_config(config, data=False)  # memory is estimated even without the data
 
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe
-    from xtuner.memory.gpus import find_card, local_card
+    from xtuner.memory.gpus import find_gpu, local_gpu
     from xtuner.model.hub import resolve_model
 
-    card = find_card(args.gpu) if args.gpu else local_card()
+    card = find_gpu(args.gpu) if args.gpu else local_gpu()
     model = config.model
     folder = resolve_model(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False
@@ -55,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size_of_data(config: Any, folder: Any) -> DataSize | None:
-    """Prepares the data, or takes it from the cache; what keeps it from being had is said and left."""
+    """Prepares the data or loads it from the cache; None, with a message, if that fails."""
     from xtuner.dataset.prepare import prepare_dataset
     from xtuner.dataset.templates.builtin import get_template
     from xtuner.engine.estimate import data_size
@@ -69,5 +77,5 @@ def _size_of_data(config: Any, folder: Any) -> DataSize | None:
         template = get_template(config.model.template, tokenizer)
         return data_size(prepare_dataset(config.dataset, tokenizer=tokenizer, template=template))
     except XTunerError as error:
-        print(printable(f'the size of the data is not known: {error}'), file=sys.stderr)
+        print(printable(f'the size of the data is unknown: {error}'), file=sys.stderr)
         return None

@@ -1,4 +1,4 @@
-"""Where log lines go: the project's own to stderr, other libraries' chatter to nobody."""
+"""Logging setup: our own log lines go to stderr, informational output of other libraries is suppressed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xtuner.utils.escape import PrintableFormatter
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to what `sys.stderr` is when a line comes: one from before may be closed, and a thread still logs."""
+    """Writes to the current `sys.stderr`: an earlier one may be closed while a thread still logs."""
 
     @property
     def stream(self) -> TextIO:
-        """The present stderr."""
+        """The current stderr."""
         return sys.stderr
 
     @stream.setter
@@ -25,7 +25,7 @@ class _StderrHandler(logging.StreamHandler):
         pass
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the line above the progress bars, where something has drawn any."""
+        """Writes the line above the progress bars, if any are drawn."""
         if 'tqdm' not in sys.modules:
             super().emit(record)
             return
@@ -36,16 +36,16 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def start_logging() -> None:
-    """Sends `xtuner` log lines to stderr and quiets what the libraries below say of themselves.
+    """Sends `xtuner` log lines to stderr and suppresses informational output of the libraries below.
 
-    Call it before torch and transformers are imported: some of them speak on import.
+    Call it before torch and transformers are imported, because some of them log on import.
     """
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # its own warning after a fork
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # avoids its warning after a fork
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # else a config's model_type makes transformers fetch kernels
+    os.environ.setdefault('USE_HUB_KERNELS', 'NO')  # otherwise transformers fetches kernels for some model types
     if not sys.stderr.isatty():
-        os.environ.setdefault('TQDM_DISABLE', '1')  # bars that are not ours: redrawn, they make an unreadable file
+        os.environ.setdefault('TQDM_DISABLE', '1')  # bars of other libraries: redrawn, they make log files unreadable
     handler = _StderrHandler()
     handler.setFormatter(PrintableFormatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
     project = logging.getLogger('xtuner')

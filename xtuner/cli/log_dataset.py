@@ -1,4 +1,4 @@
-"""Shows conversations as the model will see them, trained tokens apart from the others, and how long they are."""
+"""Shows encoded conversations with trained tokens highlighted, and a histogram of their lengths."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from xtuner.cli.options import add_config_arguments, positive_int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument('--num', type=positive_int, default=3, help='how many conversations to show (3)')
-    parser.add_argument('--part', choices=('train', 'val'), default='train', help='of which part (train)')
+    parser.add_argument('--num', type=positive_int, default=3, help='number of conversations to show (default: 3)')
+    parser.add_argument('--part', choices=('train', 'val'), default='train', help='split to show (default: train)')
     parser.add_argument(
         '--color', choices=('auto', 'always', 'never'), default='auto',
-        help='trained tokens in green, the others in grey; without colours, trained ones stand between « and »',
+        help='trained tokens in green, others in grey; without colour, trained tokens are enclosed in « and »',
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the data, or takes it from the cache, and prints samples and a histogram on stdout."""
+    """Prepares the data or loads it from the cache, and prints samples and a histogram to stdout."""
     from xtuner.cli.data import load_data_config
 
     config, tokenizer, template = load_data_config(args)
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     dataset = prepare_dataset(config.dataset, tokenizer=tokenizer, template=template, part=args.part)
     if dataset is None:
-        raise ConfigError('the config asks for no validation part; set `dataset.val_ratio` or `dataset.val_file`')
+        raise ConfigError('the config has no validation data; set `dataset.val_ratio` or `dataset.val_file`')
     color = args.color == 'always' or (args.color == 'auto' and sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
     numbers = sorted(set(dataset.sample_numbers.tolist()))
     for number in numbers[: args.num]:

@@ -1,7 +1,7 @@
-"""The `xtuner` command: finds the subcommand, runs it, turns its end into an exit status.
+"""The `xtuner` command: dispatches to a subcommand and converts its result into an exit status.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`; it is imported only when it is called, so
-that `xtuner --help` costs nothing. Exit status: 0 done, 1 failed, 2 wrong call, 130 and 143 interrupted.
+that `xtuner --help` is fast. Exit status: 0 success, 1 failure, 2 usage error, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from xtuner import __version__
 from xtuner.cli.process import (
-    flush_results,
-    forget_results,
-    leave,
-    look_for_cycles_less_often,
-    reader_has_gone,
-    stops_at_once_while_importing,
-    write_what_the_locale_lacks,
+    collect_garbage_less_often,
+    discard_output,
+    escape_unencodable_output,
+    exit_on_interrupted_import,
+    exit_without_teardown,
+    flush_output,
+    output_is_closed,
 )
 from xtuner.errors import UsageError, XTunerError, nearest
 from xtuner.ranks import exit_rank, should_report
@@ -31,54 +31,54 @@ from xtuner.utils.escape import printable
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the module that carries it and its line in `--help`."""
+    """A subcommand: its module and its line in `xtuner --help`."""
 
     module: str
     text: str
 
 
-# A name with a space is a command of a group: `xtuner convert merge`.
+# A name with a space is a subcommand of a group: `xtuner convert merge`.
 COMMANDS = {
-    'list-cfg': Command('xtuner.cli.list_cfg', 'list the configs that come with xtuner'),
+    'list-cfg': Command('xtuner.cli.list_cfg', 'list the shipped configs'),
     'copy-cfg': Command('xtuner.cli.copy_cfg', 'write a config as one flat, commented file to edit'),
-    'print-config': Command('xtuner.cli.print_config', 'show a config as training will see it'),
+    'print-config': Command('xtuner.cli.print_config', 'print the complete config, with defaults filled in'),
     'estimate': Command('xtuner.cli.estimate', 'predict memory, steps and hours, without weights or a GPU'),
     'train': Command('xtuner.cli.train', 'fine-tune a model'),
-    'report': Command('xtuner.cli.report', 'write the page that shows a run'),
-    'preprocess': Command('xtuner.cli.preprocess', 'prepare the data of a config ahead of training'),
-    'log-dataset': Command('xtuner.cli.log_dataset', 'show conversations as the model will see them'),
-    'check-custom-dataset': Command('xtuner.cli.check_custom_dataset', 'check a file of conversations, every record'),
-    'list-dataset-format': Command('xtuner.cli.list_dataset_format', 'list the data formats'),
+    'report': Command('xtuner.cli.report', 'write the HTML report of a run'),
+    'preprocess': Command('xtuner.cli.preprocess', 'prepare the data of a config before training'),
+    'log-dataset': Command('xtuner.cli.log_dataset', 'show encoded conversations and which tokens are trained'),
+    'check-custom-dataset': Command('xtuner.cli.check_custom_dataset', 'check every record of a data file'),
+    'list-dataset-format': Command('xtuner.cli.list_dataset_format', 'list the supported data formats'),
     'convert merge': Command('xtuner.cli.convert.merge', 'merge an adapter into its base model'),
-    'convert to-llama': Command('xtuner.cli.convert.to_llama', 'write InternLM as a plain Llama checkpoint'),
-    'convert split': Command('xtuner.cli.convert.split', 'cut the weights of a model into smaller shards'),
-    'convert gguf': Command('xtuner.cli.convert.gguf', 'write a model as a GGUF file for llama.cpp'),
-    'convert ollama': Command('xtuner.cli.convert.ollama', 'write a GGUF file and a Modelfile for Ollama'),
-    'convert pth_to_hf': Command('xtuner.cli.convert.pth_to_hf', 'read a checkpoint of classical xtuner'),
-    'chat': Command('xtuner.cli.chat', 'talk to a model, with or without an adapter'),
-    'serve': Command('xtuner.cli.serve', 'serve a model and adapters over HTTP, in the form of the OpenAI API'),
-    'doctor': Command('xtuner.cli.doctor', 'say what works on this machine, to paste into an issue'),
+    'convert to-llama': Command('xtuner.cli.convert.to_llama', 'convert InternLM to a plain Llama checkpoint'),
+    'convert split': Command('xtuner.cli.convert.split', 'split the weights of a model into smaller shards'),
+    'convert gguf': Command('xtuner.cli.convert.gguf', 'export a model to a GGUF file for llama.cpp'),
+    'convert ollama': Command('xtuner.cli.convert.ollama', 'export a GGUF file and a Modelfile for Ollama'),
+    'convert pth_to_hf': Command('xtuner.cli.convert.pth_to_hf', 'convert a checkpoint of classical xtuner'),
+    'chat': Command('xtuner.cli.chat', 'chat with a model, with or without an adapter'),
+    'serve': Command('xtuner.cli.serve', 'serve a model and adapters over HTTP with the OpenAI API'),
+    'doctor': Command('xtuner.cli.doctor', 'report what works on this machine'),
 }
 
-# What the machine refuses is no fault of ours; everything else that is no `XTunerError` is.
+# OS errors caused by the machine; any other error that is not an `XTunerError` is a bug.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENAMETOOLONG)
 
 
 def command() -> None:
-    """The process `xtuner`: one command line, then its exit status."""
-    write_what_the_locale_lacks()
-    leave(main())
+    """Entry point of the `xtuner` process: runs one command line and exits with its status."""
+    escape_unencodable_output()
+    exit_without_teardown(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit status; prints at most one line of error, unless `--debug`."""
+    """Runs one command line and returns its exit status; prints at most one line of error without `--debug`."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in words
-    look_for_cycles_less_often()
+    collect_garbage_less_often()
     try:
-        with stops_at_once_while_importing():
+        with exit_on_interrupted_import():
             status = _run(words)
-            flush_results()
+            flush_output()
             return status
     except XTunerError as error:
         _report(error, debug=debug)
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('xtuner: interrupted', file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_has_gone():  # such as `head`: nothing is left to say
-            forget_results()
+        if isinstance(error, BrokenPipeError) and output_is_closed():  # for example by `head`
+            discard_output()
             return 1
         _report(error, debug=debug, unexpected=getattr(error, 'errno', None) not in _REFUSALS)
         exit_rank(1)
@@ -113,20 +113,20 @@ def _run(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    parser.add_argument('--debug', action='store_true', help='print the traceback of an error')
+    parser.add_argument('--debug', action='store_true', help='print the traceback of errors')
     return int(module.run(parser.parse_args(rest)))
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with a wrong call as an exception: one line, exit status 2."""
+    """argparse with usage errors as exceptions: one line, exit status 2."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Raises what argparse would print."""
+        """Raises UsageError with the message that argparse would print."""
         raise UsageError(f'{message}; see `{self.prog} --help`')
 
 
 def _command(words: list[str]) -> tuple[str, list[str]]:
-    """Splits the words into a command's name, of one or two words, and its arguments."""
+    """Splits the words into the command name, of one or two words, and its arguments."""
     for length in (2, 1):
         name = ' '.join(words[:length])
         if len(words) >= length and name in COMMANDS:
@@ -145,7 +145,9 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
 def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     width = max(map(len, COMMANDS)) + 2
     rows = '\n'.join(f'  {name:{width}}{COMMANDS[name].text}' for name in names)
-    return f'usage: xtuner COMMAND ...\n\n{rows}\n\n`xtuner COMMAND --help` explains one; --debug prints tracebacks.'
+    return (
+        f'usage: xtuner COMMAND ...\n\n{rows}\n\n`xtuner COMMAND --help` shows its options; --debug prints tracebacks.'
+    )
 
 
 def _report(error: Exception, *, debug: bool, unexpected: bool = False) -> None:
@@ -171,13 +173,13 @@ def _close_bars() -> None:
 
 
 def _unreadable_name(error: UnicodeEncodeError) -> str | None:
-    """What to say where the error is about a path's bytes that are no text in the locale; None for any other."""
+    """The message for a path whose bytes cannot be decoded in the locale; None for other encoding errors."""
     wrong = error.object[error.start : error.end]
-    if not all('\udc80' <= char <= '\udcff' for char in wrong):  # Python's stand-ins for such bytes
+    if not all('\udc80' <= char <= '\udcff' for char in wrong):  # surrogate escapes of undecodable bytes
         return None
     shown = wrong.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
-    return (f'{shown!r} in the name of a file or folder is no text in this locale; use UTF-8 (PYTHONUTF8=1, or '
-            'LC_ALL=C.UTF-8), or rename it')  # fmt: skip
+    return (f'{shown!r} in the name of a file or folder cannot be decoded in this locale; use UTF-8 '
+            '(PYTHONUTF8=1, or LC_ALL=C.UTF-8), or rename it')  # fmt: skip
 
 
 if __name__ == '__main__':

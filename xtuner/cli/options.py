@@ -1,4 +1,4 @@
-"""Groups of arguments that several commands share."""
+"""Command-line options shared by several commands."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Alias:
-    """An option that is another name of a config's key.
+    """An option that sets a config key.
 
     Attributes:
-        key: The key.
-        type: Reads the value.
-        text: What the value is.
+        key: The config key.
+        type: Converts the text of the value.
+        text: Description of the value.
     """
 
     key: str
@@ -31,16 +31,16 @@ class Alias:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and what replaces parts of it."""
-    config = parser.add_argument('config', help='a shipped name (see `xtuner list-cfg`) or a file')
-    config.required = False  # `read_config` asks for it, once it has looked where else on the line it may stand
+    """Adds CONFIG and the options that override its values."""
+    config = parser.add_argument('config', help='the name of a shipped config (see `xtuner list-cfg`) or a config file')
+    config.required = False  # `read_config` requires it, after looking for it behind `--cfg-options`
     parser.add_argument(
-        '--model', type=filled, help="base model in place of the config's: a folder, a hub id or modelscope:ID"
+        '--model', type=filled, help="base model, overrides the config's: a folder, a hub id or modelscope:ID"
     )
     parser.add_argument(
         '--data',
         type=filled,
-        help="data in place of the config's: a hub id, a file or a folder; its format is detected",
+        help="data, overrides the config's: a hub id, a file or a folder; its format is detected",
     )
     for name, alias in ALIASES.items():
         parser.add_argument(name, type=alias.type, metavar='N', help=f'{alias.text}: {alias.key}')
@@ -50,22 +50,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action='extend',
         default=[],
         metavar='KEY=VALUE',
-        help='further values, such as schedule.batch_size=2',
+        help='override config values, for example schedule.batch_size=2',
     )
 
 
 def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Loads the config of a command line with all that `add_config_arguments` and the command put in its place.
+    """Loads the config of a command line and applies its overrides.
 
-    argparse gives every word after `--cfg-options` to it, CONFIG too; afterwards it is `args.config`.
+    argparse assigns every word after `--cfg-options` to that option, CONFIG too; here CONFIG is moved to `args.config`.
 
     Args:
         args: The parsed command line.
-        overrides: The command's own dotted keys and their values; `--cfg-options` go before them.
+        overrides: Dotted keys and values set by the command itself; they override `--cfg-options`.
 
     Raises:
-        UsageError: there is no CONFIG, or two options set one key.
-        ConfigError: it does not exist, or something in it is wrong.
+        UsageError: there is no CONFIG, or two options set the same key.
+        ConfigError: the config does not exist or is invalid.
     """
     from xtuner.config.load import load_config, parse_options
 
@@ -73,9 +73,7 @@ def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = 
     if args.config is None and words and '=' not in words[-1]:
         args.config = words.pop()
     if args.config is None:
-        raise UsageError(
-            'the following arguments are required: config (`xtuner list-cfg` lists those that are shipped)'
-        )
+        raise UsageError('the following arguments are required: config (`xtuner list-cfg` lists the shipped ones)')
     named: dict[str, Any] = {}
     if args.model:
         named['model.path'] = args.model
@@ -85,54 +83,56 @@ def read_config(args: argparse.Namespace, overrides: Mapping[str, Any] | None = 
 
 
 def _values_of(args: argparse.Namespace, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the options of their own name, of `--cfg-options` and of the command, none of them twice."""
+    """Combines the values of the `ALIASES` options, of `--cfg-options` and of the command; none may be set twice."""
     values = {**options, **overrides}
     for name, alias in ALIASES.items():
         value = getattr(args, name.removeprefix('--').replace('-', '_'))
         if value is None:
             continue
         if alias.key in options:
-            raise UsageError(f'{name} and --cfg-options {alias.key}=... set the same value; give one of them')
+            raise UsageError(f'{name} and --cfg-options {alias.key}=... set the same value; use only one of them')
         values[alias.key] = value
-        if name == '--epochs':  # a number of steps, in the config, would go before them
+        if name == '--epochs':  # a number of steps in the config would take precedence
             if values.get('schedule.max_steps') is not None:
-                raise UsageError('--epochs and a number of steps both say how long to train; give one of them')
+                raise UsageError('--epochs and a number of steps both set the length of training; use only one of them')
             values['schedule.max_steps'] = None
     return values
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the base model of `chat` and `serve` is held."""
+    """Adds the options for the precision and device of the base model, for `chat` and `serve`."""
     parser.add_argument(
-        '--bits', type=int, choices=(4, 8, 16), help='quantise the base to 4 or 8 bits; 16: not (as the adapter was '
-        'trained, else 16)',
+        '--bits', type=int, choices=(4, 8, 16), help='quantize the base model to 4 or 8 bits; 16: do not quantize '
+        '(default: as the adapter was trained, else 16)',
     )  # fmt: skip
     parser.add_argument(
         '--dtype', default='auto', choices=('auto', 'bf16', 'fp16', 'fp32'),
-        help='of what is not quantised (half precision on a GPU, fp32 on a CPU)',
+        help='compute dtype (default: half precision on a GPU, fp32 on a CPU)',
     )  # fmt: skip
-    parser.add_argument('--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(a GPU where there is one)')
+    parser.add_argument(
+        '--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(default: a GPU if there is one)'
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How an answer is drawn. The defaults are those of InternLM's model card."""
-    parser.add_argument('--max-new-tokens', type=positive_int, default=1024, help='tokens an answer may have (1024)')
+    """Adds the sampling options. The defaults are those of InternLM's model card."""
     parser.add_argument(
-        '--temperature', type=non_negative_float, default=0.8, help='0: always the likeliest token (0.8)'
+        '--max-new-tokens', type=positive_int, default=1024, help='maximum tokens per answer (default: 1024)'
     )
-    parser.add_argument('--top-p', type=share, default=0.8, help='draw from the likeliest tokens of this mass (0.8)')
-    parser.add_argument('--seed', type=int, help='makes the draws repeatable')
+    parser.add_argument('--temperature', type=non_negative_float, default=0.8, help='0: greedy decoding (default: 0.8)')
+    parser.add_argument('--top-p', type=share, default=0.8, help='nucleus sampling probability (default: 0.8)')
+    parser.add_argument('--seed', type=int, help='random seed of sampling (default: random)')
 
 
 def filled(text: str) -> str:
-    """Argparse type: any text but an empty one, which is what a shell variable that is not set leaves."""
+    """Argparse type: non-empty text. An empty text usually comes from an unset shell variable."""
     if not text.strip():
-        raise argparse.ArgumentTypeError('is empty; perhaps a shell variable is not set')
+        raise argparse.ArgumentTypeError('is empty; is a shell variable unset?')
     return text
 
 
 def given_path(text: str) -> Path:
-    """Argparse type: a path; an empty one would be the folder one stands in."""
+    """Argparse type: a non-empty path; an empty one would mean the current folder."""
     return Path(filled(text))
 
 
@@ -145,7 +145,7 @@ def finite(text: str) -> float:
 
 
 def positive_int(text: str) -> int:
-    """Argparse type: a whole number from 1."""
+    """Argparse type: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
@@ -161,7 +161,7 @@ def positive_float(text: str) -> float:
 
 
 def non_negative_int(text: str) -> int:
-    """Argparse type: a whole number from 0."""
+    """Argparse type: an integer of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f'must be 0 or more, got {text}')
@@ -169,7 +169,7 @@ def non_negative_int(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """Argparse type: a finite number from 0."""
+    """Argparse type: a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'must be 0 or more, got {text}')
@@ -186,9 +186,9 @@ def share(text: str) -> float:
 
 ALIASES = {
     '--lr': Alias('optimizer.lr', positive_float, 'peak learning rate'),
-    '--epochs': Alias('schedule.max_epochs', positive_float, 'passes over the data'),
-    '--batch-size': Alias('schedule.batch_size', positive_int, 'packs a device computes at a time'),
-    '--max-length': Alias('dataset.max_length', positive_int, 'tokens of a pack'),
+    '--epochs': Alias('schedule.max_epochs', positive_float, 'epochs'),
+    '--batch-size': Alias('schedule.batch_size', positive_int, 'packs per device and micro-batch'),
+    '--max-length': Alias('dataset.max_length', positive_int, 'tokens per pack'),
     '--lora-rank': Alias('adapter.r', positive_int, 'rank of the adapter'),
 }
-"""Options of their own for the keys that are changed most."""
+"""Options for the config keys that are changed most often."""

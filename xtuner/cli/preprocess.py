@@ -1,4 +1,4 @@
-"""Prepares a config's data ahead, so that training starts at once: the same folder in the same cache."""
+"""Prepares the data of a config in advance and stores it in the cache, so that training starts at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares both parts and prints their folders on stdout."""
+    """Prepares the training and validation data and prints their folders to stdout."""
     from xtuner.cli.data import load_data_config
 
     config, tokenizer, template = load_data_config(args)

@@ -1,4 +1,4 @@
-"""Shows a config as training will see it: flat, with every default filled in."""
+"""Prints the complete config as one flat file, with every default filled in and explained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the flat source, which is itself a config file."""
+    """Prints the source of the flat config, which is itself a config file."""
     from xtuner.config.find import find_config
     from xtuner.config.flatten import flatten
 

@@ -1,4 +1,4 @@
-"""The process of a command: quick to start, quick to end, and stopped by Ctrl-C even while it imports."""
+"""Process setup and exit of a command: fast startup and exit, Ctrl-C during imports, closed or full output."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from types import FrameType
 from xtuner.ranks import end_now
 
 _COLLECT_AFTER = 10_000
-"""New containers between two looks for cycles. Python's own 700 cost 0.7 of the 3.0 s that importing a chat takes."""
+"""Allocations between garbage collections. Python's default of 700 takes 0.7 of the 3.0 s of a chat's imports."""
 
 
-def look_for_cycles_less_often() -> None:
-    """Spares the imports most of the garbage collector's walks over half a million objects of libraries."""
+def collect_garbage_less_often() -> None:
+    """Raises the garbage collector's threshold, because imports create half a million long-lived objects."""
     gc.set_threshold(_COLLECT_AFTER)
 
 
-def write_what_the_locale_lacks() -> None:
-    """Lets standard output write a character that its encoding has not as an escape, as standard error does.
+def escape_unencodable_output() -> None:
+    """Makes stdout escape characters that its encoding lacks, as stderr does.
 
-    Else a run under `LC_ALL=C` would fail at its last line, where it prints the path of its checkpoint.
+    Otherwise a run with `LC_ALL=C` could fail in its last line, which prints the path of a checkpoint.
     """
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper) and (stdout.errors == 'strict' or stdout.encoding.lower() != 'utf-8'):
         stdout.reconfigure(errors='backslashreplace')
 
 
-def leave(status: int) -> None:
-    """Ends the process as `sys.exit` does, but does not take its modules apart, which lasts a second and more.
+def exit_without_teardown(status: int) -> None:
+    """Exits like `sys.exit`, but without destroying all modules, which takes a second or more.
 
-    Where a thread still has something to do, the interpreter ends itself.
+    If a non-daemon thread is still running, the interpreter exits normally.
     """
     if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
         sys.exit(status)
@@ -46,52 +46,52 @@ def leave(status: int) -> None:
     end_now(status)
 
 
-def flush_results() -> None:
-    """Hands what was printed to whoever reads it, while an error can still be told.
+def flush_output() -> None:
+    """Flushes stdout while errors can still be reported.
 
     Raises:
-        OSError: the disk is full, or the reader has gone.
+        OSError: the disk is full, or the pipe is closed.
     """
     try:
-        if sys.stdout is not None:  # None where it was closed before we began
+        if sys.stdout is not None:  # None if it was closed before startup
             sys.stdout.flush()
     except OSError as error:
         error.filename = 'standard output'
         raise
 
 
-def forget_results() -> None:
-    """Drops what was printed and that nobody reads any more, so that the interpreter does not try again."""
+def discard_output() -> None:
+    """Discards buffered output of a closed pipe, so that the interpreter does not flush it again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def reader_has_gone() -> bool:
-    """Whether nobody reads standard output or error any more; True where this system cannot tell."""
+def output_is_closed() -> bool:
+    """Whether the reading end of stdout or stderr is closed; True if the system cannot tell."""
     if not hasattr(select, 'poll'):  # Windows
         return True
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
-            poll.register(stream.fileno(), 0)  # that the other end is closed is told in any case
+            poll.register(stream.fileno(), 0)  # a closed reading end is always reported
     return bool(poll.poll(0))
 
 
 @contextlib.contextmanager
-def stops_at_once_while_importing() -> Iterator[None]:
-    """Ctrl-C ends the process with status 130 where an import is under way, and is `KeyboardInterrupt` elsewhere.
+def exit_on_interrupted_import() -> Iterator[None]:
+    """Ctrl-C during an import exits with status 130; otherwise it raises `KeyboardInterrupt` as usual.
 
-    The exception does not reach us from everywhere: torch goes on without numpy when numpy's import is broken off, and
-    transformers then fails minutes later with `ModuleNotFoundError`. Nothing that has to be put in order is open then.
+    Libraries may swallow the exception during an import: torch continues without numpy if its import is interrupted,
+    and transformers then fails minutes later with `ModuleNotFoundError`. No cleanup is needed at that point.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # whoever called us has a handler of its own
+        yield  # the caller has its own handler
         return
     command = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        """The signal's handler."""
+        """Handles SIGINT."""
         if _is_importing(frame):
             if os.getpid() == command:  # not in a process forked from it
                 os.write(2, b'xtuner: interrupted\n')

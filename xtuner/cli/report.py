@@ -1,4 +1,4 @@
-"""Writes report.html of a run, finished or not, from the files in its work folder: one page that needs nothing else."""
+"""Writes the self-contained report.html of a run, finished or not, from the files in its work directory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from xtuner.cli.options import given_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('work_dir', type=given_path, help='the folder with metrics.jsonl, or a checkpoint in it')
+    parser.add_argument(
+        'work_dir', type=given_path, help='work directory of the run (it contains metrics.jsonl), or a checkpoint in it'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the page's path on stdout."""
+    """Writes the report and prints its path to stdout."""
     from xtuner.cli.log import start_logging
 
     start_logging()

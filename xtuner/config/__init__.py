@@ -1,0 +1,1 @@
+"""Configs: lookup, loading, checks and flattening."""

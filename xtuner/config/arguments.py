@@ -1,4 +1,4 @@
-"""What can be said of the arguments of `optimizer` and `adapter` before the class that takes them is imported."""
+"""Checks the arguments of `optimizer` and `adapter` without importing the classes that take them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from xtuner.utils.fields import Field, shown, words
 
-_LARGEST = 1e30  # torch keeps optimizer settings in float32, which ends at 3.4e38
+_LARGEST = 1e30  # torch stores optimizer settings in float32, whose maximum is 3.4e38
 PATTERNS = ('target_modules', 'exclude_modules', 'layers_pattern', 'modules_to_save', 'feedforward_modules',
             'rank_pattern', 'alpha_pattern', 'target_parameters')  # fmt: skip
-"""The fields of peft's configs that hold names of modules, or regular expressions that match them."""
-_TEXTS = (*PATTERNS, 'prompt_tuning_init_text', 'tokenizer_name_or_path')  # may look like a number, as layer '0' does
+"""The fields of peft's configs that contain module names, or regular expressions that match them."""
+_TEXTS = (*PATTERNS, 'prompt_tuning_init_text', 'tokenizer_name_or_path')  # may look like numbers: module '0'
 _FIELDS = {
     'optimizer.lr': Field(float, minimum=0, maximum=10**9),
     'adapter.r': Field(int, minimum=1, maximum=2**16),
@@ -22,7 +22,7 @@ _FIELDS = {
 
 
 def argument_faults(section: Mapping[str, Any] | None, where: str) -> Iterator[str]:
-    """Yields what is wrong with a section's arguments.
+    """Yields the errors in the arguments of a section.
 
     Args:
         section: A mapping with a `type` and its arguments, or None.
@@ -44,7 +44,7 @@ def argument_faults(section: Mapping[str, Any] | None, where: str) -> Iterator[s
 
 
 def _number_fault(path: str, value: Any) -> str | None:
-    """`nan` of a command line comes as text, and what takes it would compare text with numbers."""
+    """Rejects numbers given as text, such as `nan` on a command line, and numbers out of range."""
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(item, str) and _is_number(item):
             return f'`{path}` must be a number, got {shown(item)}'
@@ -67,5 +67,5 @@ def _pattern_fault(path: str, value: Any) -> str | None:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
-        return f'`{path}` is no regular expression ({error}), got {shown(value)}'
+        return f'`{path}` is not a regular expression ({error}), got {shown(value)}'
     return None

@@ -1,4 +1,4 @@
-"""A checked config to the source of one flat file, every key with its comment: what `xtuner copy-cfg` writes."""
+"""Writes a checked config as the source of one flat file with a comment for every key (`xtuner copy-cfg`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _WIDTH = 120
 
 
 def flatten(config: TrainConfig, *, title: str) -> str:
-    """Python source that loads to an equal `TrainConfig`, with imports, sections and comments.
+    """Returns Python source that loads to an equal `TrainConfig`, with imports, sections and comments.
 
-    Example of a line: `    max_length=2048,                      # tokens a pack`
+    Example of a line: `    max_length=2048,                      # tokens per pack`
     """
     imports: set[tuple[str, str]] = set()
     sections = [_section(field, getattr(config, field.name), imports) for field in dataclasses.fields(config)]
-    lines = [f'# {title}', '# Edit what you like; `xtuner train THIS_FILE` runs it.', '']
+    lines = [f'# {title}', '# Edit it and train with `xtuner train THIS_FILE`.', '']
     lines += [f'from {module} import {name}' for module, name in sorted(imports)]
     return '\n'.join([*lines, *sections]).rstrip() + '\n'
 
@@ -43,7 +43,7 @@ def _section(field: dataclasses.Field[Any], value: Any, imports: set[tuple[str, 
 
 def _comment(field: dataclasses.Field[Any]) -> str:
     text, allowed = field.metadata['text'], field.metadata['allowed']
-    others = [str(value) for value in allowed if str(value) not in text]  # the text explains some, or all
+    others = [str(value) for value in allowed if str(value) not in text]  # not explained by the text
     also = 'also ' if len(others) < len(allowed) else ''
     return f'{text} ({also}{", ".join(others)})' if others else text
 
@@ -59,11 +59,11 @@ def _row(code: str, comment: str) -> str:
 
 def _is_import(key: str, value: Any) -> bool:
     named = key == 'type' and isinstance(value, str) and ':' in value
-    return (callable(value) or named) and '.py:' not in reference(value)  # a file's name stays text
+    return (callable(value) or named) and '.py:' not in reference(value)  # a file name stays text
 
 
 def _source(value: Any, imports: set[tuple[str, str]], *, is_type: bool = False) -> str:
-    """The expression for a value; a `type` such as 'peft:LoraConfig' becomes its name, noted in `imports`."""
+    """The expression of a value; a `type` such as 'peft:LoraConfig' becomes a name, which is added to `imports`."""
     if isinstance(value, Mapping):
         inner = (f'{k}={_source(v, imports, is_type=_is_import(k, v))}' for k, v in value.items())
         return 'dict(' + ', '.join(inner) + ')'

@@ -1,4 +1,4 @@
-"""A config file, and the options given beside it, to a checked `TrainConfig`."""
+"""Loads a config file and command-line overrides into a checked `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xtuner.ranks import is_first_process
 from xtuner.utils.escape import printable
 from xtuner.utils.fields import Field, shown
 
-# Sections that are one mapping of a callable and its arguments; their keys are checked when `type` is bound.
+# Sections with a callable `type` and its arguments, which are checked against the signature when it is called.
 OPEN_SECTIONS = ('optimizer', 'adapter', 'objective')
 # Sections that may be a function, which a file may define or import under their name.
 _FUNCTION_SECTIONS = ('objective',)
@@ -31,11 +31,11 @@ _Section = typing.TypeVar('_Section')
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Reads a shipped config or a file, applies dotted overrides such as `{'dataset.max_length': 512}`, checks all.
+    """Loads a shipped config or a file, applies dotted overrides such as `{'dataset.max_length': 512}`, and checks it.
 
     Raises:
-        ConfigError: no such config, a file that does not run, an unknown key (with the nearest known one), a wrong
-            value; all faults of the file, and of the overrides, come in one message that tells whose they are.
+        ConfigError: there is no such config, the file fails to run, a key is unknown (with similar names), or a value
+            is invalid. One message lists all errors, separately for the file and the overrides.
     """
     path = find_config(name)
     values = read_file(path)
@@ -44,18 +44,18 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     epochs = split_epochs(name)[1]
     if epochs and path.stem != Path(name).stem:  # a shipped config by its classical name
         _override(values, 'schedule.max_epochs', epochs)
-    own = copy.deepcopy(values)
+    file_values = copy.deepcopy(values)
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     faults: list[str] = []
     config = _build(TrainConfig, values, '', faults)
     if faults:
-        raise ConfigError(_by_origin(faults, own, path))
+        raise ConfigError(_by_origin(faults, file_values, path))
     return with_full_types(typing.cast(TrainConfig, config))
 
 
 def section_of(cls: type[_Section], values: Any, where: str) -> _Section:
-    """One section of a config from plain values, such as a file of a checkpoint keeps; raises ConfigError."""
+    """Creates one section from plain values, such as those in a file of a checkpoint; raises ConfigError."""
     faults: list[str] = []
     section = _build(cls, values, where, faults)
     if faults:
@@ -63,12 +63,13 @@ def section_of(cls: type[_Section], values: Any, where: str) -> _Section:
     return typing.cast(_Section, section)
 
 
-def _by_origin(faults: list[str], own: dict[str, Any], path: Path) -> str:
-    """One line: the faults that a file's own values have, under its name, then those that came with the options."""
+def _by_origin(faults: list[str], file_values: dict[str, Any], path: Path) -> str:
+    """One line with the errors of the file, prefixed by its name, then those of the command-line options."""
     of_file: list[str] = []
-    _build(TrainConfig, own, '', of_file)
-    parts = {str(path): [f for f in faults if f in of_file], 'options given': [f for f in faults if f not in of_file]}
-    return '; '.join(f'{origin}: {"; ".join(found)}' for origin, found in parts.items() if found)
+    _build(TrainConfig, file_values, '', of_file)
+    of_options = [fault for fault in faults if fault not in of_file]
+    parts = {str(path): [fault for fault in faults if fault in of_file], 'command-line options': of_options}
+    return '; '.join(f'{origin}: {"; ".join(errors)}' for origin, errors in parts.items() if errors)
 
 
 def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -83,10 +84,10 @@ def _from_classical(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Reads `--cfg-options` words: `a.b=1` gives `{'a.b': 1}`; what is no Python literal is taken as text.
+    """Parses `--cfg-options`: `a.b=1` gives `{'a.b': 1}`; a value that is not a Python literal is text.
 
     Raises:
-        UsageError: a word without `=`.
+        UsageError: an option without `=`.
     """
     parsed: dict[str, Any] = {}
     for option in options:
@@ -101,10 +102,10 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Runs a config file and returns its top-level names; what it imports is not imported, but named 'module:name'.
+    """Runs a config file and returns its top-level names; imports are not executed, but returned as 'module:name'.
 
     Raises:
-        ConfigError: the file has a syntax error or fails while it runs, with file and line.
+        ConfigError: the file has a syntax error or raises an exception; the message has file and line.
     """
     from mmengine.config import Config
 
@@ -119,20 +120,20 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f'{_origin(error, path)}: {error}') from error
     lazy = config._cfg_dict._to_lazy_dict()
     values = _without_lazy(lazy, path)
-    # Names with a leading underscore are a file's own helpers; so are its functions, modules and imports.
-    own = (types.FunctionType, types.ModuleType)  # mmengine imports modules of a system's Python for good
-    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, own))} - {*_FUNCTION_SECTIONS}
+    # Names with a leading underscore are helpers of the file, and so are its functions, modules and imports.
+    helpers = (types.FunctionType, types.ModuleType)  # mmengine does import modules of the standard library
+    hidden = {*config._imported_names, *(k for k, v in lazy.items() if isinstance(v, helpers))} - {*_FUNCTION_SECTIONS}
     return {k: v for k, v in values.items() if k not in hidden and not k.startswith('_')}
 
 
 def _without_lazy(value: Any, path: Path) -> Any:
-    """Writes what a file imports or defines as 'module:name' or 'file.py:name' text, for `xtuner.registry`."""
+    """Replaces imports and functions of a config file by 'module:name' or 'file.py:name', for `xtuner.registry`."""
     from mmengine.config.lazy import LazyAttr, LazyObject
 
     if isinstance(value, LazyObject):
-        return f'{_beside(value.module, path)}:{value}' if value._imported else value.module
+        return f'{_module_or_file(value.module, path)}:{value}' if value._imported else value.module
     if isinstance(value, LazyAttr):
-        return f'{_beside(value.module, path)}:{value.name}'
+        return f'{_module_or_file(value.module, path)}:{value.name}'
     if isinstance(value, types.FunctionType):
         return f'{Path(value.__code__.co_filename).resolve()}:{value.__qualname__}'
     if isinstance(value, dict):
@@ -142,15 +143,15 @@ def _without_lazy(value: Any, path: Path) -> Any:
     return value
 
 
-def _beside(module: str, path: Path) -> str:
-    """A module's file where it is no installed one but lies beside the config."""
+def _module_or_file(module: str, path: Path) -> str:
+    """The name of an installed module, or the path of a module in the folder of the config."""
     file = path.resolve().parent / f'{module}.py'
-    known = '.' in module or not file.is_file() or importlib.util.find_spec(module) is not None
-    return module if known else str(file)
+    is_installed = '.' in module or not file.is_file() or importlib.util.find_spec(module) is not None
+    return module if is_installed else str(file)
 
 
 def _origin(error: BaseException, path: Path) -> str:
-    """`file:line` where the config's own code failed, also when mmengine has wrapped the error."""
+    """`file:line` of an error in the code of the config, also if mmengine wrapped the error."""
     while error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if frame.filename.endswith('.py') and (
@@ -174,34 +175,34 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _build(cls: type, values: Any, where: str, faults: list[str]) -> Any:
-    """Makes one dataclass of a mapping, collecting what is wrong with it in `faults`."""
+    """Creates a dataclass from a mapping and appends its errors to `faults`."""
     if not isinstance(values, Mapping):
         faults.append(f'`{where}` must be a dict, got {shown(values)}')
         return None
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    faults.extend(_unknown(name, where, known) for name in values if name not in known)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    faults.extend(_unknown(name, where, fields) for name in values if name not in fields)
     hints = typing.get_type_hints(cls)
-    made: dict[str, Any] = {}
-    for name, field in known.items():
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
         path = f'{where}.{name}' if where else name
         if name in values:
-            made[name] = _value(hints[name], values[name], path, field, faults)
+            arguments[name] = _value(hints[name], values[name], path, field, faults)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             faults.append(f'`{path}` is missing: {field.metadata["text"]}')
     if faults:
         return None
     try:
-        return cls(**made)
-    except ConfigError as error:  # a check across fields
+        return cls(**arguments)
+    except ConfigError as error:  # from a check of several fields
         faults.append(str(error))
         return None
 
 
-def _unknown(name: str, where: str, known: Mapping[str, Any]) -> str:
+def _unknown(name: str, where: str, fields: Mapping[str, Any]) -> str:
     path = f'{where}.{name}' if where else name
-    hint = nearest(name, known) or f'; known: {", ".join(known)}'
-    helper = '' if where else ' (a helper variable of the file begins with an underscore)'
-    return f'unknown key `{path}`{hint}{helper if not nearest(name, known) else ""}'
+    hint = nearest(name, fields) or f'; known: {", ".join(fields)}'
+    helper = '' if where else ' (names of helper variables must begin with an underscore)'
+    return f'unknown key `{path}`{hint}{helper if not nearest(name, fields) else ""}'
 
 
 def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faults: list[str]) -> Any:
@@ -211,9 +212,10 @@ def _value(hint: Any, value: Any, path: str, field: dataclasses.Field[Any], faul
         return None
     if section is not None:
         return value if isinstance(value, section) else _build(section, value, path, faults)
-    wrong = Field(hint, **{name: field.metadata[name] for name in ('minimum', 'maximum', 'allowed')}).fault(path, value)
-    if wrong:
-        faults.append(wrong)
+    limits = {name: field.metadata[name] for name in ('minimum', 'maximum', 'allowed')}
+    fault = Field(hint, **limits).fault(path, value)
+    if fault:
+        faults.append(fault)
     elif path in OPEN_SECTIONS and isinstance(value, Mapping) and 'type' not in value:
         faults.append(f'`{path}` needs a `type`: {field.metadata["text"]}')
     return value

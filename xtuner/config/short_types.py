@@ -1,4 +1,4 @@
-"""Names of optimizers, adapters and objectives without a module: `AdamW` is torch's. Nothing is imported for them."""
+"""Short names of optimizers, adapters and objectives, such as `AdamW` for torch's; nothing is imported."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _BITSANDBYTES = tuple(
 )
 _PEFT = ('AdaLoraConfig', 'IA3Config', 'LoHaConfig', 'LoKrConfig', 'LoraConfig', 'OFTConfig', 'VeraConfig')
 SHORT_TYPES: dict[str, dict[str, str]] = {
-    # torch's go before bitsandbytes' of the same name.
+    # torch's take precedence over those of bitsandbytes with the same name.
     'optimizer': {name: f'bitsandbytes.optim:{name}' for name in _BITSANDBYTES}
     | {name: f'torch.optim:{name}' for name in _TORCH},
     'adapter': {name: f'peft:{name}' for name in _PEFT},
 }
-"""For each section, what a name without a module stands for."""
+"""Section -> short name -> 'module:name'."""
 
 
 OBJECTIVES = {'sft': 'xtuner.objectives.sft:Sft'}
-"""Shipped objectives, which keep their short name in a config."""
+"""Shipped objectives; a config keeps their short names."""
 
 
 def with_full_types(config: TrainConfig) -> TrainConfig:
-    """The config with 'module:name' for each short name, so that a run keeps what it meant.
+    """Replaces short names in a config by 'module:name', so that the config of a run stays unambiguous.
 
     Raises:
-        ConfigError: a name that is neither short for anything nor registered.
+        ConfigError: a name is neither a short name nor registered.
     """
     changed: dict[str, Any] = {}
     for where, names in SHORT_TYPES.items():
@@ -46,17 +46,17 @@ def with_full_types(config: TrainConfig) -> TrainConfig:
         if section is None or not isinstance(kind, str) or ':' in kind or '.' in kind or kind in BUILDER.module_dict:
             continue
         if kind not in names:
-            hint = nearest(kind, names) or f'; known: {", ".join(sorted(names))}'
-            raise ConfigError(f'`{where}.type` {kind!r} is not known{hint}; any other class is written "module:name"')
+            hint = nearest(kind, names) or f'; available: {", ".join(sorted(names))}'
+            raise ConfigError(f'unknown `{where}.type` {kind!r}{hint}; write any other class as "module:name"')
         changed[where] = {**section, 'type': names[kind]}
     return replace(config, **changed, objective=_known_objective(config.objective))
 
 
 def _known_objective(objective: Any) -> Any:
-    """The `objective` of a config, a shipped one without arguments as its name alone.
+    """Normalizes the `objective` of a config; one without arguments becomes its name alone.
 
     Raises:
-        ConfigError: a name that is none of a shipped one, and no 'module:name' either.
+        ConfigError: the name is neither a shipped objective nor 'module:name'.
     """
     section = objective if isinstance(objective, Mapping) else {'type': objective}
     kind = section['type']

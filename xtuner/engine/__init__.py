@@ -1,4 +1,4 @@
-"""Training: runner, loop, hooks, checkpoints, and ranks."""
+"""Training: runner, loop, hooks, checkpoints and distributed strategies."""
 
 from xtuner.aliases import former_names
 

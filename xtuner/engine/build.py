@@ -23,7 +23,7 @@ from xtuner.config.schema import RuntimeConfig, TrainConfig
 from xtuner.dataset.prepare import prepare_dataset
 from xtuner.dataset.stream import PackStream
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.engine.distributed.launch import Group
+from xtuner.engine.distributed.launch import RankInfo
 from xtuner.fused.enable import FusedTraining, enable_fused_training
 from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
@@ -58,7 +58,7 @@ class RunInputs:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_data(config: TrainConfig, group: Group) -> RunInputs:
+def load_data(config: TrainConfig, group: RankInfo) -> RunInputs:
     """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
     source = config.model
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)

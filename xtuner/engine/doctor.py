@@ -1,6 +1,6 @@
-"""What works on this machine: each thing that a run needs, tried for real, in a form to paste into an issue.
+"""Diagnoses this machine: tests everything that a run needs, and reports it in a form to paste into an issue.
 
-Nothing personal is in it: home folders are written `~`, and no name of a user or a machine is asked for.
+The report contains nothing personal: home folders are written as `~`, and user and host names are omitted.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from xtuner.tracking.environment import devices, versions
 
 OK, FAILED, ABSENT, NOTE = 'ok', 'FAILED', 'absent', 'note'
 _OPTIONAL = ('triton', 'wandb', 'modelscope', 'deepspeed', 'flash-attn', 'tensorboard')
-_HALF_TOLERANCE = 0.02  # of float16 and bfloat16 products against float32 ones of the same numbers
-_LEAST_FREE_GIB = 5  # for prepared data and a few checkpoints
+_HALF_TOLERANCE = 0.02  # relative error of float16 and bfloat16 products against float32
+_MIN_FREE_GIB = 5  # for prepared data and a few checkpoints
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried.
+    """Result of one test.
 
     Attributes:
-        name: What.
-        state: `OK`; `FAILED`: something needed does not work; `ABSENT`: not there, and not needed; `NOTE`: to be known.
+        name: What was tested.
+        state: `OK`; `FAILED`: something required fails; `ABSENT`: missing but optional; `NOTE`: for information.
         detail: What was found.
-        advice: What to do, where there is something.
+        advice: What to do, if anything.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Tries everything; an unexpected error is a failed check, never an exception."""
+    """Runs all checks; an unexpected error is a failed check, never an exception."""
     checks = [*_guarded('dependencies', check_dependencies), *_guarded('GPU', check_gpu)]
     checks += _guarded('4-bit product on the CPU', lambda: [check_4bit(torch.device('cpu'))])
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -58,7 +58,7 @@ def examine() -> list[Check]:
 
 
 def report(checks: list[Check]) -> list[str]:
-    """Markdown: versions, machine, checks, and what to do."""
+    """Returns the report in Markdown: versions, machine, checks, and advice."""
     machine = devices()
     lines = ['### xtuner doctor', '', '| | |', '| --- | --- |']
     lines += [f'| {name} | {version} |' for name, version in {**versions(), **_optional()}.items()]
@@ -78,7 +78,7 @@ def report(checks: list[Check]) -> list[str]:
 
 
 def check_dependencies() -> list[Check]:
-    """Every declared dependency: there, and of a version that was tested."""
+    """Whether every declared dependency is installed in a tested version."""
     try:
         declared = [Requirement(text) for text in importlib.metadata.requires('xtuner') or []]
     except importlib.metadata.PackageNotFoundError:
@@ -87,20 +87,20 @@ def check_dependencies() -> list[Check]:
     needed = [r for r in declared if r.marker is None or r.marker.evaluate({'extra': ''})]
     for requirement in needed:
         try:
-            found = importlib.metadata.version(requirement.name)
+            installed = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             advice = f"pip install '{requirement.name}{requirement.specifier}'"
             checks.append(Check(requirement.name, FAILED, 'not installed', advice))
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            text = f'{found} is untested, {requirement.specifier} is tested'
+        if not requirement.specifier.contains(installed, prereleases=True):
+            text = f'{installed} is untested, {requirement.specifier} is tested'
             advice = f"if something breaks: pip install '{requirement.name}{requirement.specifier}'"
             checks.append(Check(requirement.name, NOTE, text, advice))
-    return checks or [Check('dependencies', OK, f'{len(needed)}, all of tested versions')]
+    return checks or [Check('dependencies', OK, f'{len(needed)}, all in tested versions')]
 
 
 def check_gpu() -> list[Check]:
-    """Whether torch sees the GPUs that the driver has."""
+    """Whether torch finds the GPUs that the driver has."""
     if torch.cuda.is_available():
         return [Check('GPU', OK, f'{torch.cuda.device_count()}, CUDA {torch.version.cuda}')]
     if driver_version() is None:
@@ -112,7 +112,7 @@ def check_gpu() -> list[Check]:
 
 
 def check_4bit(device: torch.device) -> Check:
-    """A frozen 4-bit layer, forward and backward, against a product with its weights as we turn them into floats."""
+    """Compares a frozen 4-bit layer, forward and backward, with a product of its dequantized weights."""
     import bitsandbytes as bnb
 
     from xtuner.kernels import reference
@@ -120,7 +120,7 @@ def check_4bit(device: torch.device) -> Check:
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == 'cpu' else torch.float16
     layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type='nf4').to(device)
-    layer.support_avx512bf16_for_cpu = False  # as xtuner loads models: the other layout has no backward pass
+    layer.support_avx512bf16_for_cpu = False  # as in xtuner's model loading: the other layout has no backward pass
     x = torch.randn(8, 128, device=device, dtype=dtype, requires_grad=True)
     out = layer(x)
     out.float().square().sum().backward()
@@ -129,12 +129,12 @@ def check_4bit(device: torch.device) -> Check:
     expected = x.detach().float() @ floats.t()
     assert x.grad is not None
     error = max(_error(out, expected), _error(x.grad, 2 * expected @ floats))
-    return _compared(f'4-bit product on {_short(device)}, forward and backward', error, _bnb_advice(device))
+    return _compared(f'4-bit product on {_device_text(device)}, forward and backward', error, _bnb_advice(device))
 
 
 def check_triton(device: torch.device) -> Check:
-    """One of the fast path's kernels, compiled and compared with plain PyTorch."""
-    name = f'Triton kernels on {_short(device)}'
+    """Compiles one of the fused path's kernels and compares it with plain PyTorch."""
+    name = f'Triton kernels on {_device_text(device)}'
     if not has_triton():
         return Check(name, ABSENT, 'Triton is not installed', 'pip install triton: training is faster with it')
     from xtuner.kernels import reference
@@ -144,12 +144,12 @@ def check_triton(device: torch.device) -> Check:
     with torch.cuda.device(device):
         fused_kernels().rms_norm(x, weight, 1e-6, out)
     reference.rms_norm(x, weight, 1e-6, expected)
-    return _compared(name, _error(out, expected), 'reinstall triton in the version that this torch asks for')
+    return _compared(name, _error(out, expected), 'reinstall triton in the version that this torch requires')
 
 
 def check_attention(device: torch.device) -> Check:
-    """cuDNN's attention, forward and backward, against float32; used from compute capability 8.0 on."""
-    name = f'cuDNN attention on {_short(device)}'
+    """Compares cuDNN's attention, forward and backward, with float32; used for compute capability 8.0 and above."""
+    name = f'cuDNN attention on {_device_text(device)}'
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cudnn.is_available():
         return Check(name, ABSENT, "needs compute capability 8.0 and cuDNN; PyTorch's own attention is used")
     q, k, v = (torch.randn(1, 4, 64, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -162,7 +162,7 @@ def check_attention(device: torch.device) -> Check:
 
 
 def check_cache() -> Check:
-    """Whether prepared data can be written, and how much room there is."""
+    """Whether the cache folder is writable, and its free space."""
     root = cache_root()
     advice = 'set XTUNER_CACHE to a folder that can be written'
     try:
@@ -173,11 +173,11 @@ def check_cache() -> Check:
         return Check('cache folder', FAILED, f'{root}: {error.strerror}', advice)
     free = shutil.disk_usage(root).free / 2**30
     text = f'{root}, {free:.0f} GiB free'
-    return Check('cache folder', OK, text) if free >= _LEAST_FREE_GIB else Check('cache folder', NOTE, text, advice)
+    return Check('cache folder', OK, text) if free >= _MIN_FREE_GIB else Check('cache folder', NOTE, text, advice)
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, None without one."""
+    """The NVIDIA driver's version, None without a driver."""
     try:
         text = Path('/proc/driver/nvidia/version').read_text(encoding='utf-8', errors='replace')
     except OSError:
@@ -187,7 +187,7 @@ def driver_version() -> str | None:
 
 
 def without_home(text: str) -> str:
-    """Text with `~` for the home folder."""
+    """Replaces the home folder by `~`."""
     home = str(Path.home())
     return text.replace(home, '~') if len(home) > 1 else text
 
@@ -195,26 +195,26 @@ def without_home(text: str) -> str:
 def _guarded(name: str, check: Callable[[], list[Check]]) -> list[Check]:
     try:
         return check()
-    except Exception as error:  # a broken installation fails in any way it likes
+    except Exception as error:  # a broken installation can raise anything
         text = ' '.join(str(error).split()) or type(error).__name__
-        advice = 'reinstall what the message names'
+        advice = 'reinstall the package named in the message'
         if '4-bit' in name:
             advice = _bnb_advice(torch.device('cuda' if 'cuda' in name else 'cpu'))
         return [Check(name, FAILED, f'{type(error).__name__}: {text[:300]}', advice)]
 
 
 def _compared(name: str, error: float, advice: str) -> Check:
-    if not error < _HALF_TOLERANCE:  # also where it is not a number
-        return Check(name, FAILED, f'wrong by {error:.2%}', advice)
-    return Check(name, OK, f'off by {error:.1e}')
+    if not error < _HALF_TOLERANCE:  # also true for NaN
+        return Check(name, FAILED, f'max relative error {error:.2%}', advice)
+    return Check(name, OK, f'max relative error {error:.1e}')
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference as a share of the expected norm."""
-    return float((found.detach().float() - expected.float()).norm() / expected.float().norm())
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference relative to the expected norm."""
+    return float((actual.detach().float() - expected.float()).norm() / expected.float().norm())
 
 
-def _short(device: torch.device) -> str:
+def _device_text(device: torch.device) -> str:
     return 'the CPU' if device.type == 'cpu' else str(device)
 
 
@@ -224,10 +224,10 @@ def _bnb_advice(device: torch.device) -> str:
 
 
 def _optional() -> dict[str, str]:
-    found = {}
+    result = {}
     for name in _OPTIONAL:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = 'not installed (optional)'
-    return found
+            result[name] = 'not installed (optional)'
+    return result

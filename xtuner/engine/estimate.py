@@ -1,4 +1,4 @@
-"""What a run will take, from its config: memory, tokens, steps, disk; without the weights and without a GPU."""
+"""Estimates a run from its config: memory, tokens, steps, disk space; without weights and without a GPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from xtuner.registry import reference, resolve
 
 @dataclass(frozen=True)
 class DataSize:
-    """The size of a run's data.
+    """Size of a run's data.
 
     Attributes:
-        num_items: Packs, or conversations where each has its own row.
-        num_tokens: In all of them.
-        longest: Tokens of the longest.
-        target_share: Share of the tokens that is trained.
-        num_samples: Conversations in the items; 0: not known.
+        num_items: Packs, or conversations if each has its own row.
+        num_tokens: Total tokens.
+        longest: Tokens of the longest item.
+        target_share: Share of tokens that are trained.
+        num_samples: Conversations in the items; 0: unknown.
     """
 
     num_items: int
@@ -39,16 +39,16 @@ class DataSize:
 
 
 def is_predicted(config: TrainConfig, strategy: str) -> bool:
-    """Whether every process holds all weights and whole packs, which is what the prediction is of."""
+    """Whether every process holds all weights and whole packs, as the prediction assumes."""
     return strategy in ('auto', 'single', 'ddp') and config.parallel.sequence_parallel_size == 1
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A setting that takes memory off.
+class MemorySaving:
+    """A setting that reduces memory.
 
     Attributes:
-        text: What to set.
+        text: The setting.
         saved: Bytes that it saves.
     """
 
@@ -57,7 +57,7 @@ class Knob:
 
 
 def data_size(dataset: Any) -> DataSize:
-    """The sizes of a `PreparedDataset`."""
+    """Returns the size of a `PreparedDataset`."""
     summary = dataset.summary
     return DataSize(
         num_items=len(dataset),
@@ -68,15 +68,15 @@ def data_size(dataset: Any) -> DataSize:
     )
 
 
-def shape_of(config: TrainConfig, folder: Path) -> ModelDims:
-    """The model and adapter of a config, counted.
+def dims_of(config: TrainConfig, folder: Path) -> ModelDims:
+    """Returns the dimensions of a config's model and adapter.
 
     Args:
-        config: A checked config.
-        folder: The base model's; only its `config.json` is read.
+        config: A validated config.
+        folder: The base model's folder; only its `config.json` is read.
 
     Raises:
-        XTunerError: the folder holds no model that is known, or the adapter does not fit it.
+        XTunerError: The folder contains no known model, or the adapter does not fit it.
     """
     trusted = config.model.trust_remote_code
     return model_dims(load_config(folder, trust_remote_code=trusted), config.adapter, trust_remote_code=trusted)
@@ -84,60 +84,60 @@ def shape_of(config: TrainConfig, folder: Path) -> ModelDims:
 
 def setup_of(
     config: TrainConfig,
-    shape: ModelDims,
+    dims: ModelDims,
     *,
     data: DataSize | None = None,
     world_size: int = 1,
     free: int | None = None,
 ) -> Setup:
-    """What the memory of a config's step on one GPU depends on.
+    """Returns what the memory of a config's step on one GPU depends on.
 
     Args:
-        config: A checked config.
-        shape: From `shape_of`.
-        data: Its data, where that is known; else every row is taken as full and every token as trained.
-        world_size: Devices.
-        free: Bytes of the GPU before anything is loaded; what `activation_checkpointing = 'auto'` goes by. None: the
-            least memory, with all layers computed again.
+        config: A validated config.
+        dims: From `dims_of`.
+        data: Size of the data, if known; otherwise rows are assumed to be full and all tokens trained.
+        world_size: Number of devices.
+        free: Free bytes of the GPU before loading, which `activation_checkpointing = 'auto'` uses. None: the minimum
+            memory, with all layers recomputed.
     """
     packed = config.dataset.packing != 'none' or data is None
     row = config.dataset.max_length if packed or data is None else data.longest
-    again = config.runtime.activation_checkpointing
+    recompute = config.runtime.activation_checkpointing
     setup = Setup(
-        shape,
+        dims,
         tokens=row * config.schedule.batch_size,
         longest=row,
         bits=config.quantization.bits if config.quantization else None,
         double_quant=bool(config.quantization and config.quantization.double_quant),
         value_bytes=4 if config.model.dtype == 'fp32' else 2,
-        checkpointing=bool(again),
+        checkpointing=bool(recompute),
         fast=config.runtime.fast,
         accumulated=config.schedule.accumulative_counts > 1,
         world_size=world_size,
         target_share=data.target_share if data else 1.0,
         **optimizer_memory(config.optimizer),
     )
-    if again != 'auto' or free is None or not setup.on_fast_path:
+    if recompute != 'auto' or free is None or not setup.on_fast_path:
         return setup
-    return replace(setup, num_recomputed=_again_by_memory(setup, free))
+    return replace(setup, num_recomputed=_recomputed_by_memory(setup, free))
 
 
-def _again_by_memory(setup: Setup, free: int) -> int:
-    """How many layers the fast path will compute again on a GPU with so much free memory."""
+def _recomputed_by_memory(setup: Setup, free: int) -> int:
+    """Number of layers that the fused path will recompute on a GPU with so much free memory."""
     held = sum(term(setup) for term in (base_weights, input_embedding, trained_weights, library_space))
-    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.shape.num_trained, 'cuda')
-    assert setup.shape.parts is not None
+    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.dims.num_trained, 'cuda')
+    assert setup.dims.parts is not None
     return num_recomputed_layers(
-        setup.shape.parts, setup.group_ranks, setup.shape.num_layers,
-        tokens=setup.tokens, item_bytes=setup.value_bytes, room=room,
+        setup.dims.parts, setup.group_ranks, setup.dims.num_layers,
+        tokens=setup.tokens, item_bytes=setup.value_bytes, budget=room,
     )  # fmt: skip
 
 
 def optimizer_memory(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes of optimizer state for each trained element, by the optimizer's name.
+    """Returns the bytes of optimizer state per trained element, by the optimizer's name.
 
     Returns:
-        `optimizer_bytes`, `paged` and `optimizer_spare` of `Setup`. Two float32 moments where the name tells nothing.
+        `optimizer_bytes`, `paged` and `optimizer_spare` of `Setup`. Two float32 moments for unknown names.
     """
     name = reference(resolve(section['type']))
     module, _, name = name.partition(':')
@@ -145,18 +145,18 @@ def optimizer_memory(section: Mapping[str, Any]) -> dict[str, Any]:
     moments = {'SGD': momentum, 'Lion': 1, 'PagedLion': 1, 'Adagrad': 1, 'RMSprop': 1 + momentum}
     bits = 8 if '8bit' in name or section.get('optim_bits') == 8 else 32
     count = moments.get(name.removesuffix('8bit').removesuffix('32bit'), 2)
-    # torch updates all parameters at once, with one more value for each in between; bitsandbytes in place.
+    # torch updates all parameters at once with one temporary value for each; bitsandbytes updates in place.
     spare = 4 if module.startswith('torch') and count and not section.get('fused') else 0
     return {'optimizer_bytes': count * bits / 8, 'paged': name.startswith('Paged'), 'optimizer_spare': spare}
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Of one checkpoint on disk: what is trained in float32, its optimizer state, tokenizer and settings."""
-    return int((4 + setup.optimizer_bytes) * setup.shape.num_trained) + OVERHEAD_BYTES
+    """Disk space of one checkpoint: trained weights in float32, optimizer state, tokenizer and settings."""
+    return int((4 + setup.optimizer_bytes) * setup.dims.num_trained) + OVERHEAD_BYTES
 
 
 def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> TrainingSchedule | None:
-    """The run's steps; None where neither the data nor `schedule.max_steps` tells them."""
+    """Returns the run's schedule; None if neither the data nor `schedule.max_steps` determines it."""
     schedule = config.schedule
     if data is not None:
         return TrainingSchedule(data.num_items, schedule, world_size)
@@ -166,52 +166,52 @@ def plan_of(config: TrainConfig, data: DataSize | None, world_size: int) -> Trai
     return TrainingSchedule(schedule.max_steps * per_step, schedule, world_size)
 
 
-def knobs(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> list[Knob]:
-    """Settings that would take memory off, the one that saves most first, and those left out that save too little."""
-    schedule, shape = config.schedule, setup.shape
+def memory_savings(config: TrainConfig, setup: Setup, *, least_saved: int = 2**20) -> list[MemorySaving]:
+    """Settings that would save more than `least_saved` bytes, the most effective first."""
+    schedule, dims = config.schedule, setup.dims
     changes: list[tuple[str, dict[str, Any]]] = []
     if schedule.batch_size > 1:
         half = schedule.batch_size // 2
         text = f'schedule.batch_size={half} schedule.accumulative_counts={schedule.accumulative_counts * 2}'
         changes.append((text, {'tokens': setup.longest * half, 'accumulated': True}))
-    if setup.recomputed_layers < shape.num_layers - 1:
+    if setup.recomputed_layers < dims.num_layers - 1:
         changes.append(('runtime.activation_checkpointing=True', {'checkpointing': True, 'num_recomputed': None}))
     if setup.bits is None and not setup.full:
         changes.append(('quantization.bits=4', {'bits': 4, 'double_quant': True}))
     if setup.full:
-        changes.append(('a lora or qlora config in place of full training', _as_adapter(setup)))
-    if not setup.fast and not shape.unsupported_reason:
+        changes.append(('a lora or qlora config instead of full training', _as_lora(setup)))
+    if not setup.fast and not dims.unsupported_reason:
         changes.append(('runtime.fast=True', {'fast': True}))
     if not setup.paged and setup.optimizer_bytes:
         changes.append(('optimizer.type=bitsandbytes.optim:PagedAdamW8bit', {'paged': True, 'optimizer_spare': 0}))
     length = config.dataset.max_length
     changes.append((f'dataset.max_length={length // 2}', {'tokens': setup.tokens // 2, 'longest': setup.longest // 2}))
     if config.adapter and isinstance(config.adapter.get('r'), int) and config.adapter['r'] >= 16:
-        smaller = replace(shape, num_trained=shape.num_trained // 2, ranks=tuple(r // 2 for r in shape.ranks))
-        changes.append((f'adapter.r={config.adapter["r"] // 2}', {'shape': smaller}))
-    now = predict_memory(setup).on_card
-    found = [Knob(text, now - predict_memory(replace(setup, **change)).on_card) for text, change in changes]
-    return sorted((knob for knob in found if knob.saved > least_saved), key=lambda knob: -knob.saved)
+        smaller = replace(dims, num_trained=dims.num_trained // 2, ranks=tuple(r // 2 for r in dims.ranks))
+        changes.append((f'adapter.r={config.adapter["r"] // 2}', {'dims': smaller}))
+    now = predict_memory(setup).on_gpu
+    savings = [MemorySaving(text, now - predict_memory(replace(setup, **change)).on_gpu) for text, change in changes]
+    return sorted((saving for saving in savings if saving.saved > least_saved), key=lambda saving: -saving.saved)
 
 
-def _as_adapter(setup: Setup) -> dict[str, Any]:
-    """Full training turned into LoRA with about 2 % of the weights."""
-    shape = replace(setup.shape, num_trained=setup.shape.num_base // 50)
-    return {'shape': shape, 'bits': None}
+def _as_lora(setup: Setup) -> dict[str, Any]:
+    """Changes full training to LoRA with about 2 % of the weights."""
+    dims = replace(setup.dims, num_trained=setup.dims.num_base // 50)
+    return {'dims': dims, 'bits': None}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that `xtuner estimate` says.
+    """The result of `xtuner estimate`.
 
     Attributes:
-        setup: What memory was predicted from.
+        setup: The inputs of the memory prediction.
         memory: The prediction.
-        least: The same with all layers computed again, which `auto` falls back to; None where that is `memory`.
-        data: None where it is not known.
-        plan: None where it is not known.
-        checkpoint_bytes: Of one checkpoint.
-        num_checkpoints: How many lie on disk at once, at most: those kept and the one being written.
+        least: The prediction with all layers recomputed, the fallback of `auto`; None if equal to `memory`.
+        data: Size of the data; None if unknown.
+        plan: The schedule; None if unknown.
+        checkpoint_bytes: Size of one checkpoint.
+        num_checkpoints: Maximum number on disk at once: those kept and the one being written.
     """
 
     setup: Setup
@@ -223,29 +223,29 @@ class Estimate:
     num_checkpoints: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Returns a JSON-serializable dict."""
         steps = self.plan.num_steps if self.plan else None
+        memory = dataclasses.asdict(self.memory)
+        memory |= {'beside': memory.pop('untracked'), 'moment': memory.pop('phase')}
         return {
-            'memory': dataclasses.asdict(self.memory) | {
-                'allocated': self.memory.allocated, 'on_card': self.memory.on_card
-            },
+            'memory': memory | {'allocated': self.memory.allocated, 'on_card': self.memory.on_gpu},
             'data': dataclasses.asdict(self.data) if self.data else None,
             'steps': steps,
             'tokens_per_step': self.tokens_per_step,
             'checkpoint_bytes': self.checkpoint_bytes,
-            'fast_path': self.setup.shape.unsupported_reason or self.setup.on_fast_path,
+            'fast_path': self.setup.dims.unsupported_reason or self.setup.on_fast_path,
         }  # fmt: skip
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens of a whole step, or of the only one, rows as full as on average; None where there is no plan."""
+        """Average tokens of a full step, or of the only one; None without a schedule."""
         if self.plan is None:
             return None
         return round(self._tokens_per_row * self.plan.largest_step)
 
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of the whole run, as `tokens_per_step`."""
+        """Tokens of the whole run, computed like `tokens_per_step`."""
         if self.plan is None:
             return None
         return round(self._tokens_per_row * self.plan.num_micro_batches * self.plan.items_per_micro_batch)
@@ -261,15 +261,15 @@ def estimate(
     """Predicts a run.
 
     Args:
-        config: A checked config.
-        folder: The base model's; only its `config.json` is read.
-        data: The size of its data, where that is known.
-        world_size: Devices.
-        free: Bytes of the GPU before anything is loaded; None: not known.
+        config: A validated config.
+        folder: The base model's folder; only its `config.json` is read.
+        data: Size of the data, if known.
+        world_size: Number of devices.
+        free: Free bytes of the GPU before loading; None: unknown.
     """
-    shape = shape_of(config, folder)
-    setup = setup_of(config, shape, data=data, world_size=world_size, free=free)
-    least = setup_of(config, shape, data=data, world_size=world_size)
+    dims = dims_of(config, folder)
+    setup = setup_of(config, dims, data=data, world_size=world_size, free=free)
+    least = setup_of(config, dims, data=data, world_size=world_size)
     keep = config.checkpoint.max_keep
     return Estimate(
         setup=setup,

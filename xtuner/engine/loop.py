@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_reduce
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.schedule import TrainingSchedule
 from xtuner.engine.signals import STOP_SIGNALS, StopRequest
-from xtuner.engine.statistics import sum_statistics
+from xtuner.engine.statistics import MetricMeans, sum_statistics
 from xtuner.engine.step_checks import (
     check_gradients,
     check_targets,
@@ -26,7 +26,7 @@ from xtuner.engine.step_checks import (
     is_dead_worker,
     next_batch,
 )
-from xtuner.engine.step_result import RESERVED, Skips, StepResult
+from xtuner.engine.step_result import Skips, StepResult
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
 from xtuner.utils.out_of_memory import is_out_of_memory
@@ -100,7 +100,7 @@ class TrainLoop(BaseLoop):
         self._stop_agreed: int | None = None
         self._origins, self._memory_advice = origins, memory_advice
         self._gradients_checked = False
-        self._metrics_known: list[str] | None = None
+        self._metrics = MetricMeans(self.strategy, self._over_ranks)
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
 
     # What mmengine's runner and hooks ask a loop for.
@@ -239,8 +239,8 @@ class TrainLoop(BaseLoop):
     def _statistics(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """What the objective sums over the step before its loss; dropout masks are those of the pass that follows."""
         self._note('collecting statistics')
-        model, batches = self.strategy.bare, self._until_stopped(micro_batches)
-        found = sum_statistics(model, batches, autocast=self.autocast, over_ranks=self._over_ranks)
+        batches = ((batch, True) for batch in self._until_stopped(micro_batches))
+        found = sum_statistics(self.strategy.bare, batches, autocast=self.autocast, over_ranks=self._over_ranks)
         if found is not None:
             self._seed_step()
         return found
@@ -274,33 +274,8 @@ class TrainLoop(BaseLoop):
                 self.strategy.backward(self.scaler.scale(loss_sum * (self.strategy.gradient_factor / weight)))
             losses.append(loss_sum.detach())
             metrics.append(self.strategy.bare.metrics)
-        return self._over_ranks(torch.stack(losses).sum()).item() / weight, losses, self._mean_metrics(metrics, weight)
-
-    def _mean_metrics(self, metrics: list[dict[str, Tensor]], weight: float) -> dict[str, float]:
-        """Each metric's sum over the step and all ranks, divided by the step's weight."""
-        names = self._metric_names(metrics)
-        if not names:
-            return {}
-        sums = torch.stack([torch.stack([part[name] for name in names]) for part in metrics]).sum(0)
-        return {name: value / weight for name, value in zip(names, self._over_ranks(sums).tolist(), strict=True)}
-
-    def _metric_names(self, metrics: list[dict[str, Tensor]]) -> list[str]:
-        """The metrics' names in order, after a look that all micro-batches and, in the first step, all ranks agree."""
-        names = sorted(metrics[0])
-        every = [names, *(sorted(part) for part in metrics[1:])]
-        if self._metrics_known is None:
-            every += all_gather_object(names) if self.strategy.world_size > 1 else []
-            self._metrics_known = names
-        every.append(self._metrics_known)
-        different = next((other for other in every if other != names), None)
-        if different is not None or RESERVED.intersection(names):
-            reason = f'{names} and {different}' if different is not None else f'{sorted(RESERVED.intersection(names))}'
-            rule = 'the same in every micro-batch' if different is not None else 'none of those every step has'
-            raise TrainingError(
-                f'step {self.step + 1}: objective {self.strategy.bare.objective.name} returns metrics named '
-                f'{reason}; names must be {rule}'
-            )
-        return names
+        loss = self._over_ranks(torch.stack(losses).sum()).item() / weight
+        return loss, losses, self._metrics.of_step(self.step, metrics, weight)
 
     def _agreed_stop(self) -> int | None:
         """The signal for which all ranks stop here; None: they go on."""

@@ -41,7 +41,7 @@ from xtuner.engine.checkpoint.run_lock import exclusive_run_dir
 from xtuner.engine.checkpoint.run_manifest import describe_run, format_of_run, recorded_formats, write_run
 from xtuner.engine.checkpoint.store import checkpoint_folder, has_checkpoint, list_checkpoints
 from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
-from xtuner.engine.distributed.launch import Group, process_group, sequence_group
+from xtuner.engine.distributed.launch import RankInfo, process_group, sequence_group
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.metadata import run_metadata, training_facts
 from xtuner.engine.preflight import check_memory, memory_advice
@@ -97,7 +97,7 @@ def _run(
     checkpoint: Path | None,
     start: ResumeOptions,
     launcher: str,
-    group: Group,
+    group: RankInfo,
 ) -> int:
     """Trains, and returns the number of optimizer steps of the whole run."""
     device = default_device()
@@ -203,7 +203,7 @@ def _check_open_sections(config: TrainConfig) -> None:
 
 
 def _make_strategy(
-    config: TrainConfig, model: TrainingModel, plan: TrainingSchedule, name: str, group: Group
+    config: TrainConfig, model: TrainingModel, plan: TrainingSchedule, name: str, group: RankInfo
 ) -> Strategy:
     """Hands model and optimizer to the strategy, and says once how many steps of what size will come."""
 
@@ -250,7 +250,7 @@ def _make_runner(
     write: Callable[[Path, dict[str, torch.Tensor] | None], None],
     work_dir: Path,
     launcher: str,
-    group: Group,
+    group: RankInfo,
 ) -> Runner:
     runtime = config.runtime
     rank = group.rank // config.parallel.sequence_parallel_size  # ranks that share packs read the same ones

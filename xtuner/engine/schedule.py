@@ -1,6 +1,6 @@
-"""How many steps a run has, which items each step takes, and the learning rate at each: functions of the step alone.
+"""Number of steps, items of each step and learning rate as pure functions of the step.
 
-Nothing here has a state, so a resumed run is exact by construction: it goes on at `step`.
+Nothing here has state, so that a resumed run is exact by construction: it continues at `step`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from xtuner.utils.units import counted
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """The arithmetic of a run.
+    """Schedule of a run.
 
-    Items (packs or samples) form one endless stream: epoch after epoch, each in its own order. A step takes the next
-    `batch_size * accumulative_counts * world_size` of them, also across the end of an epoch; the last step takes what
-    is left.
+    Items (packs or samples) form an endless stream of epochs, each in its own order. A step takes the next
+    `batch_size * accumulative_counts * world_size` items, also across the end of an epoch; the last step takes the
+    rest.
 
     Attributes:
-        num_items: Packs or samples of the data set.
+        num_items: Packs or samples in the data set.
         schedule: The config's section.
-        world_size: Groups of processes that read different items.
-        float_products: Round products such as `warmup_ratio * num_steps` up together with their rounding error, as runs
-            of `run.json` format 1 did, so that those resume exactly.
+        world_size: Number of process groups that read different items.
+        float_products: Whether to round products such as `warmup_ratio * num_steps` up including their rounding error,
+            as in runs of `run.json` format 1, so that those resume exactly.
     """
 
     num_items: int
@@ -39,17 +39,17 @@ class TrainingSchedule:
 
     @property
     def items_per_micro_batch(self) -> int:
-        """Items of one micro-batch on all ranks together."""
+        """Items of one micro-batch over all ranks."""
         return self.schedule.batch_size * self.world_size
 
     @property
     def items_per_step(self) -> int:
-        """Items of one whole optimizer step on all ranks together."""
+        """Items of one full optimizer step over all ranks."""
         return self.items_per_micro_batch * self.schedule.accumulative_counts
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of the whole run on each rank."""
+        """Micro-batches of the whole run per rank."""
         if self.schedule.max_steps is not None:
             return self.schedule.max_steps * self.schedule.accumulative_counts
         return self._ceil(self.schedule.max_epochs * self.num_items / self.items_per_micro_batch)
@@ -66,33 +66,33 @@ class TrainingSchedule:
 
     @property
     def items_of_last_step(self) -> int:
-        """Items of the last optimizer step, which takes what is left; of the only one, where there is no other."""
+        """Items of the last optimizer step, which takes the rest."""
         return self.micro_batches_of(self.num_steps - 1) * self.items_per_micro_batch
 
     @property
     def largest_step(self) -> int:
-        """Items of the largest step of the run: a whole one, or the only one where that is not whole."""
+        """Items of the largest step: a full one, or the only one."""
         return min(self.items_per_step, self.num_micro_batches * self.items_per_micro_batch)
 
     def epochs_after(self, steps: int) -> float:
-        """Passes over the data after so many steps; the last step counts what it took, not a whole step's items."""
+        """Epochs after a number of steps; the last step counts only the items that it took."""
         done = min(steps * self.schedule.accumulative_counts, self.num_micro_batches)
         return done * self.items_per_micro_batch / self.num_items
 
     def micro_batches_of(self, step: int) -> int:
-        """Micro-batches of one step on each rank: `accumulative_counts`, or what is left for the last."""
+        """Micro-batches of a step per rank: `accumulative_counts`, or the rest for the last step."""
         each = self.schedule.accumulative_counts
         return min(each, self.num_micro_batches - step * each)
 
     def _ceil(self, value: float) -> int:
-        """Rounds up, but not what a rounding error has put above a whole number: 0.07 * 100 is 7."""
+        """Rounds up, ignoring rounding errors just above an integer: 0.07 * 100 is 7."""
         return math.ceil(value if self.float_products else value * (1 - 1e-12))
 
     def lr_factor(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, as a share of its peak.
+        """The learning rate of a step (from 0) as a share of its peak.
 
-        It rises linearly over the warm-up, whose first step already learns, then decays to `min_lr_ratio`, reached
-        at the end of the last step:
+        It rises linearly during warm-up, whose first step already trains, then decays to `min_lr_ratio`, reached at the
+        end of the last step:
 
             warm-up of 2 of 6 steps, cosine to 0:   0.5, 1.0, 1.0, 0.854, 0.5, 0.146
         """
@@ -107,15 +107,15 @@ class TrainingSchedule:
 
 
 FEW_STEPS = 20
-"""Below this a run of whole epochs has hardly begun to learn: the warm-up and the decay of the rate take most of it."""
+"""A run of whole epochs with fewer steps has hardly trained: warm-up and decay take most of it."""
 
 
 def few_steps_note(plan: TrainingSchedule, num_samples: int | None = None) -> str:
-    """What to set where whole epochs make fewer than `FEW_STEPS` steps; '' where there are enough.
+    """Settings to change if whole epochs give fewer than `FEW_STEPS` steps; '' if there are enough.
 
     Args:
-        plan: The run's arithmetic.
-        num_samples: Conversations in the packs; None: not known.
+        plan: The run's schedule.
+        num_samples: Conversations in the packs; None: unknown.
 
     Returns:
         A text such as "only 4 optimizer steps; schedule.accumulative_counts=2 gives 27".
@@ -138,7 +138,7 @@ def few_steps_note(plan: TrainingSchedule, num_samples: int | None = None) -> st
 
 
 def _finer(plan: TrainingSchedule) -> TrainingSchedule:
-    """The plan with the largest steps that make at least `FEW_STEPS`, or else with the smallest steps."""
+    """The schedule with the largest steps that gives at least `FEW_STEPS` steps, else with the smallest steps."""
     schedule = plan.schedule
     count = min(schedule.accumulative_counts, max(1, math.ceil(plan.num_micro_batches / (FEW_STEPS - 1)) - 1))
     finer = replace(plan, schedule=replace(schedule, accumulative_counts=count))
@@ -165,8 +165,8 @@ class StepSampler(Sampler[list[int]]):
         first = self.start_step * plan.schedule.accumulative_counts
         items = self._stream(first * plan.items_per_micro_batch)
         for _ in range(first, plan.num_micro_batches):
-            together = [next(items) for _ in range(plan.items_per_micro_batch)]
-            yield together[self._rank * size : (self._rank + 1) * size]
+            items_of_all_ranks = [next(items) for _ in range(plan.items_per_micro_batch)]
+            yield items_of_all_ranks[self._rank * size : (self._rank + 1) * size]
 
     def __len__(self) -> int:
         return self._plan.num_micro_batches - self.start_step * self._plan.schedule.accumulative_counts

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted while training, acted on between two micro-batches."""
+"""SIGTERM and Ctrl-C: recorded during training, handled between micro-batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Takes over the two signals for the time of a `with` block; the first is noted, a second one stops at once.
+    """Handles both signals within a `with` block; the first is recorded, a second one stops at once.
 
     Attributes:
-        signal_number: The signal that came; None: none did.
+        signal_number: The received signal; None: none.
     """
 
     def __init__(self) -> None:
@@ -27,8 +27,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # no other thread may, and none gets signals
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # Only the main thread can set handlers, and only it receives signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
@@ -37,8 +38,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
             raise Interrupted(number, 'stopped at once; the last checkpoint is kept')
         self.signal_number = number
-        logger.warning('%s: saving before the next micro-batch; once more stops at once', signal.Signals(number).name)
+        logger.warning(
+            '%s: saving before the next micro-batch; another signal stops at once', signal.Signals(number).name
+        )

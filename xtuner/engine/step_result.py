@@ -1,4 +1,4 @@
-"""What a step did, and how many steps had to be skipped."""
+"""Result of a training step, and counts of skipped steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESERVED = frozenset({
 
 @dataclass
 class Skips:
-    """Steps whose gradient was not finite, so far; part of a checkpoint, so that a resumed run counts on."""
+    """Counts of steps with a non-finite gradient; saved in checkpoints, so that a resumed run continues them."""
 
     total: int = 0
     in_a_row: int = 0
@@ -26,7 +26,7 @@ class Skips:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
     def state(self) -> dict[str, int]:
-        """What `Skips(**state)` takes."""
+        """Arguments of `Skips(**state)`."""
         return asdict(self)
 
 

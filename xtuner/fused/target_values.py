@@ -4,12 +4,15 @@ T target tokens, V words, H hidden size. Products with the head (T x V x H each)
 
 - values alone: 1 product, the logits;
 - gradients of log_prob, log_sum_exp and (without a soft cap) sum_log_probs by a frozen head's input: 2, as for the
-  fused cross entropy. With p = softmax(z), row t of `weight[y_t] - p_t @ weight` is the gradient of log_prob t, made on
-  the way; the backward pass scales it by what arrives for log_prob t. The other two are linear in the same row:
+  fused cross entropy. With p = softmax(z), row t of `p_t @ weight - weight[y_t]` is the gradient of -log_prob t, made
+  on the way; the backward pass scales it by what arrives for log_prob t. The other two are linear in the same row:
   log_sum_exp has `p_t @ weight`, sum_log_probs has `sum_j weight[j] - V p_t @ weight`;
 - everything else: the backward pass computes the logits again, once the factors of all gradients are known, and turns
   them into the gradient of all values at once: 3 by the hidden states, 4 by hidden states and head (the fused cross
   entropy: 2 and 3).
+
+Beside the products, log_prob and log_sum_exp read and write the logits as the fused cross entropy does; entropy,
+sum_log_probs and the values of the base model read them once more.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from torch import Tensor
 from xtuner.fused.loss import cap_logits_, slice_tokens_for, target_rows
 from xtuner.kernels.cpu_gemm import product, sum_of_products
 from xtuner.kernels.dispatch import kernels_for
-from xtuner.kernels.reference import SOFTMAX_SUMS
+from xtuner.kernels.reference_softmax import SOFTMAX_SUMS
 
 VALUES = ('log_prob', 'log_sum_exp', 'entropy', 'sum_log_probs', 'kl_to_base', 'base_log_prob')
-"""What can be asked for of each target; see `reference.softmax_sums`."""
+"""What can be asked for of each target; see `reference_softmax.softmax_sums`."""
 BASE_VALUES = ('kl_to_base', 'base_log_prob')
 """Those that need the base model's hidden states too."""
 
@@ -114,10 +117,16 @@ class _TargetValues(torch.autograd.Function):
         gradient = torch.empty_like(chosen) if made else None
         slopes = torch.ones_like(sums[0])
         for part, logits, slope, base in head.slices(chosen, base_hidden):
-            of_part = kernels.softmax_sums(logits, targets[part], base, over_vocabulary=request.over_vocabulary)
-            sums[:, part] = of_part
+            chosen_logits = logits.gather(1, targets[part, None])[:, 0]
+            if gradient is not None and base is None and not request.over_vocabulary:
+                loss = kernels.cross_entropy_(logits, targets[part])
+                sums[0, part], sums[1, part] = -loss, loss + chosen_logits
+            else:
+                of_part = kernels.softmax_sums(logits, targets[part], base, over_vocabulary=request.over_vocabulary)
+                sums[:, part] = of_part
+                if gradient is not None:
+                    kernels.softmax_gradient_(logits, targets[part], of_part, _factors({'log_prob': -1.0}, of_part, 0))
             if gradient is not None:
-                kernels.softmax_gradient_(logits, targets[part], of_part, _factors({'log_prob': 1.0}, of_part, 0))
                 if slope is not None:
                     logits *= slope
                     slopes[part] = slope.gather(1, targets[part, None])[:, 0].to(slopes)
@@ -193,23 +202,23 @@ def _factors(arrived: Mapping[str, Any], sums_7T: Tensor, vocabulary: int) -> Te
 
 
 def _scaled(ctx: Any, arrived: Mapping[str, Tensor]) -> tuple[Tensor, None, None]:
-    """Gradient by the hidden states without a product: rows of the gradient of log_prob, scaled, and rows of the head.
+    """Gradient by the hidden states without a product: rows of the gradient of -log_prob, scaled, and of the head.
 
-    With s the derivative of the cap at the target, row t of the gradient of log_prob is G = s w_y - P, where P is the
+    With s the derivative of the cap at the target, row t of the gradient of -log_prob is G = P - s w_y, where P is the
     gradient of log_sum_exp; sum_log_probs (without a cap) has `sum_j w_j - V P`.
     """
     gradient, weight, _, targets, _, _, _, slopes = ctx.saved_tensors
     log_prob, log_sum_exp, sum_log_probs = (arrived.get(n) for n in ('log_prob', 'log_sum_exp', 'sum_log_probs'))
     if log_sum_exp is None and sum_log_probs is None:
         assert log_prob is not None
-        return gradient * log_prob[:, None].to(gradient.dtype), None, None
+        return gradient * -log_prob[:, None].to(gradient.dtype), None, None
     zeros = torch.zeros_like(slopes)
     of_weight = (zeros if log_sum_exp is None else log_sum_exp).clone()
     total = None
     if sum_log_probs is not None:
         of_weight -= len(weight) * sum_log_probs
         total = weight.sum(0, dtype=slopes.dtype)
-    of_gradient = (zeros if log_prob is None else log_prob) - of_weight
+    of_gradient = of_weight - (zeros if log_prob is None else log_prob)
     of_weight = of_weight * slopes
     result = torch.empty_like(gradient)
     for start in range(0, len(result), ctx.request.slice_tokens):

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from xtuner.kernels import reference
+from xtuner.kernels import reference, reference_softmax
 
 NAMES = (
     'dequantize_into', 'dequantize_transposed_into', 'quantize_rows', 'fp8_product', 'copy_rows', 'rms_norm',
@@ -42,7 +42,7 @@ class Kernels:
     softmax_gradient_: Callable
 
 
-PLAIN = Kernels('plain', *(getattr(reference, name) for name in NAMES))
+PLAIN = Kernels('plain', *(getattr(reference, name, None) or getattr(reference_softmax, name) for name in NAMES))
 
 
 @lru_cache(maxsize=1)

@@ -16,9 +16,6 @@ from xtuner.kernels.quantized import QuantizedWeight
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn value
 FP8_TINY = 2.0**-100  # the scale of a zero row
-SOFTMAX_SUMS = ('log_prob', 'log_sum_exp', 'entropy', 'sum_log_probs', 'kl_to_base', 'base_log_prob',
-                'base_log_sum_exp')  # fmt: skip
-"""The rows of what `softmax_sums` returns."""
 _MASK32 = 0xFFFFFFFF
 _MASKS = LRUTensors(2**27)  # dropout masks on a CPU, kept from the forward pass to the backward pass
 
@@ -58,7 +55,7 @@ def quantize_rows(x_TK: Tensor, tail_TR: Tensor | None) -> tuple[Tensor, Tensor]
         float8_e4m3fn (T, K + R), and the row scales, float32 (T, 1), by which to multiply to dequantize.
 
     """
-    x = _wide(x_TK if tail_TR is None else torch.cat((x_TK, tail_TR), dim=1))
+    x = wide(x_TK if tail_TR is None else torch.cat((x_TK, tail_TR), dim=1))
     scale = (x.abs().amax(1, keepdim=True) / FP8_MAX).clamp_min(FP8_TINY)
     return (x / scale).to(torch.float8_e4m3fn), scale.float()
 
@@ -93,7 +90,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, out_TH: Tensor) -> Tens
         1 / rms(x), (T,).
 
     """
-    x = _wide(x_TH)
+    x = wide(x_TH)
     rstd = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     _multiply_into(out_TH, x * rstd[:, None], weight_H)
     return rstd
@@ -116,8 +113,8 @@ def rms_norm_backward(
         (T, H) in the dtype of `x`.
 
     """
-    x, rstd = _wide(x_TH), rstd_T[:, None]
-    dx = _wide(dh_TH) * weight_H
+    x, rstd = wide(x_TH), rstd_T[:, None]
+    dx = wide(dh_TH) * weight_H
     projection = (dx * x).mean(-1, keepdim=True) * rstd**3
     dx.mul_(rstd).addcmul_(x, projection, value=-1)
     if residual_TH is not None:
@@ -145,7 +142,7 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
     half = x_TAD.shape[-1] // 2
     shape = (len(cos_TD), *[1] * (x_TAD.dim() - 2), half)
     cos, sin = cos_TD.reshape(shape), (-sin_TD if inverse else sin_TD).reshape(shape)
-    x1, x2 = _wide(x_TAD[..., :half]), _wide(x_TAD[..., half:])
+    x1, x2 = wide(x_TAD[..., :half]), wide(x_TAD[..., half:])
     rotated = (x2 * cos).addcmul_(x1, sin)  # computed before any input is overwritten
     out_TAD[..., :half].copy_((x1 * cos).addcmul_(x2, sin, value=-1))
     out_TAD[..., half:].copy_(rotated)
@@ -153,7 +150,7 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
 
 def swiglu(gate_up: Tensor, out_TI: Tensor) -> None:
     """Writes `silu(gate) * up` for a (T, 2 I) matrix that contains both."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
     _multiply_into(out_TI, functional.silu(gate), up)
 
 
@@ -165,8 +162,8 @@ def swiglu_backward_(dact_TI: Tensor, gate_up: Tensor) -> None:
         gate_up: (T, 2 I); afterwards its gradient.
 
     """
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
-    silu, dact = functional.silu(gate), _wide(dact_TI)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    silu, dact = functional.silu(gate), wide(dact_TI)
     dgate = torch.ops.aten.silu_backward(dact * up, gate)
     dup, act = dact * silu, silu.mul_(up)  # computed before any input is overwritten
     for part, out in zip((dgate, dup), gate_up.chunk(2, dim=-1), strict=True):
@@ -215,17 +212,17 @@ def _hash_(x: Tensor, seed: Tensor) -> Tensor:
 
 def dropout_project(x_TK: Tensor, a_rK: Tensor, p: float, seed: Tensor, out_Tr: Tensor) -> None:
     """Writes `dropout(x) @ A.T` with the mask generated from `seed`."""
-    out_Tr.copy_(_wide(product(_dropped(x_TK, p, seed), a_rK.t())) / (1 - p))
+    out_Tr.copy_(wide(product(_dropped(x_TK, p, seed), a_rK.t())) / (1 - p))
 
 
 def dropout_project_weight_grad(dxa_Tr: Tensor, x_TK: Tensor, p: float, seed: Tensor) -> Tensor:
     """Gradient of `dropout(x) @ A.T` with respect to A with the mask regenerated: (r, K), float32 or wider."""
-    return _wide(sum_of_products(dxa_Tr, _dropped(x_TK, p, seed))) / (1 - p)
+    return wide(sum_of_products(dxa_Tr, _dropped(x_TK, p, seed))) / (1 - p)
 
 
 def dropout_project_input_grad_(dx_TK: Tensor, dxa_Tr: Tensor, a_rK: Tensor, p: float, seed: Tensor) -> None:
     """Adds the gradient of `dropout(x) @ A.T` with respect to x to `dx`, with the mask regenerated."""
-    extra = _wide(product(dxa_Tr, a_rK)).mul_(_keep_like(dx_TK, p, seed))
+    extra = wide(product(dxa_Tr, a_rK)).mul_(_keep_like(dx_TK, p, seed))
     dx_TK.copy_(torch.add(dx_TK, extra, alpha=1 / (1 - p)))
 
 
@@ -257,7 +254,7 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         float32 (T,), each row's loss.
 
     """
-    logits = _wide(logits_TV)  # no copy if they are float32 or wider; the passes below are in place
+    logits = wide(logits_TV)  # no copy if they are float32 or wider; the passes below are in place
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     rows = torch.arange(len(targets_T), device=targets_T.device)
     target_logits = logits[rows, targets_T]
@@ -270,65 +267,7 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return loss
 
 
-def softmax_sums(
-    logits_TV: Tensor, targets_T: Tensor, base_TV: Tensor | None = None, *, over_vocabulary: bool = True
-) -> Tensor:
-    """What objectives ask of a row of logits z: p = softmax(z), y its target, q = softmax(base).
-
-    Args:
-        logits_TV: Any float dtype; not changed.
-        targets_T: int64, all valid.
-        base_TV: Logits of the base model for the same rows, or None.
-        over_vocabulary: Whether entropy and sum are asked for, which take another pass over the logits.
-
-    Returns:
-        (7, T), float32 or wider, in the order of `SOFTMAX_SUMS`: log p_y; log sum_j exp z_j; -sum_j p_j log p_j;
-        sum_j log p_j; sum_j p_j log(p_j / q_j); log q_y; log sum_j exp base_j. 0 where not asked for.
-    """
-    logits = _wide(logits_TV)
-    sums = logits.new_zeros(len(SOFTMAX_SUMS), len(targets_T))
-    column = targets_T[:, None]
-    sums[1] = logits.logsumexp(-1)
-    if not over_vocabulary and base_TV is None:
-        sums[0] = logits.gather(1, column)[:, 0] - sums[1]
-        return sums
-    log_p = logits - sums[1][:, None]
-    p = log_p.exp()
-    sums[0], sums[2], sums[3] = log_p.gather(1, column)[:, 0], torch.special.entr(p).sum(-1), log_p.sum(-1)
-    if base_TV is not None:
-        base = _wide(base_TV)
-        sums[6] = base.logsumexp(-1)
-        log_q = base - sums[6][:, None]
-        sums[4] = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-        sums[5] = log_q.gather(1, column)[:, 0]
-    return sums
-
-
-def softmax_gradient_(
-    logits_TV: Tensor, targets_T: Tensor, sums_7T: Tensor, factors_5T: Tensor, base_TV: Tensor | None = None
-) -> None:
-    """Turns logits into the gradient of a weighted sum of what `softmax_sums` returns, in place.
-
-    Entry j becomes `f0 [j = y] + f1 + p_j (f2 + f3 log p_j + f4 log q_j)`: every gradient by the logits has this form.
-
-    Args:
-        logits_TV: Any float dtype; afterwards the gradient.
-        targets_T: int64, all valid.
-        sums_7T: What `softmax_sums` returned.
-        factors_5T: f0 to f4 of each row, float32 or wider.
-        base_TV: Logits of the base model, where f4 counts.
-    """
-    log_p = _wide(logits_TV) - sums_7T[1][:, None]
-    p = log_p.exp()
-    inner = factors_5T[2][:, None] + factors_5T[3][:, None] * log_p
-    if base_TV is not None:
-        inner += factors_5T[4][:, None] * (_wide(base_TV) - sums_7T[6][:, None])
-    gradient = torch.where(p > 0, p * inner, 0) + factors_5T[1][:, None]
-    gradient[torch.arange(len(targets_T), device=targets_T.device), targets_T] += factors_5T[0]
-    logits_TV.copy_(gradient)
-
-
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Converts to float32; float64 stays float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 

@@ -1,1 +1,1 @@
-"""Predicts the peak memory of a training step."""
+"""Prediction of a training step's peak memory."""

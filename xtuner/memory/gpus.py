@@ -1,4 +1,4 @@
-"""GPUs by name, and how long a run takes on one: arithmetic over the card's peak, times the share that was measured."""
+"""GPU specifications by name, and training speed estimates: peak FLOPS times a measured utilization."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from xtuner.errors import UsageError, nearest
 from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.memory.predict import Setup
 
-# Share of the peak that a step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): our path with large and
-# with small micro-batches, and transformers' own. On other cards it is assumed, not measured.
-_REACHED = {'large': 0.55, 'small': 0.45, 'stock': 0.2}
+# Share of the peak that a training step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): the fused path
+# with large and with small micro-batches, and transformers' stock path. For other GPUs these are assumptions.
+_UTILIZATION = {'large': 0.55, 'small': 0.45, 'stock': 0.2}
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A GPU.
+    """Specification of a GPU.
 
     Attributes:
-        name: What it is called here.
-        gib: Memory that the driver lists, in GiB.
-        tflops: Dense half-precision tensor peak with float32 sums, from the vendor's data sheet; 0 where not known.
+        name: Its name in this package.
+        gib: Memory reported by the driver, in GiB.
+        tflops: Dense half-precision tensor peak with float32 accumulation, from the vendor's data sheet; 0 if unknown.
     """
 
     name: str
@@ -31,7 +31,7 @@ class GpuSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Its memory in bytes."""
+        """Memory in bytes."""
         return int(self.gib * 2**30)
 
 
@@ -44,47 +44,47 @@ GPUS = {gpu.name: gpu for gpu in (
 )}  # fmt: skip
 
 
-def find_card(name: str) -> GpuSpec:
-    """A card by its name, such as 'h100' or 'RTX 4090'.
+def find_gpu(name: str) -> GpuSpec:
+    """Looks up a GPU by name, such as 'h100' or 'RTX 4090'.
 
     Raises:
-        UsageError: it is not in the table; says which are.
+        UsageError: The GPU is not in the table; lists the known ones.
     """
     key = name.lower().replace(' ', '').removeprefix('nvidia')
     if key not in GPUS:
-        raise UsageError(f'no card {name!r} is known; known: {", ".join(GPUS)}{nearest(key, GPUS)}')
+        raise UsageError(f'unknown GPU {name!r}; known: {", ".join(GPUS)}{nearest(key, GPUS)}')
     return GPUS[key]
 
 
-def local_card() -> GpuSpec | None:
-    """The GPU of this machine, None where there is none."""
+def local_gpu() -> GpuSpec | None:
+    """The GPU of this machine, None if there is none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     name = properties.name.lower().replace(' ', '')
-    known = max((key for key in GPUS if key.split('-')[0] in name), key=len, default=None)
-    return GpuSpec(properties.name, properties.total_memory / 2**30, GPUS[known].tflops if known else 0)
+    key = max((key for key in GPUS if key.split('-')[0] in name), key=len, default=None)
+    return GpuSpec(properties.name, properties.total_memory / 2**30, GPUS[key].tflops if key else 0)
 
 
 def flops_per_token(setup: Setup) -> float:
-    """Floating point operations that training on one token takes.
+    """Floating point operations to train on one token.
 
-    A frozen weight: 2 forward, 2 for the gradient by its input; where the layer is computed again, 2 more, down apart.
-    A trained one 2 further. The head forward and backward at targets only. Causal attention over rows of S tokens: S A
-    products of a query's score and of its value, forward once and backward two and a half times.
+    A frozen weight: 2 forward, 2 for the gradient of its input; if the layer is recomputed, 2 more, except for down. A
+    trained one 2 further. The head forward and backward at targets only. Causal attention over rows of S tokens: S A
+    products for the scores and the same for the values, once forward and 2.5 times backward.
     """
-    shape = setup.shape
-    down = shape.num_layers * shape.hidden * shape.inner
-    again = setup.recomputed_layers / shape.num_layers
-    weights = 4 * shape.num_linear + 2 * again * (shape.num_linear - (down if setup.on_fast_path else 0))
-    head = 4 * shape.hidden * shape.vocabulary * setup.target_share
-    trained = (2 if setup.full else 6) * shape.num_trained
-    attention = (3.5 + again) * shape.num_layers * 2 * setup.longest * shape.heads * shape.head_size
+    dims = setup.dims
+    down = dims.num_layers * dims.hidden * dims.inner
+    recomputed = setup.recomputed_layers / dims.num_layers
+    weights = 4 * dims.num_linear + 2 * recomputed * (dims.num_linear - (down if setup.on_fast_path else 0))
+    head = 4 * dims.hidden * dims.vocabulary * setup.target_share
+    trained = (2 if setup.full else 6) * dims.num_trained
+    attention = (3.5 + recomputed) * dims.num_layers * 2 * setup.longest * dims.heads * dims.head_size
     return weights + head + trained + attention
 
 
-def tokens_per_second(setup: Setup, card: GpuSpec) -> float:
-    """What one card will train, roughly."""
+def tokens_per_second(setup: Setup, gpu: GpuSpec) -> float:
+    """Estimated training throughput of one GPU."""
     size = 'large' if setup.tokens > MAX_GRAPH_TOKENS else 'small'
-    reached = _REACHED[size if setup.on_fast_path else 'stock']
-    return card.tflops * 1e12 * reached / flops_per_token(setup)
+    utilization = _UTILIZATION[size if setup.on_fast_path else 'stock']
+    return gpu.tflops * 1e12 * utilization / flops_per_token(setup)

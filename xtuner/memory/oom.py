@@ -1,4 +1,4 @@
-"""What to say when memory has run out: what takes it, what to turn, and which batch it was."""
+"""The out-of-memory message: what takes the memory, what to change, and the batch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SHOWN = 3
 
 
 def memory_message(runner: Any, micro_batches: Sequence[Mapping[str, Tensor]], advice: Sequence[str]) -> str:
-    """One line: device, the largest terms, what to turn, the form of the batch."""
+    """Returns one line: device, the largest components, advice, the batch's shape."""
     device = runner.train_loop.device
     terms = memory_terms(runner)
     largest = ', '.join(f'{name} {gib(size)}' for name, size in sorted(terms.items(), key=lambda t: -t[1])[:_SHOWN])
     total = f' of {gib(torch.cuda.mem_get_info(device)[1])}' if device.type == 'cuda' else ''
-    forms = ' and '.join(sorted({' x '.join(map(str, b['input_ids'].shape)) for b in micro_batches}))
+    shapes = ' and '.join(sorted({' x '.join(map(str, b['input_ids'].shape)) for b in micro_batches}))
     return (
-        f'out of memory on {device}{total} with micro-batches of {forms} tokens; largest: {largest}; '
-        f'{", or ".join(advice[:_SHOWN]) or "take smaller batches"}'
+        f'out of memory on {device}{total} with micro-batches of {shapes} tokens; largest: {largest}; '
+        f'{", or ".join(advice[:_SHOWN]) or "use smaller batches"}'
     )
 
 
 def memory_terms(runner: Any) -> dict[str, int]:
-    """Bytes on the training device by what holds them; the rest of the peak, known on a GPU, is the batch's."""
+    """Bytes on the training device by component; on a GPU the rest of the peak is the batch's."""
     device = runner.train_loop.device
     parameters = list(runner.model.parameters())
     terms = {

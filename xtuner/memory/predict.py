@@ -1,4 +1,4 @@
-"""Peak memory of a training step on a GPU: the terms added up at each moment at which it may be highest."""
+"""Predicts the peak GPU memory of a training step: sums the terms at each phase in which it may peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xtuner.memory.terms import (
     base_weights,
     cast_weights,
     gradients,
-    graph_places,
+    graph_buffers,
     graph_pool,
     in_flight,
     input_embedding,
@@ -27,17 +27,17 @@ from xtuner.memory.terms import (
     trained_weights,
 )
 
-__all__ = ['Prediction', 'Setup', 'moments', 'predict_memory']
+__all__ = ['Prediction', 'Setup', 'phase_memory', 'predict_memory']
 
 
-def moments(setup: Setup) -> Mapping[str, Mapping[str, int]]:
-    """What each moment of a step has beside what is there for the whole run, by term."""
+def phase_memory(setup: Setup) -> Mapping[str, Mapping[str, int]]:
+    """Transient memory at each phase of a step, by component, in bytes."""
     grads, layer = gradients(setup), kept_by_layer(setup)
     before = grads if setup.accumulated or setup.world_size > 1 else 0
-    one = grads // setup.shape.num_layers
+    one = grads // setup.dims.num_layers
     kept, work = kept_activations(setup), layer_workspace(setup)
-    anew = layer if setup.checkpointing and not setup.on_fast_path else cast_weights(setup)
-    ends = {
+    recomputed = layer if setup.checkpointing and not setup.on_fast_path else cast_weights(setup)
+    phases = {
         'the loss': {
             'gradients': before,
             'activations': kept + cast_weights(setup),
@@ -45,21 +45,21 @@ def moments(setup: Setup) -> Mapping[str, Mapping[str, int]]:
         },
         'the first layer of the backward pass': {
             'gradients': before + one,
-            'activations': kept + anew,
+            'activations': kept + recomputed,
             'workspace': work,
         },
         'the last layer of the backward pass': {
             'gradients': grads,
-            'activations': layer + in_flight(setup) + row_bytes(setup) + cast_weights(setup) // setup.shape.num_layers,
+            'activations': layer + in_flight(setup) + row_bytes(setup) + cast_weights(setup) // setup.dims.num_layers,
             'workspace': work,
         },
-        'the optimizer': {'gradients': grads, 'workspace': int(setup.optimizer_spare * setup.shape.num_trained)},
+        'the optimizer': {'gradients': grads, 'workspace': int(setup.optimizer_spare * setup.dims.num_trained)},
     }
     if setup.graphs:
-        places, pool = graph_places(setup), graph_pool(setup)
-        ends['recording CUDA graphs'] = {'gradients': before, 'activations': places, 'graphs': pool}
-        ends['the end of a recorded backward pass'] = {'gradients': before + grads, 'activations': places}
-    return ends
+        buffers, pool = graph_buffers(setup), graph_pool(setup)
+        phases['recording CUDA graphs'] = {'gradients': before, 'activations': buffers, 'graphs': pool}
+        phases['the end of a recorded backward pass'] = {'gradients': before + grads, 'activations': buffers}
+    return phases
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,30 @@ class Prediction:
     """Peak memory of a training step on one GPU.
 
     Attributes:
-        terms: Bytes that torch counts (`torch.cuda.max_memory_allocated`) at the highest moment, by term.
-        beside: Bytes that are on the card and torch does not count.
+        terms: Bytes that torch counts (`torch.cuda.max_memory_allocated`) at the peak, by term.
+        untracked: Bytes on the GPU that torch does not count.
         host: Bytes of pinned host memory.
-        moment: When memory is highest.
+        phase: The phase with the peak.
     """
 
     terms: Mapping[str, int]
-    beside: Mapping[str, int]
+    untracked: Mapping[str, int]
     host: Mapping[str, int]
-    moment: str
+    phase: str
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` will say."""
+        """Predicted `torch.cuda.max_memory_allocated`."""
         return sum(self.terms.values())
 
     @property
-    def on_card(self) -> int:
-        """What the card must have free before the process begins."""
-        return self.allocated + sum(self.beside.values())
+    def on_gpu(self) -> int:
+        """Free GPU memory that the process needs when it starts."""
+        return self.allocated + sum(self.untracked.values())
 
 
 def predict_memory(setup: Setup) -> Prediction:
-    """Adds up the terms at each moment of a step and returns the highest."""
+    """Sums the terms at each phase of a step and returns the peak."""
     run = {
         'base': base_weights(setup),
         'embedding': input_embedding(setup),
@@ -98,30 +98,30 @@ def predict_memory(setup: Setup) -> Prediction:
         'optimizer': 0 if setup.paged else optimizer_states(setup),
         'libraries': library_space(setup),
     }
-    candidates = moments(setup)
-    moment = max(candidates, key=lambda name: sum(candidates[name].values()))
-    highest = sum(candidates[moment].values())
-    beside = {'paged optimizer': optimizer_states(setup) if setup.paged else 0, 'CUDA': CONTEXT_BYTES}
-    if setup.graphs:  # its memory is nobody else's, so what others need comes on top
-        loss = sum(v for k, v in candidates['the loss'].items() if k != 'activations') + graph_places(setup)
-        outside = max(loss, sum(candidates['the end of a recorded backward pass'].values()))
-        beside['recorded graphs'] = max(0, graph_pool(setup) + outside - highest)
-    beside['fragments'] = int(FRAGMENTS * (sum(run.values()) + highest))
+    phases = phase_memory(setup)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    highest = sum(phases[phase].values())
+    untracked = {'paged optimizer': optimizer_states(setup) if setup.paged else 0, 'CUDA': CONTEXT_BYTES}
+    if setup.graphs:  # the graphs' private pool cannot be reused, so other needs are added
+        loss = sum(v for k, v in phases['the loss'].items() if k != 'activations') + graph_buffers(setup)
+        outside = max(loss, sum(phases['the end of a recorded backward pass'].values()))
+        untracked['recorded graphs'] = max(0, graph_pool(setup) + outside - highest)
+    untracked['fragments'] = int(FRAGMENTS * (sum(run.values()) + highest))
     return Prediction(
-        terms={k: v for k, v in {**run, **candidates[moment]}.items() if v},
-        beside={k: v for k, v in beside.items() if v},
+        terms={k: v for k, v in {**run, **phases[phase]}.items() if v},
+        untracked={k: v for k, v in untracked.items() if v},
         host=host_memory(setup),
-        moment=moment,
+        phase=phase,
     )
 
 
 def host_memory(setup: Setup) -> Mapping[str, int]:
-    """Pinned: the input embedding; what layers put there, of large batches more than their inputs (`HostStore`)."""
+    """Pinned host memory: the input embedding, and offloaded activations (`HostOffload`)."""
     terms = {}
     if not input_embedding(setup):
-        terms['embedding'] = setup.shape.num_embedding * 2
+        terms['embedding'] = setup.dims.num_embedding * 2
     inputs = setup.recomputed_layers * row_bytes(setup)
     if setup.offloaded:
-        share = 2 + setup.shape.inner / setup.shape.hidden if setup.tokens > MAX_GRAPH_TOKENS else 1
+        share = 2 + setup.dims.inner / setup.dims.hidden if setup.tokens > MAX_GRAPH_TOKENS else 1
         terms['activations'] = int(inputs * share)
     return terms

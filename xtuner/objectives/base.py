@@ -5,7 +5,7 @@ One file an objective; docs/objectives.md shows how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class TargetRows:
     """The target tokens of a micro-batch, T of them in the order of the batch; only what `needs` names is there.
 
     Attributes:
-        count: T. May be 0: a rank without validation data left gets a batch without targets.
+        count: T.
         nll_sum: float32 (), the negative log-likelihood summed over the targets, by the fused cross entropy.
         log_prob: float32 (T,), log p of the target, where p = softmax(logits).
         log_sum_exp: float32 (T,), log of the sum of exp(logits) (the log-partition function).
@@ -37,8 +37,8 @@ class TargetRows:
         hidden: (T, H), last hidden states, from which the targets are predicted.
         labels: int64 (T,), the target's id.
         positions: int64 (T,), position of the token that predicts the target, within its sample.
-        samples: int64 (T,), number of the target's sample in the micro-batch. Samples are counted from 0 row by row;
-            padding at the end of a row counts as a sample, without targets.
+        samples: int64 (T,), number of the target's sample in the micro-batch, counted from 0 row by row. What ends a
+            row without a target is padding, and not counted.
         num_samples: int, samples in the micro-batch; with `samples`.
         vocabulary: int, V.
         batch: What `Objective.collate` returned beside ids, labels and positions.
@@ -90,15 +90,11 @@ class Objective:
         needs: Names of `FIELDS`; each is computed only when it is named.
         no_grad: Those of them that the loss is not differentiated by, such as an entropy that is only logged; they cost
             no product with the output head.
-        statistics: None, or a method `statistics(rows) -> dict of tensors`. The tensors are summed over the whole step
-            and all ranks, and the loss gets the sums. That takes another forward pass, without gradients, over all
-            micro-batches of the step, with the same dropout masks: about a third more time a step.
     """
 
     name: str
     needs: Sequence[str] = ('log_prob',)
     no_grad: Sequence[str] = ()
-    statistics: Callable[[TargetRows], Statistics] | None = None
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__name__
@@ -118,13 +114,21 @@ class Objective:
         """
         return count_targets(batch['labels'])
 
+    def statistics(self, rows: TargetRows) -> Statistics:
+        """What the loss needs of the whole step: tensors by name, summed over its micro-batches and all ranks.
+
+        An objective that overrides this has a statistics phase: another forward pass, without gradients, over all
+        micro-batches of the step, with the same dropout masks. A step takes about a third longer.
+        """
+        raise NotImplementedError
+
     def loss(self, rows: TargetRows, statistics: Statistics | None) -> tuple[Tensor, Metrics]:
         """The loss summed over a micro-batch, and metrics.
 
         Args:
             rows: What `needs` names.
-            statistics: Sums of what `statistics` returned over the step and all ranks; None where there is no such
-                method.
+            statistics: Sums of what `statistics` returned over the step and all ranks, float64; None where the
+                objective does not override it.
 
         Returns:
             A scalar, and by name a scalar to be summed like it: what is logged is the sum over the step divided by the
@@ -144,6 +148,11 @@ def check_needs(objective: Objective, where: str) -> None:
             if name not in known:
                 hint = nearest(name, known) or f'; known: {", ".join(known)}'
                 raise ConfigError(f'`{where}`: `{attribute}` names {name!r}, which does not exist{hint}')
+
+
+def has_statistics(objective: Objective) -> bool:
+    """Whether an objective has a statistics phase."""
+    return type(objective).statistics is not Objective.statistics
 
 
 def needs_base(objective: Objective) -> bool:

@@ -5,6 +5,9 @@ Shapes: B rows, S tokens a row, N = B * S positions, T targets, H hidden size, V
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
-from xtuner.errors import ConfigError, TrainingError
+from xtuner.errors import ConfigError, TrainingError, XTunerError
 from xtuner.fused.enable import reads_host_positions, share_sequences
 from xtuner.fused.loss import target_rows
 from xtuner.fused.target_values import BASE_VALUES, VALUES
 from xtuner.fused.ulysses import SequenceGroup
-from xtuner.model.logits import LogitRule, logit_rule
+from xtuner.model.families.find import spec_of
+from xtuner.model.logits import LogitRule
 from xtuner.objectives.base import Objective, Statistics, TargetRows, as_metric, check_needs, needs_base, scalar
 from xtuner.objectives.head import is_plain, next_token_loss, target_values, values_of_logits
+from xtuner.utils.out_of_memory import is_out_of_memory
 
 
 class TrainingModel(nn.Module):
@@ -44,7 +49,7 @@ class TrainingModel(nn.Module):
         self.llm = llm
         check_needs(objective, objective.name)
         self.objective = objective
-        self.rule: LogitRule | None = logit_rule(self.base.config)
+        self.rule: LogitRule | None = spec_of(self.base.config).logits(self.base.config)
         self.metrics: dict[str, Tensor] = {}
         self._sequence: SequenceGroup | None = None
 
@@ -85,10 +90,10 @@ class TrainingModel(nn.Module):
             float32 scalar, a sum; 0 with a gradient where there is no target. Or statistics by name.
         """
         rows = self._rows(input_ids, labels, position_ids, batch)
-        if only_statistics:
-            assert self.objective.statistics is not None
-            return self.objective.statistics(rows)
-        loss, metrics = self.objective.loss(rows, statistics)
+        with _errors_named(self.objective):
+            if only_statistics:
+                return self.objective.statistics(rows)
+            loss, metrics = self.objective.loss(rows, statistics)
         if not scalar(loss):
             raise TrainingError(
                 f'objective {self.objective.name}: the loss must be a scalar tensor, got {_form(loss)}; sum it'
@@ -100,7 +105,7 @@ class TrainingModel(nn.Module):
         """Runs the decoder, and computes of the targets what the objective needs."""
         base, needs = self.base, self.objective.needs
         fields: dict[str, Any] = {'batch': batch}
-        samples = _sample_numbers(positions) if 'samples' in needs else None
+        samples, num_samples = _sample_numbers(positions, labels) if 'samples' in needs else (None, 0)
         if str(base.config._attn_implementation).startswith('flash'):
             # It tells samples apart by their positions in a batch of one row only.
             ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
@@ -109,13 +114,12 @@ class TrainingModel(nn.Module):
         own_positions = positions
         if self._sequence is not None:
             ids, targets, positions = _own_part(self._sequence, ids, targets, positions)
-            own_positions = self._sequence.own(positions)
+            own_positions = self._sequence.local_slice(positions)
         targets_N = targets.reshape(-1)
         rows = target_rows(targets_N)
         device = base.get_output_embeddings().weight.device
         if samples is not None:
-            fields['num_samples'] = int(samples[-1]) + 1
-            fields['samples'] = samples[rows].to(device)
+            fields |= {'num_samples': num_samples, 'samples': samples[rows].to(device)}
         if 'positions' in needs:
             fields['positions'] = own_positions.reshape(-1)[rows].to(device)
         ids, targets_N, rows = (t.to(device, non_blocking=True) for t in (ids, targets_N, rows))
@@ -207,18 +211,44 @@ def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Ten
     ids = functional.pad(ids, (0, missing))
     targets = functional.pad(targets, (0, missing), value=IGNORE_INDEX)
     filling = torch.arange(missing, device=positions.device).expand(len(positions), -1)  # a sample without targets
-    return ranks.own(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
+    return ranks.local_slice(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
 
 
-def _sample_numbers(positions_BS: Tensor) -> Tensor:
-    """int64 (N,): the sample that each token belongs to. A sample begins wherever positions do not go on by one."""
+def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, int]:
+    """The sample that each token belongs to, int64 (N,), and the number of samples.
+
+    A sample begins wherever positions do not go on by one. The last of a row is padding if it has no target, and is
+    not counted.
+    """
     begins = functional.pad(positions_BS[:, 1:] != positions_BS[:, :-1] + 1, (1, 0), value=True)
-    return begins.flatten().cumsum(0) - 1
+    within = begins.cumsum(1) - 1  # counted from 0 in each row
+    last = within[:, -1]
+    trained = ((labels_BS != IGNORE_INDEX) & (within == last[:, None]))[:, 1:].any(1)
+    sizes = last + trained
+    before = sizes.cumsum(0) - sizes
+    return (within + before[:, None]).flatten(), int(sizes.sum())
 
 
 def _vocabulary(base: Any) -> int:
     """Logits of a token."""
     return getattr(base.get_output_embeddings(), 'out_features', None) or base.config.vocab_size
+
+
+@contextmanager
+def _errors_named(objective: Objective) -> Iterator[None]:
+    """Turns an error of a user's objective into one line with its place; running out of memory stays what it is."""
+    try:
+        yield
+    except XTunerError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if '/torch/' not in frame.filename]
+        place = f' ({frames[-1].filename}:{frames[-1].lineno})' if frames else ''
+        raise TrainingError(
+            f'objective {objective.name} failed: {type(error).__name__}: {" ".join(str(error).split())}{place}'
+        ) from error
 
 
 def _form(value: Any) -> str:

@@ -1,0 +1,1 @@
+"""The HTTP service with OpenAI's API."""

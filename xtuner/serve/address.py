@@ -1,4 +1,4 @@
-"""Where the service listens and how its models are called: checked before torch is imported."""
+"""The listen address and the names of the served models, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ logger = logging.getLogger('xtuner')
 
 @dataclass(frozen=True)
 class Address:
-    """Where the service listens, and to whom.
+    """The listen address and its access control.
 
     Attributes:
-        host: Address to listen at.
-        port: Port; 0 takes a free one.
-        loopback: Whether that address is reached from this machine alone.
-        api_key: What clients must show; '' for nothing.
+        host: Address to listen on.
+        port: Port; 0 selects a free one.
+        loopback: Whether the address is reachable from this machine only.
+        api_key: The required API key; '' if none is required.
     """
 
     host: str
@@ -29,34 +29,32 @@ class Address:
     api_key: str = ''
 
 
-def warn_of_strangers(address: Address) -> None:
-    """Says who can reach an address that is not of this machine alone."""
+def warn_if_exposed(address: Address) -> None:
+    """Logs who can use a service that is reachable from other machines."""
     if address.loopback:
         return
-    guard = 'whoever reaches it and knows the API key'
-    if not address.api_key:
-        guard = 'WITHOUT AN API KEY, so whoever reaches it'
-    logger.warning('listening at %s, not on this machine alone, %s can use it; the traffic is not encrypted',
-                   address.host, guard)  # fmt: skip
+    users = 'with the API key' if address.api_key else 'WITHOUT AN API KEY, by anyone who can reach it'
+    logger.warning('listening on %s: the service can be used from other machines %s; the traffic is not encrypted',
+                   address.host, users)  # fmt: skip
 
 
 def base_name_of(llm: str) -> str:
-    """The name of the base: the last part of its folder or hub id."""
+    """The name of the base model: the last component of its folder or hub id."""
     return llm.rstrip('/').rsplit('/', 1)[-1]
 
 
 def name_adapters(words: Sequence[str], base: str) -> dict[str, Path]:
-    """Reads `[NAME=]FOLDER`; the name left out is the folder's own.
+    """Parses `[NAME=]FOLDER`; the default name is that of the folder.
 
     Raises:
-        UsageError: a name is used twice, or is the base's.
+        UsageError: a name is used twice, or is the name of the base model.
     """
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition('=')
         path = Path(folder if equals else word)
         name = name if equals else path.resolve().name
-        if not name or name in found or name == base:
-            raise UsageError(f'--adapter {word}: the name {name!r} is taken; give another: --adapter NAME={path}')
-        found[name] = path
-    return found
+        if not name or name in adapters or name == base:
+            raise UsageError(f'--adapter {word}: the name {name!r} is already used; set one with --adapter NAME={path}')
+        adapters[name] = path
+    return adapters

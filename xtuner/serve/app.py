@@ -1,6 +1,6 @@
-"""The HTTP service: from a request to answers and back, in OpenAI's form.
+"""The HTTP service: routes of OpenAI's API, from a request to its answers and the response.
 
-What is asked and answered is never logged; a line of the log names the way, the status, the model and counts.
+Prompts and answers are never logged; a log line contains the endpoint, status, model and counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from xtuner.serve.encoding import Encoding
 from xtuner.serve.exchange import RequestHandler, ResponseRouter, Stream
 from xtuner.serve.guard import CheckFraming, Guard, Refusal, read_body
 from xtuner.serve.models import Loaded, ServedModel
-from xtuner.serve.problems import APIError, wrong
+from xtuner.serve.problems import APIError, invalid
 from xtuner.serve.protocol import Request, chat_request, completion_request, parse_body
 from xtuner.serve.responses import Choice, ResponseBuilder, json_response, to_json
 
@@ -44,14 +44,14 @@ logger = logging.getLogger('xtuner')
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may take.
+    """Limits per request and in total.
 
     Attributes:
-        max_length: Tokens of prompt and answer together.
-        body_bytes: Size of a request.
-        body_s: Seconds in which it must have come.
-        streams: Answers drawn at a time, each in a row of the store.
-        waiting: Answers that may wait for a row.
+        max_length: Maximum tokens of prompt and answer together.
+        body_bytes: Maximum size of a request body.
+        body_s: Seconds within which the body must arrive.
+        streams: Answers generated concurrently, each in a slot of the KV cache.
+        waiting: Maximum number of queued answers.
     """
 
     max_length: int
@@ -62,14 +62,14 @@ class Limits:
 
 
 class Service:
-    """The service's routes over one model.
+    """The routes of the service for one base model and its adapters.
 
     Args:
-        loaded: The model and its names.
-        decoder: Runs it.
-        limits: What a client may take.
-        sampling: What holds where a request says nothing; its seed makes all answers repeatable, in order of arrival.
-        guard: Which requests pass.
+        loaded: The model and the names under which it is served.
+        decoder: Runs the model.
+        limits: Limits of requests.
+        sampling: Default sampling settings; with a seed, answers are reproducible in order of arrival.
+        guard: Checks host names and API keys.
     """
 
     def __init__(self, loaded: Loaded, decoder: Decoder, *, limits: Limits, sampling: Sampling, guard: Guard) -> None:
@@ -89,18 +89,20 @@ class Service:
         self.post.batcher = self.batcher
 
     def app(self) -> Starlette:
-        """The ASGI application; the decoding thread lives as long as it is served."""
-        ways: list[tuple[str, Callable[[HTTPRequest], Any], list[str]]] = [
+        """The ASGI application; its lifespan starts and stops the decoding thread."""
+        endpoints: list[tuple[str, Callable[[HTTPRequest], Any], list[str]]] = [
             ('/v1/chat/completions', self._guarded(self._chat), ['POST']),
             ('/v1/completions', self._guarded(self._complete), ['POST']),
             ('/v1/models', self._guarded(self._list_models), ['GET']),
-            ('/health', self._health, ['GET', 'OPTIONS']),  # OPTIONS: HAProxy's check unless told otherwise
+            ('/health', self._health, ['GET', 'OPTIONS']),  # OPTIONS: the default health check of HAProxy
         ]
-        # With a slash at the end too: Starlette would redirect, to an address that is wrong behind a proxy with TLS.
-        routes = [Route(path + end, handler, methods=methods) for path, handler, methods in ways for end in ('', '/')]
+        # Also with a trailing slash: Starlette would redirect to a URL that is wrong behind a TLS proxy.
+        routes = [
+            Route(path + end, handler, methods=methods) for path, handler, methods in endpoints for end in ('', '/')
+        ]
         routes.append(Route('/v1/models/{name:path}', self._guarded(self._show_model), methods=['GET']))
         handlers: dict[Any, Any] = {
-            APIError: _problem, HTTPException: _http_problem, ClientDisconnect: _gone, Exception: _bug
+            APIError: _api_error, HTTPException: _http_error, ClientDisconnect: _disconnected, Exception: _unexpected
         }  # fmt: skip
         app = Starlette(
             routes=routes, middleware=[Middleware(CheckFraming)], exception_handlers=handlers, lifespan=self._lifespan
@@ -144,39 +146,39 @@ class Service:
         return await exchange.whole(http)
 
     def _answer(self, model: ServedModel, ids: Sequence[int], request: Request) -> Answer:
-        room = self._limits.max_length - len(ids)
-        wanted = request.max_tokens or min(self._sampling.max_new_tokens, room)
-        if room < 1 or wanted > room:
-            asked = f' and {wanted} of the answer' if request.max_tokens else ''
-            raise wrong(
+        available = self._limits.max_length - len(ids)
+        max_new_tokens = request.max_tokens or min(self._sampling.max_new_tokens, available)
+        if available < 1 or max_new_tokens > available:
+            requested = f' and `max_tokens` is {max_new_tokens}' if request.max_tokens else ''
+            raise invalid(
                 'messages', f"This model's maximum context length is {self._limits.max_length} tokens; the prompt has "
-                f'{len(ids)}{asked}. Shorten the prompt or `max_tokens`.', 'context_length_exceeded',
+                f'{len(ids)}{requested}. Shorten the prompt or reduce `max_tokens`.', 'context_length_exceeded',
             )  # fmt: skip
-        sampling = replace(request.sampling, max_new_tokens=wanted)
+        sampling = replace(request.sampling, max_new_tokens=max_new_tokens)
         text = IncrementalDetokenizer(model.tokenizer, request.stop)
         return Answer(model.adapter, ids, sampling, model.stop_ids, text, seed=self._seeds.getrandbits(64))
 
     def _encode(self, model: ServedModel, request: Request, chat: bool) -> list[list[int]]:
         try:
             if chat:
-                pieces = model.render_chat(request.prompts[0])  # may take long: others render meanwhile
+                pieces = model.render_chat(request.prompts[0])  # may be slow; not serialised
                 with self._encoding.tokenizing:
                     return [model.encode_chat(pieces)]
             with self._encoding.tokenizing:
-                return [self._ids(model, one) if isinstance(one, list) else model.encode_text(one)
-                        for one in request.prompts]  # fmt: skip
+                return [self._ids(model, prompt) if isinstance(prompt, list) else model.encode_text(prompt)
+                        for prompt in request.prompts]  # fmt: skip
         except TemplateBusyError as error:
             raise APIError(503, str(error), code='overloaded', headers={'Retry-After': '5'}) from None
-        except XTunerError as error:  # a wrong message, or a rendering of the chat template over its bounds
-            raise wrong('messages' if chat else 'prompt', str(error)) from None
+        except XTunerError as error:  # an invalid message, or a chat template that exceeds its limits
+            raise invalid('messages' if chat else 'prompt', str(error)) from None
 
     def _ids(self, model: ServedModel, ids: list[int]) -> list[int]:
-        most = len(model.tokenizer)
-        if not all(0 <= id_ < most for id_ in ids):
-            raise wrong('prompt', f'`prompt` holds a token id that is none of 0 to {most - 1}')
+        vocabulary_size = len(model.tokenizer)
+        if not all(0 <= id_ < vocabulary_size for id_ in ids):
+            raise invalid('prompt', f'`prompt` contains a token id outside 0 to {vocabulary_size - 1}')
         return ids
 
-    # Everything else
+    # Other endpoints
 
     async def _list_models(self, _: HTTPRequest) -> Response:
         return json_response({'object': 'list', 'data': [self._card(name) for name in self._models]})
@@ -185,53 +187,53 @@ class Service:
         return json_response(self._card(self._model(http.path_params['name']).name))
 
     async def _health(self, _: HTTPRequest) -> Response:
-        trouble = self.batcher.trouble or self._encoding.trouble
+        failure = self.batcher.trouble or self._encoding.failure
         content = {
-            'status': 'failing' if trouble else 'ok',
+            'status': 'failing' if failure else 'ok',
             'running': self.batcher.num_running,
             'waiting': self.batcher.num_waiting,
         }
-        return json_response(content | {'error': trouble} if trouble else content, 503 if trouble else 200)
+        return json_response(content | {'error': failure} if failure else content, 503 if failure else 200)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {'id': name, 'object': 'model', 'created': self._started, 'owned_by': 'xtuner'}
 
     def _model(self, name: str) -> ServedModel:
         if name not in self._models:
-            known = ', '.join(self._models)
-            raise APIError(404, f'The model {name[:64]!r} does not exist; this service has {known}', param='model',
+            names = ', '.join(self._models)
+            raise APIError(404, f'The model {name[:64]!r} does not exist; this service has {names}', param='model',
                           code='model_not_found')  # fmt: skip
         return self._models[name]
 
     async def _body(self, http: HTTPRequest) -> bytes:
-        return await read_body(http, most=self._limits.body_bytes, seconds=self._limits.body_s)
+        return await read_body(http, max_bytes=self._limits.body_bytes, timeout_s=self._limits.body_s)
 
     def _guarded(self, handler: Callable[[HTTPRequest], Awaitable[Response]]) -> Callable[[HTTPRequest], Any]:
         async def guarded(http: HTTPRequest) -> Response:
-            """Asks who comes, then answers."""
+            """Checks access, then handles the request."""
             self._guard.check(http)
             return await handler(http)
 
         return guarded
 
 
-async def _problem(_: HTTPRequest, problem: APIError) -> Response:
-    if problem.unread:
-        return Refusal(to_json(problem.body()), problem.status, problem.headers, media_type='application/json')
-    return json_response(problem.body(), problem.status, problem.headers)
+async def _api_error(_: HTTPRequest, error: APIError) -> Response:
+    if error.unread:
+        return Refusal(to_json(error.body()), error.status, error.headers, media_type='application/json')
+    return json_response(error.body(), error.status, error.headers)
 
 
-async def _http_problem(http: HTTPRequest, error: HTTPException) -> Response:
-    what = {404: f'there is nothing at {http.url.path[:64]!r}', 405: f'{http.method} is not a method of this address'}
-    message = what.get(error.status_code, str(error.detail))
+async def _http_error(http: HTTPRequest, error: HTTPException) -> Response:
+    messages = {404: f'no endpoint {http.url.path[:64]!r}', 405: f'{http.method} is not allowed for this endpoint'}
+    message = messages.get(error.status_code, str(error.detail))
     return json_response(APIError(error.status_code, message).body(), error.status_code, dict(error.headers or {}))
 
 
-async def _gone(_: HTTPRequest, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+async def _disconnected(_: HTTPRequest, __: Exception) -> Response:
+    return Response(status_code=499)  # not received by the client
 
 
-async def _bug(http: HTTPRequest, error: Exception) -> Response:
-    frame = traceback.extract_tb(error.__traceback__)[-1]  # the place alone: a message might hold what was asked
+async def _unexpected(http: HTTPRequest, error: Exception) -> Response:
+    frame = traceback.extract_tb(error.__traceback__)[-1]  # only the location: the message may contain the prompt
     logger.error('%s: unexpected %s at %s:%d', http.url.path, type(error).__name__, frame.filename, frame.lineno)
-    return json_response(APIError(500, 'an error of the service itself').body(), 500)
+    return json_response(APIError(500, 'internal error of the service').body(), 500)

@@ -1,4 +1,4 @@
-"""One request's answers on their way to the client, whole or as a stream."""
+"""Delivers the answers of a request to its client, as one response or as a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger('xtuner')
 
 
 class ResponseRouter:
-    """Brings what the decoding thread draws to whoever waits for it in the event loop."""
+    """Passes generated text from the decoding thread to the request handlers in the event loop."""
 
     def __init__(self) -> None:
         self.batcher: Scheduler
@@ -32,32 +32,32 @@ class ResponseRouter:
         return len(self._queues)
 
     def open(self) -> None:
-        """From now on pieces go to the running loop."""
+        """Connects the router to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def check_room(self, num_answers: int) -> None:
-        """Raises Problem where so many answers would not fit into the queue, or none will ever be drawn."""
+        """Raises APIError if the queue has no room for the answers, or the decoding thread has exited."""
         if not self.batcher.is_alive:
-            raise APIError(503, 'the decoding thread has ended; the service must be restarted', code='model_error')
+            raise APIError(503, 'the decoding thread has exited; the service must be restarted', code='model_error')
         try:
             self.batcher.check_room(num_answers)
         except QueueFull as error:
-            raise _full(error) from None
+            raise _queue_full(error) from None
 
     def queue(self, answer: Answer) -> asyncio.Queue[Piece]:
-        """Where the pieces of an answer come from now on."""
+        """Creates the queue that receives the pieces of an answer."""
         self._queues[answer] = asyncio.Queue()
         return self._queues[answer]
 
     def forget(self, answer: Answer) -> None:
-        """Ends an answer, finished or not."""
+        """Removes an answer, and cancels it if it is unfinished."""
         self._queues.pop(answer, None)
         self.batcher.cancel(answer)
 
     def deliver_from_thread(self, events: Events) -> None:
-        """Called by the batcher."""
+        """Callback of the scheduler, called in the decoding thread."""
         if events and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Events) -> None:
@@ -67,29 +67,29 @@ class ResponseRouter:
 
 
 class RequestHandler:
-    """One request's answers."""
+    """The answers of one request."""
 
     def __init__(self, post: ResponseRouter, answers: Sequence[Answer], head: ResponseBuilder) -> None:
         self.head = head
         self._post, self._answers = post, answers
         self._queues = [post.queue(answer) for answer in answers]
-        self._began = time.perf_counter()
+        self._start_time = time.perf_counter()
 
     def submit(self) -> None:
-        """Queues the answers; raises Problem where the queue is full."""
+        """Submits the answers to the scheduler; raises APIError if the queue is full."""
         try:
             self._post.batcher.submit(self._answers)
         except QueueFull as error:
             self.close('429')
-            raise _full(error) from None
+            raise _queue_full(error) from None
 
     async def pieces(self, number: int) -> AsyncIterator[tuple[str, str | None]]:
-        """Text and end of one answer, as they come; raises Problem where the model failed."""
+        """Yields text and finish reason of one answer as they arrive; raises APIError if the model failed."""
         choice, queue = self.head.choices[number], self._queues[number]
         while choice.finish is None:
             piece = await queue.get()
             text = piece.text
-            while not queue.empty():  # a slow client gets in one piece what came meanwhile
+            while not queue.empty():  # a slow client receives all text since its last read at once
                 piece = queue.get_nowait()
                 text += piece.text
             if piece.finish == 'error':
@@ -99,16 +99,16 @@ class RequestHandler:
             yield text, piece.finish
 
     async def whole(self, http: HTTPRequest) -> Response:
-        """The response in one piece; given up when the client goes."""
+        """The complete response; cancelled when the client disconnects."""
 
         async def collect() -> None:
-            """Takes all pieces in."""
+            """Receives all pieces."""
             for number in range(len(self._answers)):
                 async for _ in self.pieces(number):
                     pass
 
         async def disconnect() -> None:
-            """Returns when the client has gone."""
+            """Returns when the client has disconnected."""
             while (await http.receive())['type'] != 'http.disconnect':
                 pass
 
@@ -117,7 +117,7 @@ class RequestHandler:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not tasks[0].done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # not received by the client
             status = '500'
             tasks[0].result()
             status = '200'
@@ -136,41 +136,42 @@ class RequestHandler:
             try:
                 async for text, finish in self.pieces(number):
                     yield write(text, finish)
-            except APIError as problem:  # the status has gone out as 200 long ago
-                yield event(problem.body())
+            except APIError as error:  # the status 200 has already been sent
+                yield event(error.body())
                 return
         for chunk in self.head.last_chunks():
             yield event(chunk)
         yield DONE
 
     def close(self, status: str | None = None) -> None:
-        """Ends what is unfinished; says in one line of the log how it went."""
+        """Cancels unfinished answers and logs the request in one line."""
         for answer in self._answers:
             self._post.forget(answer)
         head = self.head
         if status is None:
             status = '200' if all(choice.finish for choice in head.choices) else 'cancelled'
         logger.info(
-            '%s %s · %s · %d tokens read, %d drawn · %.2f s', 'chat' if head.chat else 'completion', status, head.model,
-            head.num_prompt_tokens, sum(answer.num_tokens for answer in self._answers),
-            time.perf_counter() - self._began,
+            '%s %s · %s · %d prompt tokens, %d generated · %.2f s',
+            'chat' if head.chat else 'completion', status, head.model, head.num_prompt_tokens,
+            sum(answer.num_tokens for answer in self._answers),
+            time.perf_counter() - self._start_time,
         )  # fmt: skip
 
 
 class Stream(StreamingResponse):
-    """A stream that ends its answers however it ends itself: read out, left by the client, or never begun."""
+    """A stream that always closes its answers: complete, client disconnected, or never started."""
 
     def __init__(self, exchange: RequestHandler) -> None:
         super().__init__(exchange.stream(), media_type='text/event-stream', headers={'Cache-Control': 'no-store'})
         self._exchange = exchange
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Sends it."""
+        """Sends the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._exchange.close()
 
 
-def _full(error: QueueFull) -> APIError:
+def _queue_full(error: QueueFull) -> APIError:
     return APIError(429, str(error), code='rate_limit_exceeded', headers={'Retry-After': '1'})

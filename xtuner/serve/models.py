@@ -1,4 +1,4 @@
-"""What is served: one base, any number of adapters on it, each with its name and its prompt format."""
+"""Loads the served models: one base and any number of adapters, each with its name and prompt template."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from xtuner.serve.address import base_name_of, name_adapters
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name of the service.
+    """A model that clients can select.
 
     Attributes:
-        name: What clients call it.
-        adapter: What peft calls its adapter, see `_peft_name`; None for the base.
+        name: The name used by clients.
+        adapter: The name of its adapter in peft, see `_peft_name`; None for the base.
         tokenizer: Its tokenizer.
-        template: Its prompt format; None where none is known.
-        why_no_template: Why, for the client that asks it to chat.
+        template: Its prompt template; None if unknown.
+        why_no_template: The reason, for clients that send a chat request.
     """
 
     name: str
@@ -40,38 +40,38 @@ class ServedModel:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """Ids of the tokens that end an answer."""
         return frozenset(self._template_or_plain().stop_ids(self.tokenizer))
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> list[Piece]:
-        """Renders messages up to where the answer begins, as in training; DataError where they have no form."""
+        """Renders messages up to the start of the answer, as in training; DataError if the template cannot."""
         if self.template is None:
-            raise DataError(f'{self.name!r} has no prompt format for conversations, /v1/completions works: '
+            raise DataError(f'{self.name!r} has no prompt template for conversations, use /v1/completions: '
                             f'{self.why_no_template}')  # fmt: skip
         return self.template.render(to_prompt(messages), prompt=True)
 
     def encode_chat(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of what `render_chat` returned."""
+        """Encodes the output of `render_chat`."""
         return encode_pieces(pieces, self.tokenizer, self._template_or_plain())
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text to be continued, those of a document in training without its end."""
+        """Encodes a text to complete, like a document in training without its end token."""
         document = to_conversation({'messages': [{'role': 'text', 'content': text}]}, 'the prompt')
         ids = encode_conversation(document, self.tokenizer, self._template_or_plain()).input_ids.tolist()
         return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
     def _template_or_plain(self) -> Template:
-        return self.template or get_template('default')  # a document looks the same in all of them
+        return self.template or get_template('default')  # documents are encoded the same way with every template
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model in memory and the names under which it is served.
+    """The loaded model and the names under which it is served.
 
     Attributes:
         model: The base, or the `peft.PeftModel` around it.
-        served: The base first.
-        max_length: Tokens of prompt and answer together that it was made for.
+        served: The served models, the base first.
+        max_length: The context length: maximum tokens of prompt and answer together.
     """
 
     model: Any
@@ -79,7 +79,7 @@ class Loaded:
     max_length: int
 
     def use(self, adapter: str | None) -> None:
-        """Makes an adapter the active one; None: none."""
+        """Activates an adapter; None disables all."""
         if len(self.served) == 1:
             return
         tuner = self.model.base_model
@@ -102,22 +102,22 @@ def load_served(
     """Loads a base and its adapters.
 
     Args:
-        llm: A model's folder or hub id; the last part of it is its name.
+        llm: Folder or hub id of the model; its last component is the name of the model.
         adapters: Each `[NAME=]FOLDER`.
-        template: Name of the prompt template of all; None takes the one each was tuned with, or the tokenizer's own.
-        choice: How the base is held.
+        template: Name of the prompt template; None uses the one each model was trained with, or the tokenizer's own.
+        choice: Precision and device of the base.
         trust_remote_code: Whether code in the model's folder may run.
 
     Raises:
-        ModelError: the model cannot be loaded, or an adapter adds tokens of its own to the prompt.
-        CheckpointError: an adapter is of another base, or none.
-        UsageError: two names are the same, or adapters were trained on the base in different bits.
+        ModelError: the model cannot be loaded, or an adapter adds tokens to the prompt.
+        CheckpointError: an adapter was trained on another base, or a folder contains no adapter.
+        UsageError: two names are equal, or adapters were trained with different quantization.
     """
     base_name = base_name_of(llm)
     folders = {name: resolve_checkpoint(path) for name, path in name_adapters(adapters, base_name).items()}
     folder = resolve_model(llm, trust_remote_code=trust_remote_code)
-    known = fingerprint(open_weights(folder)) if folders else None
-    origins = {name: check_adapter(path, known) for name, path in folders.items()}
+    base_fingerprint = fingerprint(open_weights(folder)) if folders else None
+    origins = {name: check_adapter(path, base_fingerprint) for name, path in folders.items()}
     base_origin = read_provenance(folder)
     if template is None:
         for origin, path in ((base_origin, folder), *((origins[name], path) for name, path in folders.items())):
@@ -139,7 +139,7 @@ def _add_adapters(model: Any, folders: Sequence[Path]) -> Any:
     for number, path in enumerate(folders):
         model = load_adapter(model, path, name=_peft_name(number))
         if model.peft_config[_peft_name(number)].is_prompt_learning:
-            raise ModelError(f'{path}: an adapter that adds tokens to the prompt cannot be served')
+            raise ModelError(f'{path}: prompt-learning adapters, which add tokens to the prompt, cannot be served')
     return model.eval()
 
 
@@ -147,12 +147,12 @@ def _served(
     name: str, peft_name: str | None, source: Path, template: str | None, origin: Provenance | None, trusted: bool
 ) -> ServedModel:
     tokenizer = load_tokenizer(source, trust_remote_code=trusted)
-    wanted = template or (origin.template if origin else 'from_tokenizer')
+    template_name = template or (origin.template if origin else 'from_tokenizer')
     try:
-        found = get_template(wanted, tokenizer)
+        prompt_template = get_template(template_name, tokenizer)
         if origin and origin.answer_tokens:
-            found = found.allowing(origin.answer_tokens, tokenizer)
-        return ServedModel(name, peft_name, tokenizer, found)
+            prompt_template = prompt_template.allowing(origin.answer_tokens, tokenizer)
+        return ServedModel(name, peft_name, tokenizer, prompt_template)
     except ConfigError as error:
         if template:
             raise
@@ -160,20 +160,20 @@ def _served(
 
 
 def _peft_name(number: int) -> str:
-    """What peft calls an adapter: never the served name.
+    """The name of an adapter in peft, which differs from the served name.
 
-    peft makes it a key of `nn.ModuleDict`, which allows no dot and none of its own attributes (`train`, `half`), and
-    finds weights by it with a text search, in which no name may be a part of another or of a kind of adapter.
+    peft uses the name as a key of `nn.ModuleDict`, which allows neither dots nor its own attributes (`train`, `half`),
+    and finds weights by a substring search, in which no name may be part of another name or of an adapter type.
     """
     return f'served_{number:04}'
 
 
 def _as_trained(origins: dict[str, Provenance | None]) -> Mapping[str, Any] | None:
-    """The quantisation of the base that the adapters saw."""
-    kinds = {name: origin.quantization for name, origin in origins.items() if origin}
-    first = next(iter(kinds.values()), None)
-    other = next((name for name, kind in kinds.items() if kind != first), None)
+    """The quantization of the base in the training of the adapters."""
+    quantizations = {name: origin.quantization for name, origin in origins.items() if origin}
+    first = next(iter(quantizations.values()), None)
+    other = next((name for name, quantization in quantizations.items() if quantization != first), None)
     if other is not None:
-        raise UsageError(f'adapters {next(iter(kinds))!r} and {other!r} were trained on the base in different bits; '
-                         'choose with --bits, or serve them apart')  # fmt: skip
+        raise UsageError(f'adapters {next(iter(quantizations))!r} and {other!r} were trained with different '
+                         'quantization of the base; select one with --bits, or serve them separately')  # fmt: skip
     return first

@@ -1,4 +1,4 @@
-"""What a client can do wrong, in OpenAI's error form."""
+"""Errors that are returned to clients, in OpenAI's error format."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class APIError(Exception):
-    """An answer other than 200.
+    """An error response.
 
     Args:
         status: HTTP status.
         message: What is wrong and what to do.
-        param: The field of the request, if one is at fault.
-        code: OpenAI's word for it, if there is one.
-        headers: Further headers of the response.
-        unread: Whether the body of the request may still be on its way.
+        param: The invalid field of the request, if any.
+        code: OpenAI's error code, if any.
+        headers: Additional headers of the response.
+        unread: Whether the body of the request may not have been read completely.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class APIError(Exception):
         self.headers, self.unread = headers or {}, unread
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the response."""
-        kinds = {401: 'authentication_error', 429: 'rate_limit_error'}
-        kind = kinds.get(self.status, 'invalid_request_error' if self.status < 500 else 'server_error')
-        return {'error': {'message': self.message, 'type': kind, 'param': self.param, 'code': self.code}}
+        """The JSON body of the response."""
+        types = {401: 'authentication_error', 429: 'rate_limit_error'}
+        type_ = types.get(self.status, 'invalid_request_error' if self.status < 500 else 'server_error')
+        return {'error': {'message': self.message, 'type': type_, 'param': self.param, 'code': self.code}}
 
 
-def wrong(param: str, message: str, code: str | None = None) -> APIError:
-    """A field that is wrong: status 400."""
+def invalid(param: str, message: str, code: str | None = None) -> APIError:
+    """The error for an invalid field: status 400."""
     return APIError(400, message, param=param, code=code)

@@ -1,4 +1,4 @@
-"""OpenAI's responses."""
+"""Builds the responses of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 @dataclass
 class Choice:
-    """One answer as far as it has come."""
+    """One answer, as far as it has been generated."""
 
     text: str = ''
     num_tokens: int = 0
@@ -21,15 +21,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """What all parts of a response have in common.
+    """Builds the JSON of a response or of its stream.
 
     Attributes:
-        chat: Whether it answers a conversation.
-        id: Of the response.
+        chat: Whether this is a chat completion.
+        id: Id of the response.
         created: Unix time in seconds.
-        model: The model that answers.
-        num_prompt_tokens: Of all prompts together.
-        with_usage: Whether a stream ends with the counts.
+        model: Name of the model.
+        num_prompt_tokens: Tokens of all prompts together.
+        with_usage: Whether a stream ends with token counts.
     """
 
     chat: bool
@@ -41,7 +41,7 @@ class ResponseBuilder:
     choices: list[Choice] = field(default_factory=list)
 
     def whole(self) -> dict[str, Any]:
-        """The response that is no stream."""
+        """The complete response of a request without `stream`."""
         return self._object(
             'chat.completion' if self.chat else 'text_completion',
             [self._choice(n, c.text, c.finish, 'message') for n, c in enumerate(self.choices)],
@@ -49,27 +49,27 @@ class ResponseBuilder:
         )
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream begins with: who speaks."""
+        """The first chunks of a stream, with the role."""
         if not self.chat:
             return []
         return [self._chunk(n, {'role': 'assistant', 'content': ''}, None) for n in range(len(self.choices))]
 
     def chunk(self, number: int, text: str, finish: str | None) -> list[dict[str, Any]]:
-        """What a piece of an answer adds to a stream; its end is a chunk of its own, as OpenAI's is."""
+        """The chunks for a piece of an answer; the end is a separate chunk, as in OpenAI's API."""
         if not self.chat:
             return [self._chunk(number, text, finish)]
-        found = [self._chunk(number, {'content': text}, None)] if text else []
-        return found + ([self._chunk(number, {}, finish)] if finish else [])
+        chunks = [self._chunk(number, {'content': text}, None)] if text else []
+        return chunks + ([self._chunk(number, {}, finish)] if finish else [])
 
     def last_chunks(self) -> list[dict[str, Any]]:
-        """What a stream ends with."""
+        """The last chunks of a stream, with the token counts if requested."""
         return [self._object(self._chunk_kind, [], usage=self.usage())] if self.with_usage else []
 
     def usage(self) -> dict[str, int]:
-        """The counts; a stop token counts as drawn."""
-        drawn = sum(choice.num_tokens for choice in self.choices)
-        read = self.num_prompt_tokens
-        return {'prompt_tokens': read, 'completion_tokens': drawn, 'total_tokens': read + drawn}
+        """The token counts; stop tokens are included."""
+        generated = sum(choice.num_tokens for choice in self.choices)
+        prompt = self.num_prompt_tokens
+        return {'prompt_tokens': prompt, 'completion_tokens': generated, 'total_tokens': prompt + generated}
 
     @property
     def _chunk_kind(self) -> str:
@@ -89,11 +89,11 @@ class ResponseBuilder:
 
 
 class Pieces:
-    """The events by which one answer's text goes out; what they have in common is written once.
+    """Encodes the events of one streamed answer; their constant parts are encoded only once.
 
     Args:
-        head: Of the response.
-        number: Which of its answers.
+        head: Builds the response.
+        number: Index of the answer.
     """
 
     def __init__(self, head: ResponseBuilder, number: int) -> None:
@@ -102,7 +102,7 @@ class Pieces:
         self._before, _, self._after = event(chunk).rpartition(to_json(_MARK))
 
     def __call__(self, text: str, finish: str | None) -> bytes:
-        """What a piece adds to the stream."""
+        """The events for a piece of text."""
         if finish is None:
             return self._before + to_json(text) + self._after
         return b''.join(map(event, self._head.chunk(self._number, text, finish)))
@@ -114,15 +114,15 @@ def event(content: dict[str, Any]) -> bytes:
 
 
 DONE = b'data: [DONE]\n\n'
-_MARK = '\0'  # stands where the text goes, behind everything that a client has a say in
+_MARK = '\0'  # placeholder for the text; it comes after all client-controlled values
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(',', ':')).encode
 
 
 def to_json(content: Any) -> bytes:
-    """Compact JSON in UTF-8; half a surrogate pair, as a client's JSON may hold, becomes a question mark."""
+    """Compact JSON in UTF-8; an unpaired surrogate, which a client's JSON may contain, becomes a question mark."""
     return _encode(content).encode('utf-8', 'replace')
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response of that."""
+    """A JSON response."""
     return Response(to_json(content), status, headers, media_type='application/json')

@@ -1,4 +1,4 @@
-"""From the command line's words to a running service."""
+"""Loads the models and runs the service."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is served and how it is held in memory.
+class ServedSource:
+    """The models to serve and how to load them.
 
     Attributes:
-        llm: A model's folder or hub id.
+        llm: Folder or hub id of the base model.
         adapters: Each `[NAME=]FOLDER`.
-        template: Name of the prompt template; None takes the one each model was tuned with.
-        base: How the base is held.
-        packed: Leave weights as they were loaded even where there is room for a form that is multiplied sooner.
+        template: Name of the prompt template; None uses the one each model was trained with.
+        base: Precision and device of the base.
+        weight_cache: Whether to cache dequantized or repacked weights if memory allows.
         trust_remote_code: Whether code in the model's folder may run.
     """
 
@@ -38,33 +38,33 @@ class Source:
     adapters: Sequence[str] = ()
     template: str | None = None
     base: BaseChoice = AS_TRAINED
-    packed: bool = False
+    weight_cache: bool = True
     trust_remote_code: bool = False
 
 
 def run_service(
-    source: Source,
+    source: ServedSource,
     address: Address,
-    taken: Sequence[socket.socket],
+    sockets: Sequence[socket.socket],
     limits: Limits,
     *,
     sampling: Sampling,
     grace_s: float,
 ) -> None:
-    """Loads the model, serves until a signal comes.
+    """Loads the model and serves until a signal arrives.
 
     Args:
-        source: What is served.
-        address: Where.
-        taken: What `listen` returned for it.
-        limits: What a client may take; of `max_length` at most the model's own limit is given.
-        sampling: What holds where a request says nothing.
-        grace_s: Seconds that answers have to end.
+        source: The models to serve.
+        address: The listen address.
+        sockets: The sockets that `listen` returned for it.
+        limits: Limits of requests; `max_length` is reduced to the model's context length.
+        sampling: Default sampling settings.
+        grace_s: Seconds for running answers to finish at shutdown.
 
     Raises:
-        UsageError: the address was taken meanwhile, or two models have one name.
+        UsageError: the address has been taken meanwhile, or two models have the same name.
         ModelError: the model cannot be loaded or served.
-        CheckpointError: an adapter is of another base, or none.
+        CheckpointError: an adapter was trained on another base, or a folder contains no adapter.
     """
     loaded = load_served(
         source.llm, adapters=source.adapters, template=source.template, choice=source.base,
@@ -75,15 +75,15 @@ def run_service(
     hosts = LOOPBACK | {address.host.lower()} if address.loopback and not address.api_key else None
     guard = Guard(api_key=address.api_key, hosts=hosts)
     service = Service(loaded, decoder, limits=limits, sampling=sampling, guard=guard)
-    if not source.packed and (kept := cache_weights(loaded.model)).num_layers:
-        logger.info('%d of %d layers kept in the form that is multiplied soonest: %.2f GiB', kept.num_kept,
-                    kept.num_layers, kept.num_bytes / 2**30)  # fmt: skip
-    _say_what_is_served(loaded, decoder)
-    serve(service.app(), taken, grace_s=grace_s)
+    if source.weight_cache and (cached := cache_weights(loaded.model)).num_layers:
+        logger.info('weight cache: %d of %d layers, %.2f GiB', cached.num_cached, cached.num_layers,
+                    cached.num_bytes / 2**30)  # fmt: skip
+    _log_served_models(loaded, decoder)
+    serve(service.app(), sockets, grace_s=grace_s)
 
 
-def _say_what_is_served(loaded: Loaded, decoder: BatchDecoder) -> None:
-    logger.info('%d answers of up to %d tokens at a time: %.2f GiB', decoder.num_rows, decoder.max_length,
+def _log_served_models(loaded: Loaded, decoder: BatchDecoder) -> None:
+    logger.info('KV cache: %d streams of up to %d tokens, %.2f GiB', decoder.num_rows, decoder.max_length,
                 decoder.store_bytes / 2**30)  # fmt: skip
     for model in loaded.served:
-        logger.info('model %r%s', model.name, '' if model.template else ' (no prompt format: completions only)')
+        logger.info('model %r%s', model.name, '' if model.template else ' (no prompt template: completions only)')

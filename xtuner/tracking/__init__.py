@@ -1,1 +1,1 @@
-"""What is recorded of a run: metadata, sessions, the report, the model card."""
+"""Records of a run: metadata, sessions, the report and the model card."""

@@ -1,4 +1,4 @@
-"""What a run stands on: versions, devices, and the state of the repository that it was started in."""
+"""The environment of a run: package versions, devices, and the state of the git repository."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _GIT_TIMEOUT_S = 5
 
 
 def versions() -> dict[str, str]:
-    """xtuner's, Python's and the installed packages' versions; a package that is not installed is left out."""
-    found = {'xtuner': __version__, 'python': platform.python_version()}
+    """Versions of xtuner, Python and the installed packages."""
+    result = {'xtuner': __version__, 'python': platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def devices() -> dict[str, Any]:
-    """The machine: system, processor, cores, memory, and each GPU with its memory in GiB and compute capability."""
-    found: dict[str, Any] = {
+    """The machine: system, CPU, cores, memory, and each GPU with its memory in GiB and compute capability."""
+    result: dict[str, Any] = {
         'system': f'{platform.system()} {platform.release()}',
         'processor': processor(),
         'cores': available_cores(),
@@ -42,21 +42,21 @@ def devices() -> dict[str, Any]:
         'gpus': [],
     }
     if torch.cuda.is_available():
-        found['cuda'] = torch.version.cuda
+        result['cuda'] = torch.version.cuda
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            found['gpus'].append(
+            result['gpus'].append(
                 {
                     'name': gpu.name,
                     'memory_gib': round(gpu.total_memory / 2**30, 1),
                     'capability': f'{gpu.major}.{gpu.minor}',
                 }
             )
-    return found
+    return result
 
 
 def processor() -> str:
-    """The processor's name, as Linux knows it; elsewhere its kind."""
+    """The CPU's name on Linux; elsewhere its architecture."""
     try:
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError:
@@ -66,20 +66,20 @@ def processor() -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def host_memory_gib() -> float | None:
-    """Memory of the machine, or of the container, in GiB; None where the system does not say."""
+    """Memory of the machine, or of the container, in GiB; None if unknown."""
     return round(total_bytes() / 2**30, 1) or None
 
 
 def git_state(folder: Path | None = None) -> dict[str, Any] | None:
-    """Commit, branch and number of changed files of the repository around a folder; None outside of one.
+    """Commit, branch and number of changed files of the git repository that contains a folder; None outside of one.
 
     Args:
-        folder: None: where the process stands.
+        folder: None: the working directory.
     """
     commit = _git(folder, 'rev-parse', 'HEAD')
     if commit is None:
@@ -93,7 +93,7 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
 
 
 def _git(folder: Path | None, *words: str) -> str | None:
-    """What git answers, None where it is not installed, refuses, or takes too long."""
+    """Output of a git command; None if git is not installed, fails, or takes too long."""
     try:
         done = subprocess.run(
             ['git', *words], cwd=folder, capture_output=True, text=True, check=False, timeout=_GIT_TIMEOUT_S

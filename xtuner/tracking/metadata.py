@@ -1,4 +1,4 @@
-"""Facts about a run as JSON values: its method, data and latest losses."""
+"""Run metadata as JSON values: method, data and latest losses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from xtuner.tracking.model_card import public_name
 from xtuner.utils.jsonl import objects
 
 _BINS = 24
-_TAIL_BYTES = 2**16  # of the metrics: enough for the last steps
+_TAIL_BYTES = 2**16  # bytes read from the end of the metrics, enough for the last steps
 
 
 def method_of(config: TrainConfig) -> str:
-    """'QLoRA, rank 64', 'LoRA, rank 8', 'all weights'; another adapter by its config's name."""
+    """Describes the training method: 'QLoRA, rank 64', 'LoRA, rank 8', 'all weights', or another adapter's name."""
     if config.adapter is None:
         return 'all weights'
     kind = reference(config.adapter['type']).partition(':')[2].removesuffix('Config')
@@ -31,19 +31,19 @@ def method_of(config: TrainConfig) -> str:
 
 
 def sources_of(config: TrainConfig) -> list[str]:
-    """The data's names: hub ids as they are, of files and folders the last part only."""
+    """Names of the data sources: hub ids, and for files and folders only the last part of the path."""
     sources = config.dataset.source if isinstance(config.dataset.source, (list, tuple)) else [config.dataset.source]
     paths = [str(s.get('path') if isinstance(s, Mapping) else s) for s in sources]
     return [public_name(path) for path in paths]
 
 
 def summary_of(dataset: PreparedDataset, max_length: int, *, share: bool = False) -> dict[str, Any]:
-    """A part's counts, how full its packs are, and how long its conversations.
+    """Counts of a part, its packing efficiency, and a histogram of conversation lengths.
 
     Args:
         dataset: Training or validation data.
-        max_length: Tokens that a pack may have.
-        share: Whether it is a share of data whose counts are told elsewhere.
+        max_length: Maximum tokens per pack.
+        share: Whether the counts of the whole data are reported elsewhere.
     """
     lengths = dataset.sample_lengths[dataset.sample_numbers]
     counts, edges = np.histogram(lengths, bins=_BINS, range=(0, max(1, int(lengths.max()))))
@@ -58,14 +58,14 @@ def summary_of(dataset: PreparedDataset, max_length: int, *, share: bool = False
 
 
 def latest_losses(work_dir: Path) -> dict[str, Any]:
-    """The last step's loss and the last validation loss in `metrics.jsonl`; empty where there are none."""
+    """The loss of the last step and the last validation loss in `metrics.jsonl`; empty if there are none."""
     try:
         with (work_dir / METRICS_FILE).open('rb') as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             tail = file.read()
     except OSError:
         return {}
-    found: dict[str, Any] = {}
+    latest: dict[str, Any] = {}
     for record in objects(tail):
-        found |= {key: record[key] for key in ('step', 'loss', 'val_loss') if key in record}
-    return found
+        latest |= {key: record[key] for key in ('step', 'loss', 'val_loss') if key in record}
+    return latest

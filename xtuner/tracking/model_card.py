@@ -1,6 +1,6 @@
-"""The model card of an adapter or a model: `README.md` as the hub reads it, from what `xtuner.json` says.
+"""The model card of an adapter or a model, `README.md` on the hub, written from `xtuner.json`.
 
-Nothing of the machine is in it: of a local path only its last part.
+It contains no information about the machine; for local paths only their last part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xtuner.utils.escape import printable
 
 CARD_FILE = 'README.md'
 _ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
-_LONGEST_ID = 193  # characters: two names of 96
+_MAX_ID_LENGTH = 193  # characters: two names of 96
 _LABELS = {
     'method': 'method', 'conversations': 'conversations', 'tokens': 'tokens in them',
     'target_tokens': 'tokens trained', 'train_on': 'what is trained', 'max_length': 'tokens a pack', 'steps': 'steps',
@@ -33,17 +33,17 @@ _LABELS = {
 
 
 def hub_id(name: str) -> str | None:
-    """`name` where it is an id on the Hugging Face hub, None for a folder or a file here or elsewhere."""
-    return name if len(name) <= _LONGEST_ID and _ID.fullmatch(name) and not Path(name).exists() else None
+    """Returns `name` if it is a Hugging Face hub id, None for a local path."""
+    return name if len(name) <= _MAX_ID_LENGTH and _ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; of a path its last part, since the rest is nobody else's."""
+    """Returns a hub id unchanged and only the last part of a path, since the rest is private."""
     return hub_id(name) or Path(name).name or name
 
 
 def prompt_example(tokenizer: Any) -> str:
-    """A short conversation as the tokenizer writes it, up to where the answer begins; empty where it does not."""
+    """A short conversation as rendered by the tokenizer, up to the start of an answer; '' without a template."""
     if not getattr(tokenizer, 'chat_template', None):
         return ''
     messages = [
@@ -53,24 +53,24 @@ def prompt_example(tokenizer: Any) -> str:
     ]
     try:
         return prompt_text(tokenizer, messages)
-    except (ConfigError, DataError):  # a template may refuse it, or be none: the card goes without an example
+    except (ConfigError, DataError):  # a template may reject it or be invalid: the card then has no example
         return ''
 
 
 def write_card(folder: Path, provenance: Provenance, *, kind: str, example: str = '') -> None:
-    """Writes `README.md`, in place of what peft may have written there.
+    """Writes `README.md`, replacing one that peft may have written.
 
     Args:
-        folder: The adapter's or the model's.
-        provenance: What it was trained on, and how.
-        kind: 'adapter', 'merged' (an adapter in its base) or 'full' (all weights trained).
-        example: A conversation in the prompt format, shown as it is.
+        folder: The adapter's or model's folder.
+        provenance: Training metadata.
+        kind: 'adapter', 'merged' (an adapter merged into its base) or 'full' (all weights trained).
+        example: A conversation in the prompt format, shown verbatim.
     """
     (folder / CARD_FILE).write_text(render_card(provenance, kind=kind, example=example), encoding='utf-8')
 
 
 def render_card(provenance: Provenance, *, kind: str, example: str = '') -> str:
-    """The card's text; see `write_card`."""
+    """Returns the card's text; see `write_card`."""
     training = provenance.training or {}
     sources = [str(source) for source in training.get('data', [])]
     parts = [
@@ -81,7 +81,7 @@ def render_card(provenance: Provenance, *, kind: str, example: str = '') -> str:
     ]
     if example:
         parts.append(
-            '## Prompt format\n\nThe chat template of the tokenizer in this folder writes it '
+            '## Prompt format\n\nThe chat template of the tokenizer in this folder renders it as follows '
             f'({_code(provenance.template)}):\n\n{_fenced(example)}'
         )
     rows = [(label, training[key]) for key, label in _LABELS.items() if training.get(key) is not None]
@@ -123,8 +123,8 @@ def _what(provenance: Provenance, kind: str, sources: list[str], training: Mappi
     how = f' {note[0].upper()}{note[1:]}.' if note else ''
     fingerprint = _code(str(provenance.base_fingerprint)[:16])
     return (
-        f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is known by '
-        f'the fingerprint of its weights, {fingerprint}: xtuner refuses another.{how}\n'
+        f'{what} {_linked(provenance.base)}, trained with xtuner {_plain(provenance.xtuner)}{on}. The base is '
+        f'identified by the fingerprint of its weights, {fingerprint}: xtuner rejects any other.{how}\n'
     )
 
 
@@ -146,47 +146,47 @@ def _use(provenance: Provenance, kind: str) -> str:
             "model = AutoModelForCausalLM.from_pretrained('FOLDER', dtype='auto')\n"
             "tokenizer = AutoTokenizer.from_pretrained('FOLDER')"
         )
-    note = 'For InternLM, `import xtuner.model.loading` first: it makes transformers know the model without code from '
-    return f'FOLDER is where this card lies.\n\n{_fenced(commands)}\n{_fenced(load, "python")}\n{note}the hub.\n'
+    note = 'For InternLM, `import xtuner.model.loading` first: it registers the model without code from '
+    return f'FOLDER is the folder of this card.\n\n{_fenced(commands)}\n{_fenced(load, "python")}\n{note}the hub.\n'
 
 
 def _linked(name: str, where: str = '') -> str:
-    known = hub_id(name)
-    return f'[{known}](https://huggingface.co/{where}{known})' if known else _plain(public_name(name))
+    id_ = hub_id(name)
+    return f'[{id_}](https://huggingface.co/{where}{id_})' if id_ else _plain(public_name(name))
 
 
 def _code(content: object) -> str:
-    """Code within a line that its own content cannot end."""
+    """Inline code with a delimiter that its content cannot end."""
     shown = printable(' '.join(str(content).split()))
     ticks = '`' * (1 + max((len(run) for run in re.findall(r'`+', shown)), default=0))
     return f'{ticks} {shown} {ticks}' if len(ticks) > 1 else f'`{shown}`'
 
 
 def _fenced(content: str, language: str = '') -> str:
-    """A block of code that its own content cannot end."""
+    """A code block with a fence that its content cannot end."""
     longest = max((len(run) for run in re.findall(r'`+', content)), default=0)
     fence = '`' * max(3, longest + 1)
     return f'{fence}{language}\n{printable(content)}\n{fence}\n'
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    lines = [f'| {label} | {_plain(_shown(value))} |' for label, value in rows]
+    lines = [f'| {label} | {_plain(_value_text(value))} |' for label, value in rows]
     return '\n'.join(['| | |', '| --- | --- |', *lines]) + '\n'
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         if isinstance(value, Mapping):
-            return ', '.join(f'{k} {_shown(v)}' for k, v in value.items())
+            return ', '.join(f'{k} {_value_text(v)}' for k, v in value.items())
         return ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
 
 
 def _plain(content: str) -> str:
-    """Text without what Markdown or HTML would read as more than text, on one line.
+    """Escapes Markdown and HTML, on one line.
 
-    Of an address, the colon and the dots go as references, else GitHub and the hub would make a link of it.
+    In URLs the colon and dots become character references, since GitHub and the hub would otherwise create links.
     """
     line = re.sub(r'([\\`*_|<>\[\]~!$@&])', r'\\\1', printable(' '.join(str(content).split())))
-    return re.sub(r'www\.|:(?=//)', lambda found: found.group().replace('.', '&#46;').replace(':', '&#58;'), line,
+    return re.sub(r'www\.|:(?=//)', lambda match: match.group().replace('.', '&#46;').replace(':', '&#58;'), line,
                   flags=re.IGNORECASE)  # fmt: skip

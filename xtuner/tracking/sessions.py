@@ -1,4 +1,4 @@
-"""`about.json` in a work folder: what the run is, and each time that it was started, with what became of it."""
+"""`about.json` in a work folder: run metadata, and every session (start) of the run with its end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ABOUT_FILE = 'about.json'
 def record_session(
     work_dir: Path, facts: dict[str, Any] | None, *, from_step: int, at_end: Callable[[Path], None]
 ) -> Iterator[None]:
-    """Notes a start of the run and, when the block ends, how; then calls `at_end`. Nothing here can end a run.
+    """Records the start and the end of a session around the block, then calls `at_end`. Its errors never end a run.
 
     Args:
         work_dir: The run's folder.
-        facts: What the run is: JSON values, such as its plan and the summary of its data. None: another process tells.
-        from_step: Optimizer steps that were done before.
-        at_end: Gets the folder once the end is noted, such as `try_to_report`.
+        facts: Run metadata as JSON values, such as its schedule and data summary. None: another process records it.
+        from_step: Optimizer steps completed before this session.
+        at_end: Called with the folder after the end is recorded, such as `try_to_report`.
     """
     if facts is None:
         yield
@@ -59,7 +59,7 @@ def record_session(
 
 
 def read_about(work_dir: Path) -> dict[str, Any]:
-    """What `about.json` says; empty where there is none or it cannot be read."""
+    """Reads `about.json`; empty if it is missing or cannot be read."""
     try:
         return read_object(work_dir / ABOUT_FILE, CheckpointError)
     except CheckpointError:

@@ -1,3 +1,3 @@
-# Every weight is trained, in float32 under autocast.
+# Full fine-tuning: all weights are trained, in float32 under autocast.
 quantization = None
 adapter = None

@@ -1,4 +1,4 @@
-# LoRA (arXiv:2106.09685): the base frozen in half precision, low-rank adapters on every linear layer of the blocks.
+# LoRA (arXiv:2106.09685): a frozen base in half precision, low-rank adapters on every linear layer of the blocks.
 from peft import LoraConfig
 
 quantization = None

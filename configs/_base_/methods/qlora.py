@@ -1,4 +1,4 @@
-# QLoRA (arXiv:2305.14314): LoRA on a base that is frozen in 4 bit.
+# QLoRA (arXiv:2305.14314): LoRA on a frozen base in 4 bits.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,2 +1,2 @@
-# InternLM2-Chat-7B, tuned for dialogue. https://huggingface.co/internlm/internlm2-chat-7b
+# InternLM2-Chat-7B, fine-tuned for dialogue. https://huggingface.co/internlm/internlm2-chat-7b
 model = dict(path='internlm/internlm2-chat-7b', template='internlm2_chat')

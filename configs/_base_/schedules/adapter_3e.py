@@ -1,4 +1,4 @@
-# Three epochs at the QLoRA paper's learning rate, in 32-bit paged AdamW (its states spill to the host when need be).
+# Three epochs at the QLoRA paper's learning rate, 32-bit paged AdamW (its state moves to the host if needed).
 from bitsandbytes.optim import PagedAdamW32bit
 
 optimizer = dict(type=PagedAdamW32bit, lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0)

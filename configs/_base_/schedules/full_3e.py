@@ -1,4 +1,4 @@
-# Three epochs at a tenth of the adapters' learning rate: all weights move.
+# Three epochs at a tenth of the learning rate for adapters, because all weights are trained.
 from mmengine.config import read_base
 
 with read_base():

@@ -27,10 +27,10 @@ def test_solutions(text: str, solutions: str) -> None:
 @pytest.mark.parametrize(('text', 'reason'), [
     ('1 = 1', 'no unknown'), ('x = x', 'every value'), ('1 = 2', 'no unknown'), ('x = x + 1', 'no solution'),
     ('a = b = c', 'one equals sign'), ('', 'one equals sign'),
-    ('x^1000 = 1', 'exponent'), ('a+b+c+d+f+g+h = 0', '7 unknowns'), ('x % 2 = 1', 'not for equations'),
-    ('__import__("os") = 1', 'cannot hold'), ('x.__class__ = 1', 'cannot hold'), ('open(x) = 1', 'no function'),
-    ('solve(x) = 1', 'no function'), ('sin(x, x) = 1', 'one argument'), ('x =', 'not a formula'),
-    ('[x for x in x] = 1', 'cannot hold'), ('x' * 401, 'more than 400'),
+    ('x^1000 = 1', 'exponent'), ('a+b+c+d+f+g+h = 0', '7 unknowns'), ('x % 2 = 1', 'not supported'),
+    ('__import__("os") = 1', 'cannot contain'), ('x.__class__ = 1', 'cannot contain'), ('open(x) = 1', 'unknown'),
+    ('solve(x) = 1', 'unknown'), ('sin(x, x) = 1', 'one argument'), ('x =', 'not a formula'),
+    ('[x for x in x] = 1', 'cannot contain'), ('x' * 401, 'more than 400'),
 ])  # fmt: skip
 def test_what_cannot_be_solved_has_a_reason(text: str, reason: str) -> None:
     with pytest.raises(PluginError, match=reason):
@@ -47,7 +47,7 @@ def test_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(('program', 'reason'), [
-    ('sleep 30', 'within 0.5 s'), ('exit 1', 'gave up'), ('kill -9 $$', 'gave up'), ('true', 'gave up'),
+    ('sleep 30', 'within 0.5 s'), ('exit 1', 'ran out of'), ('kill -9 $$', 'ran out of'), ('true', 'ran out of'),
     ('printf "%02000d" 1', '2000 characters'),
 ])  # fmt: skip
 def test_a_solver_that_hangs_or_dies(

@@ -97,7 +97,7 @@ class ScriptedSession:
         self.model, self.system, self.sampling = model, system, sampling
         self.history: list[Message] = []
         self.num_dropped_turns = 0
-        self.room = sampling.max_new_tokens
+        self.answer_limit = sampling.max_new_tokens
 
     def keep(self, text: str, answer: str) -> None:
         self.history = [*self.history, Message('user', text), Message('assistant', answer)]
@@ -121,7 +121,7 @@ class ScriptedSession:
         if text == 'drop':
             self.num_dropped_turns, self.history = 1, self.history[2:]
         if text == 'long':
-            self.room = 5
+            self.answer_limit = 5
         self.keep(text, reply)
         return reply
 

@@ -108,11 +108,11 @@ def test_what_went_otherwise_is_said(model: Scripted) -> None:
     say(page, 'fail')
     assert page.error[0].value == 'this message is longer than the model can read'
     say(page, 'empty')
-    assert texts(page)[-1] == ['The model ended its answer without a word.']
+    assert texts(page)[-1] == ['The model gave an empty answer.']
     say(page, 'drop')
-    assert 'the oldest turn was left out' in texts(page)[-1][1]
+    assert 'the oldest turn was dropped' in texts(page)[-1][1]
     say(page, 'long')
-    assert texts(page)[-1][1] == 'The message is long: this answer had room for 5 tokens.'
+    assert texts(page)[-1][1] == 'The prompt is long: this answer was limited to 5 tokens.'
     assert len(page.chat_message) == 8  # what the model no longer reads still stands there
 
 
@@ -163,7 +163,7 @@ def test_the_page_without_a_model_says_how_to_start_it() -> None:
 @pytest.mark.parametrize(
     ('words', 'status', 'message'),
     [
-        (['--port', '8501'], 2, '--port is of the web page; add --web'),
+        (['--port', '8501'], 2, '--port sets the port of the web page; add --web'),
         (['--web', '--port', '0'], 2, '--port: must be at least 1'),
         (['--web'], 1, 'no such folder'),
     ],

@@ -40,7 +40,7 @@ def test_a_second_run_is_refused_and_the_first_one_left_alone(tmp_path: Path) ->
     with held_by_another(tmp_path) as other:
         for _ in range(2):
             with (
-                pytest.raises(CheckpointError, match=r'another run is under way there \(process 7 on elsewhere\)'),
+                pytest.raises(CheckpointError, match=r'another run is active there \(process 7 on elsewhere\)'),
                 exclusive_run_dir(tmp_path),
             ):
                 pytest.fail('let in')
@@ -79,7 +79,7 @@ def test_what_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
 def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
     for place in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-        with pytest.raises(CheckpointError, match=f'cannot write to {place}: .*; give another --work-dir'):
+        with pytest.raises(CheckpointError, match=f'cannot write to {place}: .*; choose another --work-dir'):
             exclusive_run_dir(place).__enter__()
 
 
@@ -90,7 +90,7 @@ def test_below_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
     try:
         if root:
             os.seteuid(65534)
-        with pytest.raises(CheckpointError, match=r'cannot write to .*: Permission denied; give another --work-dir'):
+        with pytest.raises(CheckpointError, match=r'cannot write to .*: Permission denied; choose another --work-dir'):
             exclusive_run_dir(tmp_path / 'closed' / 'a').__enter__()
     finally:
         if root:

@@ -59,10 +59,10 @@ def test_the_same_conversations_elsewhere_are_the_same_data(train: Train, conver
         (['schedule.accumulative_counts=1', 'schedule.batch_size=2'], '`schedule.batch_size` was 1 and is now 2'),
         (
             ['schedule.accumulative_counts=1'],
-            'the items a step were 2 and are now 1: 1 for each step done are read again',
+            'the items a step were 2 and are now 1: 1 for each completed step are read again',
         ),
-        (['schedule.batch_size=3'], 'the items a step were 2 and are now 6: 4 for each step done are left out'),
-        (['dataset.max_length=32'], 'the conversations or their packs are not the same'),
+        (['schedule.batch_size=3'], 'the items a step were 2 and are now 6: 4 for each completed step are skipped'),
+        (['dataset.max_length=32'], 'the conversations or their packs differ'),
     ],
 )
 def test_a_change_is_named_refused_and_allowed(
@@ -74,7 +74,7 @@ def test_a_change_is_named_refused_and_allowed(
     assert train('run', *options) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert train('run', *options, words=('--resume', '--allow-changes')) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if 'going on although' in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if 'resuming despite a change:' in line]
     assert any(message in line for line in told)
 
 
@@ -95,7 +95,7 @@ def test_another_record_is_another_data_set(
     text = conversations.read_text(encoding='utf-8')
     conversations.write_text(text.replace('5, of course', '6, of course'), encoding='utf-8')
     assert train('run', steps=3) == 1
-    assert 'the conversations or their packs are not the same' in capsys.readouterr().err
+    assert 'the conversations or their packs differ' in capsys.readouterr().err
 
 
 def test_begin_with_the_weights_of_another_run(train: Train, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_run_begun_when_rounding_errors_counted_resumes_exactly(
 def test_why_the_data_of_an_earlier_release_differs_is_said_as_a_possibility() -> None:
     now = {'data': 'b', 'dataset.ignore': []}
     told = run_manifest._changes({'data': 'a'}, now)
-    assert told['data'].startswith('the conversations or their packs are not the same')
-    assert told['dataset.ignore'].startswith('this may be because the run began with an earlier release')
+    assert told['data'].startswith('the conversations or their packs differ')
+    assert told['dataset.ignore'].startswith('the run may have begun with an earlier release')
     assert all(word in told['dataset.ignore'] for word in ('`dataset.ignore`', 'test*, val*, hidden'))
     assert run_manifest._changes({'data': 'b'}, now) == {}

@@ -151,9 +151,9 @@ def test_harm_is_seen_and_the_checkpoint_before_it_is_taken(tmp_path: Path, harm
 def test_no_manifest_means_not_whole(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / 'manifest.json').unlink()
-    with pytest.raises(CheckpointError, match='not a whole checkpoint'):
+    with pytest.raises(CheckpointError, match='not a complete checkpoint'):
         verify_checkpoint(folder)
-    with pytest.raises(CheckpointError, match='no whole checkpoint to resume from'):
+    with pytest.raises(CheckpointError, match='no complete checkpoint to resume from'):
         newest_checkpoint(tmp_path, warn=lambda _: None)
 
 
@@ -304,7 +304,7 @@ def test_a_state_of_a_later_format_is_told(tmp_path: Path) -> None:
     content = json.loads(path.read_text(encoding='utf-8'))
     content['dict'] = [[key, 2 if key == 'format' else value] for key, value in content['dict']]
     path.write_text(json.dumps(content), encoding='utf-8')
-    with pytest.raises(CheckpointError, match='format 2, and this version of xtuner reads format 1'):
+    with pytest.raises(CheckpointError, match='format 2, but this version of xtuner reads format 1'):
         read_state(folder)
     content['dict'] = [pair for pair in content['dict'] if pair[0] != 'format']  # as before there was a number
     path.write_text(json.dumps(content), encoding='utf-8')

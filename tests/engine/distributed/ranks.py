@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from xtuner.model.families.internlm2.configuration import InternLM2Config
 from xtuner.model.families.internlm2.modeling import InternLM2ForCausalLM
 from xtuner.model.loading import load_model
 from xtuner.model.sharded_loading import ShardSpec
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.objectives.base import Objective
+from xtuner.objectives.model import TrainingModel
+from xtuner.objectives.sft import Sft, SupervisedFinetune
 
 NUM_ITEMS, VOCABULARY = 8, 61
 
@@ -49,12 +51,19 @@ class Case:
         method: 'lora', 'qlora' or 'full' on Llama; 'internlm2': QLoRA on fused qkv projections, by key head.
         batch_size: Items of a micro-batch.
         sequence: Ranks that share a pack.
+        objective: What is trained for.
     """
 
     strategy: str
     method: str
     batch_size: int = 1
     sequence: int = 1
+    objective: type[Objective] = Sft
+
+    @property
+    def name(self) -> str:
+        """A name for a folder."""
+        return f'{self.strategy}-{self.method}-{self.batch_size}-{self.sequence}-{self.objective.name}'
 
 
 def cases(world_size: int) -> list[Case]:
@@ -84,7 +93,14 @@ def items() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = True, sharded: bool = False) -> Any:
+def model_of(
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    fast: bool = True,
+    sharded: bool = False,
+    objective: type[Objective] = Sft,
+) -> Any:
     """The same small model for the same method, adapters not zero."""
     torch.manual_seed(0)
     sizes = {'vocab_size': VOCABULARY, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
@@ -104,7 +120,7 @@ def model_of(method: str, dtype: torch.dtype = torch.float32, *, fast: bool = Tr
     llm = llm.to(dtype)
     if fast:
         enable_fused_training(llm, sharded=sharded)
-    return SupervisedFinetune(llm).train()
+    return TrainingModel(llm, objective()).train()
 
 
 def quantise(llm: Any, storage: torch.dtype) -> None:
@@ -131,7 +147,7 @@ def make(case: Case, rank: int, world_size: int) -> Strategy:
 
 def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Loss, norm, gradient and new weights of one step of the real loop; also the optimizer's whole state."""
-    model = model_of(case.method, sharded=case.strategy == 'fsdp')
+    model = model_of(case.method, sharded=case.strategy == 'fsdp', objective=case.objective)
     if case.sequence > 1:
         model.share_sequences(sequence_group(case.sequence))
     strategy = make(case, rank, world_size)
@@ -144,7 +160,7 @@ def one_step(case: Case, rank: int, world_size: int, folder: Path) -> dict[str, 
     plan = TrainingSchedule(NUM_ITEMS, schedule, groups)
     sampler = StepSampler(EpochSampler(NUM_ITEMS, seed=3), plan, rank=rank // case.sequence)
     loader = DataLoader(items(), batch_sampler=sampler, collate_fn=lambda batch: collate(batch, pad_id=0))
-    runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case}-{rank}', seed=0, trackers=[],
+    runner = Runner(strategy, loader, hooks=[], work_dir=folder / f'{case.name}-{rank}', seed=0, trackers=[],
                     launcher='none', write_model=lambda to, weights: None)  # fmt: skip
     runner.set_loop(plan=plan, compute_dtype=torch.float32, seed=5, max_nonfinite_steps=3)
     found: dict[str, Any] = {'held': held}
@@ -247,29 +263,32 @@ def count_broadcasts() -> Any:
     return stop
 
 
-def work(rank: int, world_size: int, port: int, folder: str) -> None:
-    """A rank's whole life."""
+def work(rank: int, world_size: int, port: int, folder: str, chosen: list[Case] | None) -> None:
+    """A rank's whole life: the chosen cases, or all of them and the models cut while they are loaded."""
     torch.set_num_threads(1)
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size),
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}  # fmt: skip
     with process_group('pytorch', timeout_s=60):
-        cut = cut_and_whole(rank, world_size, Path(folder) / 'model')
-        if rank == 0:
-            torch.save(cut, Path(folder) / 'cut.pt')
-        for number, case in enumerate(cases(world_size)):
+        if chosen is None:
+            cut = cut_and_whole(rank, world_size, Path(folder) / 'model')
+            if rank == 0:
+                torch.save(cut, Path(folder) / 'cut.pt')
+        for number, case in enumerate(chosen or cases(world_size)):
             found = one_step(case, rank, world_size, Path(folder))
             if rank == 0:
                 torch.save(found, Path(folder) / f'{number}.pt')
             distributed.barrier()
 
 
-def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
-    """All cases on so many ranks; what rank 0 found of each."""
+def run_ranks(world_size: int, folder: Path, chosen: list[Case] | None = None) -> dict[Case, dict[str, Any]]:
+    """The chosen cases, or all of them, on so many ranks; what rank 0 found of each."""
     write_model(folder / 'model', 'v1')
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
-    processes = [CONTEXT.Process(target=work, args=(rank, world_size, port, str(folder))) for rank in range(world_size)]
+    processes = [
+        CONTEXT.Process(target=work, args=(rank, world_size, port, str(folder), chosen)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -277,9 +296,11 @@ def run_ranks(world_size: int, folder: Path) -> dict[Case, dict[str, Any]]:
         if process.exitcode is None:
             process.kill()
     assert [process.exitcode for process in processes] == [0] * world_size
-    return {case: torch.load(folder / f'{n}.pt', weights_only=False) for n, case in enumerate(cases(world_size))}
+    return {
+        case: torch.load(folder / f'{n}.pt', weights_only=False) for n, case in enumerate(chosen or cases(world_size))
+    }
 
 
-def alone(method: str, folder: Path) -> dict[str, Any]:
+def alone(method: str, folder: Path, objective: type[Objective] = Sft) -> dict[str, Any]:
     """The same step by one process, all items in one batch."""
-    return one_step(replace(Case('single', method), batch_size=NUM_ITEMS), 0, 1, folder)
+    return one_step(Case('single', method, batch_size=NUM_ITEMS, objective=objective), 0, 1, folder)

@@ -42,7 +42,7 @@ def test_slurm_s_variables_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {'hostnames': 'node3\nnode4\n', 'node': 'NodeName=node3 CPUTot=8\n   NodeAddr=10.1.2.3 NodeHostName=x\n'}
     monkeypatch.setattr(launch.subprocess, 'check_output', lambda words, **_: answers[words[2]])
     for known, address in ((False, '10.1.2.3'), (True, 'node3')):  # a node's name need not be a host's
-        monkeypatch.setattr(launch, '_is_known', lambda host, known=known: known)
+        monkeypatch.setattr(launch, '_is_resolvable', lambda host, known=known: known)
         with monkeypatch.context() as inner:
             inner.setattr(os, 'environ', dict(os.environ))
             launch._take_slurm_variables()
@@ -69,7 +69,10 @@ def test_slurm_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_an_address_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (('RANK', '0'), ('WORLD_SIZE', '2'), ('LOCAL_RANK', '0'), ('MASTER_ADDR', 'nobody.invalid')):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=r'MASTER_ADDR nobody\.invalid is no name'), launch.process_group('pytorch'):
+    with (
+        pytest.raises(UsageError, match=r'MASTER_ADDR nobody\.invalid cannot be resolved on this machine'),
+        launch.process_group('pytorch'),
+    ):
         raise AssertionError('a group was made')
 
 
@@ -84,7 +87,9 @@ def test_the_error_of_a_run_is_the_one_that_began_it() -> None:
     # A rank that was killed comes before what the others say of it.
     assert 'rank 1 was killed by SIGKILL' in str(launch._failure({0: told, 1: failed(-9)}))
     assert 'rank 1 was killed by SIGSEGV' in str(launch._failure({1: failed(-11)}))
-    assert 'said nothing' in str(launch._failure({2: failed(7)})) and launch._failure({2: failed(7)}).exit_status == 7
+    assert (
+        'no error message' in str(launch._failure({2: failed(7)})) and launch._failure({2: failed(7)}).exit_status == 7
+    )
 
 
 def test_only_the_first_of_a_node_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_a_process_takes_a_card_that_it_sees(
 
 def test_more_processes_of_torchrun_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 4)
-    with pytest.raises(UsageError, match='LOCAL_RANK is 5, and this process sees 4 GPUs'):
+    with pytest.raises(UsageError, match='LOCAL_RANK is 5, but this process sees 4 GPUs'):
         launch._device_index(5, 'pytorch')
 
 

@@ -82,8 +82,8 @@ def test_all_ranks_stop_in_the_same_place(seed: int) -> None:
     [
         (('', ''), None),
         (('no memory', 'no memory'), None),
-        (('', 'no memory'), 'rank 1 failed in the sample, and not all others did: no memory'),
-        (('one', 'other'), 'rank 0 failed in the sample, and not all others did: one'),
+        (('', 'no memory'), 'rank 1 failed in the sample, but not all others did: no memory'),
+        (('one', 'other'), 'rank 0 failed in the sample, but not all others did: one'),
     ],
 )
 def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str], message: str | None) -> None:
@@ -99,5 +99,5 @@ def test_ranks_agree_on_how_it_ended(store: TCPStore, outcomes: tuple[str, str],
 
 def test_a_rank_that_failed_does_not_wait_for_ever(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, '_PATIENCE_S', 0.1)
-    with pytest.raises(TrainingError, match='rank 0 alone failed in the sample: no memory'):
+    with pytest.raises(TrainingError, match='only rank 0 failed in the sample: no memory'):
         Watchdog(store, rank=0, world_size=2, timeout_s=100).agree_on_success('the sample', 'no memory')

@@ -64,7 +64,7 @@ def test_every_layout_reads_the_same(tmp_path: Path, layout: str) -> None:
         if tensor.dim():
             assert torch.equal(reader.rows(name, 1, 3), tensor[1:3])
             assert torch.equal(reader.rows(name, 1, 10**6), tensor[1:])
-        assert bool(reader._places(reader.file(name))) == (layout != 'old-bin')  # read where it lies, not mapped
+        assert bool(reader._ranges(reader.file(name))) == (layout != 'old-bin')  # read where it lies, not mapped
         assert torch.equal(reader.read(name), tensor)
         assert reader.file(name).is_file()
 

@@ -142,4 +142,4 @@ def test_command(work_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.strip() == str(work_dir / 'report.html')
     (tmp_path / 'empty').mkdir()
     assert main(['report', str(tmp_path / 'empty')]) == 1
-    assert 'is no work folder of a run' in capsys.readouterr().err
+    assert 'is not a work folder of a run' in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Tools that a model trained on MOSS's plugins may call: a calculator, an equation solver, a web search.
+"""Tools for models trained on MOSS's plugin data: a calculator, an equation solver, a web search.
 
-What a model writes is data: it is parsed by `arithmetic` and `equations`, never executed, and every tool has a bound on
-time and on what it returns.
+Text written by a model is data: it is parsed by `formula` and `equations`, never executed. Every tool has limits on its
+time and on the size of its result.
 """

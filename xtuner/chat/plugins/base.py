@@ -1,4 +1,4 @@
-"""What a plugin is."""
+"""The interface of plugins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Plugin(Protocol):
-    """A tool. `name` is the function that the model calls, `argument` what its parameter is called in its prompt."""
+    """A tool. `name` is the function that the model calls, `argument` the name of its parameter in the prompt."""
 
     name: str
     argument: str
@@ -15,9 +15,9 @@ class Plugin(Protocol):
         """The result, as text.
 
         Raises:
-            PluginError: there is none; the model is told why.
+            PluginError: there is no result; the model receives the message.
         """
 
 
 class PluginError(Exception):
-    """A tool has no result; the text says why, to the model and to the user."""
+    """A tool has no result; the message is shown to the model and to the user."""

@@ -1,4 +1,4 @@
-"""A calculator: walks the tree of a formula, with a bound on the size of every number."""
+"""A calculator: evaluates the syntax tree of a formula, with a limit on the size of every number."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.formula import normalise, parse
 
-_MOST_BITS = 4096  # of a whole number; larger ones are refused before they are computed
-_MOST_DIGITS = 30  # of a result that is written out
+_MAX_BITS = 4096  # of an integer; larger ones are rejected before they are computed
+_MAX_DIGITS = 30  # of a result without exponent
 
 _CONSTANTS = {'pi': math.pi, 'e': math.e, 'tau': math.tau}
 _OPERATORS: dict[type, Callable[..., Any]] = {
@@ -27,9 +27,9 @@ class Calculate:
     name, argument = 'Calculate', 'expression'
 
     def run(self, argument: str) -> str:
-        """The value of a formula. Raises PluginError where it has none."""
+        """The value of a formula. Raises PluginError if it has none."""
         try:
-            return _written(_value(parse(normalise(argument))))
+            return _format(_value(parse(normalise(argument))))
         except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise PluginError(f'{argument.strip()!r} has no value: {error}') from None
 
@@ -50,13 +50,13 @@ def _value(node: ast.expr) -> int | float:
         return _bounded(_OPERATORS[type(node.op)](left, right))
     assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     if node.func.id not in _FUNCTIONS:
-        raise PluginError(f'there is no function {node.func.id!r}; there are {", ".join(sorted(_FUNCTIONS))}')
+        raise PluginError(f'unknown function {node.func.id!r}; available: {", ".join(sorted(_FUNCTIONS))}')
     return _bounded(_FUNCTIONS[node.func.id](*[_value(argument) for argument in node.args]))
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
     if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
-        if exponent * base.bit_length() > _MOST_BITS:
+        if exponent * base.bit_length() > _MAX_BITS:
             raise PluginError('the number is too large')
         if exponent < 0:
             return float(base) ** exponent
@@ -67,27 +67,27 @@ def _power(base: int | float, exponent: int | float) -> int | float:
 
 
 def _bounded(value: Any) -> int | float:
-    if value.bit_length() > _MOST_BITS if isinstance(value, int) else math.isinf(value):
+    if value.bit_length() > _MAX_BITS if isinstance(value, int) else math.isinf(value):
         raise PluginError('the number is too large')
     return value
 
 
 def _round(value: int | float, digits: int | float = 0) -> int | float:
-    return round(value, max(-_MOST_DIGITS, min(int(digits), _MOST_DIGITS)))
+    return round(value, max(-_MAX_DIGITS, min(int(digits), _MAX_DIGITS)))
 
 
 def _factorial(value: int | float) -> int:
     if value != int(value) or not 0 <= value <= 500:
-        raise PluginError('factorial takes a whole number from 0 to 500')
+        raise PluginError('factorial takes an integer from 0 to 500')
     return math.factorial(int(value))
 
 
-def _written(value: int | float) -> str:
-    """As people write it: no trailing zeros of a float, no more digits than it has."""
+def _format(value: int | float) -> str:
+    """Formats a number without trailing zeros or spurious digits."""
     if isinstance(value, float):
         return f'{value:.12g}'
     digits = str(abs(value))
-    if len(digits) <= _MOST_DIGITS:
+    if len(digits) <= _MAX_DIGITS:
         return str(value)
     return f'{"-" if value < 0 else ""}{digits[0]}.{digits[1:12]}e+{len(digits) - 1}'
 

@@ -1,4 +1,4 @@
-"""Plugins by their names on the command line."""
+"""Creates plugins from their names on the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ NAMES = ('calculate', 'solve', 'search')
 
 
 def open_plugins(names: Sequence[str]) -> list[Plugin]:
-    """Plugins by their names on the command line, each once.
+    """Creates each plugin once.
 
     Raises:
-        UsageError: a name is unknown, or a plugin lacks what it needs.
+        UsageError: a name is unknown, or a plugin needs an environment variable that is not set.
     """
     for name in names:
         if name not in NAMES:
-            raise UsageError(f'there is no plugin {name!r}{nearest(name, NAMES)}; known: {", ".join(NAMES)}')
+            raise UsageError(f'unknown plugin {name!r}{nearest(name, NAMES)}; available: {", ".join(NAMES)}')
     return [_open(name) for name in dict.fromkeys(names)]
 
 

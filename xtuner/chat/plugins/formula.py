@@ -1,4 +1,4 @@
-"""From text to a syntax tree of arithmetic and nothing else: what the calculator and the solver both read."""
+"""Parses formulas into syntax trees that contain only arithmetic, for the calculator and the solver."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 
 from xtuner.chat.plugins.base import PluginError
 
-MOST_CHARACTERS = 400
-_OTHER_SIGNS = str.maketrans({'×': '*', '·': '*', '÷': '/', '−': '-', '–': '-', '（': '(', '）': ')', '，': ',',
+MAX_CHARACTERS = 400
+_SIGNS = str.maketrans({'×': '*', '·': '*', '÷': '/', '−': '-', '–': '-', '（': '(', '）': ')', '，': ',',
                               '＝': '=', '＋': '+', '＊': '*', '／': '/', 'π': 'pi'})  # fmt: skip
 _ALLOWED = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Call, ast.Load,
@@ -17,21 +17,21 @@ _ALLOWED = (
 
 
 def normalise(text: str) -> str:
-    """Signs as people write them to signs as Python reads them: `×`, `÷`, `^`, `2x`, `(a)(b)`."""
-    if len(text) > MOST_CHARACTERS:
-        raise PluginError(f'the formula has {len(text)} characters, more than {MOST_CHARACTERS}')
-    text = text.translate(_OTHER_SIGNS).replace('^', '**')
+    """Converts mathematical notation to Python's: `×`, `÷`, `^`, `2x`, `(a)(b)`."""
+    if len(text) > MAX_CHARACTERS:
+        raise PluginError(f'the formula has {len(text)} characters, more than {MAX_CHARACTERS}')
+    text = text.translate(_SIGNS).replace('^', '**')
     text = re.sub(r'(?<![A-Za-z_0-9.])(\d+\.?\d*|\.\d+)\s*(?=(?![eE][+-]?\d)[A-Za-z(])', r'\1*', text)
     return re.sub(r'\)\s*(?=[A-Za-z0-9(])', ')*', text)
 
 
 def parse(text: str) -> ast.expr:
-    """The tree of one formula.
+    """Parses one formula into a syntax tree.
 
-    Only numbers, names, the operators of arithmetic and calls of plain names with positional arguments are in it.
+    The tree contains only numbers, names, arithmetic operators and calls of plain names with positional arguments.
 
     Raises:
-        PluginError: it is not a formula, or holds anything else.
+        PluginError: the text is not a formula, or contains anything else.
     """
     try:
         tree = ast.parse(text.strip(), mode='eval')
@@ -39,9 +39,9 @@ def parse(text: str) -> ast.expr:
         raise PluginError(f'{text.strip()!r} is not a formula') from None
     for node in ast.walk(tree):
         if not isinstance(node, _ALLOWED):
-            raise PluginError(f'a formula cannot hold {type(node).__name__}')
+            raise PluginError(f'a formula cannot contain {type(node).__name__}')
         if isinstance(node, ast.Constant) and type(node.value) not in (int, float):
-            raise PluginError(f'a formula cannot hold {node.value!r}')
+            raise PluginError(f'a formula cannot contain {node.value!r}')
         if isinstance(node, ast.Call) and (node.keywords or not isinstance(node.func, ast.Name)):
-            raise PluginError('a function is called as in sqrt(2)')
+            raise PluginError('functions are called as in sqrt(2)')
     return tree.body

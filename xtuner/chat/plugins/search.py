@@ -1,6 +1,6 @@
-"""A web search through a service of the user's: Serper's HTTP interface, or one that speaks it.
+"""A web search with Serper's HTTP API or a compatible service.
 
-The key comes from the environment, goes into a header of that one request, and nowhere else.
+The key is read from the environment and sent only in a header of the search request.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from xtuner.errors import UsageError
 KEY, URL = 'SERPER_API_KEY', 'XTUNER_SEARCH_URL'
 _SERVICE = 'https://google.serper.dev/search'
 _SECONDS = 10
-_MOST_BYTES = 2**20  # of a response
-_MOST_RESULTS = 3
-_MOST_CHARACTERS = 300  # of one result, and of a query
+_MAX_BYTES = 2**20  # of a response
+_MAX_RESULTS = 3
+_MAX_CHARACTERS = 300  # of one result, and of a query
 _LOOPBACK = ('localhost', '127.0.0.1', '::1')
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Where the key goes is the user's choice, not the service's."""
+    """Refuses redirects, so that the key is sent only to the URL chosen by the user."""
 
     def redirect_request(self, *args: Any, **keywords: Any) -> None:
-        """Follows none."""
+        """Returns None: no redirect is followed."""
 
 
 class Search:
-    """`Search("capital of France")` is the first few results, numbered.
+    """`Search("capital of France")` returns the first results, numbered.
 
     Args:
-        key: Of the service.
-        url: Where it is.
-        seconds: Most that one search may take.
+        key: API key of the service.
+        url: URL of the service.
+        seconds: Timeout of one search.
     """
 
     name, argument = 'Search', 'query'
@@ -47,7 +47,7 @@ class Search:
         parts = urlsplit(url)
         secure = parts.scheme == 'https' or (parts.scheme == 'http' and parts.hostname in _LOOPBACK)
         if not secure or not parts.hostname:
-            raise UsageError(f'{URL} must be an https address, or http on this machine; got {url!r}')
+            raise UsageError(f'{URL} must be an https URL, or http on this machine; got {url!r}')
         self._key, self._url, self._seconds = key, url, seconds
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -56,25 +56,25 @@ class Search:
 
     @classmethod
     def from_environment(cls) -> Search:
-        """With the key of the environment. Raises UsageError where there is none."""
+        """Creates the plugin with the key in the environment. Raises UsageError if there is none."""
         key = os.environ.get(KEY, '').strip()
         if not key:
             raise UsageError(
-                f'the search plugin needs a key in the environment: {KEY}=... (of serper.dev, or of a service that '
-                f'answers as it does at {URL})'
+                f'the search plugin needs a key in the environment: {KEY}=... (for serper.dev, or for a compatible '
+                f'service at {URL})'
             )
         return cls(key, os.environ.get(URL) or _SERVICE)
 
     def run(self, argument: str) -> str:
-        """The first results, a line each. Raises PluginError where there are none."""
-        query = argument.strip()[:_MOST_CHARACTERS]
+        """The first results, one per line. Raises PluginError if there are none."""
+        query = argument.strip()[:_MAX_CHARACTERS]
         if not query:
             raise PluginError('the query is empty')
         snippets = [_line(entry.get('snippet') or entry.get('title')) for entry in self._entries(query)]
         lines = [f"<|{number}|>: '{line}'" for number, line in enumerate(filter(None, snippets), 1)]
         if not lines:
-            raise PluginError('nothing was found')
-        return '\n'.join(lines[:_MOST_RESULTS])
+            raise PluginError('no results')
+        return '\n'.join(lines[:_MAX_RESULTS])
 
     def _entries(self, query: str) -> list[dict[str, Any]]:
         request = urllib.request.Request(
@@ -84,21 +84,21 @@ class Search:
         )
         try:
             with self._opener.open(request, timeout=self._seconds) as response:
-                body = response.read(_MOST_BYTES + 1)
+                body = response.read(_MAX_BYTES + 1)
         except urllib.error.HTTPError as error:
-            why = f'; is {KEY} right?' if error.code in (401, 403) else ''
-            raise PluginError(f'the search service answered with status {error.code}{why}') from None
+            hint = f'; check {KEY}' if error.code in (401, 403) else ''
+            raise PluginError(f'the search service returned status {error.code}{hint}') from None
         except (OSError, HTTPException):
-            raise PluginError(f'the search service was not reached within {self._seconds:g} s') from None
-        if len(body) > _MOST_BYTES:
-            raise PluginError(f'the search service answered with more than {_MOST_BYTES} bytes')
+            raise PluginError(f'the search service did not respond within {self._seconds:g} s') from None
+        if len(body) > _MAX_BYTES:
+            raise PluginError(f'the search service returned more than {_MAX_BYTES} bytes')
         try:
             entries = json.loads(body)['organic']
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise PluginError('the search service answered with something else than results') from None
+            raise PluginError('the search service returned an unexpected response') from None
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def _line(text: Any) -> str:
     line = ' '.join(str(text or '').split())
-    return line if len(line) <= _MOST_CHARACTERS else line[: _MOST_CHARACTERS - 1] + '…'
+    return line if len(line) <= _MAX_CHARACTERS else line[: _MAX_CHARACTERS - 1] + '…'

@@ -1,4 +1,4 @@
-"""An equation solver, in a process of its own that is ended when it takes too long."""
+"""An equation solver in a separate process with a timeout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.equations import SECONDS
 
-_MOST_CHARACTERS = 1000  # of a result
-_PASSED_ON = ('PATH', 'PYTHONPATH', 'HOME', 'SYSTEMROOT', 'LD_LIBRARY_PATH')  # no keys, no tokens
+_MAX_CHARACTERS = 1000  # of a result
+_ENVIRONMENT = ('PATH', 'PYTHONPATH', 'HOME', 'SYSTEMROOT', 'LD_LIBRARY_PATH')  # contains no secrets
 
 
 class Solve:
-    """`Solve("x^2 = 4")` is `x=-2; x=2`."""
+    """`Solve("x^2 = 4")` returns `x=-2; x=2`."""
 
     name, argument = 'Solve', 'equation'
 
@@ -22,8 +22,8 @@ class Solve:
         self._seconds = seconds
 
     def run(self, argument: str) -> str:
-        """The solutions. Raises PluginError where there are none, or none in time."""
-        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        """The solutions. Raises PluginError if there are none, or on timeout."""
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         command = [sys.executable, '-m', 'xtuner.chat.plugins.equations']
         try:
             done = subprocess.run(
@@ -36,7 +36,7 @@ class Solve:
         if done.returncode == 3:
             raise PluginError(text)
         if done.returncode or not text:
-            raise PluginError('the solver gave up: the equation is too large for it')
-        if len(text) > _MOST_CHARACTERS:
-            raise PluginError(f'the solution has {len(text)} characters, more than {_MOST_CHARACTERS}')
+            raise PluginError('the solver ran out of time or memory: the equation is too large')
+        if len(text) > _MAX_CHARACTERS:
+            raise PluginError(f'the solution has {len(text)} characters, more than {_MAX_CHARACTERS}')
         return text

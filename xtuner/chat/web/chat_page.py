@@ -1,7 +1,7 @@
-"""The page itself. Streamlit runs this file from top to bottom, in a thread of its own, at each thing a user does.
+"""The script of the web page. Streamlit runs it from top to bottom, in a separate thread, at each user action.
 
-While an answer grows, whatever else a user does ends it at the next piece of text: Streamlit raises there. So
-everything but Stop and Clear is disabled meanwhile.
+Any action during an answer stops it at the next piece of text, because Streamlit raises an exception there. Therefore
+all controls except Stop and Clear are disabled during an answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AVATARS = {'user': ':material/person:', 'assistant': ':material/neurology:'}
 
 
 def main() -> None:
-    """Draws the page, and answers where a message waits."""
+    """Draws the page and answers the pending message, if any."""
     shared = shared_model()
     talk: Talk = st.session_state.setdefault('talk', Talk(shared))
     st.set_page_config(f'{printable(_short(shared.name))} · xtuner', str(ICON), 'wide' if talk.compare else 'centered')
@@ -41,17 +41,20 @@ def main() -> None:
 
 
 def draw_sidebar(shared: SharedModel, talk: Talk, busy: bool) -> None:
-    """Which model, how it answers, and what to do with the conversation."""
+    """Draws the name of the model, the settings, and the buttons of the conversation."""
     st.logo(str(ICON), size='large')
     with st.sidebar:
         st.subheader(plain_markdown(_short(shared.name)), anchor=False)
         if shared.adapter:
             st.caption(f'with the adapter {plain_markdown(_short(shared.adapter))}')
             talk.compare = st.toggle(
-                'Side by side', key='compare', disabled=busy, help='The base, without its adapter, answers too.'
+                'Side by side',
+                key='compare',
+                disabled=busy,
+                help='The base model answers too, with its adapter disabled.',
             )
         talk.system = st.text_area(
-            'System prompt', shared.system, key='system', disabled=busy, help='Holds from the next message on.'
+            'System prompt', shared.system, key='system', disabled=busy, help='Applies from the next message on.'
         ).strip()
         talk.sampling = draw_sampling(shared, busy)
         clear, save = st.columns(2)
@@ -64,49 +67,49 @@ def draw_sidebar(shared: SharedModel, talk: Talk, busy: bool) -> None:
             icon=':material/download:',
             on_click='ignore',
             disabled=busy or not talk.turns,
-            help='The conversation in the OpenAI form, one line of JSON: `xtuner train --data` takes it.',
+            help='Downloads the conversation in OpenAI format, one line of JSON, for `xtuner train --data`.',
             width='stretch',
         )
 
 
 def draw_sampling(shared: SharedModel, busy: bool) -> Sampling:
-    """The sliders."""
-    first = shared.sampling
-    most = max(shared.chat.max_length // 2, first.max_new_tokens)
-    length = st.slider('Longest answer, in tokens', 1, most, first.max_new_tokens, key='length', disabled=busy)
+    """Draws the sliders of the sampling settings."""
+    default = shared.sampling
+    maximum = max(shared.chat.max_length // 2, default.max_new_tokens)
+    length = st.slider('Maximum tokens of an answer', 1, maximum, default.max_new_tokens, key='length', disabled=busy)
     temperature = st.slider(
         'Temperature',
         0.0,
-        max(2.0, first.temperature),
-        first.temperature,
+        max(2.0, default.temperature),
+        default.temperature,
         0.05,
         key='temperature',
         disabled=busy,
-        help='0 takes the likeliest token each time.',
+        help='0 is greedy decoding.',
     )
     top_p = st.slider(
         'Top-p',
         0.01,
         1.0,
-        first.top_p,
+        default.top_p,
         0.01,
         key='top_p',
         disabled=busy or temperature == 0,
-        help='Tokens are drawn from the likeliest that have this share of the probability.',
+        help='Nucleus sampling: samples from the smallest set of tokens with this probability.',
     )
-    return Sampling(length, temperature, top_p, first.seed)
+    return Sampling(length, temperature, top_p, default.seed)
 
 
 def draw_welcome(shared: SharedModel) -> None:
-    """What an empty conversation shows."""
+    """Draws the page of an empty conversation."""
     st.title(plain_markdown(_short(shared.name)), anchor=False)
-    st.markdown(':gray[Runs on this machine. Nothing you write leaves it.]')
+    st.markdown(':gray[Runs on this machine. Your messages are not sent anywhere.]')
 
 
 def draw_turn(talk: Talk, turn: Turn) -> None:
-    """A message and its answers."""
+    """Draws a message and its answers."""
     with st.chat_message('user', avatar=AVATARS['user']):
-        st.text(printable(turn.text))  # as it was typed
+        st.text(printable(turn.text))  # verbatim
     if turn.answers:
         with st.chat_message('assistant', avatar=AVATARS['assistant']):
             for voice, column in _columns(tuple(turn.answers)).items():
@@ -115,7 +118,7 @@ def draw_turn(talk: Talk, turn: Turn) -> None:
 
 
 def draw_answer(answer: Answer) -> None:
-    """One voice's answer, and what is to be said about it."""
+    """Draws one model's answer and the notes about it."""
     if answer.text:
         st.markdown(safe_markdown(answer.text))
     if answer.error:
@@ -123,28 +126,28 @@ def draw_answer(answer: Answer) -> None:
     elif answer.stopped:
         st.caption('Stopped.')
     elif not answer.text:
-        st.caption('The model ended its answer without a word.')
-    if answer.room is not None and not answer.error:
-        st.caption(f'The message is long: this answer had room for {answer.room} tokens.')
+        st.caption('The model gave an empty answer.')
+    if answer.limit is not None and not answer.error:
+        st.caption(f'The prompt is long: this answer was limited to {answer.limit} tokens.')
     if answer.num_dropped_turns:
         turns = 'turn was' if answer.num_dropped_turns == 1 else f'{answer.num_dropped_turns} turns were'
-        st.caption(f'To make room, the oldest {turns} left out of what the model reads.')
+        st.caption(f'To fit the context length, the oldest {turns} dropped from the prompt.')
 
 
 def answer_pending(talk: Talk) -> None:
-    """Lets each voice answer, shown as it grows, with a button that stops it."""
+    """Streams the answer of each model, with a button that stops it."""
     turn = talk.begin_turn()
     draw_turn(talk, turn)
     with st.chat_message('assistant', avatar=AVATARS['assistant']):
         places = {voice: column.empty() for voice, column in _columns(talk.voices).items()}
-        st.button('Stop', icon=':material/stop_circle:', key='stop')  # a click is enough: it ends this run
+        st.button('Stop', icon=':material/stop_circle:', key='stop')  # a click ends this run of the script
         for voice, place in places.items():
             place.caption('…')
             talk.answer(turn, voice, on_text=_writer(place), on_wait=_waiter(place))
 
 
 def _columns(voices: tuple[str, ...]) -> dict[str, Any]:
-    """A place for each voice, side by side under their names where there are two."""
+    """A container for each model; two are side by side, with their names."""
     if len(voices) == 1:
         return {voices[0]: st.container()}
     columns = dict(zip(voices, st.columns(len(voices)), strict=True))
@@ -166,7 +169,7 @@ def _take_message(talk: Talk) -> None:
 
 
 def _short(name: str) -> str:
-    """The last part of a path or hub id; of a checkpoint's path, also its run."""
+    """The last component of a path or hub id, and also the run of a checkpoint."""
     parts = Path(name).parts
     return '/'.join(parts[-2:] if parts[-1].startswith('checkpoint-') else parts[-1:])
 

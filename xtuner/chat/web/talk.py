@@ -1,4 +1,4 @@
-"""The conversations of the page: one model that all tabs share, and what one tab has said and heard."""
+"""State of the web page: the model that all tabs share, and the conversation of one tab."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from xtuner.utils.jsonl import to_line
 
 logger = logging.getLogger('xtuner')
 
-BASE, ADAPTER = 'base', 'adapter'  # who answers: the weights alone, or with their adapter
-_LOOK_S = 0.2  # how often a tab that waits for the model looks whether its user has lost patience
+BASE, ADAPTER = 'base', 'adapter'  # the answering model: the base weights alone, or with their adapter
+_POLL_S = 0.2  # interval at which a tab that waits for the model checks for user actions
 
 
 class SharedModel:
-    """The weights, loaded once for all tabs, and the right to use them, which one tab has at a time.
+    """The model, loaded once for all tabs, with a lock that one tab holds at a time.
 
     Args:
         chat: The loaded model.
-        name: Of the model, as the user gave it.
-        adapter: Of the adapter, as the user gave it; '' for none.
-        system: System message that a conversation begins with.
-        sampling: How answers are drawn until a tab chooses otherwise.
+        name: Name of the model, as on the command line.
+        adapter: Path of the adapter, as on the command line; '' for none.
+        system: Initial system message of a conversation.
+        sampling: Initial sampling settings.
     """
 
     def __init__(self, chat: ChatModel, *, name: str, adapter: str, system: str, sampling: Sampling) -> None:
@@ -37,9 +37,9 @@ class SharedModel:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lent(self, voice: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Waits for the model and holds it, its adapter on or off as `voice` says; calls `on_wait` while waiting."""
-        while not self._lock.acquire(timeout=_LOOK_S):
+    def acquire(self, voice: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Acquires the model, with its adapter enabled or disabled for `voice`; calls `on_wait` while waiting."""
+        while not self._lock.acquire(timeout=_POLL_S):
             on_wait()
         try:
             with self.chat.model.disable_adapter() if self.adapter and voice == BASE else nullcontext():
@@ -50,40 +50,40 @@ class SharedModel:
 
 @dataclass
 class Answer:
-    """What one voice said.
+    """An answer of one model.
 
     Attributes:
-        text: As far as it came.
+        text: The text generated so far.
         stopped: Whether the user stopped it.
-        error: Why it failed, or ''.
-        num_dropped_turns: How many of the oldest turns were left out to make room for it.
-        room: Tokens that it had room for, where a long message left fewer than were asked for; else None.
+        error: The reason if it failed, or ''.
+        num_dropped_turns: Number of oldest turns dropped to fit the context length.
+        limit: Maximum tokens of the answer if a long prompt left fewer than requested; otherwise None.
     """
 
     text: str = ''
     stopped: bool = False
     error: str = ''
     num_dropped_turns: int = 0
-    room: int | None = None
+    limit: int | None = None
 
 
 @dataclass
 class Turn:
-    """A message and, by voice, the answers to it."""
+    """A message and the answers to it, by model."""
 
     text: str
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
 class Talk:
-    """One tab's conversation, with one voice or with two that each remember only their own answers.
+    """The conversation of one tab, with one model (voice) or two with separate histories.
 
     Attributes:
-        turns: All of it, also what the model no longer sees.
-        pending: A message that waits for its answer; '' for none.
-        system: System message from the next answer on.
-        sampling: How the next answer is drawn.
-        compare: Whether the base answers beside its adapter.
+        turns: All turns, including those dropped from the prompt.
+        pending: The message to answer next; '' for none.
+        system: System message of the next answer.
+        sampling: Sampling settings of the next answer.
+        compare: Whether the base model answers side by side with the adapter.
     """
 
     def __init__(self, shared: SharedModel) -> None:
@@ -95,61 +95,62 @@ class Talk:
 
     @property
     def voices(self) -> tuple[str, ...]:
-        """Who answers, from left to right."""
+        """The answering models, from left to right."""
         if not self._shared.adapter:
             return (BASE,)
         return (BASE, ADAPTER) if self.compare else (ADAPTER,)
 
     def begin_turn(self) -> Turn:
-        """Takes the pending message as the newest turn; who does not answer it forgets what came before."""
+        """Makes the pending message the newest turn; models that do not answer it lose their history."""
         self._histories = {voice: self._histories[voice] for voice in self.voices if voice in self._histories}
         self.turns.append(Turn(self.pending))
         self.pending = ''
         return self.turns[-1]
 
     def answer(self, turn: Turn, voice: str, *, on_text: Callable[[str], None], on_wait: Callable[[], None]) -> Answer:
-        """Answers a turn in one voice.
+        """Answers a turn with one model.
 
         Args:
             turn: The newest turn.
             voice: One of `voices`.
-            on_text: Called with the whole answer so far, as it grows. What it raises ends the answer, which is kept as
-                far as it came.
-            on_wait: Called now and then while another tab has the model; may raise too.
+            on_text: Called repeatedly with the text generated so far. An exception that it raises stops the answer,
+                and the partial answer is kept.
+            on_wait: Called repeatedly while another tab uses the model; may raise as well.
         """
         answer = turn.answers[voice] = Answer()
         session = self._session(voice)
 
         def grow(piece: str) -> None:
-            """Adds a piece to the answer and shows the whole."""
+            """Appends a piece to the answer and shows it."""
             answer.text += piece
             on_text(answer.text)
 
         try:
-            with self._shared.lent(voice, on_wait):
+            with self._shared.acquire(voice, on_wait):
                 answer.text = session.ask(turn.text, grow)
         except XTunerError as error:
             answer.error = _one_line(error)
         except Exception as error:
-            logger.exception('the answer failed')
+            logger.exception('generating the answer failed')
             answer.error = f'unexpected {type(error).__name__}: {_one_line(error)} (the terminal has the traceback)'
-        except BaseException:  # on_text, or on_wait: the user has stopped it
+        except BaseException:  # raised by on_text or on_wait: the user stopped the answer
             answer.stopped = True
             if answer.text:
                 session.keep(turn.text, answer.text)
             raise
         finally:
             answer.num_dropped_turns = session.num_dropped_turns
-            answer.room = session.room if session.room < self.sampling.max_new_tokens else None
+            limit = session.answer_limit
+            answer.limit = limit if limit < self.sampling.max_new_tokens else None
             self._histories[voice] = session.history
         return answer
 
     def clear(self) -> None:
-        """Forgets the conversation; settings stay."""
+        """Clears the conversation; settings stay."""
         self.turns, self._histories = [], {}
 
     def export(self, voice: str) -> str:
-        """The conversation in the OpenAI form, as JSON: a record that `xtuner train --data` takes."""
+        """The conversation in OpenAI's format, as one line of JSON for `xtuner train --data`."""
         messages = [{'role': 'system', 'content': self.system}] if self.system else []
         for turn in self.turns:
             if (answer := turn.answers.get(voice)) and answer.text:
@@ -157,7 +158,7 @@ class Talk:
         return to_line({'messages': messages})
 
     def _session(self, voice: str) -> ChatSession:
-        """What the voice remembers; the base, asked for the first time, remembers what its adapter was asked."""
+        """A session with the history of the voice; a base that is new starts with the history of its adapter."""
         session = self._shared.chat.session(system=self.system, sampling=self.sampling)
         session.history = self._histories.get(voice, self._histories.get(ADAPTER, []))
         return session

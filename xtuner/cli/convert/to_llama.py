@@ -1,4 +1,4 @@
-"""Writes an InternLM model of any generation as a plain Llama checkpoint, for vLLM, llama.cpp and others."""
+"""Converts an InternLM model of any generation to a plain Llama checkpoint for vLLM, llama.cpp and others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from xtuner.cli.options import filled, given_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument('model', type=filled, help='the model: a folder, a hub id or modelscope:OWNER/NAME')
-    parser.add_argument('out', type=given_path, help='where the Llama checkpoint goes; missing or empty')
+    parser.add_argument('out', type=given_path, help='output folder; missing or empty')
     parser.add_argument('--revision', help='branch, tag or commit of a hub model')
-    parser.add_argument('--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='such as 2GB (default)')
+    parser.add_argument(
+        '--max-shard-size', type=size, default=2 * 10**9, metavar='SIZE', help='maximum size of a shard (default: 2GB)'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts and prints the folder on stdout."""
+    """Converts the model and prints the path of the output folder to stdout."""
     from xtuner.cli.log import start_logging
 
     start_logging()

@@ -1,4 +1,4 @@
-"""Configs in the classical form (`model = dict(type=SupervisedFinetune, ...)`), read as what they say in ours."""
+"""Translates configs in the classical format (`model = dict(type=SupervisedFinetune, ...)`) to the current one."""
 
 from xtuner.config.classical.translate import is_classical, translate
 

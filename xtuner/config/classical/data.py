@@ -1,4 +1,4 @@
-"""The data of a classical config: `train_dataloader.dataset`, in its four forms."""
+"""Translates the data of a classical config, `train_dataloader.dataset`, in its four formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DATASETS = ('process_hf_dataset', 'process_ms_dataset', 'ConcatDataset', 'MOSSS
 
 @dataclass(frozen=True)
 class Part:
-    """One data set: where it comes from and what it asks of all that share its packs."""
+    """One data set: its source, and the settings that all data sets in the same packs must share."""
 
     source: Any
     map_fn: str | None
@@ -27,7 +27,7 @@ def translate_data(section: Section, model_path: str) -> tuple[dict[str, Any], s
 
     Args:
         section: `train_dataloader.dataset`.
-        model_path: The base, whose tokenizer it must be.
+        model_path: Path of the base model; the tokenizer must have the same path.
     """
     parts = _parts(section, model_path)
     first = parts[0]
@@ -35,9 +35,9 @@ def translate_data(section: Section, model_path: str) -> tuple[dict[str, Any], s
         for key in ('max_length', 'packing', 'template'):
             if getattr(part, key) != getattr(first, key):
                 section.fault(f'`{section.where}`: its parts differ in {key} ({getattr(first, key)!r} and '
-                              f'{getattr(part, key)!r}); here they share packs, so one value is for all')  # fmt: skip
+                              f'{getattr(part, key)!r}); they share packs and need the same value')  # fmt: skip
     values: dict[str, Any] = {
-        # Records that cannot be used were never an error in the classical form; here they are counted and shown.
+        # Unusable records were never an error in classical xtuner; now they are counted and reported.
         'max_length': first.max_length, 'packing': first.packing, 'on_bad_record': 'skip', 'unique_id': None,
     }  # fmt: skip
     if len(parts) == 1:
@@ -46,13 +46,13 @@ def translate_data(section: Section, model_path: str) -> tuple[dict[str, Any], s
 
 
 def check_tokenizer(value: Any, where: str, model_path: str, findings: Findings) -> None:
-    """Makes a fault of a tokenizer that is not the model's, and of options that would make it another."""
+    """Adds a fault if the tokenizer is not the model's, or has options that would change it."""
     section = Section(value, where, findings)
     section.type('AutoTokenizer.from_pretrained')
     path = section.take('pretrained_model_name_or_path')
     if path != model_path:
         section.fault(f'`{section.path("pretrained_model_name_or_path")}` is {path!r} and the model is {model_path!r}; '
-                      'the tokenizer is always the model\'s')  # fmt: skip
+                      'the tokenizer must be that of the model')  # fmt: skip
     for key in ('trust_remote_code', 'padding_side', 'use_fast'):
         section.take(key)
     section.close()
@@ -61,7 +61,7 @@ def check_tokenizer(value: Any, where: str, model_path: str, findings: Findings)
 def _parts(section: Section, model_path: str) -> list[Part]:
     kind = section.type(*_DATASETS)
     if kind == 'ConcatDataset':
-        named = section.take('datasets_cfg')  # the form of the first releases
+        named = section.take('datasets_cfg')  # the format of the first releases
         datasets = list(named.values()) if isinstance(named, dict) else section.need('datasets') or []
         section.close()
         if not isinstance(datasets, (list, tuple)) or not datasets:
@@ -77,23 +77,23 @@ def _parts(section: Section, model_path: str) -> list[Part]:
 
 
 def _moss(section: Section) -> Part:
-    section.refuse("leave it out, and the bot has the data's name for it, or rename it in the data", 'bot_name')
+    section.refuse("remove it to use the bot's name in the data, or rename it in the data", 'bot_name')
     return Part(section.need('data_file'), 'moss_003_sft', section.take('max_length') or 2048, 'none', 'moss_sft')
 
 
 def _processed(section: Section) -> Part:
-    section.refuse('images are not trained here', 'with_image_token')
+    section.refuse('training on images is not supported', 'with_image_token')
     if section.take('input_ids_with_output', True) is not True:
-        section.fault(f'`{section.path("input_ids_with_output")}` must be True: a prompt without its answer trains '
-                      'nothing')  # fmt: skip
-    section.refuse('rename columns in a map function of your own', 'rename_maps')
-    section.refuse("take a part with `split='train[:1000]'`, or cut the file", 'max_dataset_length')
-    section.pass_over('encoding uses all cores', 'map_num_proc')
-    section.take('remove_unused_columns')  # only what the map function returns is ever used
+        section.fault(f'`{section.path("input_ids_with_output")}` must be True: a prompt without its answer has no '
+                      'targets')  # fmt: skip
+    section.refuse('rename columns in your own map function', 'rename_maps')
+    section.refuse("select a part with `split='train[:1000]'`, or shorten the file", 'max_dataset_length')
+    section.ignore('encoding uses all cores', 'map_num_proc')
+    section.take('remove_unused_columns')  # only the return value of the map function is used
     packed = section.take('pack_to_max_length', True)
     shuffled = section.take('shuffle_before_pack', True)
     if not section.take('use_varlen_attn', False) and packed:
-        section.findings.note('samples of a pack do not see each other here, as with use_varlen_attn=True')
+        section.findings.note('samples of a pack do not attend to each other, as with use_varlen_attn=True')
     return Part(
         source=_source(section.section('dataset'), section.take('split') or 'train'),
         map_fn=_map_fn(section.take('dataset_map_fn')),
@@ -104,7 +104,7 @@ def _processed(section: Section) -> Part:
 
 
 def _source(section: Section, split: str) -> Any:
-    """A file, several, or a dict with `path`, of what `load_dataset` and its kin were to load."""
+    """The source of a `load_dataset` call or similar: a file, a list of files, or a dict with `path`."""
     kind = section.type('load_dataset', 'load_from_disk', 'MsDataset.load')
     if kind == 'load_from_disk':
         return _closed(section, section.need('dataset_path'))
@@ -116,11 +116,11 @@ def _source(section: Section, split: str) -> Any:
     path, files, split = section.need('path'), section.take('data_files'), section.take('split') or split
     if path in _FILE_LOADERS:
         if '[' in split:
-            section.fault(f'`{section.path("split")}` is {split!r}: of files, all records are read; cut the file')
+            section.fault(f'`{section.path("split")}` is {split!r}: all records of a file are read; shorten the file')
         if isinstance(files, dict):
             files = files.get(split)
         if not files:
-            section.fault(f'`{section.path("data_files")}` must name the files of {split!r}')
+            section.fault(f'`{section.path("data_files")}` must contain the files of {split!r}')
         if isinstance(files, (list, tuple)):
             files = files[0] if len(files) == 1 else list(files)
         return _closed(section, files)
@@ -129,10 +129,10 @@ def _source(section: Section, split: str) -> Any:
 
 
 def _located(path: str, split: str, options: dict[str, Any]) -> Any:
-    given = {key: value for key, value in options.items() if value}
+    set_options = {key: value for key, value in options.items() if value}
     if split != 'train':
-        given['split'] = split
-    return {'path': path, **given} if given else path
+        set_options['split'] = split
+    return {'path': path, **set_options} if set_options else path
 
 
 def _closed(section: Section, source: Any) -> Any:
@@ -148,17 +148,17 @@ def _with_map_fn(part: Part) -> Any:
 
 
 def _map_fn(value: Any) -> Any:
-    if value is None:  # the records are conversations already, in one of two forms
+    if value is None:  # the records are conversations already, in one of two formats
         return None
     name = type_name(value)
-    ours = str(value).startswith('xtuner.') or getattr(value, '__module__', '').startswith('xtuner.')
-    if isinstance(value, str) and ':' not in value and not ours:  # 'module.function', as old runs have written it
+    is_builtin = str(value).startswith('xtuner.') or getattr(value, '__module__', '').startswith('xtuner.')
+    if isinstance(value, str) and ':' not in value and not is_builtin:  # 'module.function', written by old runs
         value = ':'.join(value.rsplit('.', 1))
-    return name.removesuffix('_map_fn') if ours else value
+    return name.removesuffix('_map_fn') if is_builtin else value
 
 
 def _template(section: Section) -> str:
-    """The name behind `dict(type=template_map_fn_factory, template=PROMPT_TEMPLATE.internlm_chat)`."""
+    """The name of the template in `dict(type=template_map_fn_factory, template=PROMPT_TEMPLATE.internlm_chat)`."""
     if 'template_map_fn' not in section:
         section.take('template_map_fn')
         return 'plain'
@@ -168,6 +168,6 @@ def _template(section: Section) -> str:
     factory.close()
     name = template.rpartition(':')[2] if isinstance(template, str) else getattr(template, 'name', None)
     if not name:
-        section.fault(f'`{factory.path("template")}` must be a template of PROMPT_TEMPLATE; one of your own is a '
-                      '`Template` that is registered (docs/data.md)')  # fmt: skip
+        section.fault(f'`{factory.path("template")}` must be a template of PROMPT_TEMPLATE; register your own '
+                      'as a `Template` (docs/data.md)')  # fmt: skip
     return name or 'default'

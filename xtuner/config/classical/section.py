@@ -1,4 +1,4 @@
-"""One dict of a classical config, of which no key may go unseen: taken, passed over with a word, or refused."""
+"""One dict of a classical config; every key must be translated, ignored with a note, or rejected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Findings:
-    """What a translation met: faults stop it, notes are words for the user."""
+    """Results of a translation: faults are errors, notes are messages to the user."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -22,12 +22,12 @@ class Findings:
 
 
 class Section:
-    """A dict at a place of the file.
+    """A dict of the file.
 
     Args:
         values: The dict; anything else is a fault.
-        where: Its place, such as `optim_wrapper.optimizer`, for messages.
-        findings: Where faults and notes go.
+        where: Its dotted path, such as `optim_wrapper.optimizer`, for messages.
+        findings: Collects faults and notes.
     """
 
     def __init__(self, values: Any, where: str, findings: Findings) -> None:
@@ -35,62 +35,62 @@ class Section:
             findings.faults.append(f'`{where}` must be a dict, got {values!r}')
             values = {}
         self.values = dict(values)
-        self._left = dict(values)
+        self._unread = dict(values)
         self.where = where
         self.findings = findings
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Returns a value that is understood."""
-        return self._left.pop(key, default) if key in self._left else self.values.get(key, default)
+        """Returns a value and marks its key as read."""
+        return self._unread.pop(key, default) if key in self._unread else self.values.get(key, default)
 
     def need(self, key: str) -> Any:
-        """Returns a value that must be there."""
+        """Returns a required value."""
         if key not in self.values:
             self.fault(f'`{self.path(key)}` is missing')
         return self.take(key)
 
     def section(self, key: str) -> Section:
-        """Returns a dict within; an empty one where it is missing or None."""
+        """Returns a nested dict; an empty one if it is missing or None."""
         values = self.take(key)
         return Section({} if values is None else values, self.path(key), self.findings)
 
     def type(self, *allowed: str, default: str = '') -> str:
-        """Returns the last word of `type`, such as 'AmpOptimWrapper', which must be one of `allowed`."""
+        """Returns the name of `type`, such as 'AmpOptimWrapper', which must be one of `allowed`."""
         name = type_name(self.take('type', default))
         if name not in allowed:
-            self.fault(f'`{self.path("type")}` is {name or "missing"}; understood: {", ".join(allowed)}')
+            self.fault(f'`{self.path("type")}` is {name or "missing"}; supported: {", ".join(allowed)}')
         return name
 
-    def pass_over(self, why: str, *keys: str) -> None:
-        """Takes keys that change nothing here, with a note for those that are set."""
-        found = [self.path(key) for key in keys if self.take(key) not in (None, False)]
-        if found:
-            self.findings.note(f'no effect here: {", ".join(found)} ({why})')
+    def ignore(self, why: str, *keys: str) -> None:
+        """Ignores keys without effect, with a note about those that are set."""
+        paths = [self.path(key) for key in keys if self.take(key) not in (None, False)]
+        if paths:
+            self.findings.note(f'no effect: {", ".join(paths)} ({why})')
 
     def refuse(self, why: str, *keys: str) -> None:
-        """Makes a fault of each of these keys that is set."""
+        """Adds a fault for each of these keys that is set."""
         for key in keys:
             value = self.take(key)
             if value not in (None, False, {}, []):
                 self.fault(f'`{self.path(key)}` = {_short(value)}: {why}')
 
     def close(self) -> None:
-        """Makes a fault of every key that nobody took."""
-        for key, value in self._left.items():
-            self.fault(f'`{self.path(key)}` = {_short(value)} is not understood, and leaving it out could change the '
+        """Adds a fault for every unread key."""
+        for key, value in self._unread.items():
+            self.fault(f'`{self.path(key)}` = {_short(value)} is not supported, and ignoring it could change the '
                        'result')  # fmt: skip
-        self._left = {}
+        self._unread = {}
 
     def leftovers(self) -> dict[str, Any]:
-        """Returns what nobody took: at the top of a file, its own names."""
-        return dict(self._left)
+        """Returns the unread keys; at the top level of a file these are its helper variables."""
+        return dict(self._unread)
 
     def fault(self, text: str) -> None:
         """Adds a fault."""
         self.findings.faults.append(text)
 
     def path(self, key: str) -> str:
-        """Returns the place of a key."""
+        """Returns the dotted path of a key."""
         return f'{self.where}.{key}' if self.where else key
 
     def __contains__(self, key: str) -> bool:
@@ -98,9 +98,9 @@ class Section:
 
 
 def type_name(value: Any) -> str:
-    """The last word of a type: 'AdamW' of 'torch.optim:AdamW', 'AutoTokenizer.from_pretrained' of a class's method.
+    """The name of a type: 'AdamW' for 'torch.optim:AdamW', 'AutoTokenizer.from_pretrained' for a method of a class.
 
-    Files that old runs have written say 'torch.optim.AdamW'.
+    Files written by old runs contain 'torch.optim.AdamW'.
     """
     if callable(value):
         value = f'{value.__module__}:{value.__qualname__}'
@@ -110,7 +110,7 @@ def type_name(value: Any) -> str:
 
 
 def imported(text: Any) -> Any:
-    """The value behind 'module.NAME:attribute', as a read file has `SYSTEM_TEMPLATE.alpaca`; anything else as it is."""
+    """The value of 'module.NAME:attribute', e.g. of `SYSTEM_TEMPLATE.alpaca` in a file; other values are unchanged."""
     if not isinstance(text, str) or not text.startswith('xtuner.') or ':' not in text:
         return text
     path, _, attribute = text.partition(':')
@@ -118,6 +118,6 @@ def imported(text: Any) -> Any:
     return getattr(getattr(importlib.import_module(module), name), attribute)
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _short(value: Any, max_length: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + '…'
+    return text if len(text) <= max_length else text[: max_length - 1] + '…'

@@ -1,1 +1,1 @@
-"""Checkpoints: what is saved, and how a run goes on from it."""
+"""Checkpoints: what is saved, and how a run resumes."""

@@ -1,4 +1,4 @@
-"""Room on the disk: what a checkpoint will take, and whether it is there, before a run and before each save."""
+"""Disk space of checkpoints, checked before a run and before each save."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from xtuner.errors import CheckpointError
 from xtuner.utils.units import gib
 
 OVERHEAD_BYTES = 5 * 2**20
-"""What a checkpoint holds beside weights and moments: tokenizer, settings, manifest. InternLM's take 4.5 MB."""
+"""Size of a checkpoint besides weights and moments: tokenizer, settings, manifest. InternLM's take 4.5 MB."""
 
 
 def checkpoint_bytes(trained: Iterable[torch.Tensor], optimizer_state: Mapping[Any, Any] | None = None) -> int:
-    """The most that a checkpoint takes on disk.
+    """Maximum disk space of a checkpoint in bytes.
 
     Args:
-        trained: The parameters that are trained; they are written as they are.
-        optimizer_state: `optimizer.state`; None or empty, as before the first step, counts two moments of float32.
+        trained: The trained parameters, written in their own dtype.
+        optimizer_state: `optimizer.state`; None or empty, as before the first step, counts two float32 moments.
     """
     parameters = list(trained)
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -33,7 +33,7 @@ def check_space(work_dir: Path, needed: int, what: str) -> None:
     """Compares the free space of a folder, which need not exist yet, with what is needed.
 
     Raises:
-        CheckpointError: there is too little; says how much, and what would help.
+        CheckpointError: There is too little; says how much, and what would help.
     """
     folder = work_dir.resolve()
     while not folder.exists():
@@ -41,8 +41,8 @@ def check_space(work_dir: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f'{work_dir} has {gib(free)} free, and {what} need up to {gib(needed)}; '
-            'free some, lower checkpoint.max_keep, or give another --work-dir'
+            f'{work_dir} has {gib(free)} free, but {what} need up to {gib(needed)}; '
+            'free some, lower checkpoint.max_keep, or choose another --work-dir'
         )
 
 

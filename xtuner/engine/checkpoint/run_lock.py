@@ -1,4 +1,4 @@
-"""The work folder belongs to one run at a time: two that save there would prune each other's checkpoints."""
+"""Locks the work folder for one run at a time: two runs would prune each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from xtuner.utils.locks import is_at, read_owner, try_lock, write_owner
 logger = logging.getLogger('xtuner')
 
 LOCK_FILE = '.lock'
-"""Holds the process and machine of the run under way; what counts is the lock on it, which ends with its process."""
+"""Contains the process and machine of the active run; only the lock on it counts, which ends with its process."""
 
 
 @contextlib.contextmanager
 def exclusive_run_dir(work_dir: Path) -> Iterator[None]:
-    """Makes the work folder and holds it for the time of a `with` block; what was made and stayed empty goes again.
+    """Creates and locks the work folder for the block; afterwards removes folders that it created and that are empty.
 
     Raises:
-        CheckpointError: nothing can be written there, or another run is under way there.
+        CheckpointError: The folder is not writable, or another run is active there.
     """
     try:
-        made = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
+        created = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
         work_dir.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(work_dir / LOCK_FILE)
     except OSError as error:
         reason = 'it is a file' if os.path.isfile(work_dir) else error.strerror
-        raise CheckpointError(f'cannot write to {work_dir}: {reason}; give another --work-dir') from error
+        raise CheckpointError(f'cannot write to {work_dir}: {reason}; choose another --work-dir') from error
     try:
         yield
     finally:
@@ -38,17 +38,17 @@ def exclusive_run_dir(work_dir: Path) -> Iterator[None]:
             (work_dir / LOCK_FILE).unlink()
         os.close(descriptor)
         with contextlib.suppress(OSError):  # not empty
-            for folder in made:
+            for folder in created:
                 folder.rmdir()
 
 
 def _locked(path: Path) -> int:
-    """Opens and locks the file, which is this run's until the descriptor is closed; a fork of us does not hold it."""
+    """Opens and locks the file until the descriptor is closed; a forked child does not hold the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, path)
-            if is_at(descriptor, path):
+            if is_at(descriptor, path):  # otherwise the other run just ended and removed it
                 write_owner(descriptor)
                 return descriptor
         except BaseException:
@@ -60,9 +60,9 @@ def _locked(path: Path) -> int:
 def _lock(descriptor: int, path: Path) -> None:
     state = try_lock(descriptor, per_process=True)
     if state == 'no locks':
-        logger.warning('%s: this file system has no locks; a second run there would not be noticed', path.parent)
+        logger.warning('%s: no file locks on this file system; a second run there would not be detected', path.parent)
     elif state == 'taken':
         raise CheckpointError(
-            f'{path.parent}: another run is under way there ({read_owner(path) or "unknown"}); '
-            'wait for its end, or give another --work-dir'
+            f'{path.parent}: another run is active there ({read_owner(path) or "unknown"}); '
+            'wait for its end, or choose another --work-dir'
         )

@@ -1,21 +1,21 @@
-"""Checkpoints: a PEFT adapter folder with the trainer's state beside it, whole or not there at all.
+"""Checkpoints: a PEFT adapter folder with the trainer's state, written atomically.
 
     work_dir/
-      last                         text: the name of the newest checkpoint
-      best                         text: the name of the one with the lowest validation loss, where there is validation
+      last                         text: name of the newest checkpoint
+      best                         text: name of the one with the lowest validation loss, if there is validation
       checkpoint-00000100/
-        adapter_config.json        peft's own files: plain PeftModel.from_pretrained loads the folder
-        adapter_model.safetensors  (a full-parameter run has a model's files here instead)
-        tokenizer.json ...         the tokenizer, with its chat template
-        xtuner.json                on which base it belongs
-        run.json                   the config, the data and the versions of the run (`same_run.py`)
+        adapter_config.json        peft's own files: PeftModel.from_pretrained can load the folder
+        adapter_model.safetensors  (a full fine-tuning run has a model's files instead)
+        tokenizer.json ...         the tokenizer with its chat template
+        xtuner.json                the base that it belongs to
+        run.json                   config, data and versions of the run (`run_manifest.py`)
         trainer.json               step, optimizer numbers, loss scaler, validation loss
         trainer.safetensors        optimizer moments
         manifest.json              size and SHA-256 of every file above
 
-A checkpoint is written to a folder with another name, flushed, and then renamed; what goes is renamed first and then
-removed. So a process that is killed, at whatever instruction, leaves no torn folder under a checkpoint's name. Nothing
-here is pickled.
+A checkpoint is written to a folder with a temporary name, flushed, and renamed; a checkpoint to be removed is renamed
+first. A process killed at any instruction therefore leaves no incomplete folder under a checkpoint's name. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ logger = logging.getLogger('xtuner')
 MANIFEST_FILE = 'manifest.json'
 _PREFIX = 'checkpoint-'
 _NAME = re.compile(r'checkpoint-[0-9]{1,15}')
-# Of the trainer alone: other commands that write into a work folder have names of their own.
+# Used by the trainer only; other commands that write into a work folder use other names.
 _PARTIAL = '.saving-'
 _TRASH = '.removing-'
-# Of earlier versions; converters have the first one too, so that only what is whole is taken.
-_PARTIAL_BEFORE, _TRASH_ALSO = '.partial-', (_TRASH, '.trash-')
+# Of earlier versions; converters use the first one too, so that only complete checkpoints are taken from it.
+_OLD_PARTIAL, _TRASH_PREFIXES = '.partial-', (_TRASH, '.trash-')
 
 
 def list_checkpoints(work_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; whether they are whole is `verify_checkpoint`'s question.
+    """Lists finished checkpoints, oldest first; `verify_checkpoint` checks whether they are complete.
 
-    A folder, or a link to one, with a manifest of ours or a trainer's state; whatever else has such a name is not ours.
+    Only folders, or links to folders, with a manifest or a trainer's state count.
     """
     found = (p for p in work_dir.glob(f'{_PREFIX}*') if _NAME.fullmatch(p.name))
     return sorted((p for p in found if _has_manifest(p) or (p / STATE_FILE).is_file()), key=step_of)
 
 
 def checkpoint_folder(work_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
+    """The folder of a step's checkpoint."""
     return work_dir / f'{_PREFIX}{step:08d}'
 
 
 def has_checkpoint(work_dir: Path, step: int) -> bool:
-    """Whether the finished checkpoint of a step is there."""
+    """Whether the finished checkpoint of a step exists."""
     return _has_manifest(checkpoint_folder(work_dir, step))
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer steps that a checkpoint's name, or that of what a link leads to, says were done."""
+    """Number of optimizer steps in the name of a checkpoint, or of the folder that a link points to."""
     name = folder.name if _NAME.fullmatch(folder.name) else folder.resolve().name
     return int(name.removeprefix(_PREFIX))
 
@@ -84,19 +84,19 @@ def write_checkpoint(
     max_keep: int,
     keep_best: bool = True,
 ) -> Path:
-    """Writes `checkpoint-<step>` as a whole, points `last` and `best`, and removes what is not to be kept.
+    """Writes `checkpoint-<step>` atomically, updates `last` and `best`, and removes old checkpoints.
 
     Args:
-        work_dir: Where checkpoints are kept.
-        step: Optimizer steps done.
-        write_model: Writes the model's and tokenizer's files into the folder it is given.
+        work_dir: The folder of the checkpoints.
+        step: Completed optimizer steps.
+        write_model: Writes the model's and tokenizer's files into the folder that it is given.
         state: The trainer's state: nested dicts and lists of tensors and JSON values.
-        max_keep: How many checkpoints stay, the newest; -1 keeps all. Those of later steps, which only a run that was
-            resumed from an earlier one finds, are left alone.
-        keep_best: Whether the one of the lowest validation loss stays as well.
+        max_keep: Number of newest checkpoints to keep; -1 keeps all. Those of later steps, which exist only if the run
+            was resumed from an earlier one, are not touched.
+        keep_best: Whether to also keep the one with the lowest validation loss.
 
     Raises:
-        CheckpointError: the file system refuses; what was there before is untouched.
+        CheckpointError: Writing fails; existing checkpoints are untouched.
     """
     final = checkpoint_folder(work_dir, step)
     partial = work_dir / f'{_PARTIAL}{final.name}'
@@ -106,23 +106,23 @@ def write_checkpoint(
         write_model(partial)
         write_state(partial, state)
         _write_manifest(partial)
-    except (OSError, SafetensorError) as error:  # a full disk is either's, as it happens
+    except (OSError, SafetensorError) as error:  # a full disk can raise either
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, 'strerror', None) or error
         raise CheckpointError(f'cannot save {final}: {reason}; earlier checkpoints are untouched') from error
     try:
-        _put_in_place(partial, final)
+        _publish(partial, final)
         point_to_checkpoints(work_dir, step)
         _prune(work_dir, step, max_keep, keep_best)
     except OSError as error:
         raise CheckpointError(
-            f'{final} is written, but {work_dir} cannot be put in order: {error.strerror or error}'
+            f'{final} was written, but {work_dir} cannot be cleaned up: {error.strerror or error}'
         ) from error
     return final
 
 
 def point_to_checkpoints(work_dir: Path, step: int) -> None:
-    """Writes `last`, the newest checkpoint up to `step`, and `best`, that of the lowest validation loss."""
+    """Writes `last`, the newest checkpoint up to `step`, and `best`, the one with the lowest validation loss."""
     folders = _up_to(work_dir, step)
     for name, folder in ((LAST_FILE, folders[-1] if folders else None), (BEST_FILE, _best(folders))):
         if folder is not None:
@@ -130,50 +130,50 @@ def point_to_checkpoints(work_dir: Path, step: int) -> None:
 
 
 def recover(work_dir: Path) -> None:
-    """Ends what a killed save had begun: a checkpoint that is whole but for its name takes its place."""
-    for prefix in (_PARTIAL, _PARTIAL_BEFORE):
-        for partial in _own(work_dir, prefix):
+    """Completes a killed save: a checkpoint that only lacks its final name is renamed."""
+    for prefix in (_PARTIAL, _OLD_PARTIAL):
+        for partial in _trainer_folders(work_dir, prefix):
             try:
                 verify_checkpoint(partial)
             except CheckpointError:
                 continue
-            _put_in_place(partial, work_dir / partial.name.removeprefix(prefix))
+            _publish(partial, work_dir / partial.name.removeprefix(prefix))
     clear_leftovers(work_dir)
 
 
 def clear_leftovers(work_dir: Path) -> None:
-    """Removes what an interrupted save or removal of a trainer left; who holds the work folder's lock is the only one.
+    """Removes leftovers of an interrupted save or removal; the caller must hold the work folder's lock.
 
     Links, files and folders of other names are not touched.
     """
-    stale = [folder for prefix in (_PARTIAL, *_TRASH_ALSO) for folder in _own(work_dir, prefix)]
-    # Of an earlier version, and torn, else it would have been put in place; a converter writes no trainer's state.
-    stale += [folder for folder in _own(work_dir, _PARTIAL_BEFORE) if (folder / STATE_FILE).is_file()]
+    stale = [folder for prefix in (_PARTIAL, *_TRASH_PREFIXES) for folder in _trainer_folders(work_dir, prefix)]
+    # Of an earlier version and incomplete, otherwise it would have been published; converters write no trainer's state.
+    stale += [folder for folder in _trainer_folders(work_dir, _OLD_PARTIAL) if (folder / STATE_FILE).is_file()]
     for folder in stale:
         shutil.rmtree(folder)
 
 
-def _own(work_dir: Path, prefix: str) -> list[Path]:
-    """Folders that a trainer gave a checkpoint's name behind a prefix."""
-    found = work_dir.glob(f'{prefix}{_PREFIX}*')
-    return [p for p in found if _NAME.fullmatch(p.name.removeprefix(prefix)) and p.is_dir() and not p.is_symlink()]
+def _trainer_folders(work_dir: Path, prefix: str) -> list[Path]:
+    """Folders that the trainer created, named by a prefix and a checkpoint's name."""
+    paths = work_dir.glob(f'{prefix}{_PREFIX}*')
+    return [p for p in paths if _NAME.fullmatch(p.name.removeprefix(prefix)) and p.is_dir() and not p.is_symlink()]
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    if _may_go(final):  # an altered one that was passed over, or one that a resumed run writes again
+def _publish(partial: Path, final: Path) -> None:
+    if _is_removable(final):  # a damaged one that was skipped, or one that a resumed run writes again
         final.rename(final.with_name(f'{_TRASH}{final.name}'))
     elif final.is_symlink() or final.exists():
         aside = next(
             p for i in itertools.count(1) if not os.path.lexists(p := final.with_name(f'{final.name}.old-{i}'))
         )
         final.rename(aside)
-        logger.warning('%s is a link, or was not written by xtuner: it is called %s now', final, aside.name)
+        logger.warning('%s is a link, or was not written by xtuner: renaming it to %s', final, aside.name)
     partial.rename(final)
     flush(final.parent)
 
 
-def _may_go(folder: Path) -> bool:
-    """Whether this is a checkpoint's own folder, which may be removed; a link may lead anywhere."""
+def _is_removable(folder: Path) -> bool:
+    """Whether this is a checkpoint's own folder, which may be removed; a link may point anywhere."""
     return _has_manifest(folder) and not folder.is_symlink()
 
 
@@ -182,7 +182,7 @@ def _prune(work_dir: Path, step: int, max_keep: int, keep_best: bool) -> None:
     best = _best(folders) if keep_best else None
     if max_keep > 0:
         for old in folders[:-max_keep]:
-            if old != best and _may_go(old):
+            if old != best and _is_removable(old):
                 old.rename(old.with_name(f'{_TRASH}{old.name}'))
     clear_leftovers(work_dir)
 
@@ -193,22 +193,22 @@ def _up_to(work_dir: Path, step: int) -> list[Path]:
 
 def _best(folders: list[Path]) -> Path | None:
     losses = [(validation_loss(folder), -step_of(folder), folder) for folder in folders]
-    known = [entry for entry in losses if entry[0] is not None]
-    return min(known)[2] if known else None
+    with_loss = [entry for entry in losses if entry[0] is not None]
+    return min(with_loss)[2] if with_loss else None
 
 
 def verify_checkpoint(folder: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        CheckpointError: a file is missing, torn or altered; names it.
+        CheckpointError: A file is missing, truncated or altered; names it.
     """
     for name, (size, digest) in _read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f'{folder}: {name} is missing')
         if path.stat().st_size != size:
-            raise CheckpointError(f'{path}: {path.stat().st_size} bytes, {size} were written')
+            raise CheckpointError(f'{path}: has {path.stat().st_size} bytes, but {size} were written')
         if _digest(path) != digest:
             raise CheckpointError(f'{path}: its content has changed since it was written')
 
@@ -219,11 +219,11 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         manifest = read_object(folder / MANIFEST_FILE, CheckpointError)
         return {str(name): (int(e['bytes']), str(e['sha256'])) for name, e in manifest.items()}
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise CheckpointError(f'{folder}: not a whole checkpoint ({MANIFEST_FILE}: {one_line(error)})') from error
+        raise CheckpointError(f'{folder}: not a complete checkpoint ({MANIFEST_FILE}: {one_line(error)})') from error
 
 
 def _has_manifest(folder: Path) -> bool:
-    """Whether a folder holds a manifest in our form."""
+    """Whether a folder contains a valid manifest."""
     try:
         return bool(_read_manifest(folder))
     except CheckpointError:
@@ -231,21 +231,23 @@ def _has_manifest(folder: Path) -> bool:
 
 
 def newest_checkpoint(work_dir: Path, *, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; one that is not whole is passed over with a word to `warn`. None: there are none.
+    """Returns the newest complete checkpoint, warning about incomplete ones; None if there are no checkpoints.
 
     Raises:
-        CheckpointError: there are some, and not one is whole.
+        CheckpointError: There are checkpoints, but none is complete.
     """
     folders = list_checkpoints(work_dir)
     for folder in reversed(folders):
         try:
             verify_checkpoint(folder)
         except CheckpointError as error:
-            warn(f'passed over: {error}')
+            warn(f'skipping a checkpoint: {error}')
             continue
         return folder
     if folders:
-        raise CheckpointError(f'{work_dir}: no whole checkpoint to resume from; give another --work-dir to start anew')
+        raise CheckpointError(
+            f'{work_dir}: no complete checkpoint to resume from; choose another --work-dir to start from scratch'
+        )
     return None
 
 

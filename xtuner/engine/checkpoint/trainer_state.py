@@ -12,14 +12,14 @@ from xtuner.errors import CheckpointError, one_line
 from xtuner.utils.files import read_object
 
 if TYPE_CHECKING:
-    import torch  # imported where tensors are met: which checkpoints there are is asked before
+    import torch  # imported lazily, since checkpoints are listed before torch is needed
 
 STATE_FILE = 'trainer.json'
 TENSORS_FILE = 'trainer.safetensors'
 VALIDATION_LOSS = 'val_loss'
-"""The key of a state under which its checkpoint's validation loss stands; None, or absent, where there is none."""
+"""Key of the validation loss in a checkpoint's state; None or absent if there is none."""
 _FORMAT = 'format'
-_VERSION = 1  # of the keys in a state; a state without one was written before there was a number, in the same form
+_VERSION = 1  # version of the state's keys; a state without a version has the same format
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -33,10 +33,10 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The trainer's state as `write_checkpoint` was given it, tensors on the CPU.
+    """Reads the state passed to `write_checkpoint`, with tensors on the CPU.
 
     Raises:
-        CheckpointError: a file is missing or cannot be understood, or a newer version wrote it.
+        CheckpointError: A file is missing or invalid, or was written by a newer version.
     """
     from safetensors.torch import load_file
 
@@ -48,14 +48,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{folder}: the trainer state cannot be read: {one_line(error)}') from error
     if version != _VERSION:
         raise CheckpointError(
-            f'{folder / STATE_FILE}: format {version!r}, and this version of xtuner reads format {_VERSION}; resume '
-            'with the version that wrote it, or take its weights with --start-from'
+            f'{folder / STATE_FILE}: format {version!r}, but this version of xtuner reads format {_VERSION}; resume '
+            'with the version that wrote it, or use its weights with --start-from'
         )
     return state
 
 
 def validation_loss(folder: Path) -> float | None:
-    """The validation loss that a checkpoint was written with; None where it had none, or cannot be read."""
+    """The validation loss recorded in a checkpoint; None if there is none or it cannot be read."""
     try:
         loss = dict(read_object(folder / STATE_FILE, CheckpointError)['dict']).get(VALIDATION_LOSS)
     except (CheckpointError, ValueError, KeyError, TypeError):
@@ -64,13 +64,13 @@ def validation_loss(folder: Path) -> float | None:
 
 
 def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for a nested state; a tensor goes to `tensors` and leaves its name behind."""
+    """Converts a nested state to JSON; tensors are moved to `tensors` and replaced by their names."""
     import torch
 
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {'tensor': path}
-    if isinstance(value, dict):  # a list of pairs keeps keys that are no text
+    if isinstance(value, dict):  # a list of pairs preserves keys that are not strings
         return {'dict': [[key, _split(item, f'{path}/{key}', tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = 'tuple' if isinstance(value, tuple) else 'list'

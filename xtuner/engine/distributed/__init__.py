@@ -1,4 +1,4 @@
-"""How a run spreads over ranks: one class a strategy, one interface, and the table of what goes with what."""
+"""Distributed strategies: one class per strategy, a common interface, and the table of allowed combinations."""
 
 from xtuner.engine.distributed.base import Single, Strategy
 from xtuner.engine.distributed.choose import choose_strategy, make_strategy

@@ -1,7 +1,7 @@
-"""The interface between the loop and whatever holds model and optimizer on one or many ranks; and one rank's own.
+"""Interface between the loop and a model and optimizer on one or several ranks; and the single-process strategy.
 
-A checkpoint never knows the strategy: `weights` and `optimizer_state` give whole tensors under the names and numbers
-that a single process uses, and `load_optimizer_state` takes them.
+Checkpoints do not depend on the strategy: `weights` and `optimizer_state` return full tensors under the names and
+numbers of a single process, and `load_optimizer_state` accepts them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from xtuner.adapters.attach import trainable_parameters
 
-# Makes the config's optimizer over the parameters it is given.
+# Creates the config's optimizer for the given parameters.
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Strategy:
-    """One process: the base of the others.
+    """The single-process strategy, and the base of the others.
 
     Args:
-        rank: This process.
-        world_size: Processes.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     name = 'single'
-    # By what a rank's gradient has to be multiplied, so that what the ranks end up with is the sum over all of them.
+    # Factor for a rank's gradient such that the reduced gradient is the sum over all ranks.
     gradient_factor = 1.0
-    # Whether every rank must take part in each forward pass, because weights are put together for it.
+    # Whether every rank must take part in each forward pass, because weights are gathered for it.
     together = False
     # Whether parameters hold their gradients between `clip` and `step`.
     has_gradients = True
@@ -49,73 +49,73 @@ class Strategy:
         return self
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module that the loop calls."""
+        """Returns the module that the loop calls."""
         return model
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer changes, on this rank."""
+        """The parameters that the optimizer updates on this rank."""
         return list(trainable_parameters(self.bare).values())
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        """Around a micro-batch; `last` of its step or not."""
+        """Context of a micro-batch, which is or is not the `last` of its step."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a micro-batch's gradient; after the step's last one, `gradients` are complete."""
+        """Adds a micro-batch's gradient; after the last one of a step, `gradients` are complete."""
         loss.backward()
 
     def on_reduce(self, call: Callable[[], None]) -> None:
-        """Calls `call()` when this rank has come to where gradients are added up, if the strategy can tell."""
+        """Calls `call()` whenever this rank reaches a gradient reduction, if the strategy can detect it."""
 
     def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
-        """Completes the step's gradients and clips them; returns their L2 norm before, over all ranks."""
+        """Completes and clips the step's gradients; returns their L2 norm before clipping, over all ranks."""
         scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm).item()
 
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
-        """Changes the parameters, unless the step is skipped, and forgets the gradients."""
+        """Updates the parameters, unless the step is skipped, and drops the gradients."""
         if not skipped:
             scaler.step(self.optimizer)
-        if scaler.is_enabled():  # lowers its scale where a gradient was not finite
+        if scaler.is_enabled():  # lowers its scale if a gradient was not finite
             scaler.update()
         self.forget()
 
     def forget(self) -> None:
-        """Drops the gradients that were added up so far."""
+        """Drops the accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self) -> AbstractContextManager[Any]:
-        """A context in which the model can generate; where weights are sharded, all ranks enter it."""
+        """Context in which the model can generate; if weights are sharded, all ranks must enter it."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Whole trained tensors by name, for `save_pretrained`; None where the model holds them itself.
+        """Full trained tensors by name, for `save_pretrained`; None if the model holds them itself.
 
-        Every rank calls it; only rank 0's result is of use.
+        A collective; only rank 0's result is used.
         """
         return None
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's `state_dict` as a single process has it; every rank calls it, rank 0's is complete."""
+        """The optimizer's `state_dict` as in a single process; a collective, complete on rank 0."""
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """The inverse, on every rank."""
+        """The inverse of `optimizer_state`, on every rank."""
         self.optimizer.load_state_dict(state)
 
 
 def leaves(state: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """A parameter's optimizer state without its nesting, which bitsandbytes' optimizers have: values by their path."""
-    found: dict[tuple[str, ...], Any] = {}
+    """Flattens a parameter's optimizer state, which bitsandbytes nests: values by their path."""
+    flat: dict[tuple[str, ...], Any] = {}
     for key, value in state.items():
-        found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
-    return found
+        flat |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
+    return flat
 
 
-def nested(found: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+def nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     """The inverse of `leaves`."""
     state: dict[str, Any] = {}
-    for (*sections, last), value in found.items():
+    for (*sections, last), value in flat.items():
         here = state
         for section in sections:
             here = here.setdefault(section, {})

@@ -1,4 +1,4 @@
-"""Which strategy a run takes, and whether it may."""
+"""Selects and validates the distributed strategy of a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from xtuner.objectives.base import Objective, needs_base
 def choose_strategy(
     config: TrainConfig, world_size: int, *, dtype: str | None = None, objective: Objective | None = None
 ) -> str:
-    """The strategy's name: what the config says, where 'auto' is `single` for one process and `ddp` for several.
+    """Returns the strategy's name; 'auto' becomes `single` for one process and `ddp` for several.
 
     Args:
-        config: A run.
-        world_size: Its processes.
-        dtype: 'bf16', 'fp16' or 'fp32', where `model.dtype` is auto and it is known already.
-        objective: What is trained for, where it is known already.
+        config: A run's config.
+        world_size: Number of processes.
+        dtype: 'bf16', 'fp16' or 'fp32' if `model.dtype` is auto and already resolved.
+        objective: The training objective, if already loaded.
 
     Raises:
-        ConfigError: no such strategy, a combination that cannot be (see `config.compatibility`), or numbers that do
-            not divide.
+        ConfigError: Unknown strategy, an unsupported combination (see `config.compatibility`), or numbers that do not
+            divide.
     """
     name, size = config.parallel.strategy, config.parallel.sequence_parallel_size
     if name == 'auto':
@@ -44,7 +44,7 @@ def choose_strategy(
 
 
 def make_strategy(config: TrainConfig, name: str, rank: int, world_size: int) -> Strategy:
-    """The strategy of that name. Imports only what it needs."""
+    """Creates the strategy of that name, importing only what it needs."""
     if name == 'single':
         return Single(rank, world_size)
     if name == 'ddp':

@@ -1,4 +1,4 @@
-"""A copy of the model on every rank; gradients are added up while the backward pass still runs."""
+"""Data parallelism: a full model on every rank; gradients are reduced during the backward pass."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xtuner.engine.distributed.base import Strategy
 
-# An adapter of rank 64 on InternLM-7B is 640 MB: two messages, the first of which goes while earlier layers are
-# computed. A message slows the products beside it, so that on cards with a direct link five were slower than two.
+# An adapter of rank 64 on InternLM-7B is 640 MB: two buckets, the first of which is sent while earlier layers are
+# computed. Communication slows concurrent products: on GPUs with a direct link five buckets were slower than two.
 _BUCKET_MB = 320
 
 
 class DataParallel(Strategy):
-    """Torch's `DistributedDataParallel` over the trained parameters alone; what is frozen is never sent."""
+    """Torch's `DistributedDataParallel` over trained parameters only; frozen ones are never sent."""
 
     name = 'ddp'
 
@@ -26,24 +26,24 @@ class DataParallel(Strategy):
         self.gradient_factor = float(world_size)  # DDP averages
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """All ranks begin with rank 0's trained parameters."""
+        """Broadcasts rank 0's trained parameters."""
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
-        # Without `device_ids` the batch stays on the host, where the model reads it before it moves it.
+        # Without `device_ids` the batch stays on the host, where the model reads it before moving it.
         return DistributedDataParallel(model, bucket_cap_mb=_BUCKET_MB, gradient_as_bucket_view=True)
 
     def synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are added up in the last micro-batch's backward pass only."""
+        """Gradients are reduced only in the last micro-batch's backward pass."""
         return nullcontext() if last else self.module.no_sync()
 
     def on_reduce(self, call: Any) -> None:
         """Calls `call()` whenever a bucket of gradients is ready on this rank."""
 
         def reduce(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            """Adds a bucket up over the ranks; its mean, when that is done."""
+            """Sums a bucket over the ranks; returns a future of its mean."""
             call()
-            # The sum first, then the mean, as DDP does without a hook.
+            # Sum first, then divide, as DDP does without a hook.
             work = distributed.all_reduce(bucket.buffer(), async_op=True)
             return work.get_future().then(lambda future: future.value()[0].div_(self.world_size))
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) and weights (3) spread over the ranks. An optional extra.
+"""DeepSpeed's ZeRO: optimizer state (1), gradients (2) and weights (3) sharded over the ranks. An optional extra.
 
-Trained parameters stay float32 and the forward pass runs under autocast, as everywhere here; so DeepSpeed's own half
-precision stays off, and its checkpoints are not used: whole tensors are put together for ours.
+Trained parameters stay float32 and the forward pass runs under autocast, as in all strategies; so DeepSpeed's own half
+precision is off. Its checkpoints are not used either: full tensors are gathered instead.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ZeRO(Strategy):
     Args:
         config: The run's config.
         strategy: Name or file of the DeepSpeed config.
-        rank: This process.
-        world_size: Processes.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     has_gradients = False
@@ -41,70 +41,70 @@ class ZeRO(Strategy):
                 'fsdp'
             )
         self.name = strategy
-        self.gradient_factor = float(world_size)  # it averages
+        self.gradient_factor = float(world_size)  # DeepSpeed averages gradients
         self._settings = read_deepspeed_config(strategy) | {
             'train_micro_batch_size_per_gpu': config.schedule.batch_size,
-            'gradient_accumulation_steps': 1,  # the loop says which micro-batch is a step's last
+            'gradient_accumulation_steps': 1,  # the loop determines which micro-batch is a step's last
             'gradient_clipping': config.schedule.max_norm or 0.0,
         }
         self.together = self._shards_weights = self._settings['zero_optimization']['stage'] == 3
 
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> Strategy:
-        """Hands model and optimizer to DeepSpeed's engine."""
+        """Wraps model and optimizer in DeepSpeed's engine."""
         import deepspeed
 
         logging.getLogger('DeepSpeed').setLevel(logging.WARNING)
         self.bare = model
         for parameter in model.parameters():
             if not parameter.requires_grad and not self._shards_weights:
-                parameter.ds_optim_param = True  # type: ignore[attr-defined]  # it sends no such ones at the start
+                parameter.ds_optim_param = True  # type: ignore[attr-defined]  # excludes it from the initial broadcast
         optimizer = make_optimizer(trainable_parameters(model).values())
         engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
         self.module = engine
-        self.optimizer.check_grad_overflow = True  # a step without a finite gradient changes nothing
+        self.optimizer.check_grad_overflow = True  # a step with a non-finite gradient changes nothing
         self._inner = optimizer
         return self
 
     def synchronised(self, last: bool) -> Any:
-        """Tells the engine which micro-batch ends the step."""
+        """Tells the engine whether this micro-batch is the last of its step."""
         self.module.set_gradient_accumulation_boundary(last)
         return super().synchronised(last)
 
     def backward(self, loss: Tensor) -> None:
-        """By the engine."""
+        """Runs the engine's backward pass."""
         self.module.backward(loss)
 
     def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
-        """Clips, and steps too: the engine does both at once, and changes nothing where a gradient is not finite."""
+        """Clips and also steps: the engine does both at once, and changes nothing if a gradient is not finite."""
         self.module.step()
         if getattr(self.optimizer, 'overflow', False):
             return math.inf
         return float(self.module.get_global_grad_norm() or 0.0)
 
     def step(self, scaler: torch.amp.GradScaler, *, skipped: bool) -> None:
-        """Done already."""
+        """Does nothing: `clip` already stepped."""
 
     def forget(self) -> None:
-        """Drops the gradients that the engine holds."""
+        """Drops the engine's gradients."""
         self.optimizer.zero_grad()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Trained tensors put together one by one where weights are sharded, kept on rank 0 only."""
+        """Gathers sharded trained tensors one by one and keeps them on rank 0 only."""
         if not self._shards_weights:
             return None
         import deepspeed
 
-        found = {}
+        tensors = {}
         for name, parameter in trainable_parameters(self.bare).items():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self.rank == 0:
-                    found[name.removeprefix('llm.')] = parameter.detach().cpu().clone()
-        return found
+                    tensors[name.removeprefix('llm.')] = parameter.detach().cpu().clone()
+        return tensors
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Whole tensors, put together from the partitions by DeepSpeed's own functions."""
+        """Gathers full tensors from the partitions with DeepSpeed's own functions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         parameters = list(trainable_parameters(self.bare).values())
@@ -120,26 +120,26 @@ class ZeRO(Strategy):
         return {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Into the partitions."""
+        """Loads the state into the partitions."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if not state['state']:
             return
         parameters = list(trainable_parameters(self.bare).values())
         shapes = [_shape(parameter) for parameter in parameters]
-        self._make_room(leaves(state['state'][0]), shapes[0])
+        self._allocate_state(leaves(state['state'][0]), shapes[0])
         for number, (parameter, shape) in enumerate(zip(parameters, shapes, strict=True)):
             for path, value in leaves(state['state'][number]).items():
                 if not isinstance(value, Tensor) or value.shape != shape:
                     continue
                 if self._shards_weights:
-                    safe_set_local_optimizer_state(parameter, _own_part(parameter, value, self.rank), path[-1])
+                    safe_set_local_optimizer_state(parameter, _partition_of(parameter, value, self.rank), path[-1])
                 else:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), path[-1])
 
-    def _make_room(self, saved: dict[tuple[str, ...], Any], shape: torch.Size) -> None:
-        """State for each partition, as the optimizer's first step would make it, and its numbers as saved."""
-        # Stage 3 gives its partitions to the optimizer one by one, within a step.
+    def _allocate_state(self, saved: dict[tuple[str, ...], Any], shape: torch.Size) -> None:
+        """Allocates the state of each partition as the optimizer's first step would, with scalars as saved."""
+        # Stage 3 passes its partitions to the optimizer one by one, within a step.
         partitions = self.optimizer.fp32_partitioned_groups_flat if self._shards_weights else [
             partition for group in self._inner.param_groups for partition in group['params']
         ]  # fmt: skip
@@ -152,19 +152,19 @@ class ZeRO(Strategy):
 
 
 def _shape(parameter: Any) -> torch.Size:
-    """A parameter's shape, also while it is a partition."""
+    """A parameter's full shape, also while it is partitioned."""
     return getattr(parameter, 'ds_shape', parameter.shape)
 
 
-def _own_part(parameter: Any, whole: Tensor, rank: int) -> Tensor:
-    """What stage 3 keeps of a tensor on this rank: an equal share of its elements, zeros after the last."""
+def _partition_of(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+    """Stage 3's partition of a tensor on this rank: an equal share of its elements, zero-padded."""
     size = parameter.ds_tensor.numel()
-    part = torch.zeros(size, dtype=whole.dtype, device=parameter.ds_tensor.device)
-    own = whole.flatten()[rank * size : (rank + 1) * size]
-    part[: own.numel()] = own.to(part.device)
-    return part
+    partition = torch.zeros(size, dtype=whole.dtype, device=parameter.ds_tensor.device)
+    elements = whole.flatten()[rank * size : (rank + 1) * size]
+    partition[: elements.numel()] = elements.to(partition.device)
+    return partition
 
 
 def _is_of(value: Any, partition: Any) -> bool:
-    """Whether a value of a partition's state is element for element the partition's."""
+    """Whether a value of a partition's state has one element for each of the partition's."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == partition.numel()

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer spread over the ranks; a layer is put together just before it is computed.
+"""Weights, gradients and optimizer sharded over the ranks (FSDP); a layer is gathered just before it is computed.
 
-Torch's `fully_shard` on every decoder layer. The optimizer works on each rank's own rows as plain tensors, so any
-optimizer that treats elements alike can be used, bitsandbytes' among them.
+Uses torch's `fully_shard` on every decoder layer. The optimizer works on each rank's rows as plain tensors, so that any
+element-wise optimizer can be used, including bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.distributed.tensor import DTensor
 from xtuner.adapters.attach import trainable_parameters
 from xtuner.engine.distributed.base import Strategy, leaves, nested
 from xtuner.engine.distributed.shards import (
-    keep_quantisation_states,
-    put_rows_back,
+    attach_rows,
+    detach_rows,
+    keep_quantization_states,
     read_scales_from_parameters,
-    set_rows_aside,
 )
 from xtuner.model.families.find import layers_of
 
 
 class FullyShard(Strategy):
-    """`fully_shard` on decoder layers, the head, and what is left."""
+    """`fully_shard` on decoder layers, the head, and the rest."""
 
     name = 'fsdp'
     together = True
@@ -47,24 +47,24 @@ class FullyShard(Strategy):
         embedding, layers = base.get_input_embeddings(), layers_of(decoder)
         device = next(layers[0].parameters()).device
         mesh = init_device_mesh(device.type, (self.world_size,))
-        keep_quantisation_states(decoder)
-        rows = set_rows_aside(outer)
+        keep_quantization_states(decoder)
+        rows = detach_rows(outer)
         self._layers = set(layers)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-        # A frozen head is put together for the loss alone (see `model.sft`); a trained one stays with the root.
+        # A frozen head is gathered only for the loss; a trained one stays with the root.
         if head.weight is not embedding.weight and not _trained(head):
             fully_shard(head, mesh=mesh)
         ignored = set() if _trained(embedding) else set(embedding.parameters())
         fully_shard(outer, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-        put_rows_back(rows)
-        for module in _sharded(outer):  # the sum is wanted, not the mean
+        attach_rows(rows)
+        for module in _sharded(outer):  # reduce by sum, not by mean
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        # Now, with everything in place: a sample may be generated before the first step, and the module that is called
-        # first would think itself the root.
+        # Initialize now that everything is in place: a sample may be generated before the first step, and the first
+        # module called would otherwise be treated as the root.
         outer._get_fsdp_state()._lazy_init()
-        for module in _sharded(outer):  # makes the whole tensors ordinary ones, which generation alone would not
+        for module in _sharded(outer):  # makes the full tensors ordinary ones, which generation alone would not do
             module.unshard()
             if module in self._layers:
                 read_scales_from_parameters(module)
@@ -73,11 +73,11 @@ class FullyShard(Strategy):
         return outer
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's rows of each trained parameter; one with fewer rows than ranks may have none here."""
+        """This rank's rows of each trained parameter; omits parameters without rows on this rank."""
         return [p for p in self._local.values() if p.numel()]
 
     def clip(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
-        """Hands each gradient's rows to the optimizer's parameters, and clips them by the norm over all ranks."""
+        """Passes each gradient's rows to the optimizer's parameters, and clips by the norm over all ranks."""
         for name, parameter in trainable_parameters(self.bare).items():
             grad: Any = parameter.grad
             self._local[name].grad = None if grad is None else grad.to_local()
@@ -93,13 +93,13 @@ class FullyShard(Strategy):
         return norm
 
     def forget(self) -> None:
-        """Drops gradients, of whole parameters and of this rank's rows."""
+        """Drops gradients, of full parameters and of this rank's rows."""
         for parameter in [*trainable_parameters(self.bare).values(), *self._local.values()]:
             parameter.grad = None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Puts together what belongs to no layer; layers come and go by themselves."""
+        """Gathers everything outside the layers; layers are gathered and released by themselves."""
         roots = [module for module in _sharded(self.bare) if module not in self._layers]
         for module in roots:
             module.unshard()
@@ -110,24 +110,25 @@ class FullyShard(Strategy):
                 module.reshard()
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained tensors put together one by one, kept on rank 0 only."""
+        """Gathers trained tensors one by one and keeps them on rank 0 only."""
         self._reshard()
-        found = {}
+        tensors = {}
         prefix = 'llm.'
         for name, parameter in trainable_parameters(self.bare).items():
             full = parameter.full_tensor()  # type: ignore[attr-defined]
             if self.rank == 0:
-                found[name.removeprefix(prefix)] = full.detach().cpu()
-        return found
+                tensors[name.removeprefix(prefix)] = full.detach().cpu()
+        return tensors
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Each rank's rows put together; numbers of parameters are those that a single process has."""
+        """Gathers all ranks' rows; parameters are numbered as in a single process."""
         self._reshard()
-        own = self.optimizer.state_dict()
+        local_state = self.optimizer.state_dict()
         names = list(self._local)
-        here = [name for name in names if self._local[name].numel()]
-        held = {name: leaves(own['state'][number]) for number, name in enumerate(here) if number in own['state']}
-        # Rank 0 has rows of every parameter, and so knows what there is to put together.
+        present = [name for name in names if self._local[name].numel()]
+        entries = local_state['state']
+        held = {name: leaves(entries[number]) for number, name in enumerate(present) if number in entries}
+        # Rank 0 has rows of every parameter, so it knows what to gather.
         forms = [
             {name: {path: _is_like(v, self._local[name]) for path, v in state.items()} for name, state in held.items()}
         ]
@@ -137,26 +138,26 @@ class FullyShard(Strategy):
             whole = {}
             for path, sharded in forms[0].get(name, {}).items():
                 value = held.get(name, {}).get(path)
-                whole[path] = self._put_together(name, value) if sharded else value
+                whole[path] = self._gather(name, value) if sharded else value
             if whole:
                 state[number] = nested(whole)
-        groups = [group | {'params': list(range(len(names)))} for group in own['param_groups']]
-        return own | {'state': state, 'param_groups': groups}
+        groups = [group | {'params': list(range(len(names)))} for group in local_state['param_groups']]
+        return local_state | {'state': state, 'param_groups': groups}
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Takes this rank's rows."""
-        own: dict[int, Any] = {}
-        place = 0
+        """Loads this rank's rows."""
+        entries: dict[int, Any] = {}
+        index = 0
         for number, (name, local) in enumerate(self._local.items()):
             if not local.numel():
                 continue
             if number in state['state']:
                 whole = self.bare.get_parameter(name)
                 saved = leaves(state['state'][number])
-                own[place] = nested({path: self._rows(value, whole) for path, value in saved.items()})
-            place += 1
-        groups = [group | {'params': list(range(place))} for group in state['param_groups']]
-        self.optimizer.load_state_dict(state | {'state': own, 'param_groups': groups})
+                entries[index] = nested({path: self._rows(value, whole) for path, value in saved.items()})
+            index += 1
+        groups = [group | {'params': list(range(index))} for group in state['param_groups']]
+        self.optimizer.load_state_dict(state | {'state': entries, 'param_groups': groups})
 
     def _rows(self, value: Any, whole: Any) -> Any:
         if not _is_like(value, whole):
@@ -164,7 +165,7 @@ class FullyShard(Strategy):
         chunks = value.chunk(self.world_size)
         return chunks[self.rank].clone() if self.rank < len(chunks) else value[:0]
 
-    def _put_together(self, name: str, value: Tensor | None) -> Tensor:
+    def _gather(self, name: str, value: Tensor | None) -> Tensor:
         whole: Any = self.bare.get_parameter(name)
         local = self._local[name]
         rows = torch.zeros_like(local) if value is None else value.to(local.device)
@@ -174,18 +175,18 @@ class FullyShard(Strategy):
         return full.cpu() if self.rank == 0 else full[:0]
 
     def _reshard(self) -> None:
-        """Everything in its shards: parameters are their own."""
+        """Reshards every module, so that parameters are sharded ones."""
         for module in _sharded(self.bare):
             module.reshard()
 
 
 def _local(parameter: Any) -> nn.Parameter:
-    """A rank's rows as a parameter in the same memory."""
+    """A rank's rows as a parameter that shares their memory."""
     return nn.Parameter(parameter.detach().to_local())
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:
-    """Whether a value of the optimizer's state is element for element a parameter's."""
+    """Whether a value of the optimizer's state has one element for each of a parameter's."""
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
@@ -194,5 +195,5 @@ def _trained(module: nn.Module) -> bool:
 
 
 def _sharded(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was put on."""
+    """The modules to which `fully_shard` was applied."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

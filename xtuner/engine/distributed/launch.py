@@ -1,4 +1,4 @@
-"""One process or several: who started us, and starting several ourselves, through torch's own launcher."""
+"""Joins or starts the processes of a run, through torch's launcher, torchrun or Slurm."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from xtuner.ranks import CHILD
 
 LAUNCHERS = ('none', 'pytorch', 'slurm')
 _DEFAULT_PORT = 29500
-_SAVING_S = 600  # time for a checkpoint after a signal, before what is left is killed
-# What Slurm calls the variables that torch reads.
+_SAVING_S = 600  # time for a checkpoint after a signal, before remaining processes are killed
+# Slurm's names of the variables that torch reads.
 _SLURM_VARIABLES = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
 
 
 @dataclass(frozen=True)
-class Group:
-    """This process among the others: its rank, how many there are, and the watch over them (None for one alone)."""
+class RankInfo:
+    """Rank of this process, number of processes, and the watchdog (None for a single process)."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,14 +43,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a run that `xtuner train` launches itself.
+    """The machines of a run that `xtuner train` launches.
 
     Attributes:
-        num_processes: Processes on each.
-        num_nodes: Machines.
-        node_rank: This one, from 0.
-        address: Of machine 0.
-        port: Free on machine 0; None for any, which only one machine can have.
+        num_processes: Processes per machine.
+        num_nodes: Number of machines.
+        node_rank: Rank of this machine, from 0.
+        address: Address of machine 0.
+        port: Port on machine 0; None for any free one, only for a single machine.
     """
 
     num_processes: int
@@ -66,72 +66,72 @@ class Nodes:
             raise UsageError('--nnodes needs --master-addr: the address of the machine with --node-rank 0')
         num_gpus = torch.cuda.device_count()
         if num_gpus and self.num_processes > num_gpus:
-            raise UsageError(f'--nproc-per-node {self.num_processes}, but this machine has {num_gpus} GPUs')
+            raise UsageError(f'--nproc-per-node is {self.num_processes}, but this machine has {num_gpus} GPUs')
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines."""
+        """Number of processes on all machines."""
         return self.num_processes * self.num_nodes
 
 
 @contextmanager
-def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[Group]:
-    """Joins this process to its group for the time of a run.
+def process_group(launcher: str, *, timeout_s: float = 1800) -> Iterator[RankInfo]:
+    """Joins the process group for the duration of a run.
 
     Args:
         launcher: 'none' for a single process; 'pytorch' under torchrun; 'slurm' under srun.
         timeout_s: How long a collective waits for a rank.
 
     Raises:
-        UsageError: the launcher did not set the variables that it should have.
+        UsageError: The launcher did not set the required variables.
     """
     if launcher == 'none':
-        yield Group()
+        yield RankInfo()
         return
     if launcher == 'slurm':
         _take_slurm_variables()
     missing = [name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR') if name not in os.environ]
     if missing:
         how = 'torchrun' if launcher == 'pytorch' else 'srun'
-        raise UsageError(f'--launcher {launcher} needs {", ".join(missing)} in the environment; start with {how}')
-    if not _is_known(os.environ['MASTER_ADDR']):  # torch would try for as long as a collective may wait
-        raise UsageError(f'MASTER_ADDR {os.environ["MASTER_ADDR"]} is no name that this machine knows; set it to the '
-                         'address of the machine that rank 0 runs on')  # fmt: skip
+        raise UsageError(f'--launcher {launcher} requires {", ".join(missing)} in the environment; start with {how}')
+    if not _is_resolvable(os.environ['MASTER_ADDR']):  # torch would retry until the collectives' time-out
+        raise UsageError(f'MASTER_ADDR {os.environ["MASTER_ADDR"]} cannot be resolved on this machine; set it to the '
+                         'address of the machine of rank 0')  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.set_device(_device_index(int(os.environ['LOCAL_RANK']), launcher))
-    # The watch names who hangs; the collectives' own time-out, which cannot, stands behind it.
-    patience = timedelta(seconds=2 * timeout_s + 5)
-    distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=patience)
+    # The watchdog names a rank that hangs; the collectives' own time-out, which cannot, is the fallback.
+    collective_timeout = timedelta(seconds=2 * timeout_s + 5)
+    distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=collective_timeout)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     watch = start_watchdog(rank, world_size, timeout_s)
-    yield Group(rank, world_size, watch)
-    # After a failure nothing is taken apart: it would wait for ranks that wait for us. The process ends anyway.
+    yield RankInfo(rank, world_size, watch)
+    # After a failure nothing is shut down: it would wait for ranks that wait for this one. The process ends anyway.
     if watch is not None:
         watch.stop()
     distributed.destroy_process_group()
 
 
 def sequence_group(size: int) -> SequenceGroup:
-    """This process's group of neighbours that share packs: `size` consecutive ranks, on one machine where they fit."""
+    """The group of `size` consecutive ranks that share packs, on one machine if they fit."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    own = None
-    for first in range(0, world_size, size):  # every rank takes part in making every group
+    my_group = None
+    for first in range(0, world_size, size):  # every rank takes part in creating every group
         group = distributed.new_group(list(range(first, first + size)))
-        own = group if first <= rank < first + size else own
-    return SequenceGroup(own, rank % size, size)
+        my_group = group if first <= rank < first + size else my_group
+    return SequenceGroup(my_group, rank % size, size)
 
 
 def run_on_devices(arguments: Sequence[str], nodes: Nodes) -> int:
-    """Runs an `xtuner` command in several processes of this machine, with this interpreter; returns its exit status.
+    """Runs an `xtuner` command in several processes of this machine with this interpreter; returns its exit status.
 
     Raises:
-        TrainingError: a process failed; the message is the first failed one's, the exit status its own.
+        TrainingError: A process failed, with the message and exit status of the first one that failed.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL + 1)  # our line says it
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL + 1)  # this package reports the error
     os.environ[CHILD] = '1'
     os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] = str(_SAVING_S)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nodes.num_processes)))
@@ -164,35 +164,35 @@ def _rendezvous(nodes: Nodes) -> dict[str, Any]:
 
 
 def _failure(failures: dict[int, Any]) -> TrainingError:
-    """The error of a run: of a process that was killed, else of the one that left a word."""
+    """The error of a run: of a process that was killed, else of the one that reported its error."""
     killed = {
         r: f for r, f in failures.items() if f.exitcode < 0 and -f.exitcode not in (signal.SIGTERM, signal.SIGINT)
     }
-    told = {r: f for r, f in failures.items() if isinstance(f.message, dict)}
-    if told and not killed:
-        failure = next(iter(told.values()))
+    reported = {r: f for r, f in failures.items() if isinstance(f.message, dict)}
+    if reported and not killed:
+        failure = next(iter(reported.values()))
         error = TrainingError(failure.message['message'])
         error.exit_status = failure.exitcode if failure.exitcode > 0 else 1
         return error
     rank, failure = next(iter((killed or failures).items()))
     if not killed:
-        error = TrainingError(f'rank {rank} ended with exit status {failure.exitcode} and said nothing')
+        error = TrainingError(f'rank {rank} ended with exit status {failure.exitcode} and no error message')
         error.exit_status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         return error
     name = failure.signal_name()
-    why = ', maybe for lack of host memory (see `dmesg`)' if -failure.exitcode == signal.SIGKILL else ''
+    why = ', possibly out of host memory (see `dmesg`)' if -failure.exitcode == signal.SIGKILL else ''
     return TrainingError(f'rank {rank} was killed by {name}{why}; the last checkpoint is kept')
 
 
 def _stopped(number: int, folder: Path) -> Interrupted:
-    """The end of a run by a signal, in the words of the process that saved."""
+    """The end of a run by a signal, with the message of the process that saved."""
     for path in sorted(folder.glob('**/error.json')):
         return Interrupted(number, json.loads(path.read_text(encoding='utf-8'))['message']['message'])
     return Interrupted(number, 'stopped before anything was trained')
 
 
 def _device_index(local_rank: int, launcher: str) -> int:
-    """Which of the GPUs that this process sees is its own.
+    """The index of this process's GPU among those that it sees.
 
     A process may see fewer GPUs than there are processes on its machine: Slurm can give each task its own, and a
     wrapper can set CUDA_VISIBLE_DEVICES for each.
@@ -205,13 +205,13 @@ def _device_index(local_rank: int, launcher: str) -> int:
         return local_rank % count
     if local_rank >= count:
         raise UsageError(
-            f'LOCAL_RANK is {local_rank}, and this process sees {count} GPUs; start at most {count} processes on a '
+            f'LOCAL_RANK is {local_rank}, but this process sees {count} GPUs; start at most {count} processes per '
             'machine'
         )
     return local_rank
 
 
-def _is_known(host: str) -> bool:
+def _is_resolvable(host: str) -> bool:
     try:
         socket.getaddrinfo(host, None)
     except OSError:
@@ -220,9 +220,9 @@ def _is_known(host: str) -> bool:
 
 
 def _slurm_address(node: str) -> str:
-    """Where Slurm itself finds a node whose name is no host name; the name where it does not say."""
-    told = _ask_slurm('node', node)
-    return next((word.partition('=')[2] for word in told.split() if word.startswith('NodeAddr=')), node)
+    """Slurm's address of a node whose name is not a host name; the name if Slurm does not know."""
+    answer = _ask_slurm('node', node)
+    return next((word.partition('=')[2] for word in answer.split() if word.startswith('NodeAddr=')), node)
 
 
 def _ask_slurm(what: str, name: str) -> str:
@@ -231,7 +231,7 @@ def _ask_slurm(what: str, name: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = one_line(getattr(error, 'stderr', None) or error)
         raise UsageError(f'`scontrol show {what} {name}` failed ({reason}); set MASTER_ADDR to the address of the '
-                         'machine that rank 0 runs on') from error  # fmt: skip
+                         'machine of rank 0') from error  # fmt: skip
 
 
 def _take_slurm_variables() -> None:
@@ -241,6 +241,6 @@ def _take_slurm_variables() -> None:
     nodes = os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_NODELIST', ''))
     if nodes and 'MASTER_ADDR' not in os.environ:
         first = _ask_slurm('hostnames', nodes).split()[0]
-        os.environ['MASTER_ADDR'] = first if _is_known(first) else _slurm_address(first)
-    # A port that all tasks of the job agree on without talking, away from other jobs' on the same node.
+        os.environ['MASTER_ADDR'] = first if _is_resolvable(first) else _slurm_address(first)
+    # A port that all tasks of the job derive without communication, distinct from other jobs' on the same node.
     os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20000))

@@ -1,4 +1,4 @@
-"""Frozen weights on their way into `fully_shard`: 4-bit ones as plain parameters, and those that are cut already."""
+"""Prepares frozen weights for `fully_shard`: 4-bit weights as plain parameters, and weights sharded at loading."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from xtuner.model.sharded_loading import full_shapes, scales_as
 
 @dataclass(frozen=True)
 class Rows:
-    """A rank's rows of one parameter that was cut while it was loaded."""
+    """A rank's rows of a parameter that was sharded while it was loaded."""
 
     module: nn.Module
     name: str
     rows: Tensor
 
 
-def keep_quantisation_states(model: nn.Module) -> int:
-    """Moves each 4-bit weight's state from the weight, which becomes a plain parameter, to its layer.
+def keep_quantization_states(model: nn.Module) -> int:
+    """Moves each 4-bit weight's quantization state from the weight, which becomes a plain parameter, to its layer.
 
-    The scales, one for 64 values, become a parameter as well, so that they are sharded too.
+    The scales, one per 64 values, become a parameter too, so that they are sharded.
 
     Returns:
-        How many layers have one.
+        The number of 4-bit layers.
     """
     count = 0
     for module in model.modules():
@@ -42,7 +42,7 @@ def keep_quantisation_states(model: nn.Module) -> int:
 
 
 def read_scales_from_parameters(layer: nn.Module) -> None:
-    """Lets states look at the whole scales, whose memory comes and goes with each unsharding but stays one tensor."""
+    """Makes quantization states use the gathered scales: one tensor, whose memory changes with each unsharding."""
     for module in layer.modules():
         if is_4bit(module):
             state: Any = module.quant_state
@@ -51,28 +51,28 @@ def read_scales_from_parameters(layer: nn.Module) -> None:
             state.absmax = scales.view(torch.uint8)[:count] if state.nested else scales
 
 
-def set_rows_aside(model: nn.Module) -> list[Rows]:
-    """Puts a parameter without memory, of the whole shape, in the place of each one that is cut, for `fully_shard`."""
-    aside = []
+def detach_rows(model: nn.Module) -> list[Rows]:
+    """Replaces each presharded parameter by a meta parameter of the full shape, for `fully_shard`."""
+    detached = []
     for module in model.modules():
         for name, shape in full_shapes(module).items():
-            own = module.get_parameter(name)
-            aside.append(Rows(module, name, own.data))
-            empty = torch.empty(shape, dtype=own.dtype, device='meta')
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=own.requires_grad))
-    return aside
+            parameter = module.get_parameter(name)
+            detached.append(Rows(module, name, parameter.data))
+            empty = torch.empty(shape, dtype=parameter.dtype, device='meta')
+            module.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    return detached
 
 
-def put_rows_back(aside: list[Rows]) -> None:
-    """Gives each sharded parameter the rows that this rank has of it.
+def attach_rows(detached: list[Rows]) -> None:
+    """Gives each sharded parameter this rank's rows.
 
     Raises:
-        ValueError: they are other rows than `fully_shard` would have cut.
+        ValueError: The rows differ from those that `fully_shard` would have selected.
     """
-    for one in aside:
+    for one in detached:
         sharded: Any = one.module.get_parameter(one.name)
         if sharded.to_local().shape != one.rows.shape:
-            raise ValueError(f'{one.name} of {one.module} was cut to {one.rows.shape}, not {sharded.to_local().shape}')
+            raise ValueError(f'{one.name} of {one.module} has {one.rows.shape}, not {sharded.to_local().shape}')
         rows = DTensor.from_local(
             one.rows, sharded.device_mesh, sharded.placements, run_check=False,
             shape=sharded.shape, stride=sharded.stride(),

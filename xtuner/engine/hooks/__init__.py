@@ -1,4 +1,4 @@
-"""Hooks: what happens beside the loop, one class a file."""
+"""Hooks of the training loop, one class per file."""
 
 from xtuner.engine.hooks.checkpoint import CheckpointHook
 from xtuner.engine.hooks.classical import HFCheckpointHook, ThroughputHook, VarlenAttnArgsToMessageHubHook

@@ -1,4 +1,4 @@
-"""Writes a checkpoint each so many steps, at the end, and when the run is asked to stop."""
+"""Writes a checkpoint every `interval` steps, at the end, and when the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger('xtuner')
 
 
 class CheckpointHook(Hook):
-    """Saves through the runner; a request to stop saves the last whole step, unless it is saved, and ends the run.
+    """Saves through the runner; a stop request saves the last completed step, unless it is saved, and ends the run.
 
     Args:
         interval: Optimizer steps between two checkpoints.
-        max_keep: How many are kept; -1 keeps all.
-        keep_best: Whether the one of the lowest validation loss is kept as well.
+        max_keep: Number of checkpoints to keep; -1 keeps all.
+        keep_best: Whether to also keep the one with the lowest validation loss.
     """
 
     priority = 'VERY_LOW'
@@ -34,15 +34,15 @@ class CheckpointHook(Hook):
         self._saved = 0
 
     def before_train(self, runner: Any) -> None:
-        """A resumed run begins with a step that is saved."""
+        """A resumed run starts at a saved step."""
         self._saved = runner.iter
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Saves when it is time.
+        """Saves if it is due.
 
         Raises:
-            Interrupted: a signal came; the checkpoint is written.
-            CheckpointError: there is no room for it, or the file system refuses.
+            Interrupted: A signal was received; the checkpoint is written.
+            CheckpointError: The disk is full, or writing fails.
         """
         step = runner.iter + 1
         signal_number = runner.train_loop.stop_signal
@@ -52,25 +52,25 @@ class CheckpointHook(Hook):
             raise self._interrupted(signal_number, step)
 
     def after_stop(self, runner: Any, signal_number: int) -> None:
-        """Saves the last whole step, where a signal ended the run within one.
+        """Saves the last completed step after a signal ended the run within a step.
 
         Raises:
-            Interrupted: always.
-            CheckpointError: as `after_train_iter`.
+            Interrupted: Always.
+            CheckpointError: As `after_train_iter`.
         """
         step = runner.iter
         if step == 0:
-            raise Interrupted(signal_number, 'stopped in the first step; nothing is trained yet, and nothing saved')
+            raise Interrupted(signal_number, 'stopped in the first step; nothing was trained or saved')
         if step != self._saved:
             self._save(runner, step)
         raise self._interrupted(signal_number, step)
 
     @staticmethod
     def _interrupted(signal_number: int, step: int) -> Interrupted:
-        return Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume goes on')
+        return Interrupted(signal_number, f'stopped at step {step}, saved; the same command with --resume continues')
 
     def _save(self, runner: Any, step: int) -> None:
-        state, weights = runner.trainer_state(step), runner.strategy.weights()  # every rank has a part in these
+        state, weights = runner.trainer_state(step), runner.strategy.weights()  # collectives: every rank takes part
         if runner.rank == 0:
             work_dir, optimizer = Path(runner.work_dir), runner.optim_wrapper.optimizer
             needed = checkpoint_bytes(trainable_parameters(runner.bare_model).values(), optimizer.state)

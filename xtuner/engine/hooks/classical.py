@@ -1,4 +1,4 @@
-"""Hooks that classical configs name and whose work is done elsewhere here, or always."""
+"""Hooks that classical configs name, whose work is done elsewhere or always."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mmengine.hooks import Hook
 
 
 class VarlenAttnArgsToMessageHubHook(Hook):
-    """No effect: a batch's positions tell its samples apart, and every attention implementation reads them."""
+    """No effect: position ids separate a batch's samples for every attention implementation."""
 
     def __init__(self, args: tuple[str, ...] = ()) -> None:
-        """Takes the names of what was to be handed on."""
+        """Accepts the names of arguments to pass on."""
 
 
 class ThroughputHook(Hook):
-    """No effect: each log line and each line of `metrics.jsonl` holds tokens a second."""
+    """No effect: each log line and each line of `metrics.jsonl` contains tokens per second."""
 
     def __init__(self, **settings: Any) -> None:
-        """Takes what the rate was to be worked out from."""
+        """Accepts the settings of the throughput computation."""
 
 
 class HFCheckpointHook(Hook):
-    """Writes what was trained once more at the end, without the state to resume from.
+    """Writes the trained weights once more at the end, without the state for resuming.
 
     Args:
         out_dir: The folder; None for `hf_model` in the work folder.
@@ -37,7 +37,7 @@ class HFCheckpointHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         """Writes adapter (or model), tokenizer and generation settings."""
-        weights = runner.strategy.weights()  # every rank has a part in it
+        weights = runner.strategy.weights()  # a collective: every rank takes part
         if runner.rank == 0:
             folder = Path(self._out_dir or Path(runner.work_dir) / 'hf_model')
             folder.mkdir(parents=True, exist_ok=True)

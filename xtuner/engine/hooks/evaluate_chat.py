@@ -1,4 +1,4 @@
-"""Answers fixed prompts before, during and after training, for a person to read."""
+"""Generates answers to fixed prompts before, during and after training."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from xtuner.utils.progress import Progress
 
 logger = logging.getLogger('xtuner')
 
-_MOST_SHOWN = 300  # characters of a prompt or an answer on the terminal
+_MAX_SHOWN = 300  # characters of a prompt or an answer in the log
 
 
 class EvaluateChatHook(Hook):
-    """Prints greedy answers and appends them to `work_dir/samples.jsonl`.
+    """Logs greedy answers and appends them to `work_dir/samples.jsonl`.
 
-    It never changes the run: the loop seeds every step anew, the model's mode is put back, and an error in generating
-    is reported and left behind; but one of a single rank where all compute the answer ends the run.
+    It never changes the run: every step is seeded anew, the model's mode is restored, and an error in generation is
+    only logged, unless all ranks generate together and only one of them fails, which ends the run.
 
     Args:
         tokenizer: The model's tokenizer.
         prompt_template: The template that training uses.
-        evaluation_inputs: The prompts, each a user's text, or messages up to a user's.
-        system: System message of each prompt that has none of its own; '' for none.
+        evaluation_inputs: The prompts, each a user's text, or messages up to a user message.
+        system: System message for prompts that have none; '' for none.
         every_n_iters: Optimizer steps between two rounds.
-        max_new_tokens: Tokens an answer may have.
+        max_new_tokens: Maximum tokens of an answer.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EvaluateChatHook(Hook):
         self._prints = True
 
     def before_train(self, runner: Any) -> None:
-        """The first round; a resumed run has had it, and drops the answers of the steps that it will do again."""
+        """First round; a resumed run skips it and drops the answers of steps that will be repeated."""
         if runner.rank == 0 and self._prompts:
             last = runner.iter - (runner.iter == runner.max_iters)  # the last round comes after the last checkpoint
             truncate_after(Path(runner.work_dir) / SAMPLES_FILE, last if runner.iter else -1)
@@ -66,7 +66,7 @@ class EvaluateChatHook(Hook):
             self._round(runner, 0)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """A round each `every_n_iters` steps; the last step's belongs to `after_train`."""
+        """A round every `every_n_iters` steps, except for the last step, which `after_train` handles."""
         step = runner.iter + 1
         if step % self._interval == 0 and step < runner.max_iters:
             self._round(runner, step)
@@ -76,7 +76,7 @@ class EvaluateChatHook(Hook):
         self._round(runner, runner.iter)
 
     def _round(self, runner: Any, step: int) -> None:
-        # Where each rank holds a part of the weights, all compute the answers and the first one prints them.
+        # If weights are sharded, all ranks generate the answers and the first one logs them.
         self._prints = runner.rank == 0
         if not self._prompts or not (self._prints or runner.strategy.together):
             return
@@ -89,17 +89,17 @@ class EvaluateChatHook(Hook):
                     self._sample(runner, messages, number, step)
         except (Interrupted, TrainingError):
             raise
-        except Exception as error:  # out of memory, an odd generation config, a full disk: not worth a run
-            logger.warning('no sample at step %d, training goes on: %s', step, _words(error))
+        except Exception as error:  # out of memory, a bad generation config, a full disk: must not end the run
+            logger.warning('no sample at step %d, training continues: %s', step, _error_text(error))
         finally:
             release(model.llm)
             model.train(training)
 
     def _sample(self, runner: Any, messages: Sequence[Message], number: int, step: int) -> None:
-        """Generates one answer, by all ranks where they hold the weights together, and prints it on the first.
+        """Generates one answer, on all ranks if weights are sharded, and logs it on the first.
 
         Raises:
-            TrainingError: the ranks do not agree on how it ended, so that they could not go on together.
+            TrainingError: Only some of the ranks failed, so they cannot continue together.
         """
         together = runner.strategy.together and runner.watch is not None
         failure: Exception | None = None
@@ -111,16 +111,16 @@ class EvaluateChatHook(Hook):
         except Exception as error:
             failure = error
         if together:
-            runner.watch.agree_on_success(f'the sample at step {step}', '' if failure is None else _words(failure))
+            runner.watch.agree_on_success(f'the sample at step {step}', '' if failure is None else _error_text(failure))
         if failure is not None:
             raise failure
-        if self._prints:  # on one rank alone, so what fails here must not end the round that all ranks are in
+        if self._prints:  # only one rank is here, so a failure must not end the round of all ranks
             try:
                 self._print(runner, messages[-1].content, answer, number, step)
             except Interrupted:
                 raise
             except Exception as error:
-                logger.warning('the sample at step %d is not recorded, training goes on: %s', step, _words(error))
+                logger.warning('sample at step %d was not recorded, training continues: %s', step, _error_text(error))
 
     def _generate(self, llm: Any, messages: Sequence[Message], *, synced: bool) -> list[int]:
         ids = encode_prompt(messages, self._tokenizer, self._template)
@@ -149,10 +149,10 @@ def _messages(prompt: str | Sequence[Message], system: str) -> list[Message]:
 
 
 def _shortened(text: str) -> str:
-    """A text as a terminal may show it: one line of it, or a few; the file has all."""
+    """Shortens a text for the terminal; the file contains all of it."""
     text = printable(text.strip())
-    return text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]} … ({len(text):,} characters)'
+    return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]} … ({len(text):,} characters)'
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f'{type(error).__name__}: {one_line(error)}'

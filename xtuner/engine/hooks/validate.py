@@ -70,9 +70,11 @@ class ValidateHook(Hook):
         statistics = sum_statistics(model, self._batches(*ranks), autocast=loop.autocast, over_ranks=_over_ranks)
         extra = {} if statistics is None else {'statistics': statistics}
         sums = torch.zeros(2, dtype=torch.float64, device=loop.device)
-        for batch in self._batches(*ranks):
+        for batch, counted in self._batches(*ranks):
             with loop.autocast():
                 loss_sum = model(**batch, **extra)
+            if not counted:
+                continue
             weight = torch.as_tensor(model.objective.weight(batch))
             sums += torch.stack([loss_sum.double(), weight.to(loss_sum.device, torch.float64)])
         # Ranks that share packs have each a part of the loss and all of the weight.
@@ -81,16 +83,19 @@ class ValidateHook(Hook):
         all_reduce(sums)
         return (sums[0] / sums[1]).item()
 
-    def _batches(self, rank: int, world_size: int, num_groups: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's batches, as many on every rank: where weights are put together for a batch, all take part."""
+    def _batches(self, rank: int, world_size: int, num_groups: int) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+        """This rank's batches, and whether each counts.
+
+        There are as many on every rank: where weights are put together for a batch, all take part.
+        """
         mine = range(rank // (world_size // num_groups), len(self._dataset), num_groups)
         starts = range(0, math.ceil(len(self._dataset) / num_groups), self._batch_size)
         for start in Progress(starts, 'validating', unit='batches'):
             chosen = mine[start : start + self._batch_size]
             batch = self._collate([self._dataset[i] for i in chosen or (0,)], pad_id=self._pad_id)
             if not chosen:
-                batch['labels'].fill_(IGNORE_INDEX)  # nothing is left for this rank: it computes without counting
-            yield batch
+                batch['labels'].fill_(IGNORE_INDEX)  # nothing is left for this rank: it computes as little as it can
+            yield batch, bool(chosen)
 
 
 def _over_ranks(value: torch.Tensor) -> torch.Tensor:

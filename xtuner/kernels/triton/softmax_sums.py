@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtuner.kernels.reference import SOFTMAX_SUMS
+from xtuner.kernels.reference_softmax import SOFTMAX_SUMS
 from xtuner.kernels.triton.cross_entropy import launch_size, log_sum_exp
 
 
@@ -79,7 +79,7 @@ def _softmax_gradient(logits, base, targets, sums, factors, num_rows, vocabulary
 def softmax_sums(
     logits_TV: Tensor, targets_T: Tensor, base_TV: Tensor | None = None, *, over_vocabulary: bool = True
 ) -> Tensor:
-    """See `reference.softmax_sums`."""
+    """See `reference_softmax.softmax_sums`."""
     rows, vocabulary = logits_TV.shape
     sums = torch.zeros(len(SOFTMAX_SUMS), rows, dtype=torch.float32, device=logits_TV.device)
     base = logits_TV if base_TV is None else base_TV
@@ -94,7 +94,7 @@ def softmax_sums(
 def softmax_gradient_(
     logits_TV: Tensor, targets_T: Tensor, sums_7T: Tensor, factors_5T: Tensor, base_TV: Tensor | None = None
 ) -> None:
-    """See `reference.softmax_gradient_`."""
+    """See `reference_softmax.softmax_gradient_`."""
     rows, vocabulary = logits_TV.shape
     base = logits_TV if base_TV is None else base_TV
     block, num_warps = launch_size(vocabulary)

@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG, in the page's own colours: no library, nothing fetched."""
+"""Line charts and histograms as inline SVG in the page's colours, without a library."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from zlib import crc32
 from xtuner.tracking.report.read import Series
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 26
-_MOST_POINTS = 600  # of a drawn line: more than a screen shows
-_SMOOTH_FROM = 40  # points; shorter runs show what was measured alone
-_LOG_FROM = 10  # times the lowest value: narrower ranges have no round numbers on a logarithmic axis
-_OUTLIERS = 0.005  # share of the points at either end that may lie beyond the axis
+_MAX_POINTS = 600  # per drawn line; more than a screen resolves
+_SMOOTH_FROM = 40  # points; shorter series are drawn without a running mean
+_LOG_FROM = 10  # minimum ratio of highest to lowest value for a logarithmic axis
+_OUTLIERS = 0.005  # share of points at either end that may lie beyond the axis
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: For the legend and the reading under the pointer.
+        name: For the legend and the tooltip.
         series: Its points.
         role: Its colour: 'main' or 'second'.
-        smooth: Whether a running mean is drawn over the points, which then stand back.
+        smooth: Whether to draw a running mean over the points, which are then faint.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to pixels, linear or logarithmic."""
+    """Maps values to pixels, linearly or logarithmically."""
 
     low: float
     high: float
@@ -47,7 +47,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value."""
+        """Returns the pixel of a value."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / ((high - low) or 1) * (self.end - self.start)
 
@@ -57,17 +57,17 @@ def line_chart(
     width: int = 1000, height: int = 280,
     log: bool = False, from_zero: bool = False,
 ) -> str:  # fmt: skip
-    """An SVG of one or several quantities over the steps.
+    """Returns an SVG of one or several quantities over the steps.
 
     Args:
-        lines: What to draw; empty ones are left out.
-        label: What it shows, for readers who do not see it.
-        show: A value as text.
-        tick: A round value beside the axis as text; None: as `show`.
-        width: Of the drawing's own coordinates, which scale with the page.
-        height: Likewise.
-        log: Whether the values' axis is logarithmic, where all values allow it.
-        from_zero: Whether the values' axis begins at 0.
+        lines: The lines to draw; empty ones are skipped.
+        label: Description for screen readers.
+        show: Formats a value.
+        tick: Formats a tick of the value axis; None: as `show`.
+        width: Width in drawing coordinates, which scale with the page.
+        height: Height in drawing coordinates.
+        log: Whether the value axis is logarithmic, if all values are positive.
+        from_zero: Whether the value axis starts at 0.
     """
     lines = [line for line in lines if len(line.series)]
     if not lines:
@@ -103,7 +103,7 @@ def line_chart(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean over about a thirtieth of the points, half of them before and half after: it does not lag."""
+    """A centred running mean over about a thirtieth of the points, without lag."""
     half = max(1, len(values) // 60)
     sums = [0.0, *accumulate(values)]
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
@@ -111,34 +111,34 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `_MOST_POINTS` points: of each stretch its lowest and its highest, so that no peak is lost."""
-    if len(points) <= _MOST_POINTS:
+    """At most about `_MAX_POINTS` points: the minimum and maximum of each segment, so that no peak is lost."""
+    if len(points) <= _MAX_POINTS:
         return list(points)
-    size = math.ceil(len(points) / (_MOST_POINTS / 2))
-    found = []
+    size = math.ceil(len(points) / (_MAX_POINTS / 2))
+    kept = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
         ends = [min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])]
-        found += sorted(ends)
-    return found
+        kept += sorted(ends)
+    return kept
 
 
 def _bounds(lines: Sequence[Line], *, log: bool, from_zero: bool) -> tuple[float, float]:
-    """The values' axis: all but a few outliers, and a little room."""
-    found = []
+    """Bounds of the value axis: all but a few outliers, plus a margin."""
+    extremes = []
     for line in lines:
         values = sorted(line.series.values)
         cut = 0 if log else int(len(values) * _OUTLIERS)
-        found += [values[cut], values[-1 - cut]]
-    low, high = min(found), max(found)
+        extremes += [values[cut], values[-1 - cut]]
+    low, high = min(extremes), max(extremes)
     if from_zero:
         return 0.0, high * 1.08 or 1.0
     if low == high:
         pad = abs(low) * 0.1 or 1.0
         return (low / 2, high * 2) if log else (low - pad, high + pad)
     if log:
-        room = (high / low) ** 0.06
-        return low / room, high * room
+        margin = (high / low) ** 0.06
+        return low / margin, high * margin
     return low - (high - low) * 0.06, high + (high - low) * 0.06
 
 
@@ -153,13 +153,13 @@ def _drawn(line: Line, x: Axis, y: Axis) -> str:
         return f'<path class="line {line.role}" d="{_path(raw)}"/>{marks}'
     mean = thinned([(x(s), y(v)) for s, v in zip(steps, smoothed(values), strict=True)])
     behind = f'<path class="faint {line.role}" d="{_path(raw)}"/>'
-    if len(steps) > _MOST_POINTS:
+    if len(steps) > _MAX_POINTS:
         behind = f'<path class="band {line.role}" d="{_band(raw)}"/>'
     return f'{behind}<path class="line {line.role}" d="{_path(mean)}"/>'
 
 
 def _band(points: Sequence[tuple[float, float]]) -> str:
-    """The area between the highest and the lowest of each stretch that `thinned` has left."""
+    """The area between the maxima and minima of the segments that `thinned` kept."""
     pairs = list(zip(points[::2], points[1::2], strict=False))
     upper = [(a[0], min(a[1], b[1])) for a, b in pairs]
     lower = [(a[0], max(a[1], b[1])) for a, b in pairs]
@@ -171,10 +171,10 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _broken(series: Series, x: Axis, height: int) -> str:
-    """Ticks at the foot for steps whose value was not finite."""
+    """Ticks at the bottom for steps with a non-finite value."""
     return ''.join(
         f'<path class="broken" d="M{x(step):.1f} {height - _BOTTOM}v-9"><title>step {step}: not finite</title></path>'
-        for step in series.broken[:_MOST_POINTS]
+        for step in series.broken[:_MAX_POINTS]
     )
 
 
@@ -208,28 +208,28 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two positive values; powers alone where there would be many."""
+    """1, 2 and 5 times powers of ten between two positive values; only powers if there would be too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     few = [10**p * factor for p in powers for factor in (1, 2, 5) if low <= 10**p * factor <= high]
     return few if len(few) <= 6 else [v for v in few if f'{v:e}'.startswith('1.0')]
 
 
 def _readings(lines: Sequence[Line], x: Axis, y: Axis, show: Callable[[float], str]) -> list[list[object]]:
-    """For the pointer: x, y and text of points, thinned evenly."""
-    found = []
+    """Tooltip data: x, y and text of points, evenly thinned."""
+    readings = []
     for line in lines:
         series = line.series
-        every = math.ceil(len(series) / _MOST_POINTS)
+        every = math.ceil(len(series) / _MAX_POINTS)
         main = smoothed(series.values) if line.smooth and len(series) > _SMOOTH_FROM else series.values
         for i in range(0, len(series), every):
             at = min(max(y(main[i]), _TOP), y.start)
             text = f'step {series.steps[i]:,} · {line.name} {show(series.values[i])}'
-            found.append([round(x(series.steps[i]), 1), round(at, 1), text])
-    return found
+            readings.append([round(x(series.steps[i]), 1), round(at, 1), text])
+    return readings
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], *, label: str, width: int = 480, height: int = 150) -> str:
-    """An SVG of counts between edges, `len(edges) == len(counts) + 1`."""
+    """Returns an SVG of counts between edges, `len(edges) == len(counts) + 1`."""
     most = max(counts, default=0)
     if not most:
         return ''

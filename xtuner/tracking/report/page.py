@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs nothing else, written from the files of its work folder."""
+"""`report.html`: a self-contained page about a run, written from the files of its work folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from xtuner.errors import CheckpointError, TrainingError, one_line
 from xtuner.tracking.report.charts import Line, line_chart
 from xtuner.tracking.report.parts import config_part, data_part, samples_part, sessions_part, text
-from xtuner.tracking.report.read import RecordedRun, read_run, state_of
+from xtuner.tracking.report.read import RecordedRun, read_run, run_state
 from xtuner.utils.files import write_atomically
 from xtuner.utils.units import compact, duration
 
@@ -23,19 +23,18 @@ REPORT_FILE = 'report.html'
 
 
 def write_report(work_dir: Path) -> Path:
-    """Writes the page into the work folder and returns its path.
+    """Writes the report into the work folder and returns its path.
 
     Raises:
-        CheckpointError: the folder is no work folder, or holds files of another form.
-        TrainingError: it cannot be written.
+        CheckpointError: The folder is not a work folder, or contains malformed files.
+        TrainingError: The report cannot be written.
     """
     run = read_run(work_dir)
     try:
         page = render(run)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # others changed a file
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # a file was edited
         raise CheckpointError(
-            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is not as a run writes it: '
-            f'{one_line(error)}'
+            f'{work_dir}: about.json, or a line of metrics.jsonl or samples.jsonl, is malformed: {one_line(error)}'
         ) from error
     path = work_dir / REPORT_FILE
     try:
@@ -46,17 +45,17 @@ def write_report(work_dir: Path) -> Path:
 
 
 def try_to_report(work_dir: Path) -> None:
-    """Writes `report.html`; what stands in the way is told and left."""
+    """Writes `report.html`; logs a warning if that fails."""
     try:
         path = write_report(work_dir)
-    except Exception as error:  # a picture of the run is not worth the run
+    except Exception as error:  # the report must not end the run
         logger.warning('no report: %s: %s', type(error).__name__, error)
     else:
         logger.info('report: %s', path)
 
 
 def render(run: RecordedRun) -> str:
-    """The page. Everything from files is escaped, and only the script below may run: its hash is in the policy."""
+    """Renders the page. All content from files is escaped, and the policy allows only the script below, by its hash."""
     here = Path(__file__)
     style = here.with_name('page.css').read_text(encoding='utf-8')
     script = here.with_name('page.js').read_text(encoding='utf-8')
@@ -84,7 +83,7 @@ def render(run: RecordedRun) -> str:
 
 def _header(run: RecordedRun) -> str:
     about = run.about
-    kind, words = state_of(run)
+    kind, words = run_state(run)
     facts = [about.get('method'), about.get('base'), about.get('data')]
     line = ' · '.join(text(fact) for fact in facts if fact)
     return (
@@ -186,4 +185,4 @@ def _footer(run: RecordedRun) -> str:
     version = (run.about.get('sessions') or [{}])[-1].get('versions', {}).get('xtuner', '')
     lines = f'{run.num_torn} line{"s" * (run.num_torn > 1)}'
     torn = f' {lines} of the logs could not be read.' if run.num_torn else ''
-    return f'<footer>Written by xtuner {text(version)} from the files beside this page.{torn}</footer>'
+    return f'<footer>Written by xtuner {text(version)} from the files next to this page.{torn}</footer>'

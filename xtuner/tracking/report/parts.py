@@ -1,4 +1,4 @@
-"""The report's parts beside its charts: samples, data, starts, config."""
+"""Sections of the report besides its charts: samples, data, sessions, config."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from xtuner.tracking.report.charts import histogram
 from xtuner.tracking.report.read import RecordedRun
 from xtuner.utils.escape import printable
 
-_MOST_SESSIONS = 20
+_MAX_SESSIONS = 20
 _LOSSES = {
     'bad': 'could not be used',
-    'left_out': 'left out by the map function',
-    'too_long': 'dropped as longer than max_length',
-    'cut': 'cut to max_length',
-    'without_target': 'dropped as without a token to train',
+    'left_out': 'skipped by the map function',
+    'too_long': 'dropped because longer than max_length',
+    'cut': 'truncated to max_length',
+    'without_target': 'dropped because no token is trained',
 }
 
 
 def text(value: object) -> str:
-    """A value as HTML text, without what would turn the direction of the page's own text around."""
+    """Escapes a value as HTML text, including characters that change the text direction."""
     return escape(printable(str(value)), quote=True)
 
 
 def samples_part(run: RecordedRun) -> str:
-    """Answers before, during and after, side by side; rounds between them behind a line that opens."""
+    """Answers before, during and after training, side by side; other rounds in a collapsed block."""
     by_prompt: dict[str, dict[int, dict[str, Any]]] = {}
     for sample in run.samples:
         by_prompt.setdefault(str(sample.get('prompt', '')), {})[sample['step']] = sample
@@ -60,7 +60,7 @@ def _answer(sample: Mapping[str, Any], last: int) -> str:
 
 
 def data_part(run: RecordedRun) -> str:
-    """What became of the records of each part."""
+    """Record counts of each part."""
     parts = run.about.get('dataset')
     if not isinstance(parts, dict) or not parts:
         return ''
@@ -73,7 +73,7 @@ def _data_card(name: str, summary: Mapping[str, Any]) -> str:
     shown = dict(summary)
     for part, whole in (('part_conversations', 'kept'), ('part_tokens', 'tokens')):
         if shown.get(part) == shown.get(whole):
-            del shown[part]  # all that was kept is in this part
+            del shown[part]  # all kept records are in this part
     rows: list[tuple[str, object]] = [
         (label, f'{shown[key]:,}') for key, label in (
             ('records', 'records'), ('conversations', 'conversations'), ('kept', 'conversations kept'),
@@ -87,8 +87,8 @@ def _data_card(name: str, summary: Mapping[str, Any]) -> str:
         if number:
             where = '; '.join(map(str, (summary.get('examples') or {}).get(kind, [])))
             rows.append((_LOSSES.get(kind, kind), f'{number:,}' + (f': {where}' if where else '')))
-    for source, found in (summary.get('formats') or {}).items():
-        rows.append((str(source), found))
+    for source, format_text in (summary.get('formats') or {}).items():
+        rows.append((str(source), format_text))
     tokens, targets = summary.get('tokens'), summary.get('target_tokens')
     bar = ''
     if isinstance(tokens, int) and isinstance(targets, int) and tokens:
@@ -106,14 +106,14 @@ def _data_card(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def sessions_part(run: RecordedRun) -> str:
-    """Each start with its end, then versions and machine of the last."""
+    """Each session with its end, then versions and machine of the last one."""
     sessions = [s for s in run.about.get('sessions') or [] if isinstance(s, dict)]
     if not sessions:
         return ''
     rows = ''.join(
         f'<tr><td>{text(_when(s.get("started")))}</td><td>{text(_when(s.get("ended")))}</td>'
         f'<td class="number">{text(s.get("from_step", ""))}</td><td>{text(s.get("end", ""))}</td></tr>'
-        for s in sessions[-_MOST_SESSIONS:]
+        for s in sessions[-_MAX_SESSIONS:]
     )
     head = '<thead><tr><th>started, UTC</th><th>ended</th><th>from step</th><th>end</th></tr></thead>'
     last = sessions[-1]
@@ -165,12 +165,12 @@ def _git(session: Mapping[str, Any]) -> list[tuple[str, object]]:
     if not isinstance(state, dict):
         return [('state', 'the run was not started inside a git repository')]
     changed = state.get('num_changed_files')
-    dirty = 'not known' if changed is None else 'clean' if changed == 0 else f'{changed} files changed since'
+    dirty = 'unknown' if changed is None else 'clean' if changed == 0 else f'{changed} files changed since'
     return [('commit', state.get('commit')), ('branch', state.get('branch')), ('state', dirty)]
 
 
 def config_part(run: RecordedRun) -> str:
-    """The flat config, comments standing back."""
+    """The flat config with dimmed comments."""
     if not run.config:
         return ''
     lines = (_config_line(line) for line in run.config.splitlines())
@@ -183,7 +183,7 @@ def config_part(run: RecordedRun) -> str:
 
 def _config_line(line: str) -> str:
     before, mark, comment = line.partition('# ')
-    quotes = before.count("'") % 2 or before.count('"') % 2  # the mark stands inside a text
+    quotes = before.count("'") % 2 or before.count('"') % 2  # the mark is inside a string
     return text(line) if quotes or not mark else f'{text(before)}<span class="comment">{text(mark + comment)}</span>'
 
 

@@ -1,4 +1,4 @@
-"""The files of a work folder as one `Run`, whatever is missing or torn."""
+"""Reads the files of a work folder into a `RecordedRun`, tolerating missing files and incomplete lines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ABOUT_FIELDS = {'sessions': Field(list[dict[str, Any]] | None), 'plan': _DICT, 
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity over the steps; values that are not finite are left out and their steps kept.
+    """One quantity over the steps; non-finite values are dropped and their steps recorded.
 
     Attributes:
         steps: Optimizer steps, ascending.
-        values: One a step.
-        broken: Steps at which the value was not finite.
+        values: One per step.
+        broken: Steps with a non-finite value.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -39,13 +39,13 @@ class Series:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a work folder tells.
+    """Content of a work folder.
 
     Attributes:
-        name: The folder's.
-        about: `about.json`.
-        metrics: Lines of `metrics.jsonl` about training steps, one a step.
-        validation: Its lines with a validation loss.
+        name: The folder's name.
+        about: Content of `about.json`.
+        metrics: Lines of `metrics.jsonl` about training steps, one per step.
+        validation: Lines of `metrics.jsonl` with a validation loss.
         samples: Lines of `samples.jsonl`.
         config: Text of `config.py`.
         num_torn: Lines of either file that could not be read.
@@ -70,17 +70,17 @@ class RecordedRun:
 
 
 def read_run(work_dir: Path) -> RecordedRun:
-    """Reads what there is.
+    """Reads a work folder.
 
     Raises:
-        CheckpointError: the folder is no work folder: it has none of these files.
+        CheckpointError: The folder is not a work folder: it has none of these files.
     """
     metrics, torn_metrics = _lines(work_dir / METRICS_FILE)
     samples, torn_samples = _lines(work_dir / SAMPLES_FILE)
     about = read_about(work_dir)
     check_fields(about, _ABOUT_FIELDS, work_dir / ABOUT_FILE, CheckpointError)
     if not work_dir.is_dir() or not (metrics or samples or about):
-        raise CheckpointError(f'{work_dir} is no work folder of a run: neither {METRICS_FILE} nor about.json is there')
+        raise CheckpointError(f'{work_dir} is not a work folder of a run: it has neither {METRICS_FILE} nor about.json')
     try:
         config = (work_dir / 'config.py').read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError):
@@ -98,8 +98,8 @@ def read_run(work_dir: Path) -> RecordedRun:
     )
 
 
-def state_of(run: RecordedRun) -> tuple[str, str]:
-    """How the run ended, as 'finished', 'stopped' or 'failed', and in words."""
+def run_state(run: RecordedRun) -> tuple[str, str]:
+    """How the run ended: 'finished', 'stopped' or 'failed', and a description."""
     sessions = run.about.get('sessions') or [{}]
     end = str(sessions[-1].get('end', ''))
     step = run.metrics[-1]['step'] if run.metrics else 0
@@ -111,7 +111,7 @@ def state_of(run: RecordedRun) -> tuple[str, str]:
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a JSON lines file with a step, and how many lines are none."""
+    """Returns the records of a JSON lines file that have a step, and the number of other lines."""
     if not path.exists():
         return [], 0
     check_regular(path, CheckpointError)
@@ -121,12 +121,12 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> Series:
-    found = Series()
+    series = Series()
     for line in lines:
         value = line.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            found.steps.append(line['step'])
-            found.values.append(float(value))
+            series.steps.append(line['step'])
+            series.values.append(float(value))
         elif key in line:
-            found.broken.append(line['step'])
-    return found
+            series.broken.append(line['step'])
+    return series

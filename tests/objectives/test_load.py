@@ -1,0 +1,194 @@
+"""An objective that a config names: how it can be written, what is refused, and what is kept of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.objectives.toys import Anchored, Preference
+from xtuner.config.flatten import flatten
+from xtuner.config.load import load_config
+from xtuner.config.short_types import OBJECTIVES
+from xtuner.engine.distributed import choose_strategy
+from xtuner.errors import ConfigError
+from xtuner.objectives.base import FIELDS, Objective
+from xtuner.objectives.load import make_objective, objective_code
+from xtuner.objectives.sft import Sft
+from xtuner.registry import resolve
+
+NAME = 'internlm_7b_qlora_oasst1'
+LOSS = """
+def scaled(rows, factor=1.0):
+    return -factor * rows.log_prob.sum()
+
+
+def with_metrics(rows):
+    return -rows.log_prob.sum(), {'targets': rows.count}
+
+
+class NoObjective:
+    pass
+
+
+LIST = []
+"""
+CONFIG = """
+from mmengine.config import read_base
+with read_base():
+    from .base import *
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / 'losses.py'
+    path.write_text(LOSS, encoding='utf-8')
+    return path
+
+
+def loss_of(objective: Objective) -> Any:
+    rows: Any = SimpleNamespace(log_prob=torch.tensor([-1.0, -2.0]), count=2)
+    return objective.loss(rows, None)
+
+
+def test_the_default_is_supervised_fine_tuning() -> None:
+    config = load_config(NAME)
+    assert config.objective == 'sft'
+    assert isinstance(make_objective(config.objective), Sft)
+    for section in ('sft', {'type': 'sft'}, {'type': Sft}, 'xtuner.objectives.sft:Sft'):
+        assert isinstance(make_objective(section), Sft)
+    assert load_config(NAME, {'objective': {'type': 'sft'}}).objective == 'sft'  # a run's record does not differ
+
+
+def test_every_shipped_name_is_an_objective() -> None:
+    for target in OBJECTIVES.values():
+        assert issubclass(resolve(target), Objective)  # type: ignore[arg-type]
+
+
+def test_a_function_of_ones_own(file: Path) -> None:
+    plain = make_objective(f'{file}:scaled')
+    assert (plain.needs, plain.name) == (['log_prob'], 'scaled')
+    assert loss_of(plain) == (torch.tensor(3.0), {})
+    given = make_objective({'type': f'{file}:scaled', 'factor': 2.0, 'needs': ['log_prob', 'entropy'],
+                            'no_grad': ['entropy']})  # fmt: skip
+    assert (given.needs, given.no_grad) == (['log_prob', 'entropy'], ['entropy'])
+    assert loss_of(given)[0].item() == 6
+    assert loss_of(make_objective(f'{file}:with_metrics'))[1] == {'targets': 2}
+
+
+def test_a_class_of_ones_own() -> None:
+    assert isinstance(make_objective('tests.objectives.toys:Preference'), Preference)
+    with pytest.raises(ConfigError, match=r'unknown key `objective\.beta` for'):
+        make_objective({'type': Preference, 'beta': 1})
+
+
+@pytest.mark.parametrize(
+    ('section', 'message'),
+    [
+        ({'type': 'FILE:scaled', 'factr': 2}, "unknown key `objective.factr` for .*; did you mean 'factor'"),
+        ({'type': 'FILE:scaled', 'need': ['entropy']}, "unknown key `objective.need`; did you mean 'needs'"),
+        ({'type': 'FILE:scaled', 'needs': ['entrpy']}, "`needs` names 'entrpy', .*; did you mean 'entropy'"),
+        ({'type': 'FILE:scaled', 'needs': 'entropy'}, "`needs` must be a list of names, got 'entropy'"),
+        ({'type': 'FILE:scaled', 'needs': [3]}, '`needs` must be a list of names'),
+        (
+            {'type': 'FILE:scaled', 'no_grad': ['entropy']},
+            "`no_grad` names 'entropy', which does not exist; known: log",
+        ),
+        ('FILE:scale', "cannot be imported: module '.*' has no 'scale'"),
+        ('FILE:LIST', 'is a list, which is not callable'),
+        ('FILE:NoObjective', 'NoObjective is a class, but not a subclass of xtuner.objectives.Objective'),
+        ('nowhere.py:scaled', 'cannot be imported: FileNotFoundError'),
+    ],
+)
+def test_what_is_wrong_is_named(section: Any, message: str, file: Path) -> None:
+    if isinstance(section, dict):
+        section = {key: value.replace('FILE', str(file)) if key == 'type' else value for key, value in section.items()}
+    else:
+        section = section.replace('FILE', str(file))
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_objective(section)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        ('sftt', "`objective` 'sftt' is not known; did you mean 'sft'"),
+        ('some.module.loss', 'is not known; known: sft; a function or class of your own is written "module:name"'),
+        (3, '`objective` must be a dict or text, got 3'),
+        (None, '`objective` must be a dict or text, got None'),
+        ({'needs': []}, '`objective` needs a `type`'),
+        ({'type': 'a:b', 'factor': float('nan')}, '`objective.factor` must be a finite number'),
+    ],
+)
+def test_a_config_is_checked_before_anything_is_imported(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(NAME, {'objective': value})
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'objective = "{file}:scaled"',
+        'from losses import scaled as objective',
+        'objective = dict(type="{file}:scaled", factor=2.0, needs=["log_prob"])',
+        'from losses import scaled\nobjective = dict(type=scaled)',
+        'def objective(rows):\n    return -rows.log_prob.sum()',
+    ],
+)
+def test_a_config_file_may_name_import_or_define_it(text: str, file: Path, tmp_path: Path) -> None:
+    path = tmp_path / 'own.py'
+    base = flatten(load_config(NAME), title='base').replace("objective = 'sft'", '')
+    path.write_text(base + '\n' + text.replace('{file}', str(file)) + '\n', encoding='utf-8')
+    config = load_config(str(path))
+    assert config.objective != 'sft'
+    assert loss_of(make_objective(config.objective))[0].item() in (3, 6)
+    (tmp_path / 'flat.py').write_text(flatten(config, title='flat'), encoding='utf-8')
+    assert load_config(str(tmp_path / 'flat.py')) == config
+    code = objective_code(config.objective)
+    source = path if 'def objective' in text else file
+    source.write_text(source.read_text(encoding='utf-8') + '\n# edited\n', encoding='utf-8')
+    assert code and code != objective_code(config.objective)
+
+
+def test_a_shipped_objective_has_no_code_to_record() -> None:
+    assert objective_code('sft') is None
+    assert objective_code({'type': 'sft'}) is None
+
+
+def test_every_field_can_be_needed() -> None:
+    assert make_objective({'type': loss_of, 'needs': list(FIELDS)}).needs == list(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ('objective', 'overrides', 'message'),
+    [
+        (Anchored, {'adapter': None, 'quantization': None}, 'without an adapter there is no base model'),
+        (
+            Anchored,
+            {'parallel.strategy': 'fsdp'},
+            'comparison with the base on, strategy `fsdp` cannot be combined',
+        ),
+        (Anchored, {'parallel.sequence_parallel_size': 2}, 'the pass of the base model is not spread over ranks'),
+        (Preference, {'parallel.strategy': 'fsdp'}, 'comparison with the base'),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    objective: type[Objective], overrides: dict[str, Any], message: str
+) -> None:
+    config = load_config(NAME, overrides)
+    choose_strategy(config, 2, objective=Sft())
+    with pytest.raises(ConfigError, match=message):
+        choose_strategy(config, 2, objective=objective())
+
+
+def test_sums_over_samples_need_whole_samples() -> None:
+    class Sums(Objective):
+        needs = ('log_prob', 'samples')
+
+    with pytest.raises(ConfigError, match='each rank has a part of a sample'):
+        choose_strategy(load_config(NAME, {'parallel.sequence_parallel_size': 2}), 2, objective=Sums())
