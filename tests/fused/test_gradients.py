@@ -103,7 +103,9 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
     model = with_adapter(quantise(tiny_llama()), dropout=dropout, targets=['q_proj', 'v_proj', 'up_proj', 'down_proj'])
     path = enable_fused_training(model)
     groups = [group for layer in model.get_base_model().model.forward.fused.layers for group in layer.groups]
-    assert path.reason_disabled == '14 of its 4-bit weights cached as floats' and all(g.cached is not None for g in groups)
+    assert path.reason_disabled == '14 of its 4-bit weights cached as floats' and all(
+        g.cached is not None for g in groups
+    )
     for group in groups:
         group.cached = group.cached if kept else None
     torch.manual_seed(3)
@@ -283,5 +285,7 @@ def test_offloading_to_the_host_changes_nothing(batch, depth, folded, dropout):
     decoder.forward.fused.memory.host_offload = lambda *_: offload
     torch.manual_seed(2)
     _, grads = step(model, batch)
-    assert offload.num_reloads == 3 and {len(tensors) for tensors in offload.pinned} == ({2, 3} if depth == 3 else {depth})
+    assert offload.num_reloads == 3 and {len(tensors) for tensors in offload.pinned} == (
+        {2, 3} if depth == 3 else {depth}
+    )
     assert error(grads, expected) < 1e-5

@@ -67,5 +67,5 @@ def test_the_fused_path_is_taken_unasked(batch):
     assert path.enabled, path.reason_disabled
     _, grads = step(model, batch)
     assert not path.fallbacks and all(grad.norm() > 0 for grad in grads.values())
-    if DEVICE == 'cpu':  # weights kept as floats: 5 projections in each of 2 layers
-        assert path.reason_disabled == '10 of its 4-bit weights kept as floats'
+    if DEVICE == 'cpu':  # weights cached as floats: 5 projections in each of 2 layers
+        assert path.reason_disabled == '10 of its 4-bit weights cached as floats'

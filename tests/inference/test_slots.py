@@ -29,20 +29,22 @@ def test_any_order_of_joining_and_leaving(steps: list[tuple[str, int]]) -> None:
             table.remove(*held.pop(choice % len(held)))
         else:
             item = object()
-            row = table.add(group, item)
-            assert store[row] not in [other for _, other in held] or store[row] is None or store.count(store[row]) > 1
-            store[row] = item
+            slot = table.add(group, item)
+            assert (
+                store[slot] not in [other for _, other in held] or store[slot] is None or store.count(store[slot]) > 1
+            )
+            store[slot] = item
             held.append((group, item))
         assert moves <= len(GROUPS)
         assert len(table) == len(held)
         assert {id(item) for _, item in table.items()} == {id(item) for _, item in held}
-        row = 0
+        slot = 0
         for name in GROUPS:
             first, items = table.group(name)
-            assert first == row
+            assert first == slot
             assert [store[first + n] for n in range(len(items))] == items
-            assert [table.row(name, item) for item in items] == list(range(first, first + len(items)))
-            row += len(items)
+            assert [table.slot(name, item) for item in items] == list(range(first, first + len(items)))
+            slot += len(items)
 
 
 @given(st.lists(st.tuples(st.sampled_from(GROUPS), st.integers(0, 99)), min_size=1, max_size=30), st.integers(0, 5))

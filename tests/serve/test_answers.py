@@ -134,10 +134,10 @@ def test_a_seed_makes_an_answer_repeatable_whoever_else_is_served(client: OpenAI
 
 def test_a_prompt_longer_than_a_pass_is_read_in_pieces(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While others draw, beside them in the store; one leaves in the middle of it."""
-    monkeypatch.setattr('xtuner.inference.scheduler.READ_AT_ONCE', 16)
+    monkeypatch.setattr('xtuner.inference.scheduler.PREFILL_TOKENS', 16)
     model = loaded.served[0]
     long = 'one two three four five six seven eight nine ten ' * 4
-    with serving(loaded, num_rows=4) as running:
+    with serving(loaded, num_slots=4) as running:
         client = running.client()
         assert len(encode_prompt([{'role': 'user', 'content': long}], model.tokenizer, model.template)) > 48
         names = [m.name for m in loaded.served]
@@ -189,7 +189,7 @@ def test_a_failing_model_ends_answers_and_not_the_service(loaded: Any) -> None:
                 raise RuntimeError('out of memory while reading SECRET')
             return super().step(*args, **kwargs)
 
-    decoder = Failing(loaded.model, num_rows=2, max_length=512)
+    decoder = Failing(loaded.model, num_slots=2, max_length=512)
     with serving(loaded, decoder=decoder) as running:
         client = running.client()
         before = content(ask(client, running.base, 'Hello'))

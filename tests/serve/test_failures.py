@@ -18,9 +18,9 @@ import torch
 from tests.serve.conftest import Running, serving
 from xtuner.errors import XTunerError
 from xtuner.inference import scheduler as batcher_module
-from xtuner.inference.answer import Answer, Events, Piece
 from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
+from xtuner.inference.request import Events, GenerationRequest, TextDelta
 from xtuner.inference.scheduler import Scheduler
 from xtuner.serve import encoding as encoding_module
 
@@ -34,7 +34,7 @@ class Panic(BaseException):
 class Stub:
     """A decoder whose answers say token 3 for ever, until a test lets something fail."""
 
-    num_rows = 3
+    num_slots = 3
 
     def __init__(self) -> None:
         self.fail: dict[str, Callable[..., None]] = {}
@@ -47,20 +47,20 @@ class Stub:
     def _logits(self, rows: Sequence[int]) -> torch.Tensor:
         logits = torch.zeros(len(rows), WORDS)
         logits[:, 3] = 1.0
-        for number, row in enumerate(rows):
-            if self.rows.get(row) in self.not_finite:
+        for number, slot in enumerate(rows):
+            if self.rows.get(slot) in self.not_finite:
                 logits[number] = float('nan')
         return logits
 
-    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> torch.Tensor:
+    def prefill(self, ids: Sequence[Sequence[int]], *, slot: int, start: int = 0) -> torch.Tensor:
         self._check('prefill', ids)
-        self.rows |= {row + n: one[0] for n, one in enumerate(ids)}
-        return self._logits(range(row, row + len(ids)))
+        self.rows |= {slot + n: one[0] for n, one in enumerate(ids)}
+        return self._logits(range(slot, slot + len(ids)))
 
-    def step(self, ids: Sequence[int], lengths: Sequence[int], *, row: int, **_: Any) -> torch.Tensor:
+    def step(self, ids: Sequence[int], lengths: Sequence[int], *, slot: int, **_: Any) -> torch.Tensor:
         time.sleep(0.001)
-        self._check('step', row)
-        return self._logits(range(row, row + len(ids)))
+        self._check('step', slot)
+        return self._logits(range(slot, slot + len(ids)))
 
     def move(self, source: int, target: int, length: int) -> None:
         self._check('move')
@@ -82,7 +82,7 @@ class Client:
     """Answers asked of a batcher, and all pieces that came."""
 
     def __init__(self, decoder: Stub, **options: Any) -> None:
-        self.pieces: dict[Answer, list[Piece]] = {}
+        self.pieces: dict[GenerationRequest, list[TextDelta]] = {}
         self.batcher = Scheduler(decoder, adapters=[None, 'a'], deliver=self._take,
                                **{'use': lambda _: None, 'most_waiting': 8} | options)  # fmt: skip
         self._came = threading.Condition()
@@ -93,17 +93,19 @@ class Client:
                 self.pieces.setdefault(answer, []).append(piece)
             self._came.notify_all()
 
-    def ask(self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any) -> Answer:
-        answer = Answer(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
+    def ask(
+        self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any
+    ) -> GenerationRequest:
+        answer = GenerationRequest(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
                         IncrementalDetokenizer(options.pop('tokenizer', Numbers())))  # fmt: skip
         self.batcher.submit([answer])
         return answer
 
-    def begun(self, *answers: Answer) -> None:
+    def begun(self, *answers: GenerationRequest) -> None:
         with self._came:
             assert self._came.wait_for(lambda: all(a in self.pieces for a in answers), 5), 'an answer does not begin'
 
-    def end(self, answer: Answer) -> Piece:
+    def end(self, answer: GenerationRequest) -> TextDelta:
         with self._came:
             ended = self._came.wait_for(lambda: any(p.finish for p in self.pieces.get(answer, [])), 5)
             assert ended, 'an answer never ends'
@@ -150,7 +152,9 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
         behind = client.ask(4, adapter='a')
         client.begun(behind)
         fail = once(error)
-        decoder.fail[where] = (lambda row: fail() if row == 0 else None) if where == 'step' else fail  # that of `first`
+        decoder.fail[where] = (
+            (lambda slot: fail() if slot == 0 else None) if where == 'step' else fail
+        )  # that of `first`
         if where == 'prefill':
             lost, kept = [client.ask(5)], [first, behind]
         elif where == 'step':
@@ -163,7 +167,7 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
             assert piece.finish == 'error' and 'SECRET' not in piece.error
             assert ('out of memory' in piece.error) == isinstance(error, MemoryError)
         assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.batcher.failure
         for answer in kept:
             assert not answer.finished, 'it took no part in the pass that failed'
             client.batcher.cancel(answer)
@@ -178,7 +182,7 @@ def test_rows_that_cannot_be_moved_are_given_up_without_a_move() -> None:
         client.batcher.cancel(answers[0])
         assert [client.end(answer).finish for answer in answers[1:]] == ['error'] * 2
         assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
-        assert client.batcher.num_failures == 1 and not client.batcher.trouble
+        assert client.batcher.num_failures == 1 and not client.batcher.failure
 
 
 def test_a_row_without_finite_logits_ends_alone() -> None:
@@ -188,7 +192,7 @@ def test_a_row_without_finite_logits_ends_alone() -> None:
         good, bad = client.ask(1, num_tokens=20), client.ask(5, num_tokens=20)
         assert 'NaN' in client.end(bad).error
         assert client.end(good).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.batcher.failure
 
 
 def test_text_that_cannot_be_decoded_ends_its_answer_alone() -> None:
@@ -211,14 +215,14 @@ def test_a_decoder_that_cannot_go_on_ends_all_and_is_tried_again(monkeypatch: py
         decoder.fail = {name: always(RuntimeError('illegal address')) for name in ('prefill', 'step', 'move')}
         for answer in [*running, *waiting]:
             assert client.end(answer).finish == 'error'
-        assert client.batcher.trouble == 'the model fails'
+        assert client.batcher.failure == 'the model fails'
         assert 'restarted' in client.end(client.ask(8)).error
         assert client.batcher.num_running == client.batcher.num_waiting == 0
         decoder.fail.clear()
         until = time.monotonic() + 5
-        while client.batcher.trouble and time.monotonic() < until:
+        while client.batcher.failure and time.monotonic() < until:
             time.sleep(0.01)
-        assert not client.batcher.trouble, 'without any request'
+        assert not client.batcher.failure, 'without any request'
         assert client.end(client.ask(8, num_tokens=3)).finish == 'length'
 
 
@@ -262,10 +266,10 @@ def test_a_round_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) ->
     with asking(decoder) as client:
         answer = client.ask(1, num_tokens=3)
         time.sleep(0.3)
-        assert 'stuck' in client.batcher.trouble
+        assert 'stuck' in client.batcher.failure
         going_on.set()
         assert client.end(answer).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.batcher.failure
 
 
 # Over HTTP

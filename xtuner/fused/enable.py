@@ -29,8 +29,8 @@ __all__ = [
     'enable_fused_training',
     'fused_linear_cross_entropy',
     'set_activation_budget',
-    'target_rows',
     'sync_once_per_step',
+    'target_rows',
 ]
 
 _CACHE_FRACTION = 0.25  # of the free memory, for dequantized 4-bit weights on a CPU
@@ -217,8 +217,8 @@ def check_heads(config: Any, size: int) -> None:
         )
     if heads % size:
         raise ConfigError(
-            f"`parallel.sequence_parallel_size` is {size}, which does not divide the model's {heads} key and value heads; "
-            f'use a divisor of {heads}'
+            f"`parallel.sequence_parallel_size` is {size}, which does not divide the model's {heads} key and value "
+            f'heads; use a divisor of {heads}'
         )
 
 

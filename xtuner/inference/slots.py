@@ -1,11 +1,11 @@
-"""Which answer holds which row of the store.
+"""Assigns the slots of the KV cache to answers.
 
-Answers of one adapter stand side by side, for they share a forward pass, and no row between two answers is free:
+Answers of the same adapter occupy consecutive slots, because they share a forward pass, without gaps in between:
 
-    row     0  1  2  3  4  5  6  7
+    slot    0  1  2  3  4  5  6  7
     adapter a  a  a  b  b  c  .  .
 
-One that joins or leaves costs at most one move for each adapter behind it.
+Adding or removing an answer costs at most one move for each adapter after it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ T = TypeVar('T')
 
 
 class SlotTable(Generic[T]):
-    """Rows and who holds them.
+    """Slots and their answers.
 
     Args:
-        groups: The adapters, in the order in which they stand.
-        move: Called with (source row, target row, what moves) when something has to change its row.
+        groups: The adapters, in the order of their slots.
+        move: Called with (source slot, target slot, answer) when an answer moves to another slot.
     """
 
     def __init__(self, groups: Sequence[Hashable], move: Callable[[int, int, T], None]) -> None:
@@ -32,19 +32,19 @@ class SlotTable(Generic[T]):
         return sum(map(len, self._groups.values()))
 
     def items(self) -> list[tuple[Hashable, T]]:
-        """All answers with their adapters."""
+        """All answers with their adapters, in the order of their slots."""
         return [(group, item) for group, held in self._groups.items() for item in held]
 
     def group(self, group: Hashable) -> tuple[int, list[T]]:
-        """The first row of an adapter, and its answers in the order of their rows."""
+        """The first slot of an adapter, and its answers in the order of their slots."""
         return self._first_slot(group), list(self._groups[group])
 
-    def row(self, group: Hashable, item: T) -> int:
-        """The row of an answer."""
+    def slot(self, group: Hashable, item: T) -> int:
+        """The slot of an answer."""
         return self._first_slot(group) + self._groups[group].index(item)
 
     def add(self, group: Hashable, item: T) -> int:
-        """Gives an answer the row behind the others of its adapter; returns it."""
+        """Assigns the slot after the other answers of an adapter; returns it."""
         for later in reversed(self._groups_after(group)):
             held, first = self._groups[later], self._first_slot(later)
             if held:
@@ -54,7 +54,7 @@ class SlotTable(Generic[T]):
         return self._first_slot(group) + len(self._groups[group]) - 1
 
     def remove(self, group: Hashable, item: T) -> None:
-        """Frees the row of an answer. Where a move raises, no other answer is lost from the table."""
+        """Frees the slot of an answer. If a move raises, all other answers stay in the table."""
         held, first = self._groups[group], self._first_slot(group)
         at = held.index(item)
         hole = first + len(held) - 1
@@ -70,7 +70,7 @@ class SlotTable(Generic[T]):
                 hole += len(held)
 
     def clear(self) -> None:
-        """Frees all rows; nothing moves."""
+        """Frees all slots without moves."""
         for held in self._groups.values():
             held.clear()
 

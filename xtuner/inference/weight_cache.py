@@ -1,8 +1,8 @@
-"""Weights kept in the form in which they are multiplied soonest, where memory allows.
+"""Caches dequantized (or oneDNN-packed) weights for faster inference, if memory allows.
 
-4-bit weights are kept as floats beside their packed form: turning them into floats is most of the work of a pass over
-few tokens; kept, it is done once. On a CPU, float32 weights, these too, are kept as oneDNN lays them out.
-The values are the same.
+4-bit weights are dequantized once and cached in addition to their packed form: dequantizing is most of the work of a
+forward pass over few tokens. On a CPU, float32 weights, including dequantized ones, are cached in oneDNN's packed
+layout. Their values do not change.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from xtuner.kernels.quantized import is_4bit
 _CACHE_FRACTION = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
 _CPU_CACHE_BYTES = (
     2**24
-)  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
+)  # models up to this size stay in the CPU's cache; there, unpacked weights multiply one row faster
 
 
 @dataclass(frozen=True)
 class CachedWeights:
-    """How many layers might be kept in a better form, how many of them are, and what that takes."""
+    """Number of layers that can be cached, number that are, and the size of the cache in bytes."""
 
     num_layers: int
     num_cached: int
@@ -36,11 +36,11 @@ class CachedWeights:
 
 
 def _forward(weight_NK: Tensor, bias: Tensor | None, *, small_model: bool) -> Callable[[Tensor], Tensor]:
-    """What stands in for one layer's `forward`."""
+    """Replacement for the `forward` of one layer."""
     dtype, size = weight_NK.dtype, weight_NK.shape[1]
 
     def multiply(x: Tensor) -> Tensor:
-        """In the weight's dtype; the result in that of `x`."""
+        """Computes in the dtype of the weight; returns the dtype of `x`."""
         return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
     if not cpu_gemm.can_pack(weight_NK):
@@ -48,7 +48,7 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, small_model: bool) -> Ca
     packed, unpacked = cpu_gemm.pack_weight(weight_NK), multiply if small_model else None
 
     def multiply_packed(x: Tensor) -> Tensor:
-        """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
+        """Same as `multiply`, by oneDNN; a single row of a small model is multiplied by the unpacked weight."""
         if unpacked is not None and x.numel() == size:
             return unpacked(x)
         return cpu_gemm.linear(x.to(dtype), packed, bias).to(x.dtype)
@@ -57,12 +57,12 @@ def _forward(weight_NK: Tensor, bias: Tensor | None, *, small_model: bool) -> Ca
 
 
 def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWeights:
-    """Lets layers compute with weights kept in a better form, one after the other until the budget is spent.
+    """Caches the weights of a model layer by layer until the budget is used up.
 
     Args:
-        model: Any model, bare or wrapped by peft, for inference; its layers' `forward` is replaced on the instance, and
-            does not see it when their weights change.
-        budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
+        model: Any model for inference, bare or wrapped by peft. The `forward` of its linear layers is replaced on the
+            instance; later changes of their weights have no effect.
+        budget_bytes: Maximum size of the cache; None: half of the free memory of a GPU, a quarter of that of a CPU.
     """
     layers: list[Any] = [module for module in model.modules() if _is_cacheable(module)]
     sizes = [_size_bytes(layer) for layer in layers]

@@ -211,7 +211,7 @@ def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Ten
     ids = functional.pad(ids, (0, missing))
     targets = functional.pad(targets, (0, missing), value=IGNORE_INDEX)
     filling = torch.arange(missing, device=positions.device).expand(len(positions), -1)  # a sample without targets
-    return ranks.local_slice(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
+    return ranks.local_slice(ids), ranks.local_slice(targets), torch.cat([positions, filling], dim=1)
 
 
 def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, int]:
