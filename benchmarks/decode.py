@@ -136,7 +136,7 @@ def measure(name: str, model: Any, num_tokens: int, long: int, rounds: int) -> d
 def without_floats(model: Any, prompt: list[int], rounds: int) -> float:
     """Seconds to the first token where no weights may stay as floats: on a small card, or a first prompt."""
     release(model)
-    with patch.object(decoding, '_KEPT_SHARE', 0.0):
+    with patch.object(decoding, '_CACHE_FRACTION', 0.0):
         times = []
         for _ in range(rounds + 1):
             times.append(timed(generate, model, prompt, 1)[0])

@@ -5,7 +5,7 @@
 Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
 computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is the most that torch took of the card, which
 grows with what is free where layers' inputs go to the host; beside it the prediction with graphs and fragments. A row
-is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
+is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fused path.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Row:
         parts += [f'dropout {self.dropout}'] if self.dropout else []
         parts += [f'rank {self.rank}'] if self.rank != 64 else []
         parts += ['bf16 base'] if self.bits is None else []
-        parts += [] if self.fast else ['stock path']
+        parts += [] if self.fast else ['own forward pass']
         parts += [] if self.paged else ['torch AdamW']
         parts += ['one micro-batch'] if self.accumulated == 1 else []
         return ' / '.join(parts)

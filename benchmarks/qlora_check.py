@@ -1,9 +1,9 @@
-"""Checks the fast path on a GPU at the 7B's widths, and times its kernels one by one.
+"""Checks the fused path on a GPU at the 7B's widths, and times its kernels one by one.
 
     python benchmarks/qlora_check.py            gradients of a two-layer slice against float32, then the kernels' times
 
-Gradients: the same 4-bit weights, turned into float32 and run through the stock path, are the reference; the stock bf16
-path's own error stands beside ours.
+Gradients: the reference is the model's own forward pass with the same 4-bit weights, dequantized to float32; the
+error of its own forward pass in bf16 is printed next to ours.
 """
 
 from __future__ import annotations

@@ -193,18 +193,18 @@ def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
         def decode(self, ids: Any, **_: Any) -> str:
             return ' '.join(map(str, ids))
 
-    batcher = Scheduler(decoder, adapters=[None], use=lambda _: None, deliver=deliver, max_waiting=num)
+    scheduler = Scheduler(decoder, adapters=[None], use=lambda _: None, deliver=deliver, max_waiting=num)
     prompts = [[random.Random(n).randrange(5, 2000) for _ in range(32)] for n in range(num)]
     answers = [GenerationRequest(None, prompt, Sampling(num_tokens, 0.0), frozenset(),
                                  IncrementalDetokenizer(Numbers()), n) for n, prompt in enumerate(prompts)]  # fmt: skip
-    batcher.start()
+    scheduler.start()
     began = time.perf_counter()
-    batcher.submit(answers)
+    scheduler.submit(answers)
     for _ in range(num):
         finished.acquire()
     seconds = time.perf_counter() - began
-    batcher.stop()
-    assert batcher.num_failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
+    scheduler.stop()
+    assert scheduler.num_failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
     return num * num_tokens / seconds
 
 

@@ -388,7 +388,7 @@ def test_a_loss_log_that_is_torn_is_mended(place: Place) -> None:
 
 def test_a_resumed_run_recomputes_the_same_layers(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` decides by the free memory; on a GPU, recomputing a layer changes the last bits."""
-    budget, auto = 'xtuner.fused.activation_memory.activation_budget_bytes', 'runtime.activation_checkpointing=auto'
+    budget, auto = 'xtuner.fused.recompute.activation_budget_bytes', 'runtime.activation_checkpointing=auto'
     with monkeypatch.context() as patch:
         patch.setattr(budget, lambda *_: 0)
         place.whole(auto)

@@ -174,7 +174,7 @@ def test_gradients_accumulate_over_batches(model, batch):
 
 @pytest.mark.slow
 def test_two_hundred_steps_give_the_own_forward_passs_curve(batch):
-    """Same data, same start, float32: the curves lie on each other."""
+    """Same data, same initial weights, float32: the loss curves coincide."""
     curves = []
     for fast in (False, True):
         model = with_adapter(quantise(tiny_llama(layers=1)))

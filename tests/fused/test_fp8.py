@@ -20,7 +20,7 @@ HALF_STEP, MEAN_ERROR = 1 / 16, 0.03
 
 
 def same(got, expected):
-    """Equal; in Triton's interpreter, which rounds some numbers to the next step and 15.9 to 8, up to that."""
+    """Equal; in Triton's interpreter up to its errors: it rounds some numbers to the next step, and 15.9 to 8."""
     got, expected = got.float(), expected.float()
     if DEVICE == 'cuda':
         return torch.equal(got, expected)
@@ -104,7 +104,7 @@ def relative(grads, exact):
 @pytest.mark.parametrize('name', ['plain', 'triton'])
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_gradients_are_near_float64(batch, name, checkpointing):
-    """FP8 rounds every factor by 2.6 %; a few layers deep the gradients are off by some of that, not by a factor."""
+    """FP8 rounds every factor by 2.6 %; after a few layers gradients differ by a few times that, not by a factor."""
     if name == 'triton' and (triton_obstacle() or DEVICE == 'cpu'):
         pytest.skip(triton_obstacle() or "Triton's interpreter rounds to FP8 wrongly")
     model = with_adapter(quantise(tiny_llama()), rank=16)

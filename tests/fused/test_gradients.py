@@ -62,7 +62,7 @@ def way(request):
 
 
 def num_layers(way):
-    """Two, but where the interpreter computes them."""
+    """Two, except in the interpreter."""
     return 2 if way[0] is PLAIN else 1
 
 
@@ -97,7 +97,7 @@ def test_a_sample_begins_wherever_positions_do_not_go_on_by_one(batch, first):
 @pytest.mark.parametrize('kept', [True, False])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
-    """Weights kept as one matrix or turned into floats layer by layer, of every size, some without an adapter."""
+    """Weights cached as one matrix or dequantized layer by layer, with all sizes, some without an adapter."""
     if batch['input_ids'].is_cuda:
         pytest.skip('oneDNN multiplies on CPUs only')
     model = with_adapter(quantise(tiny_llama()), dropout=dropout, targets=['q_proj', 'v_proj', 'up_proj', 'down_proj'])
@@ -122,7 +122,7 @@ def test_products_by_onednn_change_nothing(batch, kept, dropout, monkeypatch):
 
 
 def test_no_layer_returns_a_view(batch, monkeypatch):
-    """As a product of an unusual number of rows is, by oneDNN: under `fully_shard` torch would warn each user."""
+    """oneDNN returns a view for an unusual number of rows, about which torch would warn under `fully_shard`."""
     if batch['input_ids'].is_cuda:
         pytest.skip('oneDNN multiplies on CPUs only')
     bases = []
@@ -142,7 +142,7 @@ def test_no_layer_returns_a_view(batch, monkeypatch):
 
 
 def test_gradients_are_not_copied_where_there_is_room_beside_them(batch):
-    """Copied are the attention's output and v's gradient in each layer, and the gradient from the last norm."""
+    """Copies: the attention output and the gradient of v in each layer, and the gradient of the last norm."""
     copies = []
     counting = replace(PLAIN, copy_rows=lambda x, out: copies.append(len(x)) or out.copy_(x))
     model = with_adapter(quantise(tiny_llama(layers=3)))
@@ -192,7 +192,7 @@ def test_ranks_and_scalings_that_differ(batch, way):
 
 @pytest.mark.parametrize(('way', 'checkpointing'), CHECKPOINTED, indirect=['way'])
 def test_dropout_gradient_is_the_slope_of_the_loss(batch, way, checkpointing):
-    """With the masks fixed by the seed, the loss moves along the gradient as the gradient says."""
+    """With dropout masks fixed by the seed, the loss changes along the gradient as the gradient predicts."""
     model = with_adapter(quantise(tiny_llama(layers=num_layers(way))), dropout=0.2)
     if checkpointing:
         model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})

@@ -1,4 +1,4 @@
-"""A weight in pieces, for least memory: the same values, the same products."""
+"""Weights in chunks of rows, for minimum memory: same values, same products."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def adapter(rows, size, rank):
 
 
 @pytest.mark.parametrize('nested', [False, True])
-def test_pieces_hold_the_rows_of_the_whole(nested):
+def test_chunks_contain_the_rows_of_the_whole(nested):
     whole = layer(700, 128, nested=nested)
     values = torch.empty(700, 128, device=DEVICE)
     reference.dequantize_into(values, whole.quantized())
@@ -57,8 +57,8 @@ def test_rows_that_split_a_group_of_scales_are_refused():
         layer(512, 128).quantized().rows(3, 512)
 
 
-def test_products_in_pieces_are_the_products(monkeypatch):
-    monkeypatch.setattr(linear, '_SLIM_BYTES', 256 * 192 * 4)
+def test_products_in_chunks_equal_the_products(monkeypatch):
+    monkeypatch.setattr(linear, '_CHUNK_BYTES', 256 * 192 * 4)
     layers, ranks = [layer(700, 192), layer(300, 192, bias=False)], (8, 4)
     adapters = [adapter(frozen.shape[0], 192, rank) for frozen, rank in zip(layers, ranks, strict=True)]
     group, x = LinearGroup(layers), torch.randn(9, 192 + 12, device=DEVICE)

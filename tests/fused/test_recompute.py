@@ -80,7 +80,7 @@ def test_layers_that_do_not_fit_are_recomputed(batch, monkeypatch, caplog, layer
     parts, tokens = fused.layers[0], batch['input_ids'].numel()
     one = recompute.saved_bytes(parts, tokens, [24, 8, 16, 8], 4)
     budget = int(layers_that_fit * one + recompute.working_bytes(parts, tokens, 4) + one // 2)
-    monkeypatch.setattr('xtuner.fused.activation_memory.activation_budget_bytes', lambda *_: budget)
+    monkeypatch.setattr('xtuner.fused.recompute.activation_budget_bytes', lambda *_: budget)
     computed = []
     once = fused.memory.num_recomputed
     monkeypatch.setattr(fused.memory, 'num_recomputed', lambda *args: computed.append(once(*args)) or computed[-1])
@@ -101,8 +101,8 @@ def test_the_budget_leaves_memory_for_gradients_and_moments():
 def test_under_fully_shard_the_budget_leaves_memory_for_gathered_weights(batch, monkeypatch):
     """Two layers, each twice; or one layer and the head, if that is larger."""
     free = []
-    monkeypatch.setattr('xtuner.fused.activation_memory.free_bytes', lambda _: 10 * 2**30)
-    budget = 'xtuner.fused.activation_memory.activation_budget_bytes'
+    monkeypatch.setattr('xtuner.fused.recompute.free_bytes', lambda _: 10 * 2**30)
+    budget = 'xtuner.fused.recompute.activation_budget_bytes'
     monkeypatch.setattr(budget, lambda num_bytes, *_: free.append(num_bytes) or num_bytes)
     for sharded in (False, True):
         model = with_adapter(tiny_llama(layers=4))

@@ -1,4 +1,4 @@
-"""Rows of unequal lengths in one pass, for each family: the logits of each text alone without a cache."""
+"""Slots of different lengths in one pass, for each family: logits equal those of each text alone without a cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]().eval()
 
 
-def test_each_row_is_its_text_alone(model: Any) -> None:
+def test_each_slot_gives_the_logits_of_its_text_alone(model: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (44, 9, 20, 30)]
     starts = [30, 1, 13, 5]  # how much of each is its prompt
@@ -77,7 +77,7 @@ def test_each_row_is_its_text_alone(model: Any) -> None:
             torch.testing.assert_close(torch.stack(logits).double(), want, atol=2e-4, rtol=1e-3)
 
 
-def test_the_store_has_one_size(model: Any) -> None:
+def test_the_cache_has_a_constant_size(model: Any) -> None:
     decoder = BatchDecoder(model, num_slots=3, max_length=64)
     config = model.config
     head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
@@ -95,7 +95,7 @@ def test_a_recurrent_model_is_refused() -> None:
 
 
 class Replayed(StepGraphs):
-    """A recording is a pass carried out anew: what is left is which rows and places it is of, and its inputs."""
+    """Replays by running the pass again, which tests the choice of slots, positions and inputs of a graph."""
 
     spoilt = False
 
@@ -110,7 +110,7 @@ class Replayed(StepGraphs):
 
 
 def steps_beside(recorded: BatchDecoder, plain: BatchDecoder) -> None:
-    """Rows join, lengths pass from one recording to the next, two keys; beside steps that are not recorded."""
+    """Slots are added, lengths move from one graph to the next, two keys; compared with steps without graphs."""
     for num_slots in (1, 3, 5):
         lengths = [248 + slot for slot in range(num_slots)]
         for decoder in (recorded, plain):
@@ -143,7 +143,7 @@ def test_a_recording_is_of_the_next_power_of_two() -> None:
     num_recorded = len(graphs._recorded)
     recorded.step([5, 6], [20, 30], slot=1, exclusive=True)
     recorded.step([5, 6], [20, 30], slot=0, exclusive=False)
-    assert len(graphs._recorded) == num_recorded, 'a recording writes to rows that others may hold'
+    assert len(graphs._recorded) == num_recorded, 'a graph writes to slots that others may use'
 
 
 @torch.inference_mode()
@@ -152,11 +152,11 @@ def test_a_recording_that_says_something_else_is_not_used() -> None:
     graphs = recorded._graphs = Replayed(recorded._decode_step, num_slots=6, max_length=600, device=torch.device('cpu'))
     graphs.spoilt = True
     steps_beside(recorded, plain)
-    assert 'other logits' in graphs.reason_disabled and not graphs._recorded
+    assert 'logits of a recorded step differ' in graphs.reason_disabled and not graphs._recorded
 
 
-def test_the_distance_of_logits() -> None:
-    """Of the farthest row; what is no number is infinitely far."""
+def test_the_relative_error_of_logits() -> None:
+    """Of the row with the largest error; NaN gives infinity."""
     expected = torch.tensor([[3.0, 4.0], [0.0, 10.0]])
     assert relative_error(expected + torch.tensor([[0.3, 0.4], [0.0, 0.5]]), expected) == pytest.approx(0.1)
     assert relative_error(expected.flip(0), expected) > 1
@@ -168,7 +168,7 @@ def test_the_distance_of_logits() -> None:
 @pytest.mark.parametrize('quantised', [False, True], ids=['floats', '4 bit'])
 @torch.inference_mode()
 def test_wide_models_in_half_precision_are_recorded(quantised: bool) -> None:
-    """Of a 7B model's width, whose rounding is seen in the logits; one row and 16, 4-bit layers too."""
+    """At a 7B model's width, whose rounding is visible in the logits; 1 and 16 slots, also with 4-bit layers."""
     from benchmarks.qlora_model import build_base
 
     model = build_base('cuda', quantise=quantised, num_hidden_layers=4, vocab_size=32000).eval()

@@ -1,4 +1,4 @@
-"""Drawing: the shares of temperature and top-p, by counting, beside transformers' own processors."""
+"""Sampling: frequencies under temperature and top-p, compared with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
 
 @pytest.mark.parametrize('top_p', [0.3, 0.97, 1.0])
 def test_a_large_vocabulary_is_drawn_from_alike(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many words are looked at first: enough of them, too few, all."""
+    """For any number of candidates that are tried first: enough of them, too few, all."""
     logits = 2 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
     samplings = [Sampling(1, 0.9, top_p)] * 40
     drawn = []

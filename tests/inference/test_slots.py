@@ -1,4 +1,4 @@
-"""Rows: whatever joins and leaves, neighbours stay together and what is in the store follows."""
+"""Slots: after any additions and removals, groups stay consecutive and the KV cache is moved along."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_any_order_of_joining_and_leaving(steps: list[tuple[str, int]]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(GROUPS), st.integers(0, 99)), min_size=1, max_size=30), st.integers(0, 5))
 def test_a_move_that_raises_loses_no_answer(steps: list[tuple[str, int]], good_moves: int) -> None:
-    """Whoever ends the answers of the table then must find all of them."""
+    """All answers must still be in the table, so that they can be ended."""
     left = [good_moves]
 
     def move(source: int, target: int, item: object) -> None:

@@ -1,4 +1,4 @@
-"""Weights kept in a better form: the same values, as many as there is room for."""
+"""The weight cache: same values, and as many layers as fit into the budget."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: boo
 
 @torch.inference_mode()
 def test_blocks_that_cross_rows_keep_their_values() -> None:
-    """Where bitsandbytes' own layers on a CPU take other values than those that were quantised."""
+    """bitsandbytes' own layers on a CPU use other values than the quantized ones."""
     torch.manual_seed(0)
     size = {'vocab_size': 64, 'hidden_size': 32, 'intermediate_size': 80}
     model: Any = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2)).to(DEVICE)

@@ -80,7 +80,7 @@ class Running:
     def wait_until_idle(self, seconds: float = 10) -> None:
         """Until no answer holds a row or waits for one."""
         until = time.monotonic() + seconds
-        while self.service.batcher.num_running or self.service.batcher.num_waiting:
+        while self.service.scheduler.num_running or self.service.scheduler.num_waiting:
             assert time.monotonic() < until, 'rows are still held'
             time.sleep(0.01)
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from xtuner.fused.attention import Attention
-from xtuner.fused.frozen import LoraWeights
+from xtuner.fused.frozen import ComputePolicy, LoraWeights
 from xtuner.fused.linear import LinearGroup
 from xtuner.fused.offload import HostOffload
-from xtuner.fused.policy import ComputePolicy
 
 
 @dataclass

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xtuner.fused.activation_memory import ActivationMemory
 from xtuner.fused.attention import attention_for
 from xtuner.fused.context import LayerContext, LayerParts, StepContext
-from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS, GraphFunction
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS, GraphCache, GraphFunction
 from xtuner.fused.fp8 import WeightScales, product_unsupported_reason
-from xtuner.fused.frozen import FrozenLinear
-from xtuner.fused.graph_cache import GraphCache
+from xtuner.fused.frozen import ComputePolicy, FrozenLinear
 from xtuner.fused.layer import LayerFunction, NormFunction
 from xtuner.fused.linear import LinearGroup
-from xtuner.fused.policy import ComputePolicy
 from xtuner.fused.projections import adapter_of, adapter_unsupported_reason, base_of
+from xtuner.fused.recompute import ActivationMemory
 from xtuner.fused.ulysses import SequenceGroup, UlyssesAttention
 from xtuner.kernels.dispatch import Kernels
 from xtuner.model.families.find import spec_of

@@ -1,4 +1,4 @@
-"""One frozen linear layer, quantized or not, and one layer's LoRA adapter."""
+"""Parts of a fused product: a frozen linear layer, quantized or not, its LoRA adapter, and how they are multiplied."""
 
 from __future__ import annotations
 
@@ -15,6 +15,30 @@ from xtuner.kernels.quantized import QuantizedWeight, is_4bit, unpack_weight
 _ROW_MULTIPLE = (
     256  # rows per chunk are a multiple of it, so that no group of quantization scales is split, for any width
 )
+
+
+@dataclass
+class ComputePolicy:
+    """Kernels, dtype and memory use of a batch's matrix products.
+
+    Attributes:
+        kernels: The kernels to use.
+        dtype: Dtype of the products.
+        fused_lora: Append adapters to the inner dimension, so that base weight and adapter are one product.
+        fp8: Multiply frozen weights and adapters in FP8; `fused_lora` must be off.
+        low_memory: Dequantize weights in chunks of rows instead of as a whole, for minimum peak memory.
+    """
+
+    kernels: Kernels
+    dtype: torch.dtype
+    fused_lora: bool
+    fp8: bool = False
+    low_memory: bool = False
+
+    @property
+    def separate_lora(self) -> bool:
+        """Whether adapters are separate matrix products."""
+        return not self.fused_lora and not self.fp8
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xtuner.fused.context import LayerContext, LayerParts
-from xtuner.fused.policy import ComputePolicy
+from xtuner.fused.frozen import ComputePolicy
 
 
 @dataclass

@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from xtuner.fused.frozen import Frozen, FrozenLinear, LoraWeights
-from xtuner.fused.policy import ComputePolicy
+from xtuner.fused.frozen import ComputePolicy, Frozen, FrozenLinear, LoraWeights
 from xtuner.fused.weights import (
     bias_of,
     column_factors,

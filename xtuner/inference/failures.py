@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xtuner.utils.out_of_memory import is_out_of_memory
 
-BROKEN = 'the model fails on every token; try again later, or restart the service'
+BROKEN = 'the model fails on every token; try again later, or have the service restarted'
 _FAILED = 'the model failed on this answer; try again'
 _NOT_FINITE = 'the model computed NaN or infinite logits; its weights or its adapter are damaged'
 _OUT_OF_MEMORY = 'the service ran out of memory during this answer; try again later, or request a shorter answer'

@@ -81,14 +81,14 @@ class Service:
         self._started = int(time.time())
         self.post = ResponseRouter()
         self._encoding = Encoding()
-        self.batcher = Scheduler(
+        self.scheduler = Scheduler(
             decoder,
             adapters=[model.adapter for model in loaded.served],
             use=loaded.use,
             deliver=self.post.deliver_from_thread,
             max_waiting=limits.waiting,
         )
-        self.post.batcher = self.batcher
+        self.post.scheduler = self.scheduler
 
     def app(self) -> Starlette:
         """The ASGI application; its lifespan starts and stops the decoding thread."""
@@ -115,11 +115,11 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.post.open()
-        self.batcher.start()
+        self.scheduler.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(self.batcher.stop)
+            await asyncio.to_thread(self.scheduler.stop)
 
     # Answers
 
@@ -189,11 +189,11 @@ class Service:
         return json_response(self._card(self._model(http.path_params['name']).name))
 
     async def _health(self, _: HTTPRequest) -> Response:
-        failure = self.batcher.failure or self._encoding.failure
+        failure = self.scheduler.failure or self._encoding.failure
         content = {
             'status': 'failing' if failure else 'ok',
-            'running': self.batcher.num_running,
-            'waiting': self.batcher.num_waiting,
+            'running': self.scheduler.num_running,
+            'waiting': self.scheduler.num_waiting,
         }
         return json_response(content | {'error': failure} if failure else content, 503 if failure else 200)
 

@@ -24,7 +24,7 @@ class ResponseRouter:
     """Passes generated text from the decoding thread to the request handlers in the event loop."""
 
     def __init__(self) -> None:
-        self.batcher: Scheduler
+        self.scheduler: Scheduler
         self._loop: asyncio.AbstractEventLoop | None = None
         self._queues: dict[GenerationRequest, asyncio.Queue[TextDelta]] = {}
 
@@ -37,10 +37,10 @@ class ResponseRouter:
 
     def check_capacity(self, num_answers: int) -> None:
         """Raises APIError if the queue has no room for the answers, or the decoding thread has exited."""
-        if not self.batcher.is_alive:
+        if not self.scheduler.is_alive:
             raise APIError(503, 'the decoding thread has exited; the service must be restarted', code='model_error')
         try:
-            self.batcher.check_capacity(num_answers)
+            self.scheduler.check_capacity(num_answers)
         except QueueFull as error:
             raise _queue_full(error) from None
 
@@ -52,7 +52,7 @@ class ResponseRouter:
     def forget(self, answer: GenerationRequest) -> None:
         """Removes an answer, and cancels it if it is unfinished."""
         self._queues.pop(answer, None)
-        self.batcher.cancel(answer)
+        self.scheduler.cancel(answer)
 
     def deliver_from_thread(self, events: Events) -> None:
         """Callback of the scheduler, called in the decoding thread."""
@@ -78,7 +78,7 @@ class RequestHandler:
     def submit(self) -> None:
         """Submits the answers to the scheduler; raises APIError if the queue is full."""
         try:
-            self._post.batcher.submit(self._answers)
+            self._post.scheduler.submit(self._answers)
         except QueueFull as error:
             self.close('429')
             raise _queue_full(error) from None
@@ -93,7 +93,7 @@ class RequestHandler:
                 piece = queue.get_nowait()
                 text += piece.text
             if piece.finish == 'error':
-                raise APIError(503 if self._post.batcher.broken else 500, piece.error, code='model_error')
+                raise APIError(503 if self._post.scheduler.broken else 500, piece.error, code='model_error')
             choice.text += text
             choice.num_tokens, choice.finish = piece.num_tokens, piece.finish
             yield text, piece.finish

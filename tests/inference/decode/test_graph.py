@@ -1,4 +1,4 @@
-"""The recorded step's kernels, run one by one in Triton's interpreter, against float64 and against the other path."""
+"""The kernels of the decode step, one by one in Triton's interpreter, against float64 and the plain forward pass."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from xtuner.kernels.triton import gemv
 
 @pytest.fixture(autouse=True)
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs, not by rows; small tiles are tested kernel by kernel."""
+    """The interpreter's time depends on the number of programs, not of rows; small tiles are tested per kernel."""
     tile = gemv.Tile
     monkeypatch.setattr(gemv, 'Tile', lambda rows=64: tile(rows))
 
 
 def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:
-    """Logits after a prompt whose last three tokens went through the step."""
+    """Logits after a prompt whose last three tokens are computed by the decode step."""
     decoder: Any = find_decoder(model, len(prompt))
     with torch.inference_mode():
         decoder._prepare(len(prompt))
@@ -80,7 +80,7 @@ def test_internlm(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize('stay', [False, True])
 def test_a_prompt_by_kernels(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
-    """In two parts, then again, when weights may have stayed as floats."""
+    """In two chunks, then a second time, when dequantized weights may be cached."""
     monkeypatch.setattr('xtuner.inference.decode.decoder._MIN_COMPILED_PROMPT', 1)
     model = with_adapter(four_bit(heads=1, kv_heads=1).half()).eval()
     exact = exact_logits(model)

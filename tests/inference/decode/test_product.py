@@ -1,4 +1,4 @@
-"""What a group of layers keeps for later products goes when they have changed."""
+"""Cached weights of a group of layers are discarded when the weights change."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_nothing_kept_outlives_a_change() -> None:
     for product in (in_one, as_floats):
         torch.testing.assert_close(product(x, PLAIN), before)  # it was kept
         product.refresh()
-        assert product.cache_merged(0) == 0  # no room any more
+        assert product.cache_merged(0) == 0  # no budget
         assert not product(x, PLAIN).any()

@@ -1,4 +1,4 @@
-"""Every spec against the models that it describes: a family that is listed in `find.SPECS` is tested here unasked."""
+"""Every spec compared with its models: families listed in `find.SPECS` are tested automatically."""
 
 import copy
 from itertools import pairwise
@@ -97,7 +97,7 @@ def test_llama_s_layout_computes_the_same(kind, packed):
 
 @pytest.mark.parametrize('change', ['layer', 'attention', 'norm'])
 def test_other_classes_of_modules_are_a_mismatch(change):
-    """A model whose config says `llama` and whose modules were replaced must not take the fused path."""
+    """A model of type `llama` with replaced modules must not take the fused path."""
     decoder = copy.deepcopy(tiny_model('llama').get_decoder())
     layer = decoder.layers[1]
     if change == 'layer':
