@@ -77,3 +77,23 @@ def test_a_tokenizer_with_ids_that_the_model_lacks(
     assert main(words) == 1
     assert 'the tokenizer has 322 ids but the model 320' in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_that_mixes_the_samples_of_a_pack_is_trained_unpacked(
+    conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from xtuner.config.load import load_config
+
+    base = write_tokenizer(tmp_path / 'base', 'InternLM')
+    BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(base)
+    words = ['train', 'internlm_7b_lora_oasst1', '--model', str(base), '--data', str(conversations),
+             '--work-dir', str(tmp_path / 'run'), '--max-steps', '1', '--cfg-options', 'dataset.max_length=64',
+             'model.attention=eager', 'schedule.accumulative_counts=1', 'adapter.r=4',
+             'samples.prompts=[]']  # fmt: skip
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "in a model of type 'bloom' the samples of a pack see each other: packing is switched off" in said
+    assert load_config(str(tmp_path / 'run' / 'config.py')).dataset.packing == 'none'
+    assert main([*words, '--resume']) == 0  # the same data, though the words ask for packs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fused.test_gradients import step
+from tests.fused.test_layer import step
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
 from xtuner.errors import ConfigError
 from xtuner.fused.decoder import FusedDecoder

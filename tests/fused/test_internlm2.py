@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.fused.test_gradients import CHECKPOINTED, error, force, step, way
+from tests.fused.test_layer import CHECKPOINTED, error, force, step, way
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_internlm2, with_adapter
 from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels.dispatch import PLAIN

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from tests.fused.test_gradients import error, force, step
+from tests.fused.test_layer import error, force, step
 from tests.tiny_models import quantise, tiny_llama, with_adapter
 from xtuner.fused import recompute
 from xtuner.fused.enable import enable_fused_training

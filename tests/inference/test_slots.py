@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xtuner.inference.slots import SlotTable
+
+pytestmark = pytest.mark.unit
 
 ROWS, GROUPS = 6, 'abc'
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
+from tests.families.small import small_config, small_model
 from tests.model.random_models import MIXING, SEPARATE, make_model
 from xtuner.errors import ConfigError, ModelError
 from xtuner.inference.batching import BatchDecoder
@@ -101,9 +103,74 @@ def test_logits_by_a_rule_that_is_not_known_come_from_the_model(caplog: pytest.L
     assert model.rule == LogitRule()
     with caplog.at_level(logging.WARNING, logger='xtuner'):
         check_family(model, packed=True, max_length=64)
-    assert model.rule is None and "of type 'qwen2' are not its output head" in caplog.text
+    assert model.rule is None and "of type 'qwen2' do not follow from its output head" in caplog.text
     for packed in (False, True):
         assert our_loss(model, packed=packed).item() == pytest.approx(own_loss(llm).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_cap_that_acts_on_large_logits_alone_is_seen(dtype: torch.dtype) -> None:
+    """The logits of a few random tokens are small, so that a cap of 50 changes them by less than rounding."""
+    llm = make_model('gemma2', dtype)
+    llm.lm_head.weight.data *= 0.01
+    ids = samples()[0][None]
+    llm.config.final_logit_softcapping = 50.0
+    with torch.no_grad():
+        capped = llm(ids).logits
+        model = SupervisedFinetune(llm)
+        check_family(model, packed=False, max_length=64)
+        assert model.rule == LogitRule(1.0, 50.0)
+        model.rule = LogitRule()  # as if the field had another name
+        check_family(model, packed=False, max_length=64)
+        assert model.rule is None
+        llm.config.final_logit_softcapping = None
+        assert (llm(ids).logits - capped).norm() < 5e-3 * capped.norm()
+        model.rule = LogitRule()
+        check_family(model, packed=False, max_length=64)
+        assert model.rule == LogitRule()
+
+
+def test_a_pack_longer_than_a_chunk_of_attention_is_refused() -> None:
+    model = SupervisedFinetune(small_model('llama4_text')).eval()
+    text = model.base.config
+    text.attention_chunk_size = 48
+    check_family(model, packed=True, max_length=48)
+    with pytest.raises(ConfigError, match=r'longer than `attention_chunk_size` \(48\); set dataset.max_length to that'):
+        check_family(model, packed=True, max_length=49)
+    assert text.attention_chunk_size == 48
+
+
+@pytest.mark.parametrize('kind', ['mistral', 'gemma2', 'cohere2'])
+def test_windows_are_tried_and_left_as_they_were(kind: str) -> None:
+    model = SupervisedFinetune(make_model(kind, torch.bfloat16)).eval()
+    model.base.config.sliding_window = 40
+    check_family(model, packed=True, max_length=64)
+    assert model.base.config.sliding_window == 40
+
+
+@pytest.mark.parametrize(
+    ('kind', 'message'),
+    [
+        ('bert', r"'bert' a token depends on later ones.*, unless \"is_decoder\": true in its config.json"),
+        ('prophetnet', "'prophetnet' a token depends on later ones or on how many follow"),
+        ('roberta', "'roberta' does not count the positions of a text 0, 1, 2, ..."),
+        ('reformer', "'reformer' cannot be trained here: it trains only on rows of exactly"),
+    ],
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_model_that_cannot_learn_to_continue_texts_is_refused(kind: str, message: str, dtype: torch.dtype) -> None:
+    model = SupervisedFinetune(small_model(kind).to(dtype)).train()
+    with pytest.raises(ModelError, match=message):
+        check_family(model, packed=False, max_length=64)
+    assert model.training
+
+
+def test_bert_as_a_decoder_is_trained() -> None:
+    config = small_config('bert')
+    config.is_decoder = True
+    model = SupervisedFinetune(AutoModelForCausalLM.from_config(config)).eval()
+    check_family(model, packed=False, max_length=64)
+    assert our_loss(model, packed=False).item() == pytest.approx(own_loss(model.llm).item(), rel=1e-5)
 
 
 def test_the_same_rule_for_a_head_with_an_adapter() -> None:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from xtuner.chat.hosts import LOOPBACK
-from xtuner.inference.generate import Sampling
+
+if TYPE_CHECKING:  # unit tests share this file, and import no torch
+    import torch
 
 TEMPLATE = 'internlm_chat'
 
@@ -25,6 +25,8 @@ TEMPLATE = 'internlm_chat'
 @pytest.fixture(scope='session')
 def base(tiny_internlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny InternLM that draws neither <unk> nor <s>: random weights would, and those spoil the text before them."""
+    from safetensors.torch import load_file, save_file
+
     folder = tmp_path_factory.mktemp('served') / 'tiny'
     shutil.copytree(tiny_internlm, folder)
     weights = load_file(folder / 'model.safetensors')
@@ -36,6 +38,7 @@ def base(tiny_internlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='session')
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two adapters that change what the base says: LoRA, and DoRA with a rank and targets of its own."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
     from xtuner.model.loading import load_model
@@ -93,6 +96,7 @@ def serving(
     import uvicorn
 
     from xtuner.inference.batching import BatchDecoder
+    from xtuner.inference.generate import Sampling
     from xtuner.serve.app import Limits, Service
     from xtuner.serve.guard import Guard
     from xtuner.serve.server import listen, make_server

@@ -18,8 +18,14 @@ def load_data_config(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     check_config(config)
 
     from xtuner.dataset.templates.builtin import get_template
-    from xtuner.model.loading import load_tokenizer
+    from xtuner.engine.packing import with_supported_packing
+    from xtuner.model.loading import load_config, load_tokenizer, resolve_model
 
     model = config.model
     tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    folder = resolve_model(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False
+    )
+    if (folder / 'config.json').exists():  # a tokenizer is enough to prepare data
+        config = with_supported_packing(config, load_config(folder, trust_remote_code=model.trust_remote_code))
     return config, tokenizer, get_template(model.template, tokenizer)

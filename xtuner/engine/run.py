@@ -44,13 +44,14 @@ from xtuner.engine.distributed import Strategy, choose_strategy, make_strategy
 from xtuner.engine.distributed.launch import RankInfo, process_group, sequence_group
 from xtuner.engine.hooks import CheckpointHook, DatasetInfoHook, EvaluateChatHook, LogHook, ValidateHook
 from xtuner.engine.metadata import run_metadata, training_facts
+from xtuner.engine.packing import with_supported_packing
 from xtuner.engine.preflight import check_memory, memory_advice
 from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import TrainingSchedule, few_steps_note
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import ConfigError, XTunerError
 from xtuner.fused.enable import check_fp8, check_heads, sync_once_per_step
-from xtuner.model.loading import load_config
+from xtuner.model.loading import load_config, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.objectives.load import make_objective, objective_code
@@ -110,9 +111,13 @@ def _run(
     recorded = recorded_formats(checkpoint) if checkpoint is not None else {}
     if checkpoint is not None:
         config = replace(config, dataset=with_recorded_formats(config.dataset, recorded))
+    source = config.model
+    folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    model_config = load_config(folder, trust_remote_code=source.trust_remote_code)
+    config = with_supported_packing(config, model_config, checkpoint=checkpoint)
     data = load_data(config, group)
     size = config.parallel.sequence_parallel_size
-    check_heads(load_config(data.model_folder, trust_remote_code=config.model.trust_remote_code), size)
+    check_heads(model_config, size)
     plan = make_plan(data.dataset, config, group.world_size // size)
     if group.rank == 0:
         _warn_of_few_steps(plan, data)

@@ -59,12 +59,12 @@ class StepResult:
 
     def outputs(self) -> dict[str, Any]:
         """What hooks get: numbers by name."""
-        found = asdict(self)
-        return found | found.pop('metrics')
+        values = asdict(self)
+        return values | values.pop('metrics')
 
     @classmethod
     def of_outputs(cls, outputs: Mapping[str, Any]) -> StepResult:
         """The inverse of `outputs`."""
-        own = {each.name for each in fields(cls)}
-        metrics = {name: value for name, value in outputs.items() if name not in own}
-        return cls(**{name: value for name, value in outputs.items() if name in own}, metrics=metrics)
+        names = {each.name for each in fields(cls)}
+        metrics = {name: value for name, value in outputs.items() if name not in names}
+        return cls(**{name: value for name, value in outputs.items() if name in names}, metrics=metrics)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from xtuner.errors import ModelError, one_line
 from xtuner.inference.decode.decoder import SequenceDecoder, find_decoder, release
 from xtuner.inference.detokenizer import TextStream
 
@@ -148,16 +149,24 @@ def generate_with_transformers(
     streamer: TextStream | None = None,
     synced: bool = False,
 ) -> list[int]:
-    """Same as `generate`, by transformers' `generate`; ignores the seed."""
+    """Same as `generate`, by transformers' `generate`; ignores the seed.
+
+    Raises:
+        ModelError: transformers does not support generation with this type of model.
+    """
     ids = torch.tensor([list(prompt_ids)], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0],
-        streamer=streamer,
-        synced_gpus=synced,
-        **sampling.arguments(),
-    )
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            streamer=streamer,
+            synced_gpus=synced,
+            **sampling.arguments(),
+        )
+    except (AttributeError, NotImplementedError) as error:
+        kind = model.config.model_type
+        raise ModelError(f'transformers cannot generate with a model of type {kind!r}: {one_line(error)}') from error
     return output[0, len(prompt_ids) :].tolist()

@@ -11,7 +11,7 @@ from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.memory.predict import Setup
 
 # Share of the peak that a training step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): the fused path
-# with large and with small micro-batches, and transformers' stock path. For other GPUs these are assumptions.
+# with large and with small micro-batches, and transformers' own forward pass. For other GPUs these are assumptions.
 _UTILIZATION = {'large': 0.55, 'small': 0.45, 'stock': 0.2}
 
 

@@ -199,7 +199,7 @@ def kept_by_layer(setup: Setup) -> int:
 
 
 def final_norm(setup: Setup) -> int:
-    """The last norm's input, T H b, on the stock path in float32; RoPE angles, 4 T D."""
+    """The last norm's input, T H b, in float32 off the fused path; RoPE angles, 4 T D."""
     norm_input = row_bytes(setup) if setup.on_fast_path else 4 * setup.tokens * setup.dims.hidden
     return norm_input + 4 * setup.tokens * setup.dims.head_size
 

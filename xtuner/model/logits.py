@@ -15,6 +15,7 @@ _FACTORS = (
     ('logit_scale', 1, 'cohere'),
     ('lm_head_multiplier', 1, 'falcon_h1'),
     ('output_multiplier', 1, 'muse'),
+    ('logits_mup_width_multiplier', -1, 'inkling'),
 )
 # Fields c with which logits x become c tanh(x / c), in any family.
 _CAPS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')

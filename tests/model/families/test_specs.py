@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.fused.test_gradients import error, force, step
+from tests.fused.test_layer import error, force, step
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_model, with_adapter
 from xtuner.convert.to_llama import llama_config, llama_tensors
 from xtuner.inference.decode.decoder import SequenceDecoder, find_decoder

@@ -95,6 +95,12 @@ def recorded_formats(checkpoint: Path) -> dict[str, str] | None:
     return {str(name): str(text) for one in formats for name, text in one.items()} if formats else None
 
 
+def recorded_setting(checkpoint: Path, name: str) -> Any:
+    """A setting of a checkpoint's run, such as `dataset.packing`; None where it is not recorded."""
+    run = _json(checkpoint / RUN_FILE).get('run')
+    return run.get(name) if isinstance(run, dict) else None
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         return read_object(file, CheckpointError)

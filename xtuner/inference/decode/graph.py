@@ -30,7 +30,7 @@ class _GemvProduct:
 
     weights: gemv.GemvWeights
     bias: Tensor | None
-    lora: gemv.LoraWeights | None
+    lora: gemv.GemvLora | None
     lora_ax: Tensor | None
 
     @property
@@ -182,7 +182,7 @@ def _gemv_product(product: Product) -> _GemvProduct:
     return _GemvProduct(weights, product.bias, lora, lora_ax)
 
 
-def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
+def _lora(product: Product, planes: int) -> gemv.GemvLora | None:
     """All adapters of a product, zero-padded to the same rank; None if it has none."""
     adapters = product.adapters
     if not any(adapters):
@@ -197,4 +197,4 @@ def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
             a[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
             b[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return gemv.LoraWeights(to_planes(a, planes).contiguous(), b, rank)
+    return gemv.GemvLora(to_planes(a, planes).contiguous(), b, rank)

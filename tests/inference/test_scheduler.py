@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import openai
 import pytest
 import torch
 
-from tests.serve.conftest import Running, serving
-from xtuner.errors import XTunerError
 from xtuner.inference import scheduler as scheduler_module
 from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
 from xtuner.inference.request import Events, GenerationRequest, TextDelta
 from xtuner.inference.scheduler import Scheduler
-from xtuner.serve import encoding as encoding_module
 
 WORDS = 8
 
@@ -273,85 +266,3 @@ def test_a_round_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Over HTTP
-
-
-def health(running: Running) -> tuple[int, dict[str, Any]]:
-    try:
-        with urllib.request.urlopen(f'{running.url}/health', timeout=5) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def chat(running: Running, text: str = 'Hi', **options: Any) -> Any:
-    messages: Any = [{'role': 'user', 'content': text}]
-    return running.client(timeout=20).chat.completions.create(model=running.base, messages=messages,
-                                                              **{'max_tokens': 4} | options)  # fmt: skip
-
-
-def test_a_dead_thread_is_told_and_nobody_waits_for_it(loaded: Any) -> None:
-    with serving(loaded) as running:
-        running.service.scheduler.stop()
-        status, body = health(running)
-        assert (status, body['status']) == (503, 'failing') and 'ended' in body['error']
-        with pytest.raises(openai.InternalServerError, match='restarted'):
-            chat(running)
-
-
-def test_each_client_reads_why_its_answer_ended(loaded: Any, endless: Any) -> None:
-    with serving(loaded, decoder=endless, max_length=2048) as running:
-        stream = chat(running, stream=True, max_tokens=2000)
-        assert next(stream) and next(stream)
-        step = endless.step
-        endless.step = lambda *args, **kwargs: torch.full_like(step(*args, **kwargs), float('nan'))
-        with pytest.raises(openai.APIError, match='NaN'):
-            list(stream)
-        with pytest.raises(openai.InternalServerError, match='restarted'):
-            chat(running, max_tokens=30)
-        assert health(running)[0] == 503
-        endless.step = step
-        assert chat(running).choices[0].message.content is not None
-        assert health(running)[0] == 200
-
-
-def test_a_rendering_over_its_bounds_fails_its_request_alone(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it takes its time, a stream goes on and /health answers; one that is stuck is told there."""
-    from xtuner.serve.models import ServedModel
-
-    class OverBounds(XTunerError):
-        pass
-
-    render, going_on = ServedModel.render_chat, threading.Event()
-
-    def slow(self: ServedModel, messages: Sequence[dict[str, Any]]) -> list[Any]:
-        if messages[-1]['content'] == 'loop':
-            assert going_on.wait(10)
-            raise OverBounds('the chat template took more than 2 s')
-        return render(self, messages)
-
-    monkeypatch.setattr(ServedModel, 'render_chat', slow)
-    monkeypatch.setattr(encoding_module, 'STUCK_S', 0.2)
-    with serving(loaded) as running:
-        stream = chat(running, stream=True, max_tokens=300)
-        assert next(stream)
-        failed: list[Exception] = []
-
-        def ask() -> None:
-            try:
-                chat(running, 'loop')
-            except Exception as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        assert len(list(stream)) > 1, 'it goes on meanwhile'
-        until = time.monotonic() + 5
-        while health(running)[0] == 200 and time.monotonic() < until:
-            time.sleep(0.02)
-        assert 'encoding' in health(running)[1]['error']
-        going_on.set()
-        thread.join(10)
-        (error,) = failed
-        assert isinstance(error, openai.BadRequestError) and 'more than 2 s' in str(error)
-        assert health(running)[0] == 200
-        assert chat(running).choices

@@ -6,11 +6,12 @@ import pkgutil
 import pytest
 
 import xtuner.dataset.map_fns as map_fns
-from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.map_fns import detect_map_fn, formats, resolve_map_fn
 from xtuner.dataset.mapping.map_records import apply_map_fn
 from xtuner.dataset.sources.readers import Record
 from xtuner.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.unit
 
 ISSUE_NAMES = {
     'alpaca', 'alpaca_zh', 'code_alpaca', 'oasst1', 'openai', 'sharegpt', 'arxiv', 'colors', 'crime_kg_assitant',
@@ -131,6 +132,7 @@ def test_an_unknown_format_names_the_nearest():
         detect_map_fn([1], 'file:1')
 
 
+@pytest.mark.torch
 def test_a_function_of_ones_own_needs_no_registration():
     def mine(example):
         return {'conversation': [{'input': example['x'], 'output': 'y'}]}
@@ -141,119 +143,3 @@ def test_a_function_of_ones_own_needs_no_registration():
                         ('alpacca', "did you mean 'alpaca'"), (3, 'must be a name')):  # fmt: skip
         with pytest.raises(ConfigError, match=text):
             resolve_map_fn(wrong)
-
-
-def test_what_a_map_function_raises_is_named_with_the_records_columns():
-    with pytest.raises(DataError, match=r'f:2: `<lambda>` failed with ZeroDivisionError: .* has the columns x'):
-        apply_map_fn(lambda example: 1 / 0, Record('f:2', {'x': 1}))
-    with pytest.raises(DataError, match='f:2: a record must be a dict, got str'):
-        apply_map_fn(lambda example: {}, Record('f:2', 'text'))
-
-
-@pytest.mark.parametrize('name', ['alpaca', 'sharegpt', 'openai', 'conversation'])
-def test_a_system_text_may_be_called_system_prompt(name):
-    record = {key: value for key, value in RECORDS[name].items() if key not in ('system', 'tools')}
-    if name == 'conversation':
-        record = {'conversation': [{'input': 'q', 'output': 'a'}]}
-    expected = texts(name, {**record, 'system': 'Be brief.'})
-    assert expected[0][0] == ('system', 'Be brief.')
-    assert texts(name, {**record, 'system_prompt': 'Be brief.'}) == expected
-    assert texts(name, {**record, 'system': 'Be brief.', 'system_prompt': 'Be brief.'}) == expected
-    assert texts(name, {**record, 'system': '', 'system_prompt': 'Be brief.'}) == expected
-    with pytest.raises(DataError, match=r'file:1: `system` and `system_prompt` differ; ignore one'):
-        texts(name, {**record, 'system': 'Be long.', 'system_prompt': 'Be brief.'})
-    with pytest.raises(DataError, match=r'file:1: `system_prompt` must be text, got list'):
-        texts(name, {**record, 'system_prompt': ['x']})
-
-
-@pytest.mark.parametrize('extra', [{}, {'loss': False}, {'weight': 0}, {'name': 'x'}])
-def test_a_system_text_that_the_conversation_begins_with_is_not_doubled(extra):
-    turns = [{'from': 'system', 'value': 'Be brief.', **extra}, *TURN]
-    [found] = texts('sharegpt', {'conversations': turns, 'system_prompt': 'Be brief.'})
-    assert found == [('system', 'Be brief.'), ('user', 'q'), ('assistant', 'a')]
-    messages = [{'role': 'system', 'content': 'Be brief.', **extra}, *RECORDS['openai']['messages']]
-    assert texts('openai', {'messages': messages, 'system_prompt': 'Be brief.'}) == [found]
-
-
-@pytest.mark.parametrize('left_out', [None, {'conversation': []}, []])
-def test_a_map_function_may_leave_a_record_out(left_out):
-    assert apply_map_fn(lambda example: left_out, Record('f:2', {'x': 1})) == []
-
-
-def test_a_heading_in_an_answer_of_oasst1_is_content():
-    record = {'text': '### Human: What? ### Assistant: So:\n### Steps\n1.### Human: no### Assistant: ok ### Human: bye'}
-    assert texts('oasst1', record) == [[('user', 'What?'), ('assistant', 'So:\n### Steps\n1.'), ('user', 'no'),
-                                        ('assistant', 'ok')]]  # fmt: skip
-
-
-def test_a_marker_of_oasst1_out_of_turn_is_content():
-    record = {'text': '### Human: Say "### Human: x" twice### Assistant: ok'}
-    assert texts('oasst1', record) == [[('user', 'Say "### Human: x" twice'), ('assistant', 'ok')]]
-    assert texts('oasst1', {'text': '### Human: alone'}) == []
-
-
-def node(text, role='assistant', rank=None, replies=()):
-    return {'text': text, 'role': role, 'rank': rank, 'replies': list(replies)}
-
-
-TREE = {'prompt': node('q', 'prompter', replies=[
-    node('a1', rank=1, replies=[node('q3', 'prompter')]),
-    node('a0', rank=0, replies=[node('q2', 'prompter', replies=[node('b1', rank=1), node('b0', rank=0),
-                                                              {**node('gone', rank=-1), 'deleted': True}])]),
-    node('unranked'),
-])}  # fmt: skip
-
-
-def test_the_best_path_of_a_tree_takes_the_lowest_rank():
-    assert texts('oasst_tree', TREE) == [[('user', 'q'), ('assistant', 'a0'), ('user', 'q2'), ('assistant', 'b0')]]
-    assert texts('oasst_tree', {'prompt': node('q', 'prompter')}) == []
-
-
-def test_all_paths_of_a_tree_train_each_answer_once():
-    conversations = [to_conversation(found) for found in map_fns.oasst_tree_all_map_fn(TREE)]
-    paths = [[message.content for message in conversation.messages] for conversation in conversations]
-    assert paths == [['q', 'a1'], ['q', 'a0', 'q2', 'b1'], ['q', 'a0', 'q2', 'b0'], ['q', 'unranked']]
-    trained = [m.content for c in conversations for m in c.messages if m.role == 'assistant' and m.loss is not False]
-    assert sorted(trained) == ['a0', 'a1', 'b0', 'b1', 'unranked']
-
-
-def test_a_deep_tree_needs_no_deep_stack_for_its_best_path():
-    tree = node('end')
-    for depth in range(5000):
-        tree = node('x', 'prompter' if depth % 2 == 0 else 'assistant', replies=[tree])
-    assert len(map_fns.oasst_tree_map_fn({'prompt': tree})['messages']) >= 5000
-
-
-def test_moss_keeps_thoughts_commands_and_results_and_takes_the_markers_off():
-    turn = {'Human': '<|Human|>: hi<eoh>\n', 'Inner Thoughts': '<|Inner Thoughts|>: None<eot>\n',
-            'Commands': '<|Commands|>: Search("x")<eoc>\n', 'Tool Responses': '<|Results|>: r <b><eor>\n',
-            'MOSS': '<|MOSS|>: yes<eom>\n'}  # fmt: skip
-    record = {'meta_instruction': 'You are MOSS.', 'chat': {'turn_2': turn, 'turn_1': turn, 'turn_10': turn}}
-    [messages] = texts('moss_003_sft', record)
-    assert messages[:6] == [('system', 'You are MOSS.'), ('user', 'hi'), ('thoughts', 'None'),
-                            ('commands', 'Search("x")'), ('tool', 'r <b>'), ('assistant', 'yes')]  # fmt: skip
-    assert len(messages) == 16
-
-
-def test_msagent_calls_become_react_text_and_results_are_given():
-    answer = ('Let me see.<|startofthink|>```JSON\n{"api_name": "find", "parameters": {"q": "猫"}}```<|endofthink|>'
-              '<|startofexec|>a cat<|endofexec|>It is a cat.')  # fmt: skip
-    turns = [{'from': role, 'value': value} for role, value in
-             (('system', '[find]'), ('user', 'q'), ('assistant', answer))]  # fmt: skip
-    [messages] = texts('msagent_react', {'conversations': json.dumps(turns)})
-    assert [role for role, _ in messages] == ['system', 'user', 'assistant', 'user', 'assistant']
-    assert messages[2][1] == 'Thought: Let me see.\nAction: find\nAction Input: {"q": "猫"}'
-    assert messages[3][1] == 'Response: a cat'
-    assert messages[4][1].endswith('Final Answer: It is a cat.')
-    turns[2]['value'] = '<|startofthink|>__import__("os")<|endofthink|><|startofexec|>x<|endofexec|>'
-    with pytest.raises(DataError, match='a plugin call is not JSON'):
-        texts('msagent_react', {'conversations': turns})
-
-
-@pytest.mark.real
-def test_every_tree_of_openassistant_has_a_best_path(shared_data):
-    for number, line in enumerate((shared_data / 'oasst_en_100_trees.jsonl').open(encoding='utf-8')):
-        record = json.loads(line)
-        [best] = texts('oasst_tree', record, f'{number}')
-        everything = texts('oasst_tree_all', record)
-        assert best in everything and best[-1][0] == 'assistant'

@@ -9,7 +9,6 @@ from tests.tiny_models import DEVICE, dequantised, quantise, tiny_llama, triton_
 from xtuner.fused import layer
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.enable import enable_fused_training
-from xtuner.fused.offload import HostOffload
 from xtuner.kernels import cpu_gemm
 from xtuner.kernels.dispatch import PLAIN, fused_kernels
 
@@ -249,43 +248,3 @@ def test_dropout_is_unbiased_in_the_mean(batch):
 def _loss(model, batch):
     logits = model(input_ids=batch['input_ids'], position_ids=batch['position_ids']).logits[:, :-1].flatten(0, 1)
     return float(torch.nn.functional.cross_entropy(logits.float(), batch['labels'][:, 1:].flatten(), reduction='sum'))
-
-
-class _FakeOffload:
-    """Stands in for `HostOffload`: keeps copies on the device."""
-
-    def __init__(self, depth):
-        self.depth, self.pinned, self.num_reloads = depth, [], 0
-
-    select = HostOffload.select
-
-    def offload(self, tensors):
-        self.pinned.append([t.clone() for t in tensors])
-        return len(self.pinned) - 1
-
-    def reload(self, index):
-        self.num_reloads += 1
-        return self.pinned[index]
-
-    def prefetch(self):
-        pass
-
-
-@pytest.mark.parametrize('depth', [1, 2, 3])
-@pytest.mark.parametrize('folded', [False, True])
-@pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_offloading_to_the_host_changes_nothing(batch, depth, folded, dropout):
-    model = with_adapter(quantise(tiny_llama(layers=4)), dropout=dropout)
-    force(model, PLAIN, fused_lora=folded)
-    torch.manual_seed(2)
-    _, expected = step(model, batch)
-    decoder = model.get_base_model().model
-    decoder.gradient_checkpointing_enable({'use_reentrant': False})
-    offload = _FakeOffload(depth)
-    decoder.forward.fused.memory.host_offload = lambda *_: offload
-    torch.manual_seed(2)
-    _, grads = step(model, batch)
-    assert offload.num_reloads == 3 and {len(tensors) for tensors in offload.pinned} == (
-        {2, 3} if depth == 3 else {depth}
-    )
-    assert error(grads, expected) < 1e-5
