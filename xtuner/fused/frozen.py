@@ -12,9 +12,7 @@ from xtuner.kernels.dequantize import dequantized
 from xtuner.kernels.dispatch import Kernels
 from xtuner.kernels.quantized import QuantizedWeight, is_4bit, unpack_weight
 
-_ROW_MULTIPLE = (
-    256  # rows per chunk are a multiple of it, so that no group of quantization scales is split, for any width
-)
+_ROW_MULTIPLE = 256  # rows per chunk are a multiple of it, so that no group of quantization scales is split
 
 
 @dataclass

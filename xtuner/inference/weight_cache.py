@@ -21,9 +21,7 @@ from xtuner.kernels import cpu_gemm
 from xtuner.kernels.quantized import is_4bit
 
 _CACHE_FRACTION = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
-_CPU_CACHE_BYTES = (
-    2**24
-)  # models up to this size stay in the CPU's cache; there, unpacked weights multiply one row faster
+_CPU_CACHE_BYTES = 2**24  # smaller models stay in the CPU's cache, where unpacked weights multiply one row faster
 
 
 @dataclass(frozen=True)

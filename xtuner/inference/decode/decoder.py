@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger('xtuner')
 
-_CACHE_FRACTION = (
-    0.25  # of the free memory, for dequantized weights: cached at once on a CPU, at the first long prompt on a GPU
-)
+_CACHE_FRACTION = 0.25  # of the free memory, for dequantized weights: at once on a CPU, at long prompts on a GPU
 # Without cuDNN, which builds a new plan for every new length.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MIN_COMPILED_PROMPT = 512  # tokens; a shorter first prompt is not worth compiling Triton kernels for
