@@ -32,7 +32,7 @@ def run_metadata(
         'data': ', '.join(sources_of(config)),
         'template': config.model.template,
         'compute_dtype': dtype_name(dtype),
-        'fast_path': str(getattr(forward, 'path', '')),
+        'fast_path': str(getattr(forward, 'status', '')),
         'parameters': {'all': num_parameters(model), 'trained': num_parameters(model, trained=True)},
         'plan': {
             'num_items': plan.num_items,

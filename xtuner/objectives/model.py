@@ -119,7 +119,7 @@ class TrainingModel(nn.Module):
         own_positions = positions
         if self._sequence is not None:
             ids, targets, positions = _own_part(self._sequence, ids, targets, positions)
-            own_positions = self._sequence.own(positions)
+            own_positions = self._sequence.local_slice(positions)
         targets_N = targets.reshape(-1)
         rows = target_rows(targets_N)
         device = base.get_output_embeddings().weight.device
@@ -216,7 +216,7 @@ def _own_part(ranks: SequenceGroup, ids: Tensor, targets: Tensor, positions: Ten
     ids = functional.pad(ids, (0, missing))
     targets = functional.pad(targets, (0, missing), value=IGNORE_INDEX)
     filling = torch.arange(missing, device=positions.device).expand(len(positions), -1)  # a sample without targets
-    return ranks.own(ids), ranks.own(targets), torch.cat([positions, filling], dim=1)
+    return ranks.local_slice(ids), ranks.local_slice(targets), torch.cat([positions, filling], dim=1)
 
 
 def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, int]:
