@@ -61,6 +61,8 @@ engine.report                tracking.report
 engine.same_run              engine.checkpoint.run_manifest
 engine.space                 engine.checkpoint.disk_space
 engine.start                 engine.checkpoint.resume
+engine.step_checks           engine.step.checks
+engine.step_result           engine.step.result
 engine.story                 tracking.sessions
 engine.strategies            engine.distributed
 engine.train                 engine.run

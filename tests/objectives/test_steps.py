@@ -15,7 +15,7 @@ from tests.engine.test_loop import make_items, make_model, make_runner, metrics
 from tests.objectives.toys import PLAIN, Anchored, Rewritten, Sample, Smoothed, Standardised
 from xtuner.dataset.packing.collate import collate
 from xtuner.engine.hooks import ValidateHook
-from xtuner.engine.step_result import RESERVED
+from xtuner.engine.step.result import RESERVED
 from xtuner.errors import TrainingError
 from xtuner.objectives.base import Objective
 from xtuner.objectives.model import TrainingModel

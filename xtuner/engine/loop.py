@@ -17,15 +17,15 @@ from torch import Tensor
 from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.schedule import TrainingSchedule
 from xtuner.engine.signals import STOP_SIGNALS, StepStopped, StopRequest
-from xtuner.engine.statistics import MetricMeans, sum_statistics
-from xtuner.engine.step_checks import (
+from xtuner.engine.step.checks import (
     check_gradients,
     check_targets,
     dead_worker_message,
     is_dead_worker,
     next_batch,
 )
-from xtuner.engine.step_result import Origins, Skips, StepOrigins, StepResult
+from xtuner.engine.step.result import Origins, Skips, StepOrigins, StepResult
+from xtuner.engine.step.statistics import MetricMeans, sum_statistics
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
 from xtuner.objectives.base import errors_named

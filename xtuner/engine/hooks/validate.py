@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.dataset.packing.collate import collate
-from xtuner.engine.statistics import sum_statistics
+from xtuner.engine.step.statistics import sum_statistics
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line
 from xtuner.utils.progress import Progress

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from xtuner.engine.step_checks import check_gradients
+from xtuner.engine.step.checks import check_gradients
 from xtuner.errors import TrainingError
 
 

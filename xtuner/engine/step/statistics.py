@@ -10,7 +10,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor
 
 from xtuner.engine.distributed.base import Strategy
-from xtuner.engine.step_result import RESERVED
+from xtuner.engine.step.result import RESERVED
 from xtuner.errors import TrainingError
 from xtuner.objectives.base import has_statistics
 

@@ -1,0 +1,1 @@
+"""One optimizer step: its checks, its result, and what names the conversations in it."""
