@@ -66,7 +66,7 @@ def test_a_run_with_ones_own_objective_resumes_exactly(
     assert 'cannot resume exactly, `objective' in capsys.readouterr().err.splitlines()[-1]
     file.write_text(LOSS + '# edited\n', encoding='utf-8')
     assert train('run', option) == 1
-    assert "the contents of the objective's file are not the same" in capsys.readouterr().err.splitlines()[-1]
+    assert "the contents of the objective's file differ" in capsys.readouterr().err.splitlines()[-1]
     assert train('run', option, words=('--resume', '--allow-changes')) == 0
 
 

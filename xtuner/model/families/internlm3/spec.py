@@ -12,11 +12,11 @@ def llama_fields(config: Any) -> dict[str, Any]:
     """No field differs.
 
     Raises:
-        ModelError: biases on q, k and v but not on o, or the other way round, for which Llama has no form.
+        ModelError: biases on q, k and v but not on o, or the other way round, which Llama does not support.
     """
     if config.bias != config.qkv_bias:
         raise ModelError('its projections q, k and v have biases and o has none, or the other way round '
-                         '(`qkv_bias`, `bias`), for which Llama has no form')  # fmt: skip
+                         '(`qkv_bias`, `bias`), which Llama does not support')  # fmt: skip
     return {}
 
 
