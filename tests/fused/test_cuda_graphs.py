@@ -7,11 +7,11 @@ from xtuner.fused.enable import enable_fused_training
 
 def test_recorded_graphs_look_at_every_tensor_that_they_read(model, batch):
     from xtuner.fused.cuda_graphs import signature
-    from xtuner.fused.enable import _fast_decoder
+    from xtuner.fused.enable import _fused_decoder
 
     enable_fused_training(model)
     runs = []
-    _fast_decoder(model)._through_layers = lambda x, these, parameters: runs.append(these) or x
+    _fused_decoder(model)._run_layers = lambda x, these, parameters: runs.append(these) or x
     decoder = model.get_base_model().model
     decoder(input_ids=batch['input_ids'], position_ids=batch['position_ids'])
     before = signature(runs[0])

@@ -1,4 +1,4 @@
-"""Activations that are kept on the host."""
+"""Activations that are offloaded to the host."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from xtuner.fused.offload import HostOffload
 from xtuner.kernels.dispatch import PLAIN
 
 
-class _Shelf:
-    """Stands in for the host store: keeps tensors as they are, hands copies back."""
+class _FakeOffload:
+    """Stands in for `HostOffload`: keeps copies on the device."""
 
     def __init__(self, depth):
-        self.depth, self.kept, self.taken = depth, [], 0
+        self.depth, self.pinned, self.num_reloads = depth, [], 0
 
     select = HostOffload.select
 
     def offload(self, tensors):
-        self.kept.append([t.clone() for t in tensors])
-        return len(self.kept) - 1
+        self.pinned.append([t.clone() for t in tensors])
+        return len(self.pinned) - 1
 
-    def reload(self, place):
-        self.taken += 1
-        return self.kept[place]
+    def reload(self, index):
+        self.num_reloads += 1
+        return self.pinned[index]
 
     def prefetch(self):
         pass
@@ -34,16 +34,17 @@ class _Shelf:
 @pytest.mark.parametrize('depth', [1, 2, 3])
 @pytest.mark.parametrize('folded', [False, True])
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
-def test_what_checkpoints_keep_on_the_host_changes_nothing(batch, depth, folded, dropout):
+def test_offloading_to_the_host_changes_nothing(batch, depth, folded, dropout):
     model = with_adapter(quantise(tiny_llama(layers=4)), dropout=dropout)
     force(model, PLAIN, fused_lora=folded)
     torch.manual_seed(2)
     _, expected = step(model, batch)
     decoder = model.get_base_model().model
     decoder.gradient_checkpointing_enable({'use_reentrant': False})
-    shelf = _Shelf(depth)
-    decoder.forward.fast._store = lambda *_: shelf
+    offload = _FakeOffload(depth)
+    decoder.forward.fused.memory.host_offload = lambda *_: offload
     torch.manual_seed(2)
     _, grads = step(model, batch)
-    assert shelf.taken == 3 and {len(kept) for kept in shelf.kept} == ({2, 3} if depth == 3 else {depth})
+    assert offload.num_reloads == 3
+    assert {len(tensors) for tensors in offload.pinned} == ({2, 3} if depth == 3 else {depth})
     assert error(grads, expected) < 1e-5

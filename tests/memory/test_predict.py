@@ -66,11 +66,11 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
     if setup.checkpointing:
         base.gradient_checkpointing_enable({'use_reentrant': False})
     if setup.fast:
-        assert enable_fused_training(model).taken
-        fast: FusedDecoder = base.get_decoder().forward.fast
-        fast.kernels, fast.fused_lora = hollow(), True  # as on CUDA
-        for group in (group for layer in fast.layers for group in layer.groups):
-            group.kept = None
+        assert enable_fused_training(model).enabled
+        fused: FusedDecoder = base.get_decoder().forward.fused
+        fused.kernels, fused.fused_lora = hollow(), True  # as on CUDA
+        for group in (group for layer in fused.layers for group in layer.groups):
+            group.cached = None
     monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
     ids = torch.randint(3, 500, (1, TOKENS))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:

@@ -25,5 +25,5 @@ def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch
 def test_constants_are_those_of_the_kernels() -> None:
     model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
     decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
-    assert terms_kernels._INPUT_BUFFERS == cuda_graphs._AHEAD
-    assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
+    assert terms_kernels._INPUT_BUFFERS == cuda_graphs._RING_SIZE
+    assert decoder.memory.offload_from_bytes == terms_kernels._OFFLOAD_FROM

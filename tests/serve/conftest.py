@@ -83,14 +83,14 @@ class Running:
     def wait_until_idle(self, seconds: float = 10) -> None:
         """Until no answer holds a row or waits for one."""
         until = time.monotonic() + seconds
-        while self.service.batcher.num_running or self.service.batcher.num_waiting:
+        while self.service.scheduler.num_running or self.service.scheduler.num_waiting:
             assert time.monotonic() < until, 'rows are still held'
             time.sleep(0.01)
 
 
 @contextmanager
 def serving(
-    loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
+    loaded: Any, *, num_slots: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
 ) -> Iterator[Running]:
     """Serves in a thread of this process; `options` are of Limits, Service or Guard."""
     import uvicorn
@@ -102,7 +102,7 @@ def serving(
     from xtuner.serve.server import listen, make_server
 
     limits = {k: options.pop(k) for k in ('body_bytes', 'body_s', 'waiting') if k in options}
-    decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_rows=num_rows, max_length=max_length)
+    decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_slots=num_slots, max_length=max_length)
     sampling = options.pop('sampling', Sampling(64, 0.0, 1.0, None))
     guard = Guard(**{'api_key': '', 'hosts': LOOPBACK} | options)
     service = Service(loaded, decoder, limits=Limits(max_length, **limits), sampling=sampling, guard=guard)
@@ -146,4 +146,4 @@ def endless(loaded: Any) -> Any:
             logits[:, list(loaded.served[0].stop_ids)] = float('-inf')
             return logits
 
-    return Endless(loaded.model, num_rows=3, max_length=2048)
+    return Endless(loaded.model, num_slots=3, max_length=2048)

@@ -100,9 +100,9 @@ def test_a_full_queue_says_so_and_when_to_come_again(loaded: Any, endless: Any) 
         for thread in waiting:
             thread.start()
         until = time.monotonic() + 5
-        while running.service.batcher.num_waiting < 2 and time.monotonic() < until:
+        while running.service.scheduler.num_waiting < 2 and time.monotonic() < until:
             time.sleep(0.01)
-        with pytest.raises(openai.RateLimitError, match='2 answers wait already and at most 2 may') as full:
+        with pytest.raises(openai.RateLimitError, match='2 answers are waiting, the maximum is 2') as full:
             client.chat.completions.create(**chat(running))
         assert full.value.response.headers['Retry-After'] == '1'
         two = {'model': running.base, 'prompt': ['a', 'b']}

@@ -30,7 +30,7 @@ def chat(running: Running, text: str = 'Hi', **options: Any) -> Any:
 
 def test_a_dead_thread_is_told_and_nobody_waits_for_it(loaded: Any) -> None:
     with serving(loaded) as running:
-        running.service.batcher.stop()
+        running.service.scheduler.stop()
         status, body = health(running)
         assert (status, body['status']) == (503, 'failing') and 'ended' in body['error']
         with pytest.raises(openai.InternalServerError, match='restarted'):
