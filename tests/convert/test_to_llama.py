@@ -78,7 +78,7 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 
 def test_biases_that_llama_has_no_form_for(tmp_path: Path) -> None:
     folder = write_tokenizer(write_model(tmp_path / 'model', 'v3-mixed'))
-    with pytest.raises(ModelError, match='Llama does not support'):
+    with pytest.raises(ModelError, match='Llama architecture does not support'):
         to_llama(str(folder), tmp_path / 'llama')
 
 
