@@ -161,6 +161,7 @@ def test_it_follows_the_version_of_an_installed_package(hash_of, monkeypatch) ->
     assert hash_of(files) != found
 
 
+@pytest.mark.torch
 def test_what_refers_to_itself_ends() -> None:
     endless: list = []
     endless.append(endless)
