@@ -9,7 +9,7 @@ ARGS   ?=
 WORKERS ?= auto
 BIN    := $(VENV)/bin
 
-.PHONY: help demo demo-real test check style clean
+.PHONY: help demo demo-real unit test check style clean
 
 help:           ## list the verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,7 +20,10 @@ demo: $(VENV)/.demo    ## train a tiny InternLM, fine-tune it in 4 bits, merge i
 demo-real: $(VENV)/.demo    ## fine-tune and merge a real model of 135 M parameters in 4 bits (downloads 93 MB; CPU, minutes)
 	$(BIN)/python demo/real.py
 
-test: $(VENV)/.test    ## run the tests in their own environment
+unit: $(VENV)/.test    ## run the tests that import neither torch nor transformers (less than a minute)
+	$(BIN)/python -m pytest --unit -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+test: $(VENV)/.test    ## run all tests but the slow ones and those that need real files or a GPU (docs/testing.md)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test   ## lint, formatting, types

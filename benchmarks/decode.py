@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.qlora_model import add_adapter, build_base
 from xtuner.inference.decode import decoder as decoding
 from xtuner.inference.decode.decoder import find_decoder, release
-from xtuner.inference.generate import Sampling, generate, generate_plainly
+from xtuner.inference.generate import Sampling, generate, generate_with_transformers
 
 ON_GPU = torch.cuda.is_available()
 STOP = 4  # no model here says it
@@ -109,7 +109,7 @@ def measure(name: str, model: Any, num_tokens: int, long: int, rounds: int) -> d
     short = prompt_of(20, words)
     found: dict[str, Any] = {'model': name, 'device': torch.cuda.get_device_name() if ON_GPU else 'cpu'}
     answers = {}
-    for label, how in (('plain', generate_plainly), ('ours', generate)):
+    for label, how in (('plain', generate_with_transformers), ('ours', generate)):
         timed(how, model, short, 8)
         rates, first = [], []
         for _ in range(rounds):
@@ -136,7 +136,7 @@ def measure(name: str, model: Any, num_tokens: int, long: int, rounds: int) -> d
 def without_floats(model: Any, prompt: list[int], rounds: int) -> float:
     """Seconds to the first token where no weights may stay as floats: on a small card, or a first prompt."""
     release(model)
-    with patch.object(decoding, '_KEPT_SHARE', 0.0):
+    with patch.object(decoding, '_CACHE_FRACTION', 0.0):
         times = []
         for _ in range(rounds + 1):
             times.append(timed(generate, model, prompt, 1)[0])

@@ -5,7 +5,7 @@
 Random weights straight onto the GPU, random tokens of which four in five are trained, the training loss as the engine
 computes it. Compared is `torch.cuda.max_memory_allocated`. `reserved` is the most that torch took of the card, which
 grows with what is free where layers' inputs go to the host; beside it the prediction with graphs and fragments. A row
-is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fast path.
+is batch x length / checkpointing, and what differs from NF4, rank 64, no dropout, paged AdamW, the fused path.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.qlora_model import SHAPE, add_adapter, build_base, set_dropout
-from xtuner.fused.cuda_graphs import MOST_TOKENS
-from xtuner.fused.enable import enable_fused_training, wait_once_a_step
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
+from xtuner.fused.enable import enable_fused_training, sync_once_per_step
 from xtuner.memory.dims import model_dims
 from xtuner.memory.predict import Setup, predict_memory
 from xtuner.objectives.sft import SupervisedFinetune
@@ -55,7 +55,7 @@ class Row:
         parts += [f'dropout {self.dropout}'] if self.dropout else []
         parts += [f'rank {self.rank}'] if self.rank != 64 else []
         parts += ['bf16 base'] if self.bits is None else []
-        parts += [] if self.fast else ['stock path']
+        parts += [] if self.fast else ['own forward pass']
         parts += [] if self.paged else ['torch AdamW']
         parts += ['one micro-batch'] if self.accumulated == 1 else []
         return ' / '.join(parts)
@@ -110,13 +110,13 @@ def measure(model: Any, row: Row) -> dict[str, float]:
     loss_of = SupervisedFinetune(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = (bnb.optim.PagedAdamW32bit if row.paged else torch.optim.AdamW)(trained, lr=1e-4)
-    wait_once_a_step(optimizer)
+    sync_once_per_step(optimizer)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # of the rows before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     begin = torch.cuda.memory_allocated()
-    for _ in range(3 if row.batch * row.length <= MOST_TOKENS else 2):  # graphs are recorded at the fourth batch
+    for _ in range(3 if row.batch * row.length <= MAX_GRAPH_TOKENS else 2):  # graphs are recorded at the fourth batch
         for _ in range(row.accumulated):
             ids = torch.randint(3, 100_000, (row.batch, row.length), device='cuda')
             labels = torch.where(torch.rand(ids.shape, device='cuda') < TARGET_SHARE, ids, -100)

@@ -1,4 +1,4 @@
-"""Do the fast path, and FP8, train like the stock path? Loss curves on real text, several seeds, one GPU.
+"""Do the fused path and FP8 train like the model's own forward pass? Loss curves on real text, several seeds, one GPU.
 
     python benchmarks/loss_curves.py --tokenizer FOLDER --texts gsm8k_train.jsonl [--steps 200] [--seeds 3]
 

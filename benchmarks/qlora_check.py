@@ -1,9 +1,9 @@
-"""Checks the fast path on a GPU at the 7B's widths, and times its kernels one by one.
+"""Checks the fused path on a GPU at the 7B's widths, and times its kernels one by one.
 
     python benchmarks/qlora_check.py            gradients of a two-layer slice against float32, then the kernels' times
 
-Gradients: the same 4-bit weights, turned into float32 and run through the stock path, are the reference; the stock bf16
-path's own error stands beside ours.
+Gradients: the reference is the model's own forward pass with the same 4-bit weights, dequantized to float32; the
+error of its own forward pass in bf16 is printed next to ours.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check() -> None:
     decoder: Any = model.get_base_model().model
     results = []
     for kernels, folded in ((PLAIN, False), (fused_kernels(), True)):
-        decoder.forward.fast = FusedDecoder(decoder, kernels, fused_lora=folded)
+        decoder.forward.fused = FusedDecoder(decoder, kernels, fused_lora=folded)
         torch.manual_seed(3)
         results.append(gradients(model, ids, dense)[1])
     print('dropout 0.1, Triton against plain (same masks):', errors(results[1], results[0]), flush=True)
@@ -108,12 +108,12 @@ def check_repeats(model: Any, ids: Any, positions: Any) -> None:
     for name, checkpointing, room in (('kept', False, None), ('again', True, None), ('by memory', False, 0)):
         set_checkpointing(model, checkpointing)
         enable_fused_training(model, recompute_by_memory=room is not None)
-        fast = model.get_base_model().model.forward.fast
-        fast.room = room
+        fused = model.get_base_model().model.forward.fused
+        fused.memory.budget = room
         for _ in range(7):  # graphs from the fifth on
             torch.manual_seed(3)
             results.append(gradients(model, ids, positions, fused_loss=True)[1])
-        print(f'dropout 0.1, {name}: graphs {fast._graphs is not None}, against the third batch:',
+        print(f'dropout 0.1, {name}: graphs {fused.graphs.graphs is not None}, against the third batch:',
               [errors(r, results[2]) for r in results[-7:]], flush=True)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Times a 4-bit training step on a CPU, stock path and fast path, at three sizes of model.
+"""Times a 4-bit training step on a CPU, with the model's own forward pass and the fused path, at three sizes of model.
 
     python benchmarks/qlora_cpu.py [--models demo,tiny,slice] [--tokens 16,128,512] [--dtype fp32] [--processor-time]
 

@@ -127,7 +127,7 @@ def set_up(impl: str, model: Any, args: argparse.Namespace, row: Row) -> None:
         from xtuner.fused.enable import enable_fused_training
 
         print(enable_fused_training(model, recompute_by_memory=row.checkpointing == 'auto', fp8=row.fp8), flush=True)
-        model.get_base_model().get_decoder().forward.fast.graphs_allowed = not args.no_graphs
+        model.get_base_model().get_decoder().forward.fused.graphs.enabled = not args.no_graphs
 
 
 def loss_of(impl: str, model: Any, ids: Any, positions: Any) -> Any:
@@ -161,9 +161,9 @@ def run(impl: str, args: argparse.Namespace) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW32bit(trainable, lr=2e-4)
     if impl == 'ours':
-        from xtuner.fused.enable import wait_once_a_step
+        from xtuner.fused.enable import sync_once_per_step
 
-        wait_once_a_step(optimizer)
+        sync_once_per_step(optimizer)
 
     issue = [0.0]
 

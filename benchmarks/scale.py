@@ -108,11 +108,11 @@ def batch_of(rows: int, length: int, samples: int, rank: int, tiny: bool) -> dic
 def prepared(strategy: Any, model: Any) -> Any:
     from bitsandbytes.optim import PagedAdamW32bit
 
-    from xtuner.fused.enable import wait_once_a_step
+    from xtuner.fused.enable import sync_once_per_step
 
     def make_optimizer(parameters: Any) -> Any:
         optimizer = PagedAdamW32bit(parameters, lr=0.0)  # so that losses compare
-        wait_once_a_step(optimizer)
+        sync_once_per_step(optimizer)
         return optimizer
 
     return strategy.prepare(model, make_optimizer)

@@ -155,7 +155,7 @@ def decoding_rates(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     from xtuner.inference.batching import BatchDecoder
 
-    decoder = BatchDecoder(model, num_rows=args.streams, max_length=1024)
+    decoder = BatchDecoder(model, num_slots=args.streams, max_length=1024)
     found = medians(lambda num: streams_alone(decoder, num, args.tokens), args.streams, args.rounds)
     if decoder._graphs is not None:
         found['gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -167,19 +167,19 @@ def decoding_rates(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def recorded_differs(decoder: Any) -> float:
     """The largest difference of a recorded step's logits from the step's own, over the largest logit."""
-    lengths = list(range(20, 20 + decoder.num_rows))
-    decoder.prefill([[7 * n % 2000 + 5 for n in range(length)] for length in lengths], row=0)
-    ids = [11 * n + 5 for n in range(decoder.num_rows)]
-    recorded = decoder.step(ids, lengths, row=0, alone=True).clone()
-    own = decoder.step(ids, lengths, row=0)
+    lengths = list(range(20, 20 + decoder.num_slots))
+    decoder.prefill([[7 * n % 2000 + 5 for n in range(length)] for length in lengths], slot=0)
+    ids = [11 * n + 5 for n in range(decoder.num_slots)]
+    recorded = decoder.step(ids, lengths, slot=0, exclusive=True).clone()
+    own = decoder.step(ids, lengths, slot=0)
     return round(float((recorded - own).abs().amax() / own.abs().amax()), 5)
 
 
 def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
     """Tokens a second of some answers that begin together, from the thread that draws them."""
-    from xtuner.inference.answer import Answer, Events
     from xtuner.inference.detokenizer import IncrementalDetokenizer
     from xtuner.inference.generate import Sampling
+    from xtuner.inference.request import Events, GenerationRequest
     from xtuner.inference.scheduler import Scheduler
 
     finished = threading.Semaphore(0)
@@ -193,17 +193,18 @@ def streams_alone(decoder: Any, num: int, num_tokens: int) -> float:
         def decode(self, ids: Any, **_: Any) -> str:
             return ' '.join(map(str, ids))
 
-    batcher = Scheduler(decoder, adapters=[None], use=lambda _: None, deliver=deliver, most_waiting=num)
-    answers = [Answer(None, [random.Random(n).randrange(5, 2000) for _ in range(32)], Sampling(num_tokens, 0.0),
-                      frozenset(), IncrementalDetokenizer(Numbers()), n) for n in range(num)]  # fmt: skip
-    batcher.start()
+    scheduler = Scheduler(decoder, adapters=[None], use=lambda _: None, deliver=deliver, max_waiting=num)
+    prompts = [[random.Random(n).randrange(5, 2000) for _ in range(32)] for n in range(num)]
+    answers = [GenerationRequest(None, prompt, Sampling(num_tokens, 0.0), frozenset(),
+                                 IncrementalDetokenizer(Numbers()), n) for n, prompt in enumerate(prompts)]  # fmt: skip
+    scheduler.start()
     began = time.perf_counter()
-    batcher.submit(answers)
+    scheduler.submit(answers)
     for _ in range(num):
         finished.acquire()
     seconds = time.perf_counter() - began
-    batcher.stop()
-    assert batcher.num_failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
+    scheduler.stop()
+    assert scheduler.num_failures == 0 and all(answer.num_tokens == num_tokens for answer in answers)
     return num * num_tokens / seconds
 
 

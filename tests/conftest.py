@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,42 @@ if not Path('/dev/nvidiactl').exists():
 
 ROOT = Path(__file__).parent.parent
 SLOW_TIMEOUT_S = 3600
+HEAVY = {'torch', 'transformers'}
 SHARED_DATA = ('internlm-7b-tokenizer', 'gsm8k_train.jsonl', 'gsm8k_test.jsonl', 'oasst_en_100_trees.jsonl')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--unit`: the tests that are marked unit, in a process into which torch and transformers do not come."""
+    parser.addoption('--unit', action='store_true', help='only tests marked unit; importing torch fails them')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--unit` an import of torch or transformers raises where it stands."""
+    if config.getoption('--unit'):
+        config.option.markexpr = f'unit and not torch and ({config.option.markexpr})'
+        sys.addaudithook(_refuse_heavy_import)
+
+
+def _refuse_heavy_import(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == 'import' and arguments[0].partition('.')[0] in HEAVY:
+        raise HeavyImport(f'a unit test imports {arguments[0]}: mark it otherwise, or import it later')
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--unit` files without a unit test are not even imported, nor the conftest.py of a folder without one."""
+    is_folder = collection_path.is_dir()
+    if not config.getoption('--unit') or (is_folder and config.rootpath not in collection_path.parents):
+        return None
+    files = collection_path.rglob('test_*.py') if is_folder else [collection_path]
+    return not any(f.suffix == '.py' and 'pytest.mark.unit' in f.read_text(encoding='utf-8') for f in files)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With `--unit`, finds imports that were caught, or went another way."""
+    found = sorted(HEAVY & set(sys.modules))
+    if session.config.getoption('--unit') and found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        sys.__stderr__.write(f'\nunit tests imported {", ".join(found)}\n')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker('slow') and not item.get_closest_marker('timeout'):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+class HeavyImport(BaseException):
+    """A unit test imports torch or transformers; no `except Exception` hides it."""
 
 
 @pytest.fixture(scope='session')
@@ -108,6 +148,16 @@ def real_vocabulary_internlm(tmp_path_factory: pytest.TempPathFactory, shared_da
     folder = tmp_path_factory.mktemp('internlm-real')
     shutil.copyfile(shared_data / 'internlm-7b-tokenizer' / 'tokenizer.model', folder / 'tokenizer.model')
     return write_internlm(folder, vocab_size=103168)
+
+
+@pytest.fixture(scope='session')
+def folder_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternLM-7B as far as an estimate needs it: one file of settings."""
+    from benchmarks.internlm_7b import SHAPE
+
+    folder = tmp_path_factory.mktemp('internlm-7b')
+    (folder / 'config.json').write_text(json.dumps(SHAPE), encoding='utf-8')
+    return folder
 
 
 @pytest.fixture

@@ -12,9 +12,12 @@ import pytest
 from xtuner import registry
 from xtuner.aliases import _WERE_MODULES, MOVED, NAMES
 
+pytestmark = pytest.mark.unit
+
 EVERYWHERE = [name for name in MOVED if not name.startswith('xtuner.model.kernels.fused')]  # those need Triton
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('name', EVERYWHERE)
 def test_an_earlier_name_is_the_same_module(name: str) -> None:
     module = importlib.import_module(name)
@@ -26,12 +29,14 @@ def test_an_earlier_name_is_the_same_module(name: str) -> None:
             assert importlib.import_module(f'{name}.{info.name}') is submodule
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(('package', 'name'), [(package, name) for package in NAMES for name in NAMES[package]])
 def test_names_of_classical_configs(package: str, name: str) -> None:
     found = getattr(importlib.import_module(package), name)
     assert found is getattr(importlib.import_module(NAMES[package][name]), name)
 
 
+@pytest.mark.torch
 def test_packages_that_were_modules_still_have_their_names() -> None:
     assert registry.resolve('xtuner.dataset.sources:open_sources').__module__ == 'xtuner.dataset.sources.source'
     assert registry.resolve('xtuner.model.weights:open_weights').__module__ == 'xtuner.model.weights.reader'

@@ -10,6 +10,8 @@ import pytest
 
 import xtuner
 
+pytestmark = pytest.mark.unit
+
 PACKAGE = Path(xtuner.__file__).parent
 ORDER = ['aliases', 'errors', 'ranks', 'utils', 'registry', 'config', 'dataset', 'parallel', 'kernels', 'model']
 ORDER += ['adapters', 'fused', 'inference', 'memory', 'tracking', 'objectives', 'convert', 'engine']

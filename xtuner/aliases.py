@@ -128,7 +128,7 @@ model.tensor_files           model.weights.files
 model.text                   inference.detokenizer
 model.trained_base           adapters.trained_base
 processes                    utils.processes
-serve.answer                 inference.answer
+serve.answer                 inference.request
 serve.batcher                inference.scheduler
 serve.decoder                inference.decoder_interface
 serve.draw                   inference.sampling

@@ -52,15 +52,15 @@ def resolve(target: Any) -> Callable[..., Any]:
     if not isinstance(target, str):
         raise ConfigError(f'`type` must be a class, a function or text such as "peft:LoraConfig", got {shown(target)}')
     if ':' not in target:
-        found = registered(BUILDER, target)
-        if found is None and '.' in target:  # a config is trusted and may name code: 'torch.optim.AdamW'
-            found = _by_dotted_name(target)
-        if not callable(found):
+        builder = registered(BUILDER, target)
+        if builder is None and '.' in target:  # a config is trusted and may name code: 'torch.optim.AdamW'
+            builder = _by_dotted_name(target)
+        if not callable(builder):
             raise ConfigError(
                 f'no registered type {target!r}{nearest(target, BUILDER.module_dict)}; '
                 'a type that is not registered is written "module:name"'
             )
-        return found
+        return builder
     return imported(target, 'type')
 
 
@@ -84,16 +84,16 @@ def imported(target: str, what: str) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(':')
     try:
         module = _module_of(Path(module_name)) if module_name.endswith('.py') else importlib.import_module(module_name)
-        found = getattr(module, name)
+        value = getattr(module, name)
     except AttributeError as error:
         raise ConfigError(f'{what} {target!r} cannot be imported: module {module_name!r} has no {name!r}') from error
     except Exception as error:  # the user's module may raise anything
         raise ConfigError(f'{what} {target!r} cannot be imported: {type(error).__name__}: {error}; a module must be '
                           'importable from where the command runs (PYTHONPATH), or be next to the config; a file must '
                           'run by itself') from error  # fmt: skip
-    if not callable(found):
-        raise ConfigError(f'{what} {target!r} is a {type(found).__name__}, which is not callable')
-    return found
+    if not callable(value):
+        raise ConfigError(f'{what} {target!r} is a {type(value).__name__}, which is not callable')
+    return value
 
 
 def _module_of(file: Path) -> ModuleType:
@@ -127,7 +127,7 @@ def check_arguments(section: Mapping[str, Any], where: str, *, given: tuple[str,
         given: Names of leading arguments that the caller will add itself.
 
     Raises:
-        ConfigError: an unknown or a missing argument, with the nearest known name.
+        ConfigError: Unknown or missing argument; names the nearest one.
     """
     if not isinstance(section, Mapping) or 'type' not in section:
         raise ConfigError(f'`{where}` must be a dict with a `type`, got {shown(section)}')

@@ -6,16 +6,15 @@ import json
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sentencepiece as spm
-import torch
 
-from xtuner.chat.session import ChatSession
 from xtuner.dataset.templates.builtin import get_template
-from xtuner.inference.generate import Sampling
-from xtuner.model.loading import load_tokenizer
+
+if TYPE_CHECKING:  # unit tests share this file, and import no torch
+    from xtuner.inference.generate import Sampling
 
 SYMBOLS = ['<eoh>', '<eoa>', '<eot>', '<eoc>', '<eor>', '<eom>']
 
@@ -29,6 +28,8 @@ class Model:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        import torch
+
         self.dtype, self.device = torch.float32, torch.device('cpu')
         self.tokenizer = tokenizer
         self.script: list[Any] = []
@@ -37,6 +38,8 @@ class Model:
 
     def generate(self, model: Any, prompt_ids: Any, *, stop_ids: Any, sampling: Any, streamer: Any) -> list[int]:
         """In place of `xtuner.inference.generate.generate`."""
+        import torch
+
         self.prompts.append(self.tokenizer.decode(list(prompt_ids)))
         self.samplings.append(sampling)
         said = self.script.pop(0)
@@ -58,6 +61,8 @@ class Model:
 @pytest.fixture(scope='session')
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small InternLM tokenizer that has the end tokens of InternLM's and MOSS's templates."""
+    from xtuner.model.loading import load_tokenizer
+
     folder = tmp_path_factory.mktemp('chat-tokenizer')
     trained = BytesIO()
     texts = ['what is one and two?', 'Hello, how are you? I am well!', '<|User|>: <|Bot|>:', '你好 世界'] * 20
@@ -76,6 +81,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def scripted(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`scripted.session(max_length=…)`, `scripted.model.script`; answers come from the script."""
+    from xtuner.chat.session import ChatSession
+    from xtuner.inference.generate import Sampling
+
     model = Model(tokenizer)
     monkeypatch.setattr('xtuner.chat.session.generate', model.generate)
 

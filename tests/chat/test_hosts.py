@@ -6,6 +6,8 @@ import pytest
 
 from xtuner.chat.hosts import LOOPBACK, host_name, is_allowed_host
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(('header', 'name'), [
     ('localhost', 'localhost'), ('LocalHost:8501', 'localhost'), ('127.0.0.1:80', '127.0.0.1'), ('[::1]:80', '::1'),

@@ -11,6 +11,8 @@ import pytest
 
 from xtuner.chat.lines import line_editing, read_message
 
+pytestmark = pytest.mark.unit
+
 
 def read(*lines: str) -> str:
     waiting = list(lines)

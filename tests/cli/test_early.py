@@ -14,6 +14,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.unit
+
 # Runs a command line; an import of torch ends the process, so that nothing after it can pass for early.
 RUN = """
 import os, sys

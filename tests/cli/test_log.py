@@ -9,6 +9,8 @@ import pytest
 
 from xtuner.cli.log import start_logging
 
+pytestmark = pytest.mark.unit
+
 
 def test_a_line_that_comes_after_stderr_was_replaced_is_written_and_not_an_error(
     monkeypatch: pytest.MonkeyPatch,

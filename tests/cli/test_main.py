@@ -14,6 +14,8 @@ import pytest
 from xtuner import __version__
 from xtuner.cli.main import COMMANDS, main
 
+pytestmark = pytest.mark.unit
+
 if TYPE_CHECKING:
     from xtuner.config.schema import TrainConfig
 
@@ -86,6 +88,7 @@ def test_a_wrong_call_is_one_line(
     assert err.count('\n') <= 1
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ('words', 'resume'),
     [

@@ -11,6 +11,8 @@ from xtuner.cli.main import main
 from xtuner.cli.options import ALIASES, add_config_arguments, read_config
 from xtuner.errors import UsageError
 
+pytestmark = pytest.mark.unit
+
 NAME = 'internlm_7b_qlora_oasst1'
 
 

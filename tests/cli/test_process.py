@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unit
+
 # A library that passes over the interrupt while it is imported, as torch does with numpy's; then the command fails.
 CARELESS = """
 import os, signal

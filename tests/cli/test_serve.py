@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from xtuner.cli.main import main
-from xtuner.cli.serve import add_arguments, is_loopback, read_key
+from xtuner.cli.serve import add_arguments, read_key
 
 
 class Process:
@@ -148,11 +148,6 @@ def test_the_key_comes_from_the_environment_or_a_file(tmp_path: Path, monkeypatc
     assert read_key(None) == 'from-environment'
     (tmp_path / 'key').write_text('  from-file \nsecond line\n', encoding='utf-8')
     assert read_key(tmp_path / 'key') == 'from-file'
-
-
-def test_which_addresses_are_this_machine_alone() -> None:
-    assert [is_loopback(h) for h in ('localhost', '127.0.0.1', '127.0.0.2', '::1')] == [True] * 4
-    assert [is_loopback(h) for h in ('0.0.0.0', '::', '192.168.1.1', 'example.com', '')] == [False] * 5
 
 
 def test_a_word_of_warning_where_others_can_reach_it(

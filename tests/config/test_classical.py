@@ -14,6 +14,8 @@ from xtuner.cli.main import main
 from xtuner.config.load import load_config
 from xtuner.errors import ConfigError
 
+pytestmark = pytest.mark.unit
+
 FILES = Path(__file__).parent / 'classical'
 NAMES = [
     'xtuner.engine.runner:TrainLoop', 'xtuner.dataset.collate_fns:default_collate_fn', 'xtuner.utils:PROMPT_TEMPLATE',
@@ -38,6 +40,7 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('name', NAMES)
 def test_the_names_of_classical_configs_resolve(name: str) -> None:
     module, _, attribute = name.partition(':')
@@ -221,6 +224,7 @@ def run(folder: Path, text: str, model: Path, *options: str) -> Path:
     return folder / 'run' / 'checkpoint-00000001'
 
 
+@pytest.mark.torch
 def test_qlora_runs(tiny_internlm: Path, data: dict[str, Path], tmp_path: Path) -> None:
     text = config_text('internlm_qlora_oasst1').replace('timdettmers/openassistant-guanaco', str(data['oasst1']))
     text = text.replace('max_length = 2048', 'max_length = 64')
@@ -231,6 +235,7 @@ def test_qlora_runs(tiny_internlm: Path, data: dict[str, Path], tmp_path: Path) 
         'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'}  # fmt: skip
 
 
+@pytest.mark.torch
 def test_lora_runs_and_leaves_what_its_hook_was_to_write(
     tiny_internlm: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +248,7 @@ def test_lora_runs_and_leaves_what_its_hook_was_to_write(
     assert '1 could not be used' in said  # the one without an answer
 
 
+@pytest.mark.torch
 def test_all_weights_run(tiny_internlm: Path, data: dict[str, Path], tmp_path: Path) -> None:
     text = config_text('internlm_full_custom').replace('conversations.json', str(data['conversation']))
     folder = run(tmp_path, text, tiny_internlm)

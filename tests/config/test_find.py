@@ -12,6 +12,8 @@ from xtuner.config.flatten import flatten
 from xtuner.config.load import load_config
 from xtuner.errors import ConfigError
 
+pytestmark = pytest.mark.unit
+
 
 def test_a_classical_name_is_todays_with_its_epochs(tmp_path: Path) -> None:
     assert find_config('internlm_chat_7b_qlora_oasst1_e3').stem == 'internlm_chat_7b_qlora_oasst1'

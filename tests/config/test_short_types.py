@@ -12,15 +12,19 @@ from xtuner.config.short_types import SHORT_TYPES
 from xtuner.errors import ConfigError
 from xtuner.registry import resolve
 
+pytestmark = pytest.mark.unit
+
 NAME = 'internlm_7b_qlora_oasst1'
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('where', SHORT_TYPES)
 def test_every_short_name_is_a_class_of_its_package(where: str) -> None:
     for name, target in SHORT_TYPES[where].items():
         assert resolve(target).__name__ == name
 
 
+@pytest.mark.torch
 def test_all_of_torchs_optimizers_are_short_names() -> None:
     import torch
 

@@ -103,7 +103,7 @@ def test_a_weight_that_is_not_finite(tmp_path: Path, settings: str, value: float
 @pytest.mark.parametrize('settings', ['nf4', 'nf4, plain scales', 'fp4'])
 @pytest.mark.parametrize('shape', [(96, 80), (3, 80), (5, 7)])
 def test_blocks_that_cross_rows(shape: tuple[int, int], settings: str) -> None:
-    """As the fast path and the decoder read them; bitsandbytes' own layers on a CPU do not."""
+    """As the fused path and the decoder read them; bitsandbytes' own layers on a CPU do not."""
     import bitsandbytes as bnb
 
     torch.manual_seed(0)

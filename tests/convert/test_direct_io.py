@@ -12,6 +12,8 @@ import pytest
 from xtuner.convert import direct_io
 from xtuner.convert.direct_io import DirectIOWriter
 
+pytestmark = pytest.mark.unit
+
 SIZES = (5, 4096, 70_001, 9_000_000, 65_536, 4_194_304, 123, 200_000)  # of neighbouring parts, from byte 77 on
 
 
@@ -33,6 +35,7 @@ def write(path: Path) -> bytes:
     return whole
 
 
+@pytest.mark.torch
 def test_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = []
     put = DirectIOWriter._write_direct

@@ -1,15 +1,27 @@
-"""Small tokenizers whose ids can be looked at: byte-level and, like Llama's, with a space put before each text."""
+"""Small tokenizers whose ids can be looked at, and data prepared with one.
+
+They are byte-level or, like Llama's, put a space before each text.
+"""
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from xtuner.dataset.templates.builtin import TEMPLATES
+from xtuner.config.schema import DatasetConfig
+from xtuner.dataset.templates.builtin import TEMPLATES, get_template
+
+if TYPE_CHECKING:  # unit tests share this file, and import no transformers
+    from transformers import PreTrainedTokenizerFast
 
 _TEXTS = ['Hello there, how are you today?', 'I am fine, thank you. And you?', '<|User|>:What is 2+2?\n<|Bot|>:4\n',
           'USER: hi ASSISTANT: hello', '### Instruction:\n### Response:\n', 'the quick fox', '你好'] * 4  # fmt: skip
+
+
+RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}. ' * (n % 5 + 1)} for n in range(60)]
 
 
 def all_markers() -> list[str]:
@@ -27,7 +39,7 @@ def make_tokenizer(markers: list[str], *, bos: str | None = '<s>', eos: str = '<
     trainer = trainers.BpeTrainer(vocab_size=300 + len(special), special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     backend.train_from_iterator(_TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
+    return _fast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
 
 
 def make_spaced_tokenizer(markers: list[str], *, scheme: str = 'first') -> PreTrainedTokenizerFast:
@@ -43,7 +55,13 @@ def make_spaced_tokenizer(markers: list[str], *, scheme: str = 'first') -> PreTr
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in ('<unk>', '<s>', '</s>', *markers)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    return _fast(tokenizer_object=backend, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+
+
+def _fast(**options: object) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(**options)
 
 
 @pytest.fixture(scope='session')
@@ -56,3 +74,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def internlm_like() -> PreTrainedTokenizerFast:
     """Like InternLM's: `<eoh>` and `<eoa>` are tokens, `<|User|>` is text."""
     return make_tokenizer(['<eoh>', '<eoa>'])
+
+
+@pytest.fixture
+def prepare(tmp_path, internlm_like, capsys):
+    """Prepares records, in a fresh cache, and returns the data set; `prepare.folder` is where the files are."""
+    from xtuner.dataset.prepare import prepare_dataset
+
+    template = get_template('internlm_chat', internlm_like)
+
+    def run(records=RECORDS, *, part='train', **options):
+        if records is not None:
+            lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
+            (tmp_path / 'data.jsonl').write_bytes(b'\n'.join(lines))
+            options.setdefault('source', str(tmp_path / 'data.jsonl'))
+        options.setdefault('cache_dir', str(tmp_path / 'cache'))
+        run.config = DatasetConfig(**{'max_length': 128, **options})
+        return prepare_dataset(run.config, tokenizer=internlm_like, template=template, part=part)
+
+    run.folder, run.template, run.tokenizer = tmp_path, template, internlm_like
+    return run

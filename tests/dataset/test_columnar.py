@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.dataset.conftest import make_tokenizer
-from tests.dataset.test_map_fns import RECORDS
+from tests.dataset.map_fns.test_registration import RECORDS
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.encode.conversation_encoder import Encoder
 from xtuner.dataset.map_fns import formats

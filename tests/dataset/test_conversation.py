@@ -5,6 +5,8 @@ import pytest
 from xtuner.dataset.conversation import Conversation, Message, to_conversation
 from xtuner.errors import DataError
 
+pytestmark = pytest.mark.unit
+
 USER, ANSWER = {'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}
 
 

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.first_prompts import first_prompts
 from xtuner.dataset.templates.builtin import get_template
+
+pytestmark = pytest.mark.unit
 
 
 def prompts_of(tmp_path: Path, *records: Any, count: int = 2) -> list[list[tuple[str, str]]]:

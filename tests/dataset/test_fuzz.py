@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.dataset.test_map_fns import RECORDS
+from tests.dataset.map_fns.test_registration import RECORDS
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import MODEL_ROLES
 from xtuner.dataset.encode.conversation_encoder import Encoder

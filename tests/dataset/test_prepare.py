@@ -3,9 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import pickle
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,35 +11,14 @@ import torch
 
 import xtuner.dataset.mapping.map_records as mapping
 import xtuner.dataset.prepare as pipeline
-from xtuner.config.schema import DatasetConfig
+from tests.dataset.conftest import RECORDS
 from xtuner.dataset.cache.store import PreparedDataset
-from xtuner.dataset.check import check_dataset
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import Encoder, encode_conversation
 from xtuner.dataset.packing.pack import PACKINGS
-from xtuner.dataset.prepare import prepare_dataset, prepared_folder
+from xtuner.dataset.prepare import prepared_folder
 from xtuner.dataset.templates.builtin import get_template
 from xtuner.errors import ConfigError, DataError
-
-RECORDS = [{'question': 'Hi ' * (n % 7 + 1), 'answer': f'I am {n}. ' * (n % 5 + 1)} for n in range(60)]
-
-
-@pytest.fixture
-def prepare(tmp_path, internlm_like, capsys):
-    """Prepares records, in a fresh cache, and returns the data set; `prepare.folder` is where the files are."""
-    template = get_template('internlm_chat', internlm_like)
-
-    def run(records=RECORDS, *, part='train', **options):
-        if records is not None:
-            lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in records]
-            (tmp_path / 'data.jsonl').write_bytes(b'\n'.join(lines))
-            options.setdefault('source', str(tmp_path / 'data.jsonl'))
-        options.setdefault('cache_dir', str(tmp_path / 'cache'))
-        run.config = DatasetConfig(**{'max_length': 128, **options})
-        return prepare_dataset(run.config, tokenizer=internlm_like, template=template, part=part)
-
-    run.folder, run.template, run.tokenizer = tmp_path, template, internlm_like
-    return run
 
 
 @pytest.fixture
@@ -199,15 +176,6 @@ def test_a_long_question_leaves_nothing_to_train_and_is_dropped(prepare):
         prepare(records, on_long='error')
 
 
-def test_validation_is_apart_and_repeatable_and_equal_conversations_stay_together(prepare):
-    records = RECORDS * 2
-    train, val = prepare(records, val_ratio=0.2), prepare(records, val_ratio=0.2, part='val')
-    texts = [{tuple(d.sample(n).input_ids.tolist()) for n in d.sample_numbers.tolist()} for d in (train, val)]
-    assert len(texts[1]) == 12 and len(texts[0]) == 48 and not texts[0] & texts[1]
-    assert sorted([*train.sample_numbers, *val.sample_numbers]) == list(range(120))
-    assert prepare(part='val') is None
-
-
 def test_a_validation_file_is_prepared_like_the_training_file(prepare, log):
     (prepare.folder / 'val.jsonl').write_text(json.dumps(RECORDS[0]))
     options = {'val_file': str(prepare.folder / 'val.jsonl')}
@@ -224,48 +192,12 @@ def test_a_validation_file_is_prepared_like_the_training_file(prepare, log):
         prepare(val_ratio=0.999)
 
 
-def test_sources_are_joined_and_weighted(prepare):
-    (prepare.folder / 'b.jsonl').write_text('\n'.join(json.dumps({'input': f'{n}', 'output': 'b'}) for n in range(10)))
-    prepare()
-    a, b = str(prepare.folder / 'data.jsonl'), str(prepare.folder / 'b.jsonl')
-    assert len(prepare(None, source=[a, b]).sample_numbers) == 70
-    dataset = prepare(None, source=[{'path': a, 'weight': 0.5}, {'path': b, 'weight': 2.3, 'map_fn': 'default'}])
-    counts = np.bincount(dataset.sample_numbers, minlength=70)
-    assert counts[:60].sum() == 30 and set(counts[:60]) == {0, 1}
-    assert counts[60:].sum() == 23 and set(counts[60:]) == {2, 3}
-    assert dataset.summary.formats == {a: 'detected as gsm8k'}
-
-
-def test_a_data_set_goes_to_a_worker_as_its_path(prepare):
-    dataset = prepare()
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert len(pickle.dumps(dataset)) < 1000
-    assert all(torch.equal(copy[3][name], value) for name, value in dataset[3].items())
-
-
-def test_a_torn_folder_is_prepared_again(prepare):
-    dataset = prepare()
-    expected = dataset[0]['input_ids']
-    with (dataset.folder / 'ids.bin').open('r+b') as file:
-        file.truncate(100)
-    assert torch.equal(prepare()[0]['input_ids'], expected)
-
-
 def test_grouping_by_length_is_for_data_that_is_not_packed(prepare):
     assert len(prepare(packing='none', group_by_length=True)) == 60
     with pytest.raises(
         ConfigError, match=r"`dataset.group_by_length` needs `dataset.packing = 'none'`, got 'best_fit'"
     ):
         prepare(group_by_length=True)
-
-
-def test_checking_collects_every_fault(prepare):
-    prepare()
-    (prepare.folder / 'bad.jsonl').write_bytes(b'\n'.join([json.dumps(RECORDS[0]).encode(), *BAD]))
-    config = replace(prepare.config, source=str(prepare.folder / 'bad.jsonl'), on_long='error')
-    summary = check_dataset(config, tokenizer=prepare.tokenizer, template=prepare.template)
-    assert summary.counts['bad'] == len(BAD) and summary.kept == 1
-    assert [example.split('bad.jsonl:')[1].split(':')[0] for example in summary.examples['bad']] == list('234567')
 
 
 @pytest.mark.real
@@ -304,15 +236,6 @@ def test_where_training_data_is_not_prepared_as_a_whole_that_is_said(prepare, lo
     assert '`dataset.val_file` is not compared with the training data' in log.text
 
 
-def test_origins_are_found_without_reading_all(prepare, monkeypatch):
-    dataset = prepare()
-    found = [origin for index in range(len(dataset)) for origin in dataset.origins(index)]
-    assert sorted(found, key=lambda origin: int(origin.rsplit(':')[-1])) == [
-        f'{prepare.folder / "data.jsonl"}:{line}' for line in range(1, 61)
-    ]
-    assert dataset.origins(0) == sorted(dataset.origins(0), key=lambda origin: int(origin.rsplit(':')[-1]))
-
-
 def test_losses_are_counted_alike_in_every_run(prepare, monkeypatch, tmp_path):
     """Records that the map function refuses and conversations that cannot be encoded are found by two threads."""
     monkeypatch.setattr(pipeline, '_CHUNK_CONVERSATIONS', 7)
@@ -335,10 +258,3 @@ def test_losses_are_counted_alike_in_every_run(prepare, monkeypatch, tmp_path):
         assert summary.kept + summary.counts['bad'] == summary.records == len(records)
         found.append((summary.counts, summary.examples))
     assert found == found[:1] * 6
-
-
-@pytest.mark.parametrize('weight', [1e12, 1e300])
-def test_a_weight_that_no_machine_could_serve_is_refused_at_once(prepare, weight):
-    prepare()
-    with pytest.raises(DataError, match=r'the weights of `dataset.source` ask for .* lower them'):
-        prepare(None, source={'path': str(prepare.folder / 'data.jsonl'), 'weight': weight})

@@ -3,14 +3,17 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pytest
 
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import encode_conversation
 from xtuner.dataset.show import histogram, printable, show_sample
-from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.builtin import get_template
 
+pytestmark = pytest.mark.unit
 
+
+@pytest.mark.torch
 def test_trained_tokens_stand_apart(internlm_like):
     conversation = to_conversation(
         {'conversation': [{'input': 'Hi', 'output': 'Yes'}, {'input': '你', 'output': 'No'}]}
@@ -23,6 +26,7 @@ def test_trained_tokens_stand_apart(internlm_like):
     assert '\x1b[32mYes<eoa>\x1b[0m' in colored
 
 
+@pytest.mark.torch
 def test_control_characters_are_shown_not_obeyed(internlm_like):
     assert printable('a\x1b[2J\r\x07\x7f\x9bm\n\tb 你') == 'a␛[2J␍␇␡\ufffdm\n\tb 你'
     conversation = to_conversation({'conversation': [{'input': 'Hi', 'output': 'a\x1b[2Jb'}]})
@@ -40,9 +44,3 @@ def test_histogram_counts_everything_once():
         assert count == np.sum((lengths >= low) & (lengths <= high)), line
     assert histogram(np.array([])) == ['no conversation']
     assert len(histogram(np.array([7]))) == 1 and len(histogram(np.array([1, 2, 9]), num_bins=2)) == 2
-
-
-def test_one_record_is_not_many():
-    assert Summary(1, 1, 1, 1200, 1).lines() == [
-        '1 record, 1 conversation, 1 kept (0 of them truncated), 0 dropped; 1,200 tokens, 1 of them trained'
-    ]

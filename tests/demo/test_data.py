@@ -12,6 +12,8 @@ import pytest
 
 from demo.demo import QUESTIONS, read_questions
 
+pytestmark = pytest.mark.unit
+
 DEMO = QUESTIONS.parent
 
 

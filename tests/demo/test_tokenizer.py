@@ -10,6 +10,8 @@ import sentencepiece as spm
 
 from demo.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.unit
+
 DATA = Path(__file__).parents[2] / 'demo' / 'base.jsonl'
 PUBLISHED_ELSEWHERE = {'input', 'model_prefix', 'vocab_size', 'input_format', 'num_threads', 'character_coverage',
                        'hard_vocab_limit', 'train_extremely_large_corpus'}  # fmt: skip

@@ -101,7 +101,7 @@ def on_disk(place: Place, disk: Path) -> None:
 def test_a_disk_too_small_is_known_before_the_run(place: Place, small_disk: Any, error: Any) -> None:
     on_disk(place, small_disk(12))
     assert place.train() == 1
-    assert 'MiB free, and 3 checkpoints need up to' in error()
+    assert 'MiB free, but 3 checkpoints need up to' in error()
     assert list(place.folder.iterdir()) == []
 
 
@@ -386,11 +386,11 @@ def test_a_loss_log_that_is_torn_is_mended(place: Place) -> None:
     place.goes_on()
 
 
-def test_a_resumed_run_computes_the_same_layers_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` decides by the memory that is free; on a GPU, a layer that is computed again has other last bits."""
-    room, auto = 'xtuner.fused.decoder.activation_budget_bytes', 'runtime.activation_checkpointing=auto'
+def test_a_resumed_run_recomputes_the_same_layers(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` decides by the free memory; on a GPU, recomputing a layer changes the last bits."""
+    budget, auto = 'xtuner.fused.recompute.activation_budget_bytes', 'runtime.activation_checkpointing=auto'
     with monkeypatch.context() as patch:
-        patch.setattr(room, lambda *_: 0)
+        patch.setattr(budget, lambda *_: 0)
         place.whole(auto)
         assert place.train(auto) == 0
     shutil.rmtree(place.folder / 'run' / 'checkpoint-00000005')

@@ -1,9 +1,9 @@
-"""A packed batch for the fused path."""
+"""A packed batch, and a 4-bit model with an adapter, for the fused path."""
 
 import pytest
 import torch
 
-from tests.tiny_models import DEVICE
+from tests.tiny_models import DEVICE, quantise, tiny_llama, with_adapter
 
 
 @pytest.fixture
@@ -15,3 +15,8 @@ def batch():
     labels[:, ::3] = -100
     labels[positions == 0] = -100
     return {k: v.to(DEVICE) for k, v in (('input_ids', ids), ('position_ids', positions), ('labels', labels))}
+
+
+@pytest.fixture
+def model():
+    return with_adapter(quantise(tiny_llama()))

@@ -1,4 +1,4 @@
-"""Which routine computes a pack, by the card's generation."""
+"""Which kernel computes a pack, by GPU generation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
 
 
 def packed(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, *, head_size: int = 16) -> bool:
-    """Whether FlashAttention would be called for a pack in half precision on a card of this capability."""
+    """Whether FlashAttention would be used for a half-precision pack on a GPU of this compute capability."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: capability)
     return attention._has_flash_attention(torch.device('cuda'), head_size)
 
@@ -34,11 +34,11 @@ def test_flash_attention_for_the_head_sizes_that_it_has(
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_a_pack_before_ampere_is_computed_sample_by_sample(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The routine of a T4, run on the CPU: only the choice asks for the card."""
+    """The kernel for a T4, run on the CPU: only the selection queries the GPU."""
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (7, 5))
     chosen = attention_for(POSITIONS, 1, 8, device=torch.device('cuda'), dtype=dtype, head_size=16)
     assert chosen.offsets is None and chosen.starts == [0, 3, 7, 8]
-    assert chosen.form is None  # CUDA graphs are not recorded: the samples' lengths differ from batch to batch
+    assert chosen.graph_key is None  # CUDA graphs are not recorded: the samples' lengths differ from batch to batch
     q = torch.randn(8, 4, 16, dtype=dtype)
     k, v = torch.randn(2, 8, 2, 16, dtype=dtype)
     out = chosen.forward(q, k, v, 0.25)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.fused.test_gradients import CHECKPOINTED, error, force, step, way
+from tests.fused.test_layer import CHECKPOINTED, error, force, step, way
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_internlm2, with_adapter
 from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels.dispatch import PLAIN
@@ -64,8 +64,8 @@ def test_dropout_masks_are_those_of_the_same_seed_in_float64(batch):
 def test_the_fused_path_is_taken_unasked(batch):
     model = with_adapter(quantise(tiny_internlm2()))
     path = enable_fused_training(model)
-    assert path.taken, path.reason_disabled
+    assert path.enabled, path.reason_disabled
     _, grads = step(model, batch)
     assert not path.fallbacks and all(grad.norm() > 0 for grad in grads.values())
-    if DEVICE == 'cpu':  # weights kept as floats: 5 projections in each of 2 layers
-        assert path.reason_disabled == '10 of its 4-bit weights kept as floats'
+    if DEVICE == 'cpu':  # weights cached as floats: 5 projections in each of 2 layers
+        assert path.reason_disabled == '10 of its 4-bit weights cached as floats'

@@ -1,4 +1,4 @@
-"""Text as it comes: each id once, no half characters, nothing of a stop word."""
+"""Incremental text: each id decoded once, no incomplete characters, nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(text: IncrementalDetokenizer, ids: list[int]) -> list[str]:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(3, 799), max_size=30))
 def test_the_pieces_are_the_whole(tokenizer: Any, ids: list[int]) -> None:
-    """Any ids, bytes that make no character among them; those at the end may be the first of one, and are left out."""
+    """Any ids, including invalid UTF-8; an incomplete character at the end is dropped."""
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip('\ufffd')
     assert ''.join(read(IncrementalDetokenizer(tokenizer), ids)) == whole
 

@@ -1,11 +1,14 @@
-"""Rows: whatever joins and leaves, neighbours stay together and what is in the store follows."""
+"""Slots: after any additions and removals, groups stay consecutive and the KV cache is moved along."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xtuner.inference.slots import SlotTable
+
+pytestmark = pytest.mark.unit
 
 ROWS, GROUPS = 6, 'abc'
 
@@ -29,25 +32,27 @@ def test_any_order_of_joining_and_leaving(steps: list[tuple[str, int]]) -> None:
             table.remove(*held.pop(choice % len(held)))
         else:
             item = object()
-            row = table.add(group, item)
-            assert store[row] not in [other for _, other in held] or store[row] is None or store.count(store[row]) > 1
-            store[row] = item
+            slot = table.add(group, item)
+            assert (
+                store[slot] not in [other for _, other in held] or store[slot] is None or store.count(store[slot]) > 1
+            )
+            store[slot] = item
             held.append((group, item))
         assert moves <= len(GROUPS)
         assert len(table) == len(held)
         assert {id(item) for _, item in table.items()} == {id(item) for _, item in held}
-        row = 0
+        slot = 0
         for name in GROUPS:
             first, items = table.group(name)
-            assert first == row
+            assert first == slot
             assert [store[first + n] for n in range(len(items))] == items
-            assert [table.row(name, item) for item in items] == list(range(first, first + len(items)))
-            row += len(items)
+            assert [table.slot(name, item) for item in items] == list(range(first, first + len(items)))
+            slot += len(items)
 
 
 @given(st.lists(st.tuples(st.sampled_from(GROUPS), st.integers(0, 99)), min_size=1, max_size=30), st.integers(0, 5))
 def test_a_move_that_raises_loses_no_answer(steps: list[tuple[str, int]], good_moves: int) -> None:
-    """Whoever ends the answers of the table then must find all of them."""
+    """All answers must still be in the table, so that they can be ended."""
     left = [good_moves]
 
     def move(source: int, target: int, item: object) -> None:

@@ -1,4 +1,4 @@
-"""Weights kept in a better form: the same values, as many as there is room for."""
+"""The weight cache: same values, and as many layers as fit into the budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_answers_stay_what_they_were(model: Any) -> None:
     before = model(ids).logits
     names = sorted(model.state_dict())
     done = cache_weights(model)
-    assert (done.num_layers, done.num_kept) == (14, 14)
+    assert (done.num_layers, done.num_cached) == (14, 14)
     assert done.num_bytes == 4 * 2 * (64 * 64 * 2 + 32 * 64 * 2 + 64 * 192 * 3)
     assert torch.equal(model(ids).logits, before)
     assert sorted(model.state_dict()) == names, 'what would be saved has changed'
@@ -38,7 +38,7 @@ def test_answers_stay_what_they_were(model: Any) -> None:
 
 def test_the_budget_is_kept(model: Any) -> None:
     one = 64 * 64 * 4
-    assert cache_weights(model, one - 1).num_kept == 0
+    assert cache_weights(model, one - 1).num_cached == 0
     assert cache_weights(model, one).num_bytes == one
     ids = torch.arange(3, 23, device=DEVICE).view(2, 10)
     assert model(ids).logits.isfinite().all()
@@ -62,18 +62,18 @@ def test_float_layers_on_a_cpu_are_laid_out(shape: tuple[int, int], adapted: boo
     before = model(ids).logits
     done = cache_weights(model)
     can = cpu_gemm.can_pack(torch.empty(256, 256))
-    assert done.num_kept == done.num_layers == (8 if can else 0)
+    assert done.num_cached == done.num_layers == (8 if can else 0)
     # Sums of 400 float32 products in another order.
     torch.testing.assert_close(model(ids).logits, before, atol=2e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
 def test_blocks_that_cross_rows_keep_their_values() -> None:
-    """Where bitsandbytes' own layers on a CPU take other values than those that were quantised."""
+    """bitsandbytes' own layers on a CPU use other values than the quantized ones."""
     torch.manual_seed(0)
     size = {'vocab_size': 64, 'hidden_size': 32, 'intermediate_size': 80}
     model: Any = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=1, num_attention_heads=2)).to(DEVICE)
     weight = model.model.layers[0].mlp.down_proj.weight.detach().cpu().clone()
-    assert cache_weights(quantise(model)).num_kept == 7
+    assert cache_weights(quantise(model)).num_cached == 7
     kept = model.model.layers[0].mlp.down_proj(torch.eye(80, device=DEVICE)).t().cpu()
     assert (kept - weight).abs().mean() < 0.1 * weight.abs().mean()

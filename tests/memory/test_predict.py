@@ -14,15 +14,13 @@ from torch import Tensor
 from benchmarks.internlm_7b import SHAPE
 from benchmarks.qlora_model import add_adapter, build_base
 from tests.memory.live import LiveBytes
-from xtuner.fused import cuda_graphs
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels import reference
 from xtuner.kernels.dispatch import PLAIN, Kernels
-from xtuner.memory import terms as terms_kernels
 from xtuner.memory.dims import model_dims
 from xtuner.memory.predict import Setup, phase_memory, predict_memory
-from xtuner.memory.terms import cast_weights, kept_activations, kept_by_layer
+from xtuner.memory.terms import cast_weights, kept_activations
 from xtuner.model.families.internlm.configuration import InternLMConfig
 from xtuner.objectives.sft import SupervisedFinetune
 
@@ -68,11 +66,11 @@ def measure(model: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[
     if setup.checkpointing:
         base.gradient_checkpointing_enable({'use_reentrant': False})
     if setup.fast:
-        assert enable_fused_training(model).taken
-        fast: FusedDecoder = base.get_decoder().forward.fast
-        fast.kernels, fast.fused_lora = hollow(), True  # as on CUDA
-        for group in (group for layer in fast.layers for group in layer.groups):
-            group.kept = None
+        assert enable_fused_training(model).enabled
+        fused: FusedDecoder = base.get_decoder().forward.fused
+        fused.kernels, fused.fused_lora = hollow(), True  # as on CUDA
+        for group in (group for layer in fused.layers for group in layer.groups):
+            group.cached = None
     monkeypatch.setattr('xtuner.fused.loss.kernels_for', lambda device: hollow())
     ids = torch.randint(3, 500, (1, TOKENS))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -105,23 +103,6 @@ def test_prediction_is_what_lives(
     assert max(sum(terms.values()) for terms in ordinary.values()) == pytest.approx(peak, rel=0.08)
 
 
-@pytest.mark.parametrize('fast', [True, False])
-def test_what_a_layer_keeps_is_exact(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {}
-    for layers in (1, 3):
-        model, setup = setup_of(fast=fast, layers=layers, checkpointing=False, dropout=0.0)
-        found[layers] = measure(model, setup, monkeypatch)[0]
-    a_layer = kept_by_layer(setup) + cast_weights(setup) / 3
-    assert (found[3] - found[1]) / 2 == pytest.approx(a_layer, rel=0.001)
-
-
-def test_constants_are_those_of_the_kernels() -> None:
-    model, _ = setup_of(fast=True, layers=1, checkpointing=True, dropout=0.0)
-    decoder = FusedDecoder(model.get_base_model().get_decoder(), PLAIN, fused_lora=False)
-    assert terms_kernels._INPUT_BUFFERS == cuda_graphs._AHEAD
-    assert decoder.offload_from_bytes == terms_kernels._OFFLOAD_FROM
-
-
 @pytest.mark.parametrize(
     ('batch', 'length', 'checkpointing', 'gib'),
     [(1, 2048, False, 10.8), (4, 2048, False, 28.4), (1, 2048, True, 5.58), (4, 2048, True, 6.7),
@@ -138,18 +119,3 @@ def test_7b_on_an_h200(batch: int, length: int, checkpointing: bool, gib: float)
         accumulated=False,
     )
     assert predict_memory(setup).allocated / 2**30 == pytest.approx(gib, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ('kind', 'expected'),
-    [('llama', (8, 0, 8, 0, 0, 0, 8)), ('internlm2', (8, 0, 0, 0, 0, 0, 8)), ('gpt_neox', (8,) * 7)],
-)
-def test_ranks_are_found_under_each_family_s_names(kind: str, expected: tuple[int, ...]) -> None:
-    from transformers import AutoConfig
-
-    targets = {'llama': ['q_proj', 'v_proj', 'down_proj'], 'internlm2': ['wqkv', 'w2'], 'gpt_neox': 'all-linear'}[kind]
-    config = AutoConfig.for_model(
-        kind, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    section = {'type': 'peft:LoraConfig', 'r': 8, 'target_modules': targets, 'task_type': 'CAUSAL_LM'}
-    assert model_dims(config, section).ranks == expected

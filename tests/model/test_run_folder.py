@@ -12,6 +12,8 @@ from xtuner.errors import CheckpointError, ModelError
 from xtuner.model.hub import resolve_model
 from xtuner.model.run_folder import resolve_checkpoint, work_folder
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

@@ -117,8 +117,8 @@ def test_what_is_wrong_is_named(section: Any, message: str, file: Path) -> None:
 @pytest.mark.parametrize(
     ('value', 'message'),
     [
-        ('sftt', "`objective` 'sftt' is not known; did you mean 'sft'"),
-        ('some.module.loss', 'is not known; known: sft; a function or class of your own is written "module:name"'),
+        ('sftt', "unknown `objective` 'sftt'; did you mean 'sft'"),
+        ('some.module.loss', '; available: sft; write your own function or class as "module:name"'),
         (3, '`objective` must be a dict or text, got 3'),
         (None, '`objective` must be a dict or text, got None'),
         ({'needs': []}, '`objective` needs a `type`'),
@@ -173,7 +173,7 @@ def test_every_field_can_be_needed() -> None:
             {'parallel.strategy': 'fsdp'},
             'comparison with the base on, strategy `fsdp` cannot be combined',
         ),
-        (Anchored, {'parallel.sequence_parallel_size': 2}, 'the pass of the base model is not spread over ranks'),
+        (Anchored, {'parallel.sequence_parallel_size': 2}, 'base model does not support sequence parallelism'),
         (Preference, {'parallel.strategy': 'fsdp'}, 'comparison with the base'),
     ],
 )
@@ -190,5 +190,5 @@ def test_sums_over_samples_need_whole_samples() -> None:
     class Sums(Objective):
         needs = ('log_prob', 'samples')
 
-    with pytest.raises(ConfigError, match='each rank has a part of a sample'):
+    with pytest.raises(ConfigError, match='each rank has only a part of a sample'):
         choose_strategy(load_config(NAME, {'parallel.sequence_parallel_size': 2}), 2, objective=Sums())

@@ -237,6 +237,6 @@ def test_the_shape_of_any_family_is_counted(kind: str) -> None:
 
 
 def test_bloom_is_refused_for_batches_in_a_line() -> None:
-    with pytest.raises(ModelError, match="a model of type 'bloom' cannot be decoded in batches") as caught:
-        BatchDecoder(make_model('bloom'), num_rows=2, max_length=32)
+    with pytest.raises(ModelError, match="batch decoding does not support models of type 'bloom'") as caught:
+        BatchDecoder(make_model('bloom'), num_slots=2, max_length=32)
     assert '\n' not in str(caught.value)

@@ -122,7 +122,7 @@ def _model(attention: str, dtype: torch.dtype) -> Any:
 
 
 def _adapted(llm: Any, dtype: torch.dtype) -> Any:
-    """The model frozen in half precision under LoRA with both factors other than 0: what the fast path takes."""
+    """The model frozen in half precision under LoRA with both factors other than 0: which the fused path supports."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(llm.to(dtype), LoraConfig(r=8, target_modules='all-linear', task_type='CAUSAL_LM'))
@@ -158,7 +158,7 @@ def _loss_and_gradient(model: Any, batches: list[dict[str, Tensor]], dtype: torc
 
 
 def check_model(attention: str, dtype: torch.dtype, *, fast: bool = False) -> Result:
-    """Loss and gradient of one pack beside those of its samples one by one, on the stock or on the fast path."""
+    """Loss and gradient of one pack and of its samples one by one, on the model's own or on the fused path."""
     from xtuner.dataset.packing.collate import collate
     from xtuner.fused.enable import enable_fused_training
     from xtuner.objectives.sft import SupervisedFinetune

@@ -31,7 +31,7 @@ def test_a_model_trains_a_pack_as_its_samples(attention: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize('dtype', HALF)
-def test_the_fast_path_trains_a_pack_as_its_samples(dtype: torch.dtype) -> None:
+def test_the_fused_path_trains_a_pack_as_its_samples(dtype: torch.dtype) -> None:
     checks.check_model('sdpa', dtype, fast=True)
 
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from xtuner.chat.hosts import LOOPBACK
-from xtuner.inference.generate import Sampling
+
+if TYPE_CHECKING:  # unit tests share this file, and import no torch
+    import torch
 
 TEMPLATE = 'internlm_chat'
 
@@ -25,6 +25,8 @@ TEMPLATE = 'internlm_chat'
 @pytest.fixture(scope='session')
 def base(tiny_internlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny InternLM that draws neither <unk> nor <s>: random weights would, and those spoil the text before them."""
+    from safetensors.torch import load_file, save_file
+
     folder = tmp_path_factory.mktemp('served') / 'tiny'
     shutil.copytree(tiny_internlm, folder)
     weights = load_file(folder / 'model.safetensors')
@@ -36,6 +38,7 @@ def base(tiny_internlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='session')
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two adapters that change what the base says: LoRA, and DoRA with a rank and targets of its own."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
     from xtuner.model.loading import load_model
@@ -80,25 +83,26 @@ class Running:
     def wait_until_idle(self, seconds: float = 10) -> None:
         """Until no answer holds a row or waits for one."""
         until = time.monotonic() + seconds
-        while self.service.batcher.num_running or self.service.batcher.num_waiting:
+        while self.service.scheduler.num_running or self.service.scheduler.num_waiting:
             assert time.monotonic() < until, 'rows are still held'
             time.sleep(0.01)
 
 
 @contextmanager
 def serving(
-    loaded: Any, *, num_rows: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
+    loaded: Any, *, num_slots: int = 4, max_length: int = 512, header_s: float = 10, **options: Any
 ) -> Iterator[Running]:
     """Serves in a thread of this process; `options` are of Limits, Service or Guard."""
     import uvicorn
 
     from xtuner.inference.batching import BatchDecoder
+    from xtuner.inference.generate import Sampling
     from xtuner.serve.app import Limits, Service
     from xtuner.serve.guard import Guard
     from xtuner.serve.server import listen, make_server
 
     limits = {k: options.pop(k) for k in ('body_bytes', 'body_s', 'waiting') if k in options}
-    decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_rows=num_rows, max_length=max_length)
+    decoder = options.pop('decoder', None) or BatchDecoder(loaded.model, num_slots=num_slots, max_length=max_length)
     sampling = options.pop('sampling', Sampling(64, 0.0, 1.0, None))
     guard = Guard(**{'api_key': '', 'hosts': LOOPBACK} | options)
     service = Service(loaded, decoder, limits=Limits(max_length, **limits), sampling=sampling, guard=guard)
@@ -142,4 +146,4 @@ def endless(loaded: Any) -> Any:
             logits[:, list(loaded.served[0].stop_ids)] = float('-inf')
             return logits
 
-    return Endless(loaded.model, num_rows=3, max_length=2048)
+    return Endless(loaded.model, num_slots=3, max_length=2048)

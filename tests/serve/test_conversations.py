@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.serve.conftest import Running
-from tests.serve.test_guards import chat, post
+from tests.serve.test_guard import chat, post
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import TEMPLATES, get_template

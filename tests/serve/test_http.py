@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.serve.conftest import Running
-from tests.serve.test_guards import JSON, chat, post
+from tests.serve.test_guard import JSON, chat, post
 
 HEAD = b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
 NEXT = b'GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n'

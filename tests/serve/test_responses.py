@@ -6,6 +6,8 @@ import pytest
 
 from xtuner.serve.responses import Choice, Pieces, ResponseBuilder, event
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize('usage', [False, True])
 @pytest.mark.parametrize('chat', [False, True])

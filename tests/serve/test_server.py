@@ -9,6 +9,8 @@ import pytest
 from xtuner.errors import UsageError
 from xtuner.serve.server import listen
 
+pytestmark = pytest.mark.unit
+
 
 def test_an_address_is_taken_once() -> None:
     port = 0

@@ -19,6 +19,8 @@ from xtuner.dataset.show import show_sample
 from xtuner.errors import DataError, UsageError
 from xtuner.utils.escape import printable
 
+pytestmark = pytest.mark.unit
+
 
 def test_nothing_obeyed_is_left_and_the_rest_is_as_it_was() -> None:
     assert obeyed(HOSTILE) and not obeyed(printable(HOSTILE))
@@ -45,6 +47,7 @@ def test_an_error_of_a_command(
     assert len(said.splitlines()) == 1 or debug
 
 
+@pytest.mark.torch
 def test_a_chat_template_that_raises_escapes(
     tiny_internlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +94,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.torch
 def test_answers_and_notes_of_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     from xtuner.chat import terminal
     from xtuner.chat.moss import Call

@@ -10,6 +10,8 @@ import pytest
 from xtuner.errors import ModelError
 from xtuner.utils.fields import Field, check_fields, fits, words
 
+pytestmark = pytest.mark.unit
+
 
 class Kind(str, enum.Enum):
     LORA = 'LORA'

@@ -11,6 +11,8 @@ from xtuner.errors import ModelError
 from xtuner.utils import files
 from xtuner.utils.files import expanded, read_object, write_atomically
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
     ('content', 'reason'),
@@ -21,8 +23,8 @@ from xtuner.utils.files import expanded, read_object, write_atomically
         (b'\xff{}', "can't decode byte"),
         (b'[' * 200_000, 'nested deeper than 64 levels'),
         (b'{"a": ' * 65 + b'1' + b'}' * 65, 'nested deeper than 64 levels'),
-        (b'{"x": 1, "x": 2}', "the key 'x' stands twice"),
-        (b'{"y": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+        (b'{"x": 1, "x": 2}', "the key 'x' occurs twice"),
+        (b'{"y": {"x": 1, "x": 2}}', "the key 'x' occurs twice"),
         (b'{"x": ' + b'9' * 5000 + b'}', 'limit'),
     ],
 )

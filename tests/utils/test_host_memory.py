@@ -11,6 +11,8 @@ import pytest
 from xtuner import ranks
 from xtuner.utils.host_memory import available_bytes, total_bytes
 
+pytestmark = pytest.mark.unit
+
 GIB = 2**30
 V2_MOUNT = '30 23 0:26 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate'
 V1_MOUNT = '35 31 0:32 {top} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory'
@@ -135,6 +137,7 @@ def test_this_machine_tells_a_plausible_number() -> None:
     assert available_bytes() <= 1.1 * psutil.virtual_memory().available
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(('name', 'value', 'count'), [('LOCAL_WORLD_SIZE', '8', 8), ('SLURM_NTASKS_PER_NODE', '4', 4),
                                                       ('LOCAL_WORLD_SIZE', 'x', 1)])  # fmt: skip
 def test_ranks_of_a_machine_share_it(name: str, value: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import pytest
 from xtuner.utils import processes
 from xtuner.utils.processes import has_ended, is_visible, this_process
 
+pytestmark = pytest.mark.unit
+
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 
 

@@ -15,7 +15,7 @@ from xtuner.chat.moss import Call, MossSession
 from xtuner.chat.plugins.base import Plugin
 from xtuner.chat.session import ChatSession
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.inference.generate import Sampling, warm
+from xtuner.inference.generate import Sampling, warm_up
 from xtuner.model.loading import load_tokenizer, resolve_model
 from xtuner.model.run_folder import resolve_checkpoint
 from xtuner.model.weights.reader import fingerprint, open_weights
@@ -54,7 +54,7 @@ class ChatModel:
         """Warms up on a GPU: loads kernels and records the CUDA graph of the decoding step."""
         if self.model.device.type == 'cuda':
             logger.info('warming up (the first start on a machine compiles kernels, which takes some seconds)')
-            warm(self.model, self.max_length)
+            warm_up(self.model, self.max_length)
 
     def _settings(self, system: str, sampling: Sampling) -> dict[str, Any]:
         return {'system': system, 'sampling': sampling, 'max_length': self.max_length}

@@ -13,7 +13,7 @@ from xtuner.dataset.conversation import Message
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import DataError, ModelError
-from xtuner.inference.detokenizer import TextStream, whole_characters
+from xtuner.inference.detokenizer import TextStream, strip_partial_character
 from xtuner.inference.generate import Sampling, generate
 from xtuner.utils.jsonl import to_line
 from xtuner.utils.out_of_memory import is_out_of_memory
@@ -132,7 +132,7 @@ class ChatSession:
                 raise
             raise ModelError(f'out of {device.type} memory during this answer; limit its length '
                              '(--max-new-tokens), or start a new conversation') from None  # fmt: skip
-        return whole_characters(self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False))
+        return strip_partial_character(self._tokenizer.decode(stream.ids, clean_up_tokenization_spaces=False))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         return [Message('system', self.system), *messages] if self.system else messages

@@ -110,7 +110,7 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
         help='compute dtype (default: half precision on a GPU, fp32 on a CPU)',
     )  # fmt: skip
     parser.add_argument(
-        '--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='(default: a GPU if there is one)'
+        '--device', default='auto', choices=('auto', 'cuda', 'cpu'), help='device (default: a GPU if there is one)'
     )
 
 

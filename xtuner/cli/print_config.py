@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.config.flatten import flatten
 
     config = read_config(args)
-    print(flatten(config, title=f'{find_config(args.config).stem}, flat.'), end='')
+    print(flatten(config, title=f'The complete config {find_config(args.config).stem}.'), end='')
     return 0

@@ -31,7 +31,7 @@ class Combination:
         fast: `runtime.fast`.
         fp8: `runtime.fp8`.
         optimizer: Name of the optimizer's class.
-        with_base: Whether the objective compares with the base model without the adapter.
+        with_base: Whether the objective compares the model with its base, without the adapter.
         by_sample: Whether the objective sums over samples.
     """
 
@@ -101,14 +101,14 @@ RULES = (
     Rule({'strategy': ('single',), 'sequence': (True,)},
          'a single rank cannot distribute a pack', '--nproc-per-node 2 or more, and strategy `ddp` or `fsdp`'),
     Rule({'with_base': (True,), 'method': ('full',)},
-         'without an adapter there is no base model left to compare with', 'LoRA or QLoRA'),
+         'without an adapter there is no base model to compare with', 'LoRA or QLoRA'),
     Rule({'with_base': (True,), 'strategy': ('fsdp', 'deepspeed_zero3')},
-         'the base model is a second forward pass before the one with gradients, while weights are sharded for one',
+         'the base model needs a forward pass of its own, but sharded weights are gathered for one pass only',
          '`ddp`, or `deepspeed_zero2`'),
     Rule({'with_base': (True,), 'sequence': (True,)},
-         'the pass of the base model is not spread over ranks', 'a shorter `dataset.max_length`'),
+         'the forward pass of the base model does not support sequence parallelism', 'a shorter `dataset.max_length`'),
     Rule({'by_sample': (True,), 'sequence': (True,)},
-         'each rank has a part of a sample and its sum', 'a shorter `dataset.max_length`'),
+         'each rank has only a part of a sample', 'a shorter `dataset.max_length`'),
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def combination_of(
 ) -> Combination:
     """A config's combination with a strategy; `dtype` replaces the config's, if given (for `auto`).
 
-    `with_base` and `by_sample` are facts of the objective, which this package does not import.
+    `with_base` and `by_sample` describe the objective, which this package cannot import.
     """
     return Combination(
         method=_method(config),

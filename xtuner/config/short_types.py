@@ -61,7 +61,7 @@ def _known_objective(objective: Any) -> Any:
     section = objective if isinstance(objective, Mapping) else {'type': objective}
     kind = section['type']
     if isinstance(kind, str) and ':' not in kind and kind not in OBJECTIVES:
-        hint = nearest(kind, OBJECTIVES) or f'; known: {", ".join(OBJECTIVES)}'
-        raise ConfigError(f'`objective` {shown(kind)} is not known{hint}; a function or class of your own is written '
+        hint = nearest(kind, OBJECTIVES) or f'; available: {", ".join(OBJECTIVES)}'
+        raise ConfigError(f'unknown `objective` {shown(kind)}{hint}; write your own function or class as '
                           '"module:name" or "file.py:name"')  # fmt: skip
     return kind if set(section) == {'type'} and isinstance(kind, str) else objective

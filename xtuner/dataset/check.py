@@ -13,7 +13,7 @@ from xtuner.dataset.encode.conversation_encoder import Sample
 from xtuner.dataset.packing.pack import pack_samples
 from xtuner.dataset.packing.split import content_hash, split_samples
 from xtuner.dataset.prepare import encode_source, encoder_of
-from xtuner.dataset.sources.source import open_sources
+from xtuner.dataset.sources.source import open_sources, with_progress
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 
@@ -72,10 +72,11 @@ def check_dataset(
     encoder = encoder_of(config, tokenizer, template)
     for spec in (config.source, config.val_file):
         for source in open_sources(spec) if spec is not None else ():
-            for chunk in encode_source(source, config, encoder=encoder, summary=summary):
-                if training is not None and spec is config.source:
-                    for _, sample in chunk:
-                        training.add(sample)
+            with with_progress(source) as read:
+                for chunk in encode_source(read, config, encoder=encoder, summary=summary):
+                    if training is not None and spec is config.source:
+                        for _, sample in chunk:
+                            training.add(sample)
             if training is not None and spec is config.source:
                 training.end_source(source.weight)
     return summary

@@ -27,7 +27,7 @@ from xtuner.dataset.map_fns import formats, resolve_map_fn
 from xtuner.dataset.mapping.map_records import map_records, stopped_by
 from xtuner.dataset.packing.pack import Packs, pack_samples
 from xtuner.dataset.packing.split import split_samples
-from xtuner.dataset.sources.source import Source, open_sources
+from xtuner.dataset.sources.source import Source, open_sources, with_progress
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 from xtuner.errors import ConfigError, DataError
@@ -224,8 +224,9 @@ def _build(folder: Path, config: DatasetConfig, tokenizer: Any, template: Templa
     sources = open_sources(config.source)
     try:
         for source in sources:
-            for chunk in _without_gc(encode_source(source, config, encoder=encoder, summary=summary)):
-                writer.append([sample for _, sample in chunk], [conversation.origin for conversation, _ in chunk])
+            with with_progress(source) as read:
+                for chunk in _without_gc(encode_source(read, config, encoder=encoder, summary=summary)):
+                    writer.append([sample for _, sample in chunk], [conversation.origin for conversation, _ in chunk])
             bounds.append(writer.num_samples)
         check_dropped(summary, config)
         parts = split_samples(bounds, weights=[source.weight for source in sources], hashes=writer.hashes,

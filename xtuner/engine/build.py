@@ -132,7 +132,7 @@ def _adapted(base: Any, config: TrainConfig, checkpoint: Path | None, base_finge
 
 
 def _prepare_for_training(model: Any, runtime: RuntimeConfig, strategy: str) -> FusedTraining:
-    if runtime.activation_checkpointing:  # 'auto' too: what leaves the fast path computes all layers again
+    if runtime.activation_checkpointing:  # 'auto' too: batches off the fused path recompute all layers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     trainable_parameters(model)
     by_memory = runtime.activation_checkpointing == 'auto'

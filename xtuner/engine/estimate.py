@@ -129,7 +129,7 @@ def _recomputed_by_memory(setup: Setup, free: int) -> int:
     assert setup.dims.parts is not None
     return num_recomputed_layers(
         setup.dims.parts, setup.group_ranks, setup.dims.num_layers,
-        tokens=setup.tokens, item_bytes=setup.value_bytes, room=room,
+        tokens=setup.tokens, item_bytes=setup.value_bytes, budget=room,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from xtuner.dataset.packing.collate import count_targets
 from xtuner.engine.schedule import TrainingSchedule
-from xtuner.engine.signals import STOP_SIGNALS, StopRequest
+from xtuner.engine.signals import STOP_SIGNALS, StepStopped, StopRequest
 from xtuner.engine.statistics import MetricMeans, sum_statistics
 from xtuner.engine.step_checks import (
     check_gradients,
@@ -26,22 +25,11 @@ from xtuner.engine.step_checks import (
     is_dead_worker,
     next_batch,
 )
-from xtuner.engine.step_result import Skips, StepResult
+from xtuner.engine.step_result import Origins, Skips, StepOrigins, StepResult
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
+from xtuner.objectives.base import errors_named
 from xtuner.utils.out_of_memory import is_out_of_memory
-
-logger = logging.getLogger('xtuner')
-
-# What a micro-batch of a step, both counted from 0, was made of: a text for each row.
-Origins = Callable[[int, int], Sequence[str]]
-
-
-class _Stopped(Exception):
-    """A signal ends the run within a step, which is given up."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number = signal_number
 
 
 class TrainLoop(BaseLoop):
@@ -98,7 +86,7 @@ class TrainLoop(BaseLoop):
         self.validation_loss: float | None = None
         self._stop = stop or StopRequest()
         self._stop_agreed: int | None = None
-        self._origins, self._memory_advice = origins, memory_advice
+        self._origins, self._memory_advice = StepOrigins(origins), memory_advice
         self._gradients_checked = False
         self._metrics = MetricMeans(self.strategy, self._over_ranks)
         self._base_lrs = [group['lr'] for group in runner.optim_wrapper.optimizer.param_groups]
@@ -161,11 +149,11 @@ class TrainLoop(BaseLoop):
             self.runner.call_hook(
                 'after_train_iter', batch_idx=self.step, data_batch=micro_batches, outputs=result.outputs()
             )
-        except _Stopped as stopped:
+        except StepStopped as stopped:
             self._give_up(stopped.signal_number)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                where = '; '.join(self._describe(range(len(micro_batches))))
+                where = self._origins.describe(self.step, range(len(micro_batches)))
                 reason = memory_message(self.runner, micro_batches, self._memory_advice())
                 raise TrainingError(f'step {self.step + 1}: {reason}; the batch: {where}') from error
             if is_dead_worker(error):  # noticed whenever the system tells of it, not only where a batch is awaited
@@ -177,7 +165,7 @@ class TrainLoop(BaseLoop):
     def _optimize(self, micro_batches: list[dict[str, Tensor]], start: float) -> StepResult:
         self._seed_step()
         for number, batch in enumerate(micro_batches):
-            check_targets(batch['labels'], self.step, partial(self._rows, number))
+            check_targets(batch['labels'], self.step, partial(self._origins.rows, self.step, number))
         self._note('waiting for the others')
         weight, num_targets, num_tokens = self._count(micro_batches)
         statistics = self._statistics(micro_batches)
@@ -192,7 +180,7 @@ class TrainLoop(BaseLoop):
         skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
         self.skips.note(skipped)
         if skipped:
-            self._report_skip(loss, grad_norm, losses)
+            self._origins.report_skip(self.step, self.skips, loss, grad_norm, losses)
         elif not self._gradients_checked and self.strategy.has_gradients:
             check_gradients(self.strategy.bare, self.step)
             self._gradients_checked = True
@@ -221,10 +209,11 @@ class TrainLoop(BaseLoop):
             TrainingError: the weight is not a number above 0.
         """
         objective = self.strategy.bare.objective
-        counts = torch.tensor(
-            [[objective.weight(b), count_targets(b['labels']), b['labels'].numel()] for b in micro_batches],
-            dtype=torch.float64,  # exact for whole numbers below 2**53
-        ).sum(0)
+        with errors_named(objective):
+            weights = [float(objective.weight(batch)) for batch in micro_batches]
+        sizes = [[count_targets(batch['labels']), batch['labels'].numel()] for batch in micro_batches]
+        # Whole numbers are exact below 2**53.
+        counts = torch.tensor([[w, *size] for w, size in zip(weights, sizes, strict=True)], dtype=torch.float64).sum(0)
         asked = torch.tensor([self._stop.signal_number == number for number in STOP_SIGNALS], dtype=counts.dtype)
         weight, num_targets, num_tokens, *num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
         times = self.strategy.world_size // self.plan.world_size  # ranks that share packs count the same ones
@@ -239,17 +228,17 @@ class TrainLoop(BaseLoop):
     def _statistics(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
         """What the objective sums over the step before its loss; dropout masks are those of the pass that follows."""
         self._note('collecting statistics')
-        batches = ((batch, True) for batch in self._until_stopped(micro_batches))
-        found = sum_statistics(self.strategy.bare, batches, autocast=self.autocast, over_ranks=self._over_ranks)
+        counted = ((batch, True) for batch in self._until_stopped(micro_batches))
+        found = sum_statistics(self.strategy.bare, counted, autocast=self.autocast, over_ranks=self._over_ranks)
         if found is not None:
             self._seed_step()
         return found
 
     def _until_stopped(self, micro_batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """Yields micro-batches; raises _Stopped before one where a signal came to one of the ranks."""
+        """Yields micro-batches; raises StepStopped before one where a signal came to a rank."""
         for number, batch in enumerate(micro_batches):
             if number and (signal_number := self._agreed_stop()):
-                raise _Stopped(signal_number)
+                raise StepStopped(signal_number)
             yield batch
 
     def _backward(
@@ -261,7 +250,7 @@ class TrainLoop(BaseLoop):
             The step's mean loss over all ranks, this rank's sum of each micro-batch, and the mean of each metric.
 
         Raises:
-            _Stopped: a signal came to one of the ranks.
+            StepStopped: a signal came to one of the ranks.
         """
         losses: list[Tensor] = []
         metrics: list[dict[str, Tensor]] = []
@@ -301,28 +290,6 @@ class TrainLoop(BaseLoop):
             value = value.to(self.device)
             all_reduce(value)
         return value
-
-    def _report_skip(self, loss: float, grad_norm: float, losses: list[Tensor]) -> None:
-        """Says which samples a gradient came from that is not finite: those whose loss is not, or else all."""
-        wrong = [number for number, value in enumerate(losses) if not math.isfinite(value.item())]
-        if not math.isfinite(loss) and not wrong:
-            return  # another rank's, which tells of it
-        logger.warning(
-            'step %d: loss %g, gradient norm %g; no weight was changed (%d steps skipped so far, %d in a row); %s',
-            self.step + 1,
-            loss,
-            grad_norm,
-            self.skips.total,
-            self.skips.in_a_row,
-            '; '.join(self._describe(wrong or range(len(losses)))),
-        )
-
-    def _describe(self, numbers: Iterable[int]) -> list[str]:
-        """A text for each of these micro-batches: what was in it."""
-        return [f'micro-batch {number + 1}: {", ".join(self._rows(number)) or "unknown"}' for number in numbers]
-
-    def _rows(self, number: int) -> Sequence[str]:
-        return self._origins(self.step, number) if self._origins else ()
 
     def _stop_if_diverged(self, result: StepResult) -> None:
         if self.skips.in_a_row >= self._max_nonfinite_steps:

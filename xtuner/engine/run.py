@@ -50,7 +50,7 @@ from xtuner.engine.runner import Runner
 from xtuner.engine.schedule import TrainingSchedule, few_steps_note
 from xtuner.engine.signals import StopRequest
 from xtuner.errors import ConfigError, XTunerError
-from xtuner.fused.enable import check_fp8, check_heads, wait_once_a_step
+from xtuner.fused.enable import check_fp8, check_heads, sync_once_per_step
 from xtuner.model.loading import load_config, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
 from xtuner.model.sharded_loading import ShardSpec, num_parameters
@@ -216,7 +216,7 @@ def _make_strategy(
         """The optimizer of the config, over what a strategy hands out."""
         optimizer = build(config.optimizer, 'optimizer', parameters)
         if config.runtime.fast:
-            wait_once_a_step(optimizer)
+            sync_once_per_step(optimizer)
         return optimizer
 
     if config.parallel.sequence_parallel_size > 1:

@@ -15,6 +15,13 @@ logger = logging.getLogger('xtuner')
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StepStopped(Exception):
+    """A signal ends the run within a step, which is discarded."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+
 class StopRequest:
     """Handles both signals within a `with` block; the first is recorded, a second one stops at once.
 

@@ -1,6 +1,6 @@
-"""Causal attention within samples, on the fastest routine for the batch's form.
+"""Causal attention within the samples of a batch, by the fastest available kernel for its shape.
 
-Position ids say where samples begin; they are read once a batch, not once a layer.
+Position ids tell where samples begin; they are read once per batch, not once per layer.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SEEN: Counter[tuple] = Counter()  # how many batches had a form: cuDNN plans each new one, which takes a while
-_CUDNN_AFTER = 2
-_AMPERE = (8, 0)  # compute capability below which torch has neither cuDNN's attention nor FlashAttention
-# Samples that batches of a shape have room for: grows to the most that came, so that batches keep one form.
-_ROOM: defaultdict[tuple[int, int], int] = defaultdict(lambda: 16)
+_SHAPE_COUNTS: Counter[tuple] = Counter()  # batches seen of each shape: cuDNN plans every new shape, which is slow
+_CUDNN_AFTER_BATCHES = 2
+_AMPERE = (8, 0)  # minimum compute capability for cuDNN attention and FlashAttention in torch
+# Maximum number of samples by batch shape; it only grows, so that batches of a shape share CUDA graphs.
+_CAPACITY: defaultdict[tuple[int, int], int] = defaultdict(lambda: 16)
 
 
 @dataclass
@@ -26,10 +26,10 @@ class Attention:
     Attributes:
         rows: B.
         length: S.
-        starts: Where samples begin in the flattened batch and, last, B * S; None where each row is one sample.
-        cudnn: Whether cuDNN computes it (a row a sample, CUDA only).
-        offsets: int32, `starts` on the GPU, its end repeated up to a round number of (empty) samples, so that batches
-            with about as many samples have the same form.
+        starts: Start of each sample in the flattened batch, followed by B * S; None if each row is one sample.
+        cudnn: Whether cuDNN computes it (one sample per row, CUDA only).
+        offsets: int32, `starts` on the GPU for variable-length FlashAttention, padded with empty samples, so that
+            batches with similar numbers of samples have the same shape.
 
     """
 
@@ -40,13 +40,14 @@ class Attention:
     offsets: Tensor | None = field(default=None, repr=False)
 
     def forward(self, q_TAD: Tensor, k_TAD: Tensor, v_TAD: Tensor, scale: float) -> Tensor:
-        """Attends, differentiably.
+        """Computes attention; differentiable.
 
         Args:
-            q_TAD: Queries: T tokens of the flattened batch, A heads of size D; any strides but the last.
-            k_TAD: Keys, heads as in `v`, their number a divisor of the queries'.
-            v_TAD: Values.
-            scale: Factor on the scores.
+            q_TAD: Queries: T tokens of the flattened batch, A heads of size D; only the last dimension must be
+                contiguous.
+            k_TAD: Keys; the number of heads divides that of the queries.
+            v_TAD: Values, with as many heads as the keys.
+            scale: Scale of the scores.
 
         Returns:
             (T, A * D).
@@ -57,11 +58,11 @@ class Attention:
         elif self.offsets is not None:
             out = _varlen(q_TAD, k_TAD, v_TAD, scale, self.offsets, self.length)
         else:
-            pieces = [
+            samples = [
                 _causal(q_TAD[None, a:b], k_TAD[None, a:b], v_TAD[None, a:b], scale)
                 for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)
             ]
-            out = torch.cat(pieces, dim=1)
+            out = torch.cat(samples, dim=1)
         return out.reshape(len(q_TAD), -1)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -73,14 +74,14 @@ class Attention:
         return attend(*heads_first, None, q.requires_grad, 0.0, True, False, scale=scale)[0].transpose(1, 2)
 
     @property
-    def form(self) -> tuple | None:
-        """What batches must share to share recorded graphs; None where this one cannot be recorded."""
+    def graph_key(self) -> tuple | None:
+        """Batches with equal keys can share recorded CUDA graphs; None: this batch cannot be recorded."""
         if self.offsets is not None:
             return self.rows, self.length, len(self.offsets)
         return (self.rows, self.length) if self.cudnn else None
 
-    def fixed(self) -> Attention:
-        """The same with offsets in memory of their own."""
+    def with_own_offsets(self) -> Attention:
+        """A copy with its own memory for the offsets, for CUDA graphs."""
         offsets = None if self.offsets is None else self.offsets.clone()
         return Attention(self.rows, self.length, self.starts, self.cudnn, offsets)
 
@@ -100,14 +101,14 @@ def _causal(q_BSAD: Tensor, k_BSAD: Tensor, v_BSAD: Tensor, scale: float) -> Ten
 def attention_for(
     position_ids: Tensor | None, rows: int, length: int, *, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> Attention:
-    """Reads where samples begin and picks the routine.
+    """Finds the sample boundaries and selects the kernel.
 
     Args:
-        position_ids: int64 (B, S), or (1, S) for all rows; None where each row is one sample.
+        position_ids: int64 (B, S), or (1, S) for all rows; None: each row is one sample.
         rows: B.
         length: S.
-        device: Where the batch is.
-        dtype: Of the products.
+        device: Device of the batch.
+        dtype: Dtype of queries, keys and values.
         head_size: D.
 
     """
@@ -115,19 +116,19 @@ def attention_for(
     if position_ids is not None:
         breaks = torch.ones(rows, length, dtype=torch.bool, device=position_ids.device)
         breaks[:, 1:] = position_ids.diff(dim=1) != 1
-        found = breaks.reshape(-1).nonzero().squeeze(1).tolist()
-        if len(found) > rows:
-            starts = [*found, rows * length]
+        sample_starts = breaks.reshape(-1).nonzero().squeeze(1).tolist()
+        if len(sample_starts) > rows:
+            starts = [*sample_starts, rows * length]
     cudnn = False
     half = dtype in (torch.bfloat16, torch.float16)
     if device.type == 'cuda' and starts is None and half and head_size <= 128 and not head_size % 8:
-        form = (rows, length, dtype, head_size)
-        _SEEN[form] += 1
-        cudnn = _SEEN[form] >= _CUDNN_AFTER and _has_cudnn_attention()
+        shape = (rows, length, dtype, head_size)
+        _SHAPE_COUNTS[shape] += 1
+        cudnn = _SHAPE_COUNTS[shape] >= _CUDNN_AFTER_BATCHES and _has_cudnn_attention()
     offsets = None
     if starts is not None and half and _has_flash_attention(device, head_size):
-        room = _ROOM[rows, length] = max(_ROOM[rows, length], 1 << (len(starts) - 2).bit_length())
-        padded = starts + [rows * length] * (room + 1 - len(starts))
+        capacity = _CAPACITY[rows, length] = max(_CAPACITY[rows, length], 1 << (len(starts) - 2).bit_length())
+        padded = starts + [rows * length] * (capacity + 1 - len(starts))
         offsets = torch.tensor(padded, dtype=torch.int32).to(device, non_blocking=True)
     return Attention(rows, length, starts, cudnn, offsets)
 
@@ -137,7 +138,7 @@ def _has_cudnn_attention() -> bool:
 
 
 def _has_flash_attention(device: torch.device, head_size: int) -> bool:
-    """Whether torch's FlashAttention computes heads of this size here; elsewhere samples are computed one by one."""
+    """Whether torch's FlashAttention supports this device and head size; if not, samples are computed one by one."""
     if device.type != 'cuda' or head_size > 256 or head_size % 8:
         return False
     return torch.cuda.get_device_capability(device) >= _AMPERE

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, what all layers share in one forward pass, and one layer in it."""
+"""The parts of a decoder layer, and the context of a forward pass: of the whole batch and of one layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from xtuner.fused.attention import Attention
-from xtuner.fused.frozen import LoraWeights
-from xtuner.fused.linear import ComputePolicy, Group
+from xtuner.fused.frozen import ComputePolicy, LoraWeights
+from xtuner.fused.linear import LinearGroup
 from xtuner.fused.offload import HostOffload
 
 
@@ -17,14 +17,23 @@ class LayerParts:
     """The frozen parts of one decoder layer.
 
     Attributes:
-        qkv: The product to queries, keys and values, side by side, or by key head.
-        by_key_head: Whether that product's columns are grouped by key head: its query heads, the key, the value.
+        qkv: The projections to queries, keys and values; their outputs are concatenated, or grouped by key head.
+        out: The attention's output projection.
+        gate_up: The MLP's gate and up projections.
+        down: The MLP's down projection.
+        norm_in: The RMS norm before attention.
+        norm_mid: The RMS norm before the MLP.
+        heads: Number of query heads.
+        kv_heads: Number of key heads, and of value heads.
+        head_size: D.
+        scale: Scale of the attention scores.
+        by_key_head: Whether the columns of `qkv` are grouped by key head: its query heads, the key, the value.
     """
 
-    qkv: Group
-    out: Group
-    gate_up: Group
-    down: Group
+    qkv: LinearGroup
+    out: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
     norm_in: nn.Module
     norm_mid: nn.Module
     heads: int
@@ -34,8 +43,8 @@ class LayerParts:
     by_key_head: bool = False
 
     @property
-    def groups(self) -> tuple[Group, Group, Group, Group]:
-        """In the order of the forward pass."""
+    def groups(self) -> tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]:
+        """The groups of linear layers, in the order of the forward pass."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
@@ -44,28 +53,28 @@ class StepContext:
     """What all layers share in one forward pass.
 
     Attributes:
-        how: Kernels, dtype, folding.
-        attention: For this batch's samples.
-        cos: (T, D / 2), float32.
-        sin: Likewise.
-        seeds: int64 (L, 4, 16): of the dropout masks, by layer, group and layer of the group.
-        num_recomputed: How many layers, from the first on, keep only their input and are computed again.
-        store: Where those inputs are kept on the host, or None.
+        policy: How matrix products are computed.
+        attention: Attention within the samples of the batch.
+        cos: float32 (T, D / 2), of the rotary embedding.
+        sin: float32 (T, D / 2).
+        seeds: int64 (L, 4, 16), seeds of the dropout masks, by layer, group and projection of the group.
+        num_recomputed: How many layers, from the first on, save only their input and are recomputed.
+        offload: Holds those inputs in host memory; None: they stay on the device.
 
     """
 
-    how: ComputePolicy
+    policy: ComputePolicy
     attention: Attention
     cos: Tensor
     sin: Tensor
     seeds: Tensor
     num_recomputed: int
-    store: HostOffload | None = None
+    offload: HostOffload | None = None
 
 
 @dataclass
 class LayerContext:
-    """One layer in one forward pass: its number and parts, its adapters (a list for each group)."""
+    """One layer in one forward pass: its index and parts, and its adapters, a list for each group."""
 
     number: int
     parts: LayerParts
@@ -73,14 +82,14 @@ class LayerContext:
     adapters: list[list[LoraWeights | None]]
 
     @property
-    def again(self) -> bool:
-        """Whether the backward pass computes this layer again."""
+    def is_recomputed(self) -> bool:
+        """Whether the backward pass recomputes this layer."""
         return self.number < self.batch.num_recomputed
 
     def seeds(self, group: int) -> Tensor:
-        """Of a group's dropout masks, int64 (16,)."""
+        """Seeds of a group's dropout masks, int64 (16,)."""
         return self.batch.seeds[self.number, group]
 
     def ranks(self, group: int) -> int:
-        """The columns to append for a group's adapters."""
-        return sum(a.rank for a in self.adapters[group] if a) if self.batch.how.fused_lora else 0
+        """Number of columns to append for a group's adapters: their ranks together if LoRA is fused, else 0."""
+        return sum(a.rank for a in self.adapters[group] if a) if self.batch.policy.fused_lora else 0

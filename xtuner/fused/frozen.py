@@ -1,4 +1,4 @@
-"""One frozen linear layer in whatever form its weight has, and one layer's adapter."""
+"""Parts of a fused product: a frozen linear layer, quantized or not, its LoRA adapter, and how they are multiplied."""
 
 from __future__ import annotations
 
@@ -12,12 +12,36 @@ from xtuner.kernels.dequantize import dequantized
 from xtuner.kernels.dispatch import Kernels
 from xtuner.kernels.quantized import QuantizedWeight, is_4bit, unpack_weight
 
-_ROWS_TOGETHER = 256  # a piece's rows are a multiple of this, which keeps quantised scales whole for any width
+_ROW_MULTIPLE = 256  # rows per chunk are a multiple of it, so that no group of quantization scales is split
+
+
+@dataclass
+class ComputePolicy:
+    """Kernels, dtype and memory use of a batch's matrix products.
+
+    Attributes:
+        kernels: The kernels to use.
+        dtype: Dtype of the products.
+        fused_lora: Append adapters to the inner dimension, so that base weight and adapter are one product.
+        fp8: Multiply frozen weights and adapters in FP8; `fused_lora` must be off.
+        low_memory: Dequantize weights in chunks of rows instead of as a whole, for minimum peak memory.
+    """
+
+    kernels: Kernels
+    dtype: torch.dtype
+    fused_lora: bool
+    fp8: bool = False
+    low_memory: bool = False
+
+    @property
+    def separate_lora(self) -> bool:
+        """Whether adapters are separate matrix products."""
+        return not self.fused_lora and not self.fp8
 
 
 @dataclass
 class LoraWeights:
-    """One layer's adapter as it is now: `y += scaling * B (A dropout(x))`."""
+    """Current values of one layer's adapter: `y += scaling * B (A dropout(x))`."""
 
     a_rK: Tensor
     b_Nr: Tensor
@@ -26,66 +50,66 @@ class LoraWeights:
 
     @property
     def rank(self) -> int:
-        """Its rank r."""
+        """The rank r."""
         return self.a_rK.shape[0]
 
 
 class FrozenLinear:
-    """A linear layer of the base model: its weight in whatever form, its bias."""
+    """A linear layer of the base model, with a float or 4-bit weight, and its bias."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
-        self._parts: QuantizedWeight | None = None
-        self._parts_of: tuple[int, Any] | None = None
+        self._quantized: QuantizedWeight | None = None
+        self._quantized_of: tuple[int, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+        """Shape of the weight, (N, K)."""
         return self.module.out_features, self.module.in_features
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return self.module.weight.device
 
-    def parts(self) -> QuantizedWeight | None:
-        """The 4-bit weight's parts, None for a float weight; looked up again when the weight was replaced."""
+    def quantized(self) -> QuantizedWeight | None:
+        """The 4-bit weight, None for a float weight; read again if the module's weight has been replaced."""
         weight = self.module.weight
         now = (weight.data_ptr(), getattr(weight, 'quant_state', None))
-        if self._parts_of is None or self._parts_of[0] != now[0] or self._parts_of[1] is not now[1]:
-            self._parts_of = now
-            self._parts = unpack_weight(self.module) if is_4bit(self.module) else None
-        return self._parts
+        if self._quantized_of is None or self._quantized_of[0] != now[0] or self._quantized_of[1] is not now[1]:
+            self._quantized_of = now
+            self._quantized = unpack_weight(self.module) if is_4bit(self.module) else None
+        return self._quantized
 
     def write_into(self, out_NK: Tensor, kernels: Kernels, scale: Tensor | None = None) -> None:
-        """Writes the weight as floats, over `scale` where one is given."""
-        parts, weight = self.parts(), self.module.weight
-        if parts is None:
+        """Writes the dequantized weight, divided by `scale` if given."""
+        quantized, weight = self.quantized(), self.module.weight
+        if quantized is None:
             out_NK.copy_(weight if scale is None else weight / scale)
         else:
-            kernels.dequantize_into(out_NK, parts, scale)
+            kernels.dequantize_into(out_NK, quantized, scale)
 
     def write_transposed_into(self, out_KN: Tensor, kernels: Kernels, scale: Tensor) -> None:
-        """Writes the weight over `scale`, transposed."""
-        parts = self.parts()
-        if parts is None:
+        """Writes the dequantized weight, divided by `scale` and transposed."""
+        quantized = self.quantized()
+        if quantized is None:
             out_KN.copy_((self.module.weight / scale).t())
         else:
-            kernels.dequantize_transposed_into(out_KN, parts, scale)
+            kernels.dequantize_transposed_into(out_KN, quantized, scale)
 
-    def pieces(self, most_bytes: int, item_bytes: int) -> list[tuple[slice, Frozen]]:
-        """The layer in pieces of so many bytes as floats at most, each with its rows; whole where it cannot be cut."""
+    def row_chunks(self, max_bytes: int, item_bytes: int) -> list[tuple[slice, Frozen]]:
+        """Splits the layer into chunks of at most `max_bytes` when dequantized; one chunk if it cannot be split."""
         rows, size = self.shape
-        parts = self.parts()
-        step = max(1, most_bytes // (size * item_bytes) // _ROWS_TOGETHER) * _ROWS_TOGETHER
-        if parts is None or step >= rows or size % parts.block:
+        quantized = self.quantized()
+        step = max(1, max_bytes // (size * item_bytes) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        if quantized is None or step >= rows or size % quantized.block:
             return [(slice(0, rows), self)]
-        cuts = [(at, min(at + step, rows)) for at in range(0, rows, step)]
-        return [(slice(*cut), FrozenRows(parts.rows(*cut), self, slice(*cut))) for cut in cuts]
+        bounds = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return [(slice(*bound), FrozenRows(quantized.rows(*bound), self, slice(*bound))) for bound in bounds]
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a float matrix (N, K): the layer's own, or a fresh one."""
-        return dequantized(self.module, dtype, self.parts())
+        """The weight as a float matrix (N, K): the layer's own tensor, or a dequantized copy."""
+        return dequantized(self.module, dtype, self.quantized())
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias, or None."""
@@ -94,7 +118,7 @@ class FrozenLinear:
 
 @dataclass(frozen=True)
 class FrozenRows:
-    """Some rows of a 4-bit layer, for a product in pieces."""
+    """Some rows of a 4-bit layer, for a product in chunks of rows."""
 
     parts: QuantizedWeight
     layer: FrozenLinear
@@ -102,12 +126,12 @@ class FrozenRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+        """Shape of the weight, (N, K)."""
         return self.parts.shape
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return self.layer.device
 
     def write_into(self, out_NK: Tensor, kernels: Kernels, scale: Tensor | None = None) -> None:
@@ -115,7 +139,7 @@ class FrozenRows:
         kernels.dequantize_into(out_NK, self.parts, scale)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The rows' bias, or None."""
+        """The bias of these rows, or None."""
         bias = self.layer.bias(dtype)
         return None if bias is None else bias[self.rows]
 

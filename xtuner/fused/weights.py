@@ -1,6 +1,6 @@
-"""The weights of layers that read the same input as one float matrix, their adapters appended to the inner dimension.
+"""Concatenated float weights of layers that read the same input, with adapters appended to the inner dimension.
 
-N: outputs of all layers, K: inputs, R: ranks of all adapters. Nothing is kept: a matrix lives for one product.
+N outputs of all layers, K inputs, R ranks of all adapters. Nothing is cached: a matrix lives for one product.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ Adapters = Sequence[LoraWeights | None]
 
 
 def concat_weight_and_b(
-    layers: Sequence[Frozen], adapters: Adapters, tails: Sequence[slice | None], ranks: int, kernels: Kernels,
+    layers: Sequence[Frozen], adapters: Adapters, lora_columns: Sequence[slice | None], ranks: int, kernels: Kernels,
     dtype: torch.dtype, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`[W | s B]`, (N, K + R), which multiplies `[x | x A']`.
 
     Args:
-        layers: What to put below one another.
-        adapters: One a layer, or None.
-        tails: The columns of each layer's adapter among the R; the rest of its rows is zero.
+        layers: The layers whose weights are stacked.
+        adapters: One per layer, or None.
+        lora_columns: The columns of each layer's adapter among the R; the other columns of its rows are zero.
         ranks: R.
-        kernels: Turn 4-bit weights into floats.
-        dtype: Of the matrix.
-        scale: float32 (): what to divide all entries by; None: nothing.
+        kernels: Dequantize 4-bit weights.
+        dtype: Dtype of the matrix.
+        scale: float32 (), divides all entries; None: 1.
 
     """
     size, device = layers[0].shape[1], layers[0].device
     weight = torch.empty(sum(layer.shape[0] for layer in layers), size + ranks, dtype=dtype, device=device)
-    tail, at = weight[:, size:], 0
+    tail, row = weight[:, size:], 0
     filled = len(layers) == 1 and adapters[0] is not None and adapters[0].rank == ranks
     if ranks and not filled:
         tail.view(torch.uint8).zero_() if dtype.itemsize == 1 else tail.zero_()
-    for layer, adapter, columns in zip(layers, adapters, tails, strict=True):
-        own = slice(at, at + layer.shape[0])
+    for layer, adapter, columns in zip(layers, adapters, lora_columns, strict=True):
+        own = slice(row, row + layer.shape[0])
         layer.write_into(weight[own, :size], kernels, scale)
         if adapter and columns:
             if scale is None:
                 torch.mul(adapter.b_Nr, adapter.scaling, out=tail[own, columns])
             else:
                 tail[own, columns].copy_(adapter.b_Nr * (adapter.scaling / scale))
-        at = own.stop
+        row = own.stop
     return weight
 
 
@@ -56,34 +56,34 @@ def stack_weight_and_a(
     """`[W ; A]`, (N + R, K), which `[dy | s dy B]` multiplies."""
     size, device = layers[0].shape[1], layers[0].device
     rows = sum(layer.shape[0] for layer in layers) + sum(a.rank for a in adapters)
-    weight, at = torch.empty(rows, size, dtype=dtype, device=device), 0
+    weight, row = torch.empty(rows, size, dtype=dtype, device=device), 0
     for layer in layers:
-        layer.write_into(weight[at : at + layer.shape[0]], kernels)
-        at += layer.shape[0]
+        layer.write_into(weight[row : row + layer.shape[0]], kernels)
+        row += layer.shape[0]
     for adapter in adapters:
-        weight[at : at + adapter.rank].copy_(adapter.a_rK)
-        at += adapter.rank
+        weight[row : row + adapter.rank].copy_(adapter.a_rK)
+        row += adapter.rank
     return weight
 
 
 def stack_weight_and_a_transposed(
     layers: Sequence[FrozenLinear], adapters: Sequence[LoraWeights], kernels: Kernels, dtype: torch.dtype, scale: Tensor
 ) -> Tensor:
-    """`[W ; A]' / scale`, (K, N + R): `above_a` as a product in FP8 reads it."""
+    """`[W ; A]' / scale`, (K, N + R): the transpose of `stack_weight_and_a`, in the layout of FP8 products."""
     size, device = layers[0].shape[1], layers[0].device
     columns = sum(layer.shape[0] for layer in layers) + sum(a.rank for a in adapters)
-    weight, at = torch.empty(size, columns, dtype=dtype, device=device), 0
+    weight, row = torch.empty(size, columns, dtype=dtype, device=device), 0
     for layer in layers:
-        layer.write_transposed_into(weight[:, at : at + layer.shape[0]], kernels, scale)
-        at += layer.shape[0]
+        layer.write_transposed_into(weight[:, row : row + layer.shape[0]], kernels, scale)
+        row += layer.shape[0]
     for adapter in adapters:
-        weight[:, at : at + adapter.rank].copy_((adapter.a_rK / scale).t())
-        at += adapter.rank
+        weight[:, row : row + adapter.rank].copy_((adapter.a_rK / scale).t())
+        row += adapter.rank
     return weight
 
 
 def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
-    """The layers' biases side by side, zeros for one that has none; None where none has."""
+    """The concatenated biases, zeros for a layer without one; None if no layer has a bias."""
     biases = [layer.bias(dtype) for layer in layers]
     if all(b is None for b in biases):
         return None
@@ -95,13 +95,13 @@ def bias_of(layers: Sequence[Frozen], dtype: torch.dtype) -> Tensor | None:
 
 
 def lora_column_slices(adapters: Adapters) -> list[slice | None]:
-    """Each layer's columns among the ranks, None where it has no adapter."""
+    """Each layer's columns among the R ranks; None if it has no adapter."""
     columns = iter(columns_of(adapters))
     return [next(columns)[1] if adapter else None for adapter in adapters]
 
 
 def columns_of(adapters: Adapters) -> list[tuple[LoraWeights, slice]]:
-    """Each adapter with its columns among the ranks."""
+    """Each adapter with its columns among the R ranks."""
     found, column = [], 0
     for adapter in adapters:
         if adapter:
@@ -111,13 +111,13 @@ def columns_of(adapters: Adapters) -> list[tuple[LoraWeights, slice]]:
 
 
 def stack_a(adapters: Adapters, dtype: torch.dtype) -> Tensor:
-    """All A below one another, (R, K)."""
+    """All A matrices, stacked, (R, K)."""
     present = [a.a_rK for a in adapters if a]
     return (present[0] if len(present) == 1 else torch.cat(present)).to(dtype)
 
 
 def column_factors(adapters: Adapters, like: Tensor) -> Tensor | float:
-    """The scaling of each column of ranks: a number where all agree."""
+    """The scaling of each of the R columns; a number if all adapters have the same."""
     present = [a for a in adapters if a]
     if len({a.scaling for a in present}) == 1:
         return present[0].scaling

@@ -1,1 +1,1 @@
-"""Answers from a model: decoding one text or many, sampling, scheduling."""
+"""Text generation: decoding one sequence or many, KV caches, sampling, scheduling, detokenizing."""

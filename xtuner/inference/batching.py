@@ -1,16 +1,16 @@
-"""Decoding many texts at once: a cache whose rows have lengths of their own, and the two passes that fill it.
+"""Batch decoding: a KV cache whose slots hold sequences of different lengths, and the forward passes that fill it.
 
-A text keeps one row from its first token to its last, position p at place p. So a text can join or leave between any
-two steps, nothing is padded at the left, and no step computes more than one token of each text:
+A sequence keeps one slot from its first token to its last, with position p at index p. Sequences can therefore join or
+leave between any two steps, there is no left padding, and no decode step computes more than one token per sequence:
 
-    row 0   t t t t t t .        step: each row's new token is written at its own length,
-    row 1   t t . . . . .        and sees the places up to it
-    row 2   t t t t . . .
+    slot 0  t t t t t t .        decode step: the new token of each slot is written at its own length
+    slot 1  t t . . . . .        and attends to the positions up to it
+    slot 2  t t t t . . .
 
-Letters of shapes: B rows of a pass, S new tokens of each, L places that the pass looks at, V words.
+Shape letters: B slots of a pass, S new tokens per slot, L attended positions, V vocabulary size.
 """
 
-# transformers types its caches for its own use; what mypy misses where they are overridden is of no consequence.
+# transformers types its caches for internal use; mypy's findings on overridden methods can be ignored.
 # mypy: disable-error-code="override"
 
 from __future__ import annotations
@@ -25,69 +25,69 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from xtuner.errors import ModelError, one_line
 from xtuner.inference.batch_graphs import StepGraphs
 
-_KINDS = {'full_attention', 'sliding_attention'}
-_STRIDE = 32  # a pass looks at a multiple of so many places: attention kernels want aligned masks
+_SUPPORTED_LAYERS = {'full_attention', 'sliding_attention'}
+_LENGTH_MULTIPLE = 32  # attended positions are rounded up to a multiple of it: attention kernels require aligned masks
 
 
-class _Window:
-    """Which part of the store the pass under way writes and sees; shared by all layers."""
+class _ActiveSlots:
+    """The part of the KV cache that the current pass writes and attends to; shared by all layers."""
 
     def __init__(self) -> None:
-        self.rows = slice(0, 0)
+        self.slots = slice(0, 0)
         self.length = 0
-        self.start: int | None = 0  # where all rows write, or None: each at its own position
-        self.positions = torch.zeros(0, 1, dtype=torch.long)  # (B, 1), of each row's first new token
-        self.numbers = torch.zeros(0, dtype=torch.long)  # (B,), of the rows
+        self.start: int | None = 0  # where all slots write; None: each at its own position
+        self.positions = torch.zeros(0, 1, dtype=torch.long)  # (B, 1), of the first new token of each slot
+        self.slot_indices = torch.zeros(0, dtype=torch.long)  # (B,)
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, (rows, heads, places, size), made when the first ones come."""
+class _SlotCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, heads, positions, head size), allocated at the first update."""
 
     is_sliding = False
     is_compileable = True
 
-    def __init__(self, num_rows: int, max_length: int, window: _Window) -> None:
+    def __init__(self, num_slots: int, max_length: int, active: _ActiveSlots) -> None:
         super().__init__()
-        self._shape, self._window = (num_rows, max_length), window
+        self._shape, self._active = (num_slots, max_length), active
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes room for all rows."""
-        (rows, length), like = self._shape, (key_states, value_states)
-        self.keys, self.values = (x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in like)
+        """Allocates all slots."""
+        (num_slots, length), like = self._shape, (key_states, value_states)
+        self.keys, self.values = (x.new_zeros(num_slots, x.shape[1], length, x.shape[3]) for x in like)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values, (B, H, S, D), and returns views of all that the pass sees, (B, H, L, D)."""
+        """Writes the new keys and values, (B, H, S, D); returns views of all attended positions, (B, H, L, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        window = self._window
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
-            if window.start is None:
-                store[window.numbers, :, window.positions[:, 0]] = new[:, :, 0].to(store.dtype)
+        active = self._active
+        for cache, new in ((self.keys, key_states), (self.values, value_states)):
+            if active.start is None:
+                cache[active.slot_indices, :, active.positions[:, 0]] = new[:, :, 0].to(cache.dtype)
             else:
-                store[window.rows, :, window.start : window.start + new.shape[2]] = new
-        return self.keys[window.rows, :, : window.length], self.values[window.rows, :, : window.length]
+                cache[active.slots, :, active.start : active.start + new.shape[2]] = new
+        return self.keys[active.slots, :, : active.length], self.values[active.slots, :, : active.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Places seen and the first of them."""
-        return self._window.length, 0
+        """Number of attended positions, and the first of them."""
+        return self._active.length, 0
 
     def get_seq_length(self) -> Any:
-        """The position of each row's first new token, int64 (B, 1): what stood in the cache before the pass."""
-        return self._window.positions
+        """Number of tokens in each slot before the pass, int64 (B, 1)."""
+        return self._active.positions
 
     def get_max_length(self) -> int:
-        """Places of a row."""
+        """Number of positions per slot."""
         return self._shape[1]
 
 
-class _Slots(Cache):
-    """The store as the model sees it.
+class _SlotCache(Cache):
+    """The KV cache in transformers' interface.
 
     Args:
-        layers: One a layer.
-        rotated: No text can be so long that rotary positions of an earlier token would change.
+        layers: One `_SlotCacheLayer` per layer.
+        rotated: Whether cached keys are rotated, since no sequence can become so long that the RoPE base changes.
     """
 
     def __init__(self, layers: list[Any], *, rotated: bool) -> None:
@@ -96,127 +96,131 @@ class _Slots(Cache):
 
 
 class BatchDecoder:
-    """Runs a model on the rows of one store.
+    """Runs a model on the slots of one KV cache.
 
     Args:
-        model: A transformers or peft causal language model whose layers all attend.
-        num_rows: Texts at a time.
-        max_length: Tokens of a text, its prompt included.
+        model: A transformers or peft causal language model with attention in all layers.
+        num_slots: Maximum number of concurrent sequences.
+        max_length: Maximum tokens of a sequence, including its prompt.
 
     Raises:
-        ModelError: the model has layers of another kind (recurrent ones, an encoder).
+        ModelError: the model has other layers (recurrent ones, an encoder), or does not accept this KV cache.
     """
 
-    def __init__(self, model: Any, *, num_rows: int, max_length: int) -> None:
-        self.num_rows, self.max_length = num_rows, max_length
+    def __init__(self, model: Any, *, num_slots: int, max_length: int) -> None:
+        self.num_slots, self.max_length = num_slots, max_length
         self.model = model
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, 'layer_types', None) or ['full_attention'])
-        if kinds - _KINDS or getattr(config, 'is_encoder_decoder', False):
-            other = ', '.join(sorted(kinds - _KINDS)) or 'an encoder'
-            raise ModelError(f'a model of type {config.model_type!r} cannot be decoded in batches: it has {other}')
+        if kinds - _SUPPORTED_LAYERS or getattr(config, 'is_encoder_decoder', False):
+            other = ', '.join(sorted(kinds - _SUPPORTED_LAYERS)) or 'an encoder'
+            raise ModelError(f'batch decoding does not support models of type {config.model_type!r}: it has {other}')
         self._mixed = 'sliding_attention' in kinds and len(kinds) > 1
         self._sliding = config.sliding_window if kinds == {'sliding_attention'} or self._mixed else None
         if getattr(config, 'layer_types', None) is None and getattr(config, 'sliding_window', None):
             self._sliding = config.sliding_window  # of all layers, as in Mistral
-        self._window = _Window()
+        self._active = _ActiveSlots()
         self._graphs: StepGraphs | None = None
-        layers: list[Any] = [_SlotLayer(num_rows, max_length, self._window) for _ in range(config.num_hidden_layers)]
-        self._cache = _Slots(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
+        layers: list[Any] = [
+            _SlotCacheLayer(num_slots, max_length, self._active) for _ in range(config.num_hidden_layers)
+        ]
+        self._cache = _SlotCache(layers, rotated=max_length <= getattr(config, 'max_position_embeddings', 0))
         try:
-            self.prefill([[0]], row=0)  # makes the store: what it needs is known before anyone waits for it
-            made = all(layer.is_initialized for layer in layers)
+            self.prefill([[0]], slot=0)  # allocates the KV cache before the first request
+            is_complete = all(layer.is_initialized for layer in layers)
         except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
             raise ModelError(
-                f'a model of type {config.model_type!r} cannot be decoded in batches, its attention takes no cache of '
-                f'ours ({one_line(error)}); `xtuner chat` answers with it'
+                f'batch decoding does not support models of type {config.model_type!r}: its attention does not accept '
+                f'the KV cache ({one_line(error)}); use `xtuner chat`'
             ) from error
-        if not made:
+        if not is_complete:
             raise ModelError(
-                f'a model of type {config.model_type!r} cannot be decoded in batches: some of its layers share their '
-                'cache; `xtuner chat` answers with it'
+                f'batch decoding does not support models of type {config.model_type!r}: some of its layers share their '
+                'KV cache; use `xtuner chat`'
             )
         if model.device.type == 'cuda':
-            self._graphs = StepGraphs(self._pass, num_rows=num_rows, max_length=max_length, device=model.device)
+            self._graphs = StepGraphs(
+                self._decode_step, num_slots=num_slots, max_length=max_length, device=model.device
+            )
 
     @property
-    def store_bytes(self) -> int:
-        """Size of the store."""
+    def cache_bytes(self) -> int:
+        """Size of the KV cache in bytes."""
         layers: list[Any] = list(self._cache.layers)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> Tensor:
-        """Reads (a part of) the prompts of neighbouring rows.
+    def prefill(self, ids: Sequence[Sequence[int]], *, slot: int, start: int = 0) -> Tensor:
+        """Processes prompts, or chunks of them, in consecutive slots.
 
         Args:
-            ids: The new ids of each row; of unequal lengths, they are padded at the right, where nothing sees it.
-            row: The first of the rows.
-            start: How many ids of these rows were read before, the same for all.
+            ids: New token ids of each slot; padded on the right to equal lengths, which nothing attends to.
+            slot: The first slot.
+            start: Number of tokens already in each of these slots, the same for all.
 
         Returns:
-            float32 (B, V): what follows the last id of each row.
+            Logits after the last id of each slot, float32 (B, V).
         """
         lengths = [len(one) for one in ids]
         size = max(lengths)
         device = self.model.device
         padded = torch.tensor([[*one, *[0] * (size - len(one))] for one in ids], device=device)
         positions = torch.arange(start, start + size, device=device).expand(len(ids), -1)
-        self._aim(row, positions, start, start + size)
-        kept = sorted({length - 1 for length in lengths})
-        logits = self._forward(padded, positions, torch.tensor(kept, device=device))
-        chosen = [kept.index(length - 1) for length in lengths]
+        self._select(slot, positions, start, start + size)
+        last_indices = sorted({length - 1 for length in lengths})
+        logits = self._forward(padded, positions, torch.tensor(last_indices, device=device))
+        chosen = [last_indices.index(length - 1) for length in lengths]
         return logits[range(len(ids)), chosen].float()
 
     @torch.inference_mode()
     def step(
-        self, ids: Sequence[int], lengths: Sequence[int], *, row: int, alone: bool = False, key: Hashable = None
+        self, ids: Sequence[int], lengths: Sequence[int], *, slot: int, exclusive: bool = False, key: Hashable = None
     ) -> Tensor:
-        """Reads one more id of each of some neighbouring rows.
+        """Runs one decode step for consecutive slots.
 
         Args:
-            ids: The new id of each row.
-            lengths: How many ids each row holds already.
-            row: The first of the rows.
-            alone: Whether no other row is in use: then, on a GPU, the step is replayed from a recording.
-            key: Which adapter is active, if any: each has its own recordings.
+            ids: The new token id of each slot.
+            lengths: Number of tokens already in each slot.
+            slot: The first slot.
+            exclusive: Whether no other slot is in use; on a GPU the step is then replayed as a CUDA graph.
+            key: The active adapter, if any: each has its own graphs.
 
         Returns:
-            float32 (B, V): what follows, valid until the next step.
+            Logits, float32 (B, V), valid until the next step.
         """
-        if self._graphs is not None and alone and row == 0:
+        if self._graphs is not None and exclusive and slot == 0:
             logits = self._graphs.step(ids, lengths, key)
             if logits is not None:
                 return logits
         device = self.model.device
         both = torch.tensor([list(ids), list(lengths)], device=device)
-        return self._pass(both[0][:, None], both[1][:, None], max(lengths) + 1, row)
+        return self._decode_step(both[0][:, None], both[1][:, None], max(lengths) + 1, slot)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` places of one row to another."""
+        """Copies the first `length` positions of one slot to another."""
         layers: list[Any] = list(self._cache.layers)
         for layer in layers:
-            for store in (layer.keys, layer.values):
-                store[target, :, :length] = store[source, :, :length]
+            for cache in (layer.keys, layer.values):
+                cache[target, :, :length] = cache[source, :, :length]
 
     @torch.inference_mode()
-    def _pass(self, ids: Tensor, positions: Tensor, length: int, row: int = 0) -> Tensor:
-        self._aim(row, positions, None, length)
+    def _decode_step(self, ids: Tensor, positions: Tensor, length: int, slot: int = 0) -> Tensor:
+        self._select(slot, positions, None, length)
         return self._forward(ids, positions, 1)[:, -1].float()
 
-    def _aim(self, row: int, positions: Tensor, start: int | None, length: int) -> None:
-        window = self._window
-        window.rows = slice(row, row + len(positions))
-        window.start = start
-        window.length = min(-(-length // _STRIDE) * _STRIDE, self.max_length)
-        window.positions = positions[:, :1]
-        window.numbers = torch.arange(row, row + len(positions), device=positions.device)
+    def _select(self, slot: int, positions: Tensor, start: int | None, length: int) -> None:
+        active = self._active
+        active.slots = slice(slot, slot + len(positions))
+        active.start = start
+        active.length = min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.max_length)
+        active.positions = positions[:, :1]
+        active.slot_indices = torch.arange(slot, slot + len(positions), device=positions.device)
 
     def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: Tensor | int) -> Tensor:
         dtype = self.model.dtype
-        on = dtype != torch.float32
-        with torch.autocast(ids.device.type, dtype, enabled=on, cache_enabled=False):
+        is_half = dtype != torch.float32
+        with torch.autocast(ids.device.type, dtype, enabled=is_half, cache_enabled=False):
             return self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -227,16 +231,16 @@ class BatchDecoder:
             ).logits
 
     def _masks(self, positions: Tensor, dtype: torch.dtype) -> Any:
-        """What is added to the scores, (B, 1, S, L): 0 where a place is seen, the least number where not."""
-        places = torch.arange(self._window.length, device=positions.device)
-        seen = places <= positions[:, :, None]
-        full = _additive(seen, dtype)
+        """Additive attention masks, (B, 1, S, L): 0 for visible positions, the minimum of the dtype for others."""
+        key_positions = torch.arange(self._active.length, device=positions.device)
+        visible = key_positions <= positions[:, :, None]
+        full = _additive(visible, dtype)
         if self._sliding is None:
             return full
-        near = _additive(seen & (places > positions[:, :, None] - self._sliding), dtype)
+        near = _additive(visible & (key_positions > positions[:, :, None] - self._sliding), dtype)
         return {'full_attention': full, 'sliding_attention': near} if self._mixed else near
 
 
-def _additive(seen_BSL: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(seen_BSL.shape, dtype=dtype, device=seen_BSL.device)
-    return mask.masked_fill_(~seen_BSL, torch.finfo(dtype).min)[:, None]
+def _additive(visible_BSL: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible_BSL.shape, dtype=dtype, device=visible_BSL.device)
+    return mask.masked_fill_(~visible_BSL, torch.finfo(dtype).min)[:, None]

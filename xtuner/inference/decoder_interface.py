@@ -1,4 +1,4 @@
-"""The interface between the decoding thread and what runs the model."""
+"""The interface of the scheduler to the model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Decoder(Protocol):
-    """What the thread needs of `xtuner.inference.batching.BatchDecoder`."""
+class SlotDecoder(Protocol):
+    """A decoder of sequences in slots; `xtuner.inference.batching.BatchDecoder` implements it."""
 
-    num_rows: int
+    num_slots: int
 
-    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> Tensor:
-        """Reads prompts."""
+    def prefill(self, ids: Sequence[Sequence[int]], *, slot: int, start: int = 0) -> Tensor:
+        """Processes prompts, or chunks of them, in consecutive slots."""
 
     def step(
-        self, ids: Sequence[int], lengths: Sequence[int], *, row: int, alone: bool = False, key: Hashable = None
+        self, ids: Sequence[int], lengths: Sequence[int], *, slot: int, exclusive: bool = False, key: Hashable = None
     ) -> Tensor:
-        """Reads one more token of each."""
+        """Runs one decode step for consecutive slots."""
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies a row."""
+        """Copies the KV cache of a slot to another slot."""

@@ -1,4 +1,4 @@
-"""Drawing an answer, token by token."""
+"""Text generation for one prompt."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 
 from xtuner.errors import ModelError, one_line
-from xtuner.inference.decode.decoder import Decoder, find_decoder, release
+from xtuner.inference.decode.decoder import SequenceDecoder, find_decoder, release
 from xtuner.inference.detokenizer import TextStream
 
 logger = logging.getLogger('xtuner')
-_SAID: set[str] = set()  # reasons for the slower way that were logged
+_LOGGED_REASONS: set[str] = set()  # reasons for falling back to transformers that have been logged
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn.
+    """Sampling settings.
 
     Attributes:
-        max_new_tokens: Most tokens of an answer, the stop token included.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Tokens are drawn from the smallest set that has this share of the probability.
-        seed: Makes the draws repeatable; None leaves torch's generator as it is.
+        max_new_tokens: Maximum number of tokens of an answer, including the stop token.
+        temperature: Sampling temperature; 0: greedy decoding.
+        top_p: Samples from the smallest set of tokens whose probabilities sum to it.
+        seed: Makes sampling reproducible; None: torch's generator is not seeded.
     """
 
     max_new_tokens: int = 1024
@@ -36,7 +36,7 @@ class Sampling:
     seed: int | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The keywords for transformers' `generate`."""
+        """Keyword arguments for transformers' `generate`."""
         if self.temperature == 0:
             return {'do_sample': False, 'temperature': None, 'top_p': None, 'top_k': None}
         return {'do_sample': True, 'temperature': self.temperature, 'top_p': self.top_p, 'top_k': 0}
@@ -51,46 +51,49 @@ def generate(
     streamer: TextStream | None = None,
     synced: bool = False,
 ) -> list[int]:
-    """Continues a prompt.
+    """Generates the answer to a prompt.
 
-    `inference.decode` decodes Llama-like models; transformers' `generate` decodes all others, and these where the fast
-    decoder is unsupported. Both draw the same tokens from the same seed, as far as their logits agree.
+    `inference.decode` decodes Llama-like models; for all others, and if it does not support a model's current state,
+    this falls back to transformers' `generate`. Both sample the same tokens from the same seed, as far as their logits
+    agree.
 
     Args:
         model: A transformers or peft causal language model.
-        prompt_ids: Token ids that end where the answer begins.
-        stop_ids: Ids that end the answer.
-        sampling: How to draw.
-        streamer: Receives the ids as they come, as from transformers: the prompt once, then each id, then `end()`.
-        synced: Whether all ranks of a run, which hold the weights together, do this: each computes as many tokens as
-            the longest of their answers has.
+        prompt_ids: Token ids of the prompt, up to the start of the answer.
+        stop_ids: Token ids that end the answer.
+        sampling: Sampling settings.
+        streamer: Receives the ids as from transformers: the prompt once, then each id, then `end()`.
+        synced: Whether all ranks of a run with sharded weights call this together: each computes as many tokens as the
+            longest of their answers.
 
     Returns:
-        The answer's ids, with the stop id where one was drawn.
+        Token ids of the answer, including the stop token if it was generated.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     if synced:
-        return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer, synced=True)
+        return generate_with_transformers(
+            model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer, synced=True
+        )
     decoder = find_decoder(model, len(prompt_ids) + sampling.max_new_tokens)
-    reason = decoder if isinstance(decoder, str) else 'there is not enough memory for a cache of fixed size'
-    if isinstance(decoder, Decoder):
-        answer = _decode(decoder, prompt_ids, frozenset(stop_ids), sampling, streamer)
+    reason = decoder if isinstance(decoder, str) else 'not enough memory for a static KV cache'
+    if isinstance(decoder, SequenceDecoder):
+        answer = _generate_with_decoder(decoder, prompt_ids, frozenset(stop_ids), sampling, streamer)
         if answer is not None:
             return answer
         release(model)
         torch.cuda.empty_cache()
-    if reason not in _SAID:
-        _SAID.add(reason)
-        logger.info('decoding by transformers, which is slower: %s', reason)
-    return generate_plainly(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
+    if reason not in _LOGGED_REASONS:
+        _LOGGED_REASONS.add(reason)
+        logger.info('falling back to transformers.generate (slower): %s', reason)
+    return generate_with_transformers(model, prompt_ids, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
 
 
 @torch.inference_mode()
-def warm(model: Any, num_tokens: int) -> None:
-    """Draws a few tokens, with room for `num_tokens`, so that what is loaded at its first use is loaded.
+def warm_up(model: Any, num_tokens: int) -> None:
+    """Generates a few tokens with a KV cache for `num_tokens`, so that kernels are loaded and graphs recorded.
 
-    PyTorch's generators are left as they were. Models that are not decoded here are left alone.
+    Preserves the state of PyTorch's generators. Does nothing for models that `inference.decode` does not support.
     """
     prompt = [int(model.config.bos_token_id or 0)] * 16
     decoder = find_decoder(model, num_tokens)
@@ -98,21 +101,21 @@ def warm(model: Any, num_tokens: int) -> None:
         return
     devices = [model.device] if model.device.type == 'cuda' else []
     with torch.random.fork_rng(devices), decoder.lock, torch.autocast(model.device.type, enabled=False):
-        room = num_tokens - len(prompt)
-        with closing(decoder.answer(prompt, max_new_tokens=room, temperature=0.5, top_p=0.5)) as ids:
+        max_new_tokens = num_tokens - len(prompt)
+        with closing(decoder.answer(prompt, max_new_tokens=max_new_tokens, temperature=0.5, top_p=0.5)) as ids:
             for _, _ in zip(range(3), ids, strict=False):
                 pass
 
 
 @torch.inference_mode()
-def _decode(
-    decoder: Decoder,
+def _generate_with_decoder(
+    decoder: SequenceDecoder,
     prompt_ids: Sequence[int],
     stop_ids: frozenset[int],
     sampling: Sampling,
     streamer: TextStream | None,
 ) -> list[int] | None:
-    """The answer; None where there is too little memory to begin one."""
+    """The ids of the answer; None if there is not enough memory to start."""
     answer: list[int] = []
     with decoder.lock, torch.autocast(decoder.device.type, enabled=False):
         ids = decoder.answer(
@@ -137,7 +140,7 @@ def _decode(
 
 
 @torch.inference_mode()
-def generate_plainly(
+def generate_with_transformers(
     model: Any,
     prompt_ids: Sequence[int],
     *,
@@ -146,10 +149,10 @@ def generate_plainly(
     streamer: TextStream | None = None,
     synced: bool = False,
 ) -> list[int]:
-    """As `generate`, by transformers' own method; the seed is not looked at.
+    """Same as `generate`, by transformers' `generate`; ignores the seed.
 
     Raises:
-        ModelError: transformers has no way to generate with a model of this type.
+        ModelError: transformers does not support generation with this type of model.
     """
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     try:

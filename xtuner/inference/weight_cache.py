@@ -1,8 +1,8 @@
-"""Weights kept in the form in which they are multiplied soonest, where memory allows.
+"""Caches dequantized (or oneDNN-packed) weights for faster inference, if memory allows.
 
-4-bit weights are kept as floats beside their packed form: turning them into floats is most of the work of a pass over
-few tokens; kept, it is done once. On a CPU, float32 weights, these too, are kept as oneDNN lays them out.
-The values are the same.
+4-bit weights are dequantized once and cached in addition to their packed form: dequantizing is most of the work of a
+forward pass over few tokens. On a CPU, float32 weights, including dequantized ones, are cached in oneDNN's packed
+layout. Their values do not change.
 """
 
 from __future__ import annotations
@@ -20,66 +20,66 @@ from xtuner.fused.offload import free_bytes
 from xtuner.kernels import cpu_gemm
 from xtuner.kernels.quantized import is_4bit
 
-_SHARE = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
-_CACHED = 2**24  # bytes of a model: read from the processor's cache, weights multiply one row sooner as they are
+_CACHE_FRACTION = {'cuda': 0.5, 'cpu': 0.25}  # of the free memory
+_CPU_CACHE_BYTES = 2**24  # smaller models stay in the CPU's cache, where unpacked weights multiply one row faster
 
 
 @dataclass(frozen=True)
 class CachedWeights:
-    """How many layers might be kept in a better form, how many of them are, and what that takes."""
+    """Number of layers that can be cached, number that are, and the size of the cache in bytes."""
 
     num_layers: int
-    num_kept: int
+    num_cached: int
     num_bytes: int
 
 
-def _forward(weight_NK: Tensor, bias: Tensor | None, *, cached: bool) -> Callable[[Tensor], Tensor]:
-    """What stands in for one layer's `forward`."""
+def _forward(weight_NK: Tensor, bias: Tensor | None, *, small_model: bool) -> Callable[[Tensor], Tensor]:
+    """Replacement for the `forward` of one layer."""
     dtype, size = weight_NK.dtype, weight_NK.shape[1]
 
     def multiply(x: Tensor) -> Tensor:
-        """In the weight's dtype; the result in that of `x`."""
+        """Computes in the dtype of the weight; returns the dtype of `x`."""
         return functional.linear(x.to(dtype), weight_NK, bias).to(x.dtype)
 
     if not cpu_gemm.can_pack(weight_NK):
         return multiply
-    ordered, plain = cpu_gemm.pack_weight(weight_NK), multiply if cached else None
+    packed, unpacked = cpu_gemm.pack_weight(weight_NK), multiply if small_model else None
 
-    def multiply_ordered(x: Tensor) -> Tensor:
-        """As `multiply`, by oneDNN; one row by the plain weight where the model is small."""
-        if plain is not None and x.numel() == size:
-            return plain(x)
-        return cpu_gemm.linear(x.to(dtype), ordered, bias).to(x.dtype)
+    def multiply_packed(x: Tensor) -> Tensor:
+        """Same as `multiply`, by oneDNN; a single row of a small model is multiplied by the unpacked weight."""
+        if unpacked is not None and x.numel() == size:
+            return unpacked(x)
+        return cpu_gemm.linear(x.to(dtype), packed, bias).to(x.dtype)
 
-    return multiply_ordered
+    return multiply_packed
 
 
 def cache_weights(model: nn.Module, budget_bytes: int | None = None) -> CachedWeights:
-    """Lets layers compute with weights kept in a better form, one after the other until the budget is spent.
+    """Caches the weights of a model layer by layer until the budget is used up.
 
     Args:
-        model: Any model, bare or wrapped by peft, for inference; its layers' `forward` is replaced on the instance, and
-            does not see it when their weights change.
-        budget_bytes: Memory that may be taken; None: half of what is free on a GPU, a quarter on a CPU.
+        model: Any model for inference, bare or wrapped by peft. The `forward` of its linear layers is replaced on the
+            instance; later changes of their weights have no effect.
+        budget_bytes: Maximum size of the cache; None: half of the free memory of a GPU, a quarter of that of a CPU.
     """
-    layers: list[Any] = [module for module in model.modules() if _is_worth_it(module)]
+    layers: list[Any] = [module for module in model.modules() if _is_cacheable(module)]
     sizes = [_size_bytes(layer) for layer in layers]
-    left = budget_bytes or 0
+    budget = budget_bytes or 0
     if budget_bytes is None and layers:
         device = layers[0].weight.device
-        left = int(_SHARE[device.type] * free_bytes(device))
-    kept = taken = 0
+        budget = int(_CACHE_FRACTION[device.type] * free_bytes(device))
+    num_cached = num_bytes = 0
     for layer, size in zip(layers, sizes, strict=True):
-        if size > left:
+        if size > budget:
             break
-        weight = _floats(layer)
+        weight = _dequantized(layer)
         bias = None if layer.bias is None else layer.bias.detach().to(weight.dtype)
-        layer.forward = _forward(weight, bias, cached=sum(sizes) <= _CACHED)
-        kept, taken, left = kept + 1, taken + size, left - size
-    return CachedWeights(len(layers), kept, taken)
+        layer.forward = _forward(weight, bias, small_model=sum(sizes) <= _CPU_CACHE_BYTES)
+        num_cached, num_bytes, budget = num_cached + 1, num_bytes + size, budget - size
+    return CachedWeights(len(layers), num_cached, num_bytes)
 
 
-def _is_worth_it(module: nn.Module) -> bool:
+def _is_cacheable(module: nn.Module) -> bool:
     return is_4bit(module) or (type(module) is nn.Linear and cpu_gemm.can_pack(module.weight))
 
 
@@ -93,5 +93,5 @@ def _dtype(layer: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _floats(layer: Any) -> Tensor:
+def _dequantized(layer: Any) -> Tensor:
     return FrozenLinear(layer).matrix(_dtype(layer)).detach()

@@ -42,9 +42,9 @@ class ModelDims:
         ranks: The adapters' ranks on q, k, v, o, gate, up and down of a layer; 0 without one. Of a fused qkv
             projection under q. Where a layer without a spec names its projections otherwise, the largest rank for each.
         dropout: Whether adapters drop inputs.
-        unsupported_reason: Why the fast path is not taken, '' where it is.
+        unsupported_reason: Why the fused path is not supported; '' if it is.
         kind: `model_type`.
-        parts: A layer as the fast path sees it, None where it is not taken.
+        parts: A layer as the fused path sees it; None if it is not supported.
     """
 
     hidden: int

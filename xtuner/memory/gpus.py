@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from xtuner.errors import UsageError, nearest
-from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.memory.predict import Setup
 
 # Share of the peak that a training step reached on an H200 (benchmarks/qlora_step_h200_2026-11-23.md): the fused path
-# with large and with small micro-batches, and transformers' stock path. For other GPUs these are assumptions.
+# with large and with small micro-batches, and transformers' own forward pass. For other GPUs these are assumptions.
 _UTILIZATION = {'large': 0.55, 'small': 0.45, 'stock': 0.2}
 
 
@@ -85,6 +85,6 @@ def flops_per_token(setup: Setup) -> float:
 
 def tokens_per_second(setup: Setup, gpu: GpuSpec) -> float:
     """Estimated training throughput of one GPU."""
-    size = 'large' if setup.tokens > MOST_TOKENS else 'small'
+    size = 'large' if setup.tokens > MAX_GRAPH_TOKENS else 'small'
     utilization = _UTILIZATION[size if setup.on_fast_path else 'stock']
     return gpu.tflops * 1e12 * utilization / flops_per_token(setup)

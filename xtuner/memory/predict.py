@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.memory.terms import (
     CONTEXT_BYTES,
     FRAGMENTS,
@@ -122,6 +122,6 @@ def host_memory(setup: Setup) -> Mapping[str, int]:
         terms['embedding'] = setup.dims.num_embedding * 2
     inputs = setup.recomputed_layers * row_bytes(setup)
     if setup.offloaded:
-        share = 2 + setup.dims.inner / setup.dims.hidden if setup.tokens > MOST_TOKENS else 1
+        share = 2 + setup.dims.inner / setup.dims.hidden if setup.tokens > MAX_GRAPH_TOKENS else 1
         terms['activations'] = int(inputs * share)
     return terms

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xtuner.fused.cuda_graphs import MOST_TOKENS
+from xtuner.fused.cuda_graphs import MAX_GRAPH_TOKENS
 from xtuner.fused.loss import slice_tokens_for
-from xtuner.fused.recompute import kept_bytes
+from xtuner.fused.recompute import saved_bytes
 from xtuner.memory.dims import ModelDims
 
-_INPUT_BUFFERS = 3  # `cuda_graphs._AHEAD`: buffers for layer inputs besides recorded graphs
-_OFFLOAD_FROM = 2**28  # `FusedDecoder.offload_from_bytes`
+_INPUT_BUFFERS = 3  # `cuda_graphs._RING_SIZE`: buffers for layer inputs besides recorded graphs
+_OFFLOAD_FROM = 2**28  # `ActivationMemory.offload_from_bytes`
 _BLOCK, _COARSE = 64, 256  # bitsandbytes: values per scale, scales per coarse scale
 # cuBLAS keeps 32 MiB for each stream with products on compute capability 9.0, 8 MiB before; 9.0 is assumed.
 _PRODUCT_SPACE = 2**25
@@ -85,11 +85,11 @@ class Setup:
     @property
     def graphs(self) -> bool:
         """Whether layers are recorded as CUDA graphs (`fused.cuda_graphs.suits`)."""
-        return self.on_fast_path and self.tokens <= MOST_TOKENS and self.value_bytes == 2 and any(self.dims.ranks)
+        return self.on_fast_path and self.tokens <= MAX_GRAPH_TOKENS and self.value_bytes == 2 and any(self.dims.ranks)
 
     @property
     def offloaded(self) -> bool:
-        """Whether layer inputs are offloaded (`FusedDecoder._store`); enough host memory is assumed."""
+        """Whether layer inputs are offloaded (`ActivationMemory.host_offload`); enough host memory is assumed."""
         return self.on_fast_path and self.recomputed_layers * row_bytes(self) >= _OFFLOAD_FROM
 
     @property
@@ -155,9 +155,9 @@ def row_bytes(setup: Setup) -> int:
 
 
 def kept_by_fast_layer(setup: Setup) -> int:
-    """T ((3 H + A + 2 KV + 2 I + ranks) b + 4 heads): `recompute.kept_bytes`, which the fused path itself uses."""
+    """T ((3 H + A + 2 KV + 2 I + ranks) b + 4 heads): `recompute.saved_bytes`, which the fused path itself uses."""
     assert setup.dims.parts is not None
-    return kept_bytes(setup.dims.parts, setup.tokens, setup.group_ranks, setup.value_bytes)
+    return saved_bytes(setup.dims.parts, setup.tokens, setup.group_ranks, setup.value_bytes)
 
 
 def kept_by_stock_layer(setup: Setup) -> int:
@@ -199,7 +199,7 @@ def kept_by_layer(setup: Setup) -> int:
 
 
 def final_norm(setup: Setup) -> int:
-    """The last norm's input, T H b, on the stock path in float32; RoPE angles, 4 T D."""
+    """The last norm's input, T H b, in float32 off the fused path; RoPE angles, 4 T D."""
     norm_input = row_bytes(setup) if setup.on_fast_path else 4 * setup.tokens * setup.dims.hidden
     return norm_input + 4 * setup.tokens * setup.dims.head_size
 
@@ -208,7 +208,7 @@ def in_flight(setup: Setup) -> int:
     """In transfer to or from the host: 2 T H b, for large batches also gate and up, 2 T I b (`HostOffload`)."""
     if not setup.offloaded:
         return 0
-    deep = setup.tokens > MOST_TOKENS
+    deep = setup.tokens > MAX_GRAPH_TOKENS
     return row_bytes(setup) * 2 + (setup.tokens * 2 * setup.dims.inner * setup.value_bytes if deep else 0)
 
 
@@ -236,9 +236,9 @@ def _fast_workspace(setup: Setup) -> int:
     """
     dims, (r0, _, r2, r3) = setup.dims, setup.group_ranks
     h, inner, attended, qkv, tokens = dims.hidden, dims.inner, _attended(dims), _qkv_width(dims), setup.tokens
-    low_memory = setup.recomputed_layers > 0 and setup.num_recomputed is None and tokens <= MOST_TOKENS
+    low_memory = setup.recomputed_layers > 0 and setup.num_recomputed is None and tokens <= MAX_GRAPH_TOKENS
     r0, r2 = (0, 0) if dims.dropout else (r0, r2)  # with dropout the ranks are not part of the product
-    reloaded = qkv + attended if setup.offloaded and setup.num_recomputed is None and tokens > MOST_TOKENS else 0
+    reloaded = qkv + attended if setup.offloaded and setup.num_recomputed is None and tokens > MAX_GRAPH_TOKENS else 0
     freed = 2 * inner + setup.group_ranks[2] + h  # gate and up after their gradient was used, and the earlier state
     down = tokens * (2 * h + r3 + inner - reloaded) + (h + r3) * inner
     gate_up = tokens * (3 * h + r2 - reloaded) + ((inner if low_memory else 2 * inner) + r2) * h

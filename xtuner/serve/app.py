@@ -26,10 +26,10 @@ from starlette.routing import Route
 
 from xtuner.dataset.templates.rendering import TemplateBusyError
 from xtuner.errors import XTunerError
-from xtuner.inference.answer import Answer
-from xtuner.inference.decoder_interface import Decoder
+from xtuner.inference.decoder_interface import SlotDecoder
 from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
+from xtuner.inference.request import GenerationRequest
 from xtuner.inference.scheduler import Scheduler
 from xtuner.serve.encoding import Encoding
 from xtuner.serve.exchange import RequestHandler, ResponseRouter, Stream
@@ -72,21 +72,23 @@ class Service:
         guard: Checks host names and API keys.
     """
 
-    def __init__(self, loaded: Loaded, decoder: Decoder, *, limits: Limits, sampling: Sampling, guard: Guard) -> None:
+    def __init__(
+        self, loaded: Loaded, decoder: SlotDecoder, *, limits: Limits, sampling: Sampling, guard: Guard
+    ) -> None:
         self._limits, self._sampling, self._guard = limits, sampling, guard
         self._models = {model.name: model for model in loaded.served}
         self._seeds = Random(sampling.seed)
         self._started = int(time.time())
         self.post = ResponseRouter()
         self._encoding = Encoding()
-        self.batcher = Scheduler(
+        self.scheduler = Scheduler(
             decoder,
             adapters=[model.adapter for model in loaded.served],
             use=loaded.use,
             deliver=self.post.deliver_from_thread,
-            most_waiting=limits.waiting,
+            max_waiting=limits.waiting,
         )
-        self.post.batcher = self.batcher
+        self.post.scheduler = self.scheduler
 
     def app(self) -> Starlette:
         """The ASGI application; its lifespan starts and stops the decoding thread."""
@@ -113,11 +115,11 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.post.open()
-        self.batcher.start()
+        self.scheduler.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(self.batcher.stop)
+            await asyncio.to_thread(self.scheduler.stop)
 
     # Answers
 
@@ -131,7 +133,7 @@ class Service:
 
     async def _respond(self, http: HTTPRequest, request: Request, *, chat: bool) -> Response:
         model = self._model(request.model)
-        self.post.check_room(len(request.prompts))
+        self.post.check_capacity(len(request.prompts))
         prompts = await self._encoding.run(lambda: self._encode(model, request, chat))
         answers = [self._answer(model, ids, request) for ids in prompts]
         kind = 'chatcmpl' if chat else 'cmpl'
@@ -145,7 +147,7 @@ class Service:
             return Stream(exchange)
         return await exchange.whole(http)
 
-    def _answer(self, model: ServedModel, ids: Sequence[int], request: Request) -> Answer:
+    def _answer(self, model: ServedModel, ids: Sequence[int], request: Request) -> GenerationRequest:
         available = self._limits.max_length - len(ids)
         max_new_tokens = request.max_tokens or min(self._sampling.max_new_tokens, available)
         if available < 1 or max_new_tokens > available:
@@ -156,7 +158,7 @@ class Service:
             )  # fmt: skip
         sampling = replace(request.sampling, max_new_tokens=max_new_tokens)
         text = IncrementalDetokenizer(model.tokenizer, request.stop)
-        return Answer(model.adapter, ids, sampling, model.stop_ids, text, seed=self._seeds.getrandbits(64))
+        return GenerationRequest(model.adapter, ids, sampling, model.stop_ids, text, seed=self._seeds.getrandbits(64))
 
     def _encode(self, model: ServedModel, request: Request, chat: bool) -> list[list[int]]:
         try:
@@ -187,11 +189,11 @@ class Service:
         return json_response(self._card(self._model(http.path_params['name']).name))
 
     async def _health(self, _: HTTPRequest) -> Response:
-        failure = self.batcher.trouble or self._encoding.failure
+        failure = self.scheduler.failure or self._encoding.failure
         content = {
             'status': 'failing' if failure else 'ok',
-            'running': self.batcher.num_running,
-            'waiting': self.batcher.num_waiting,
+            'running': self.scheduler.num_running,
+            'waiting': self.scheduler.num_waiting,
         }
         return json_response(content | {'error': failure} if failure else content, 503 if failure else 200)
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
-from xtuner.inference.answer import Answer, Events, Piece
+from xtuner.inference.request import Events, GenerationRequest, TextDelta
 from xtuner.inference.scheduler import QueueFull, Scheduler
 from xtuner.serve.problems import APIError
 from xtuner.serve.responses import DONE, Pieces, ResponseBuilder, event, json_response
@@ -24,9 +24,9 @@ class ResponseRouter:
     """Passes generated text from the decoding thread to the request handlers in the event loop."""
 
     def __init__(self) -> None:
-        self.batcher: Scheduler
+        self.scheduler: Scheduler
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queues: dict[Answer, asyncio.Queue[Piece]] = {}
+        self._queues: dict[GenerationRequest, asyncio.Queue[TextDelta]] = {}
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -35,24 +35,24 @@ class ResponseRouter:
         """Connects the router to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
-    def check_room(self, num_answers: int) -> None:
+    def check_capacity(self, num_answers: int) -> None:
         """Raises APIError if the queue has no room for the answers, or the decoding thread has exited."""
-        if not self.batcher.is_alive:
+        if not self.scheduler.is_alive:
             raise APIError(503, 'the decoding thread has exited; the service must be restarted', code='model_error')
         try:
-            self.batcher.check_room(num_answers)
+            self.scheduler.check_capacity(num_answers)
         except QueueFull as error:
             raise _queue_full(error) from None
 
-    def queue(self, answer: Answer) -> asyncio.Queue[Piece]:
+    def queue(self, answer: GenerationRequest) -> asyncio.Queue[TextDelta]:
         """Creates the queue that receives the pieces of an answer."""
         self._queues[answer] = asyncio.Queue()
         return self._queues[answer]
 
-    def forget(self, answer: Answer) -> None:
+    def forget(self, answer: GenerationRequest) -> None:
         """Removes an answer, and cancels it if it is unfinished."""
         self._queues.pop(answer, None)
-        self.batcher.cancel(answer)
+        self.scheduler.cancel(answer)
 
     def deliver_from_thread(self, events: Events) -> None:
         """Callback of the scheduler, called in the decoding thread."""
@@ -69,7 +69,7 @@ class ResponseRouter:
 class RequestHandler:
     """The answers of one request."""
 
-    def __init__(self, post: ResponseRouter, answers: Sequence[Answer], head: ResponseBuilder) -> None:
+    def __init__(self, post: ResponseRouter, answers: Sequence[GenerationRequest], head: ResponseBuilder) -> None:
         self.head = head
         self._post, self._answers = post, answers
         self._queues = [post.queue(answer) for answer in answers]
@@ -78,7 +78,7 @@ class RequestHandler:
     def submit(self) -> None:
         """Submits the answers to the scheduler; raises APIError if the queue is full."""
         try:
-            self._post.batcher.submit(self._answers)
+            self._post.scheduler.submit(self._answers)
         except QueueFull as error:
             self.close('429')
             raise _queue_full(error) from None
@@ -93,7 +93,7 @@ class RequestHandler:
                 piece = queue.get_nowait()
                 text += piece.text
             if piece.finish == 'error':
-                raise APIError(503 if self._post.batcher.broken else 500, piece.error, code='model_error')
+                raise APIError(503 if self._post.scheduler.broken else 500, piece.error, code='model_error')
             choice.text += text
             choice.num_tokens, choice.finish = piece.num_tokens, piece.finish
             yield text, piece.finish

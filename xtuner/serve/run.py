@@ -71,19 +71,19 @@ def run_service(
         trust_remote_code=source.trust_remote_code,
     )  # fmt: skip
     limits = replace(limits, max_length=min(limits.max_length, loaded.max_length))
-    decoder = BatchDecoder(loaded.model, num_rows=limits.streams, max_length=limits.max_length)
+    decoder = BatchDecoder(loaded.model, num_slots=limits.streams, max_length=limits.max_length)
     hosts = LOOPBACK | {address.host.lower()} if address.loopback and not address.api_key else None
     guard = Guard(api_key=address.api_key, hosts=hosts)
     service = Service(loaded, decoder, limits=limits, sampling=sampling, guard=guard)
     if source.weight_cache and (cached := cache_weights(loaded.model)).num_layers:
-        logger.info('weight cache: %d of %d layers, %.2f GiB', cached.num_kept, cached.num_layers,
+        logger.info('weight cache: %d of %d layers, %.2f GiB', cached.num_cached, cached.num_layers,
                     cached.num_bytes / 2**30)  # fmt: skip
     _log_served_models(loaded, decoder)
     serve(service.app(), sockets, grace_s=grace_s)
 
 
 def _log_served_models(loaded: Loaded, decoder: BatchDecoder) -> None:
-    logger.info('KV cache: %d streams of up to %d tokens, %.2f GiB', decoder.num_rows, decoder.max_length,
-                decoder.store_bytes / 2**30)  # fmt: skip
+    logger.info('KV cache: %d streams of up to %d tokens, %.2f GiB', decoder.num_slots, decoder.max_length,
+                decoder.cache_bytes / 2**30)  # fmt: skip
     for model in loaded.served:
         logger.info('model %r%s', model.name, '' if model.template else ' (no prompt template: completions only)')

@@ -1,7 +1,7 @@
-"""Files: JSON of other people read within bounds, and content that is replaced atomically.
+"""Reads untrusted JSON files within limits, and replaces files atomically.
 
-A file of others may be a named pipe, larger than the memory, nested deeper than Python's stack, or hold the same key
-twice: each is one line of error that names the file. What its fields may hold is checked by `xtuner.utils.fields`.
+An untrusted file may be a named pipe, larger than memory, nested deeper than Python's stack, or contain a key twice:
+each is a one-line error that names the file. `xtuner.utils.fields` validates the fields.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 from xtuner.errors import XTunerError
 
 MAX_BYTES = 64 * 2**20
-"""The largest settings that are read. An index of 100,000 tensors has 10 MB."""
+"""Maximum size of a settings file. An index of 100,000 tensors has 10 MB."""
 MAX_DEPTH = 64
-"""Objects and lists within each other. Published settings have fewer than 10."""
+"""Maximum nesting of objects and lists. Published settings have fewer than 10 levels."""
 
 
 def read_object(
     path: Path, error: type[XTunerError], *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH
 ) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Reads a JSON object from a file.
 
     Args:
         path: The file.
-        error: What is raised.
-        max_bytes: The largest file that is read.
-        max_depth: How deep objects and lists may lie within each other.
+        error: Exception class to raise.
+        max_bytes: Maximum file size.
+        max_depth: Maximum nesting of objects and lists.
 
     Raises:
-        XTunerError: of the given class: no regular file, too large, not UTF-8, not JSON, no object, nested too deeply,
-            or a key stands twice with different values.
+        XTunerError: Of the given class: not a regular file, too large, not UTF-8, not JSON, not an object, nested too
+            deeply, or a key occurs twice with different values.
     """
     check_regular(path, error)
     try:
@@ -52,7 +52,7 @@ def read_object(
 
 
 def parse_object(raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """The JSON object in UTF-8 bytes; raises ValueError as `read_object` does."""
+    """Parses a JSON object from UTF-8 bytes; raises ValueError where `read_object` raises `error`."""
     try:
         content = json.loads(raw.decode('utf-8'), object_pairs_hook=_unique)
     except RecursionError:
@@ -64,7 +64,7 @@ def parse_object(raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of `~`; as it is where it names no user's: `~.jsonl` is a file."""
+    """Expands `~` to the home folder; a name without a matching user is returned as is: `~.jsonl` is a file."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -72,32 +72,33 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_regular(path: Path, error: type[XTunerError], advice: str = '') -> os.stat_result:
-    """Returns the stat of a file; raises `error`, with `advice`, for what is no regular file.
+    """Returns the stat of a file; raises `error`, with `advice`, unless it is a regular file.
 
-    It is called before a file is opened: a named pipe would block for good.
+    Call it before opening a file: opening a named pipe would block forever.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         reason = getattr(problem, 'strerror', None) or problem
         link = f'it is a link to {os.readlink(path)}, which cannot be followed: ' if os.path.islink(path) else ''
         raise error(f'{path} cannot be read: {link}{reason}') from problem
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), 'not a regular file')
         raise error(f'{path} cannot be read: it is {kind}{advice}')
-    return found
+    return status
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a file under a temporary name beside `path` and renames it: readers see all of it or what was before.
+    """Writes a temporary file next to `path` and renames it: readers see the complete new or the previous content.
 
     Args:
-        path: The file; what is there is replaced.
-        content: Text is written in UTF-8.
-        durable: Flush the file before the rename and its folder afterwards, so that a power failure keeps one of both.
+        path: The file; replaced if it exists.
+        content: Text is encoded as UTF-8.
+        durable: Flush the file before the rename and its folder afterwards, so that a power failure
+            leaves one of the two.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OSError: The file cannot be written; `path` is unchanged.
     """
     partial = path.with_name(f'{path.name}.partial')
     partial.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
@@ -109,10 +110,10 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 def flush(path: Path) -> None:
-    """Makes the disk keep a file's content, or the names in a folder, before what follows."""
-    if path.is_dir() and not _POSIX:  # elsewhere folders cannot be opened, and need not be
+    """Flushes a file's content, or the entries of a folder, to the disk (fsync)."""
+    if path.is_dir() and not _POSIX:  # on Windows folders cannot be opened and need no flush
         return
-    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR)  # Windows flushes only what may be written
+    descriptor = os.open(path, os.O_RDONLY if _POSIX else os.O_RDWR)  # Windows can flush only writable files
     try:
         os.fsync(descriptor)
     finally:
@@ -128,17 +129,17 @@ _TOO_DEEP = 'it is nested deeper than {} levels'
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; where a key stands twice, readers differ in which value they take."""
+    """Builds a JSON object; parsers differ in which value of a duplicate key they use."""
     content = dict(pairs)
     if len(content) < len(pairs):
         for key, value in pairs:
             if content[key] != value:
-                raise ValueError(f'the key {key[:64]!r} stands twice, with different values')
+                raise ValueError(f'the key {key[:64]!r} occurs twice, with different values')
     return content
 
 
 def _check_depth(content: Any, most: int) -> None:
-    """Level by level, so that no depth ends this process's stack."""
+    """Iterates level by level, so that no depth overflows the stack."""
     level: list[Any] = [content]
     for _ in range(most):
         level = [item for value in level for item in _items(value)]
@@ -148,6 +149,6 @@ def _check_depth(content: Any, most: int) -> None:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    """The objects and lists in an object or a list."""
+    """Objects and lists directly inside an object or a list."""
     inner = value.values() if isinstance(value, dict) else value
     return [item for item in inner if isinstance(item, (dict, list))]

@@ -11,21 +11,21 @@ from xtuner.utils.files import write_atomically
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """A record as one line, with its line break; text of any language as it is."""
+    """Formats a record as one line, with its line break; non-ASCII text is not escaped."""
     return json.dumps(record, ensure_ascii=False) + '\n'
 
 
 def objects(raw: bytes) -> list[dict[str, Any]]:
-    """The JSON objects among the lines of `raw`; lines that are none, such as one that a crash tore, are left out."""
-    found = []
+    """Parses the JSON objects among the lines of `raw`; skips other lines, such as one cut off by a crash."""
+    records = []
     for line in raw.splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

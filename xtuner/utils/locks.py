@@ -1,7 +1,7 @@
 """Exclusive locks on files, held by the kernel.
 
-The kernel frees a lock when its process ends and not before: no time-out to misjudge after a suspend, no process id to
-misread in another PID namespace, and NFS asks its server.
+The kernel releases a lock exactly when its process ends: there is no time-out that a suspend could trip and no process
+id that means something else in another PID namespace; on NFS the server holds the lock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def try_lock(descriptor: int, *, per_process: bool = False) -> LockState:
             in this process. The default (`flock`) belongs to the open file: forks hold it too, until `unlock`.
 
     Returns:
-        'ours', 'taken' by another process, or 'no locks' where the file system or the platform has none.
+        'ours', 'taken' by another process, or 'no locks' if the file system or the platform does not support them.
     """
     if fcntl is None:
         return 'no locks'
@@ -43,7 +43,7 @@ def try_lock(descriptor: int, *, per_process: bool = False) -> LockState:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file; its last holder may have removed it before this process locked it."""
+    """Whether `path` still names the open file; its last owner may have removed it before this process locked it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -51,21 +51,21 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """Releases a `flock`; closing alone would not while a fork of this process lives."""
+    """Releases a `flock`; closing alone would not release it while a fork of this process is alive."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def write_owner(descriptor: int) -> None:
-    """Writes this process and machine into the locked file, for the message that another process shows."""
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+    """Writes this process and machine into the locked file, for the error message of another process."""
+    with contextlib.suppress(OSError):  # full disk: the lock holds without the owner's name
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
 
 
 def read_owner(path: Path) -> str:
-    """What `write_owner` wrote, such as 'process 7 on node3'; '' where nothing can be read."""
+    """Returns the text of `write_owner`, such as 'process 7 on node3'; '' if it cannot be read."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding='utf-8', errors='replace').strip()
     return ''

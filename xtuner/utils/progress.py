@@ -1,6 +1,6 @@
-"""Progress of long work, with the time that is left: a bar on a terminal, plain lines now and then in a file or pipe.
+"""Shows progress and remaining time of long operations: a bar on a terminal, otherwise a log line every few seconds.
 
-tqdm draws the bars: huggingface_hub and transformers take its classes, so that their downloads and loading look alike.
+tqdm draws the bars: huggingface_hub and transformers accept tqdm classes, so their downloads and loading look the same.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from xtuner.utils.units import clock, gigabytes
 
 logger = logging.getLogger('xtuner')
 
-_EVERY_S = 5.0  # between two lines
-_DELAY_S = 0.5  # work that takes less draws no bar
+_EVERY_S = 5.0  # interval of log lines
+_DELAY_S = 0.5  # shorter operations draw no bar
 
 
 class Progress(tqdm):
-    """A tqdm bar on stderr, erased when the work is done; where stderr is no terminal, a log line every few seconds.
+    """A tqdm bar on stderr, erased when done; if stderr is not a terminal, a log line every few seconds.
 
     Only the first process of a run shows anything. `update` may be called from several threads.
 
     Args:
-        iterable: What is gone through; None: the caller calls `update`.
-        desc: What is done, such as 'Loading weights'.
-        total: How many items there are; None: `len(iterable)`, or unknown, and then no time is predicted.
-        unit: What is counted; 'B' for bytes.
-        lines: Whether there are lines where stderr is no terminal: False for work that logs its own.
-        options: As tqdm takes them. `disable` and `file` are decided here.
+        iterable: The items; None: the caller calls `update`.
+        desc: The operation, such as 'Loading weights'.
+        total: Number of items; None: `len(iterable)`, or unknown, without a remaining time.
+        unit: Unit of the count; 'B' for bytes.
+        lines: Whether to log lines if stderr is not a terminal; False for operations with their own log lines.
+        options: Options of tqdm, except `disable` and `file`, which are set here.
     """
 
-    monitor_interval = 0  # no thread of tqdm's own
+    monitor_interval = 0  # no monitor thread
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
@@ -54,8 +54,8 @@ class Progress(tqdm):
         **options: Any,
     ) -> None:
         self._is_bar = sys.stderr.isatty()
-        self._started = self._said = self.clock()
-        self._lock_of_count = threading.Lock()
+        self._started = self._logged = self.clock()
+        self._count_lock = threading.Lock()
         options |= {'disable': not is_first_process() or not (self._is_bar or lines), 'file': sys.stderr}
         options = {'leave': False, 'delay': _DELAY_S, 'dynamic_ncols': True, 'unit_scale': unit == 'B'} | options
         super().__init__(iterable, printable(desc or ''), total, unit=unit, **options)
@@ -69,25 +69,25 @@ class Progress(tqdm):
             self.close()
 
     def update(self, n: float | None = 1) -> bool | None:
-        """Counts items as done; True where a bar was drawn."""
-        with self._lock_of_count:
+        """Counts completed items; returns True if a bar was drawn."""
+        with self._count_lock:
             if self._is_bar or self.disable:
                 return super().update(n)
             self.n += n or 0
             return self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draws the bar, or writes a line when it is time for one."""
+        """Draws the bar, or logs a line if one is due."""
         if self._is_bar:
             return super().display(msg, pos)
         now = self.clock()
-        if now - self._said >= _EVERY_S and self.n > self.initial and self.n != self.total:
-            self._said = now
+        if now - self._logged >= _EVERY_S and self.n > self.initial and self.n != self.total:
+            self._logged = now
             logger.info('%s', self._line(now - self._started))
         return False
 
     def _line(self, seconds: float) -> str:
-        """'Loading weights: 40 % · eta 0:00:18', with amounts and speed for bytes; a count where no total is known."""
+        """'Loading weights: 40 % · eta 0:00:18', with sizes and speed for bytes; a count without a total."""
         done, speed = self.n - self.initial, (self.n - self.initial) / max(seconds, 1e-9)
         parts = [f'{100 * self.n / self.total:.0f} %'] if self.total else []
         if self.unit == 'B':
@@ -101,14 +101,14 @@ class Progress(tqdm):
 
 
 def close_bars() -> None:
-    """Erases bars that an error left behind, so that its line stands alone."""
+    """Erases bars left by an error, so that its message stands alone."""
     for bar in list(getattr(tqdm, '_instances', ())):
         bar.close()
 
 
 @contextmanager
 def above_bars() -> Iterator[None]:
-    """Lets a `with` block write to the terminal: bars are erased before and drawn again below what was written."""
+    """Lets a `with` block write to the terminal: bars are erased before it and redrawn below its output."""
     if not getattr(tqdm, '_instances', None) or not sys.stderr.isatty():
         yield
         return
@@ -118,7 +118,7 @@ def above_bars() -> Iterator[None]:
 
 @contextmanager
 def shown_by_transformers() -> Iterator[None]:
-    """Shows as `Progress` what transformers would draw as its own bars in a `with` block."""
+    """Replaces the bars of transformers by `Progress` in a `with` block."""
     from transformers.utils import logging as bars
 
     before = bars.set_tqdm_hook(lambda factory, args, kwargs: Progress(*args, **kwargs))
@@ -129,7 +129,7 @@ def shown_by_transformers() -> Iterator[None]:
 
 
 def _forget_bars() -> None:
-    """In a forked process: bars belong to the parent, and a thread of it may have held the lock."""
+    """Resets bars and lock in a forked process: they belong to the parent, whose thread may hold the lock."""
     Progress.set_lock(threading.RLock())
     tqdm._instances.clear()
 

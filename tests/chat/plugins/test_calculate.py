@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.calculate import Calculate
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(('formula', 'value'), [
     ('2 * (3 + 4)', '14'), ('2^10', '1024'), ('1/3', '0.333333333333'), ('0.1+0.2', '0.3'), ('2(3)', '6'),

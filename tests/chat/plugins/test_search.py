@@ -17,6 +17,8 @@ from xtuner.chat.plugins.base import PluginError
 from xtuner.chat.plugins.search import Search
 from xtuner.errors import UsageError
 
+pytestmark = pytest.mark.unit
+
 SECRET = 'key-that-nobody-sees'
 
 

@@ -15,6 +15,8 @@ import pytest
 import xtuner.dataset.cache.build_once as cache
 from xtuner.dataset.cache.build_once import build_once, cache_root
 
+pytestmark = pytest.mark.unit
+
 FORK = multiprocessing.get_context('fork')
 
 

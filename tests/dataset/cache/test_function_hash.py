@@ -14,6 +14,8 @@ import xtuner.dataset.cache.function_hash as function_hash
 from tests.conftest import ROOT
 from xtuner.dataset.cache.function_hash import fingerprint_function
 
+pytestmark = pytest.mark.unit
+
 MINE = {'mine.py': 'import helper\n\n\ndef fn(example):\n    return helper.text(example)\n'}
 
 

@@ -7,6 +7,8 @@ from xtuner.dataset.encode.conversation_encoder import Sample
 from xtuner.dataset.encode.length import ON_LONG, fit_length, num_targets
 from xtuner.errors import DataError
 
+pytestmark = pytest.mark.unit
+
 #                       bos  question  answer   end
 IDS = np.array([1, 10, 11, 12, 20, 21, 2])
 SAMPLE = Sample(IDS, np.where(np.isin(IDS, [20, 21, 2]), IDS, -100))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.dataset.test_map_fns import RECORDS, TURN
+from tests.dataset.map_fns.test_registration import RECORDS, TURN
 from xtuner.config.schema import DatasetConfig
 from xtuner.dataset.conversation import to_conversation
 from xtuner.dataset.encode.conversation_encoder import Encoder

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from xtuner.dataset.packing.pack import PACKINGS, pack_samples
 from xtuner.errors import DataError
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize('packing', PACKINGS)
 @given(st.lists(st.integers(1, 50), max_size=200))

@@ -10,6 +10,8 @@ import xtuner.dataset.sources.readers as readers
 from xtuner.dataset.sources.readers import READERS, read_file
 from xtuner.errors import DataError
 
+pytestmark = pytest.mark.unit
+
 ROWS = [{'a': 'x', 'b': '1'}, {'a': 'é\n"', 'b': ' 2, 3'}, {'a': '', 'b': '你好'}]
 
 
@@ -192,51 +194,6 @@ def test_a_line_of_fifty_megabytes_is_one_bad_record(form, tmp_path):
     assert records[1].origin == f'{path}:{2 if form == ".jsonl" else 3}'
 
 
-def compressed(path, content, suffix):
-    import bz2
-    import gzip
-    import lzma
-
-    import pyarrow
-
-    if suffix == '.zst':
-        with pyarrow.output_stream(str(path), compression='zstd') as file:
-            file.write(content)
-    else:
-        pack = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress}[suffix]
-        path.write_bytes(pack(content))
-
-
-@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
-@pytest.mark.parametrize('form', ['.json', '.jsonl', '.csv', '.tsv'])
-def test_a_compressed_file_holds_the_same_records(form, suffix, tmp_path):
-    write(tmp_path / f'a{form}', ROWS, form)
-    path = tmp_path / f'a{form}{suffix}'
-    compressed(path, (tmp_path / f'a{form}').read_bytes(), suffix)
-    assert values(path) == values(tmp_path / f'a{form}') == ROWS
-
-
-@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
-def test_a_compressed_file_that_is_cut_off_is_an_error(suffix, tmp_path):
-    path = tmp_path / f'a.jsonl{suffix}'
-    compressed(path, b''.join(b'{"a": %d}\n' % (n * n) for n in range(20000)), suffix)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b'no such thing', b''):
-        path.write_bytes(content)
-        try:
-            found = values(path)
-            assert (content, found) == (b'', [])
-        except DataError as error:
-            assert str(error).startswith(f'{path}: ') and '\n' not in str(error)
-
-
-def test_text_and_what_is_packed_twice_are_named(tmp_path):
-    with pytest.raises(DataError, match=r'a\.txt: plain text is not supported: .* JSON line'):
-        list(read_file(tmp_path / 'a.txt'))
-    with pytest.raises(DataError, match=r"unknown file format '\.parquet\.gz'"):
-        list(read_file(tmp_path / 'a.parquet.gz'))
-
-
 @pytest.mark.parametrize('indent', [None, 2])
 @pytest.mark.parametrize('start', ['', '\ufeff', '\n\n '])
 def test_a_jsonl_file_that_holds_a_list_is_read_as_one(indent, start, tmp_path):
@@ -277,18 +234,6 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path):
     path.write_text('a,b\n1,2\n3,"open\n5,6\n7,"b"\n9,10\n')
     assert errors(path) == [(':3', "not CSV: ',' expected after '\"' (lines 3 to 5)")]
     assert values(path) == [{'a': '1', 'b': '2'}, {'a': '9', 'b': '10'}]
-
-
-@pytest.mark.parametrize('form', ['.jsonl', '.json', '.csv', '.parquet'])
-def test_a_file_that_changes_while_it_is_read_is_an_error(form, tmp_path):
-    path = tmp_path / f'a{form}'
-    write(path, ROWS, form)
-    records = read_file(path)
-    next(records)
-    with path.open('ab') as file:
-        file.write(b' ' * 100)
-    with pytest.raises(DataError, match='changed while being read'):
-        list(records)
 
 
 @pytest.mark.parametrize('depth', [500, 990, 5000, 200_000])

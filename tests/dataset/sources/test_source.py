@@ -5,8 +5,10 @@ import types
 
 import pytest
 
-from xtuner.dataset.sources.source import hash_file, open_sources
+from xtuner.dataset.sources.source import hash_file, open_sources, with_progress
 from xtuner.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.unit
 
 ROWS = [{'input': str(n), 'output': 'x'} for n in range(3)]
 
@@ -48,6 +50,7 @@ def test_a_data_set_saved_or_loaded_by_the_datasets_library(tmp_path):
         open_sources(str(tmp_path / 'test_only'))
 
 
+@pytest.mark.torch
 def test_the_classical_form_of_a_source(folder, tmp_path):
     datasets = pytest.importorskip('datasets')
     spec = {'type': datasets.load_dataset, 'path': 'json', 'data_files': str(folder / 'a.jsonl'),
@@ -146,47 +149,6 @@ def test_modelscope_is_loaded_with_its_options(monkeypatch):
     assert values({'path': 'modelscope:owner/name', 'split': 'test', 'name': 'sub', 'revision': 'v'}) == ROWS
 
 
-def test_hidden_held_out_and_other_files_of_a_folder_are_named(tmp_path):
-    files = [
-        'a.jsonl',
-        'test.jsonl',
-        'sub/validation-0.jsonl',
-        'dev/x.jsonl',
-        'my_eval.jsonl.gz',
-        'train_eval.jsonl',
-        'contest.jsonl',
-        'device.jsonl',
-        'b.jsonl',
-        'b.jsonl.gz',
-        'notes.txt',
-        '.git/x.jsonl',
-        '.a.jsonl',
-    ]
-    for number, file in enumerate(files):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text(json.dumps({'n': number}))
-    [source] = open_sources(tmp_path)
-    read = {record.origin.removeprefix(f'{tmp_path}/').removesuffix(':1') for record in source.records()}
-    assert read == {'a.jsonl', 'b.jsonl', 'train_eval.jsonl', 'contest.jsonl', 'device.jsonl'}
-    assert [note.removeprefix(f'{tmp_path}: ') for note in source.notes] == [
-        '4 files not trained because they are a test or validation split; name them as a source to train on them: '
-        'dev/x.jsonl, my_eval.jsonl.gz, sub/validation-0.jsonl, test.jsonl',
-        '1 file not read because it is also there uncompressed: b.jsonl.gz',
-        '1 file not read because it is not in a supported format: notes.txt',
-        '2 files not read because they are hidden: .a.jsonl, .git',
-    ]
-
-
-def test_a_folder_of_nothing_but_a_test_split_is_read_with_a_note(tmp_path):
-    (tmp_path / 'test.jsonl').write_text(json.dumps(ROWS[0]))
-    [source] = open_sources(tmp_path)
-    assert [record.value for record in source.records()] == ROWS[:1]
-    assert source.notes == (
-        f'{tmp_path}: 1 file used although it is a test or validation split, since the folder contains nothing else: '
-        'test.jsonl',
-    )
-
-
 def test_the_splits_of_a_saved_data_set_that_are_not_trained_are_named(tmp_path):
     datasets = pytest.importorskip('datasets')
     parts = {name: datasets.Dataset.from_list(ROWS) for name in ('train', 'test')}
@@ -199,18 +161,14 @@ def test_the_splits_of_a_saved_data_set_that_are_not_trained_are_named(tmp_path)
     assert '\n' not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
-    import os
+def test_rows_of_a_loaded_data_set_are_counted_and_progress_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    import datasets
 
-    os.mkfifo(tmp_path / 'pipe.jsonl')
-    (tmp_path / 'broken.jsonl').symlink_to('nowhere')
-    (tmp_path / 'loop.jsonl').symlink_to('loop.jsonl')
-    monkeypatch.chdir(tmp_path)
-    for path, text in (('pipe.jsonl', 'is a named pipe; data is read'), ('/dev/zero', 'is a device; data is read'),
-                       ('broken.jsonl', 'is a link to nowhere, which cannot be followed: No such file'),
-                       ('loop.jsonl', 'is a link to loop.jsonl, which cannot be followed: '),
-                       ('~.jsonl', 'no such file or folder')):  # fmt: skip
-        with pytest.raises(DataError, match=text):
-            open_sources(path)
-    (tmp_path / '~.jsonl').write_text(json.dumps(ROWS[0]))
-    assert values('~.jsonl') == ROWS[:1]
+    caplog.set_level('INFO', 'xtuner')
+    (source,) = open_sources([datasets.Dataset.from_list(ROWS)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('xtuner.utils.progress._EVERY_S', 0)
+        with with_progress(source) as read:
+            assert [record.value for record in read.records()] == ROWS
+    assert source.total == len(ROWS) and source.unit == 'records'
+    assert caplog.messages[0].startswith(f'reading {source.name}: ')

@@ -32,7 +32,7 @@ def test_a_folder_that_is_not_there_yet_is_asked_of_its_parent(tmp_path: Path, m
     monkeypatch.setattr(disk_space.shutil, 'disk_usage', usage)
     check_space(tmp_path / 'a' / 'b', 2**30, 'checkpoints')
     assert asked == [tmp_path]
-    with pytest.raises(CheckpointError, match=r'has 1.00 GiB free, and 3 checkpoints need up to 1.50 GiB; free some'):
+    with pytest.raises(CheckpointError, match=r'has 1.00 GiB free, but 3 checkpoints need up to 1.50 GiB; free some'):
         check_space(tmp_path / 'a' / 'b', 3 * 2**29, '3 checkpoints')
 
 

@@ -38,5 +38,5 @@ def test_how_a_prompt_began_is_not_compared(tmp_path: Path) -> None:
     attach_adapter(load_model(base, dtype=torch.float32), sections[0]).save_pretrained(tmp_path / 'prompt')
     configs: list[Any] = [SimpleNamespace(adapter=section) for section in sections]
     check_weights_folder(configs[0], tmp_path / 'prompt', 'fingerprint')
-    with pytest.raises(ConfigError, match=r'`adapter.num_virtual_tokens` is 4, and .* was trained with 3'):
+    with pytest.raises(ConfigError, match=r'`adapter.num_virtual_tokens` is 4, but .* was trained with 3'):
         check_weights_folder(configs[1], tmp_path / 'prompt', 'fingerprint')

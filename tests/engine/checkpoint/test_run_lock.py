@@ -15,6 +15,8 @@ from xtuner.engine.checkpoint import run_lock
 from xtuner.engine.checkpoint.run_lock import LOCK_FILE, exclusive_run_dir
 from xtuner.errors import CheckpointError
 
+pytestmark = pytest.mark.unit
+
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], 'w')

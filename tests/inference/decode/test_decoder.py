@@ -1,4 +1,4 @@
-"""Decoding against transformers' own `generate`: the same ids, greedy and drawn, for every model that it knows."""
+"""Decoding compared with transformers' `generate`: same ids, greedy and sampled, for every supported architecture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.inference.decode.compare import DRAWN, GREEDY, PROMPT, STOP, assert_d
 from tests.model.published import CONFIGS, TRAINED, write_model
 from tests.tiny_models import dequantised, tiny_llama, with_adapter
 from xtuner.inference.decode import decoder as decoding
-from xtuner.inference.generate import Sampling, generate, warm
+from xtuner.inference.generate import Sampling, generate, warm_up
 from xtuner.model.loading import load_model
 
 if torch.cuda.is_available():
@@ -78,8 +78,10 @@ def test_a_prompt_that_begins_as_the_last_one_did(monkeypatch: pytest.MonkeyPatc
     answer = assert_decoded(model)
     longer = [*PROMPT, *answer, 8, 9]
     lengths = []
-    own = decoding.advance
-    monkeypatch.setattr(decoding, 'advance', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest))
+    own = decoding.forward_layers
+    monkeypatch.setattr(
+        decoding, 'forward_layers', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest)
+    )
     assert generate(model, longer, stop_ids=STOP, sampling=GREEDY) == plainly(model, longer, GREEDY)
     assert lengths[0] <= 4
     lengths.clear()
@@ -90,13 +92,13 @@ def test_a_prompt_that_begins_as_the_last_one_did(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_prompt_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, 'LARGEST_CHUNK', 4)
+    monkeypatch.setattr(decoding, 'PREFILL_CHUNK', 4)
     assert_decoded(tiny_llama().eval())
 
 
 @pytest.mark.parametrize('quietly', [False, True])
 def test_changed_weights_are_seen(quietly: bool) -> None:
-    """Some optimizers change memory behind PyTorch's back."""
+    """Some optimizers change memory without incrementing PyTorch's version counter."""
     model = with_adapter(four_bit()).eval()
     before = assert_decoded(model)
     with torch.no_grad():
@@ -137,7 +139,7 @@ def test_dynamic_positions_past_the_trained_length_are_transformers_own(
     with caplog.at_level('INFO', logger='xtuner'):
         got = generate(model, PROMPT, stop_ids=STOP, sampling=long)
     assert got == plainly(model, PROMPT, long)
-    assert 'more than the 24 it was trained with' in caplog.text
+    assert 'exceed the trained length 24' in caplog.text
 
 
 def test_plain_positions_past_the_trained_length(tmp_path: Path) -> None:
@@ -187,8 +189,10 @@ def test_base_and_adapter_in_turn_keep_their_caches(monkeypatch: pytest.MonkeyPa
     with adapted.disable_adapter():
         without = assert_decoded(adapted)
     lengths = []
-    own = decoding.advance
-    monkeypatch.setattr(decoding, 'advance', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest))
+    own = decoding.forward_layers
+    monkeypatch.setattr(
+        decoding, 'forward_layers', lambda layers, x, *rest: lengths.append(len(x)) or own(layers, x, *rest)
+    )
     assert assert_decoded(adapted) == with_it != without
     with adapted.disable_adapter():
         assert assert_decoded(adapted) == without
@@ -199,7 +203,7 @@ def test_too_little_memory_for_the_cache(monkeypatch: pytest.MonkeyPatch, caplog
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(decoding, 'Cache', fail)
+    monkeypatch.setattr(decoding, 'KVCache', fail)
     model = tiny_llama().eval()
     with caplog.at_level('INFO', logger='xtuner'):
         assert generate(model, PROMPT, stop_ids=STOP, sampling=DRAWN) == plainly(model, PROMPT, DRAWN)
@@ -229,6 +233,6 @@ def test_warming_draws_no_random_numbers() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    warm(model, 64)
+    warm_up(model, 64)
     assert torch.equal(torch.rand(2), expected)
     assert decoding.find_decoder(model, 20)._cache is not None

@@ -1,4 +1,4 @@
-"""The recorded step's kernels, run one by one in Triton's interpreter, against float64 and against the other path."""
+"""The kernels of the decode step, one by one in Triton's interpreter, against float64 and the plain forward pass."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from xtuner.model.loading import load_model
 if triton_obstacle() or torch.cuda.is_available():
     pytest.skip(triton_obstacle() or 'the GPU tests record the step', allow_module_level=True)
 
-from xtuner.inference.decode.graph import TokenStep
+from xtuner.inference.decode.graph import DecodeStep
 from xtuner.kernels.triton import gemv
 
 
 @pytest.fixture(autouse=True)
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs, not by rows; small tiles are tested kernel by kernel."""
+    """The interpreter's time depends on the number of programs, not of rows; small tiles are tested per kernel."""
     tile = gemv.Tile
     monkeypatch.setattr(gemv, 'Tile', lambda rows=64: tile(rows))
 
 
 def stepped_logits(model: Any, prompt: list[int]) -> torch.Tensor:
-    """Logits after a prompt whose last three tokens went through the step."""
+    """Logits after a prompt whose last three tokens are computed by the decode step."""
     decoder: Any = find_decoder(model, len(prompt))
     with torch.inference_mode():
         decoder._prepare(len(prompt))
         decoder._prefill(prompt[:-3])
         assert decoder._cache is not None
-        step = TokenStep(decoder.layers, decoder._decoder, decoder._head, decoder._cache, decoder._angles)
+        step = DecodeStep(decoder.layers, decoder._decoder, decoder._head, decoder._cache, decoder._angles)
         step.position.fill_(len(prompt) - 3)
         for token in prompt[-3:]:
             step.token.fill_(token)
@@ -80,8 +80,8 @@ def test_internlm(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize('stay', [False, True])
 def test_a_prompt_by_kernels(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
-    """In two parts, then again, when weights may have stayed as floats."""
-    monkeypatch.setattr('xtuner.inference.decode.decoder._WORTH_COMPILING', 1)
+    """In two chunks, then a second time, when dequantized weights may be cached."""
+    monkeypatch.setattr('xtuner.inference.decode.decoder._MIN_COMPILED_PROMPT', 1)
     model = with_adapter(four_bit(heads=1, kv_heads=1).half()).eval()
     exact = exact_logits(model)
     decoder: Any = find_decoder(model, len(PROMPT))
@@ -90,10 +90,10 @@ def test_a_prompt_by_kernels(monkeypatch: pytest.MonkeyPatch, stay: bool) -> Non
         decoder._prepare(len(PROMPT))
         products = [product for layer in decoder.layers for product in layer.products]
         for product in products:
-            product._kept = None
-            assert product.keep_floats(10**9 if stay else 0) > 0 or not stay
+            product._merged_weight = None
+            assert product.allow_cached_floats(10**9 if stay else 0) > 0 or not stay
         decoder._prefill(PROMPT[:-2])
-        assert all((product._floats is not None) is stay for product in products)
+        assert all((product._cached_floats is not None) is stay for product in products)
         logits = decoder._prefill(PROMPT)
         decoder._ids = []
         again = decoder._prefill(PROMPT)

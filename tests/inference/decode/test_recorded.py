@@ -1,4 +1,4 @@
-"""The recorded step on a GPU: the same ids as transformers, whatever happened before."""
+"""The recorded decode step on a GPU: same ids as transformers, whatever ran before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 def recorded(model: Any) -> Any:
     decoder: Any = decoding.find_decoder(model, 20)
-    assert decoder._step is not None and decoder._step._graph is not None, decoder._no_step
+    assert decoder._step is not None and decoder._step._graph is not None, decoder._step_disabled_reason
     return decoder
 
 
@@ -99,7 +99,7 @@ def test_an_answer_that_was_stopped_spoils_nothing() -> None:
 
 
 def test_a_long_prompt_by_kernels() -> None:
-    """Whole; once more, with weights that stayed as floats; and behind what the cache holds already."""
+    """As a whole; a second time with cached dequantized weights; and after a cached prefix."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -119,7 +119,7 @@ def test_a_long_prompt_by_kernels() -> None:
         decoder: Any = decoding.find_decoder(model, 1310)
         decoder._prepare(1310)
         whole = error(decoder._prefill(prompt)[0])
-        assert all(p._floats is not None for layer in decoder.layers for p in layer.products)
+        assert all(p._cached_floats is not None for layer in decoder.layers for p in layer.products)
         decoder._ids = []
         again = error(decoder._prefill(prompt)[0])
         decoder._ids = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.triton.test_training_kernels import DEVICE, error, rand
+from tests.kernels.triton.test_elementwise import DEVICE, error, rand
 from tests.tiny_models import triton_obstacle
 
 if triton_obstacle():

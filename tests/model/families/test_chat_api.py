@@ -1,4 +1,4 @@
-"""`chat` and `stream_chat` with a scripted model: what is asked, what is shown, where it stops."""
+"""`chat` and `stream_chat` with a scripted model: prompts, streamed text, stopping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xtuner.model.loading import load_model, load_tokenizer
 
 
 class Script(torch.nn.Module):
-    """A head that says one id after the other."""
+    """A head that predicts the given ids one after the other."""
 
     def __init__(self, ids: list[int]) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_max_new_tokens_and_greedy_answers_are_generate_s(model: Any, tokenizer:
 
 
 def test_closing_a_stream_ends_the_generation(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its next token, however fast the machine: the sixth is not drawn before the stream is closed."""
+    """At its next token, on any machine: the sixth token is not generated before the stream is closed."""
     made: list[chat_api._Responses] = []
 
     class Waiting(Script):
@@ -151,7 +151,7 @@ def test_internlm2_chats_too(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_text_loses_no_punctuation(tokenizer: Any) -> None:
-    """The original's clean-up takes the space before a full stop away, after it was shown: a stream does without."""
+    """The original's clean-up removes the space before a full stop after it was streamed: streams skip it."""
     shown: list[str] = []
     stream = TextStream(tokenizer, shown.append, stop_ids=[2])
     stream.put(torch.tensor([[1]]))

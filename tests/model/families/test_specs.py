@@ -1,4 +1,4 @@
-"""Every spec against the models that it describes: a family that is listed in `find.SPECS` is tested here unasked."""
+"""Every spec compared with its models: families listed in `find.SPECS` are tested automatically."""
 
 import copy
 from itertools import pairwise
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.fused.test_gradients import error, force, step
+from tests.fused.test_layer import error, force, step
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_model, with_adapter
 from xtuner.convert.to_llama import llama_config, llama_tensors
-from xtuner.inference.decode.decoder import Decoder, find_decoder
+from xtuner.inference.decode.decoder import SequenceDecoder, find_decoder
 from xtuner.inference.generate import Sampling, generate
 from xtuner.kernels.dispatch import PLAIN
 from xtuner.model.families.find import GENERIC, SPECS, layers_of, spec_of
@@ -75,7 +75,7 @@ def test_the_fused_path_s_gradients_equal_float64(kind, packed):
 def test_the_fast_decoder_answers_as_transformers_does(kind):
     model = tiny_model(kind).eval()
     prompt, greedy = [5, 17, 60, 3, 44], Sampling(max_new_tokens=12, temperature=0)
-    assert isinstance(find_decoder(model, len(prompt) + 12), Decoder)
+    assert isinstance(find_decoder(model, len(prompt) + 12), SequenceDecoder)
     expected = model.generate(torch.tensor([prompt], device=DEVICE), do_sample=False, max_new_tokens=12, use_cache=True,
                               eos_token_id=None)  # fmt: skip
     assert generate(model, prompt, stop_ids=[], sampling=greedy) == expected[0, len(prompt) :].tolist()
@@ -97,7 +97,7 @@ def test_llama_s_layout_computes_the_same(kind, packed):
 
 @pytest.mark.parametrize('change', ['layer', 'attention', 'norm'])
 def test_other_classes_of_modules_are_a_mismatch(change):
-    """A model whose config says `llama` and whose modules were replaced must not take the fused path."""
+    """A model of type `llama` with replaced modules must not take the fused path."""
     decoder = copy.deepcopy(tiny_model('llama').get_decoder())
     layer = decoder.layers[1]
     if change == 'layer':

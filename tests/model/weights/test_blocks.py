@@ -6,6 +6,8 @@ import pytest
 
 from xtuner.model.weights.blocks import row_blocks
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize('shape', [(1000, 3000), (37, 2**18), (5, 3), (0, 8), (40, 7000), (999_999,), (12, 0)])
 def test_blocks_are_all_rows_in_order(shape: tuple[int, ...]) -> None:

@@ -1,12 +1,12 @@
-r"""A model's answer as Markdown that a page may show.
+r"""Sanitizes the Markdown of a model's answer for the web page.
 
-A CommonMark parser finds what would do more than show text: images, which a browser fetches from wherever the answer
-says, raw HTML, links to elsewhere than the web, Streamlit's directives (`:red[...]`), code that Streamlit would draw as
-a diagram, and dollar signs, of which it makes formulas where an answer speaks of money. Each gets a backslash, and the
-text is parsed anew, until nothing is found: an escape may uncover what it enclosed. All else stays as it is, character
-for character. What cannot be settled in a few rounds is shown as plain text.
+A CommonMark parser finds active content: images, which a browser would fetch from any address, raw HTML, links with
+other schemes than http, https and mailto, Streamlit's directives (`:red[...]`), code that Streamlit would render as a
+diagram, and dollar signs, which it would render as formulas where an answer is about money. Each is escaped by a
+backslash, and the text is parsed again until nothing is found, because an escape may expose the content it enclosed.
+All other characters stay unchanged. A text that still changes after a few rounds is shown as plain text.
 
-Streamlit's own parser differs in details; the page's security policy forbids to fetch in any case (`app.py`).
+Streamlit's own parser differs in details; the content security policy blocks fetches in any case (`app.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from markdown_it.token import Token
 from xtuner.utils.escape import printable
 
 _ROUNDS = 8
-_MOST_CHARACTERS = 200_000  # of an answer that is parsed
+_MAX_CHARACTERS = 200_000  # longer answers are shown as plain text
 _SCHEME = re.compile(r'\s*(?!https?:|mailto:)[a-z][a-z0-9+.-]*:', re.IGNORECASE)
 _DIRECTIVE = re.compile(r':{1,2}(?=[A-Za-z][\w-]*[\[{])|:{3,}')
 _DOLLARS = re.compile(r'\$+')
@@ -33,77 +33,77 @@ _HTML_BEGIN = re.compile(r'<')
 
 
 class _Unsettled(Exception):
-    """Nothing in the source corresponds to what the parser found."""
+    """The position of a parsed element in the source cannot be determined."""
 
 
 @dataclass
-class _Found:
-    """What of a text is to change: offsets before which a backslash is put, and spans that are taken out."""
+class _Edits:
+    """Edits of a text: offsets at which to insert a backslash, and spans to remove."""
 
     escapes: set[int] = field(default_factory=set)
     cuts: list[tuple[int, int]] = field(default_factory=list)
 
-    def applied(self, text: str) -> str:
-        """The text with both."""
+    def apply(self, text: str) -> str:
+        """Applies the edits."""
         cut = {offset for start, stop in self.cuts for offset in range(start, stop)}
         marked = (('\\' if i in self.escapes else '') + c for i, c in enumerate(text) if i not in cut)
         return ''.join(marked)
 
 
 def safe_markdown(text: str) -> str:
-    r"""Escapes images, which become links to click on, HTML, links of odd schemes, and dollar signs without a formula.
+    r"""Escapes images (which become links), HTML, links with other schemes, and dollar signs outside of formulas.
 
-    Code is left as it is, but is never drawn as a diagram. An answer still under way may end inside a block of code.
+    Code is unchanged, but never rendered as a diagram. A partial answer may end inside a code block.
 
     >>> safe_markdown('![x](http://a/b.png) for $5 or $6, `![x]`')
     '\\![x](http://a/b.png) for \\$5 or \\$6, `![x]`'
     """
     text = safe = printable(text.replace('\r\n', '\n').replace('\r', '\n'))
     try:
-        for _ in range(_ROUNDS if len(text) <= _MOST_CHARACTERS else 0):
-            found = _found(safe)
-            if not (found.escapes or found.cuts):
+        for _ in range(_ROUNDS if len(text) <= _MAX_CHARACTERS else 0):
+            edits = _find_edits(safe)
+            if not (edits.escapes or edits.cuts):
                 return safe
-            safe = found.applied(safe)
+            safe = edits.apply(safe)
     except (_Unsettled, RecursionError):  # nested deeper than Python's stack
         pass
     return '  \n'.join(map(plain_markdown, text.split('\n')))
 
 
 def plain_markdown(text: str) -> str:
-    """Text as Markdown that shows just that, on one line."""
+    """Escapes a text so that Markdown shows it literally, on one line."""
     line = printable(' '.join(text.split()))
     return ''.join(f'\\{c}' if c in '\\`*_{}[]()<>#+-.!|$:~&@' else c for c in line)
 
 
-def _found(text: str) -> _Found:
+def _find_edits(text: str) -> _Edits:
     parser = _parser()
     env: dict[str, Any] = {}
     lines = text.split('\n')
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
-    found, cells = _Found(), dict[int, int]()
+    edits, cells = _Edits(), dict[int, int]()
     for token in parser.parse(text, env):
         if token.map is None:
             continue
         first = token.map[0]
         if token.type == 'inline':
             offsets = _offsets(token, lines, starts, cells)
-            found.escapes |= {offsets[i] for i in _inline(parser, token.content, env)}
+            edits.escapes |= {offsets[i] for i in _inline(parser, token.content, env)}
         elif token.type == 'html_block':
-            found.escapes.add(starts[first] + _position(_HTML_BEGIN, lines[first]))
+            edits.escapes.add(starts[first] + _position(_HTML_BEGIN, lines[first]))
         elif token.type == 'fence' and 'mermaid' in token.info.lower():
             end = lines[first].rindex(token.markup) + len(token.markup) if token.markup in lines[first] else -1
-            found.cuts.append((starts[first] + end, starts[first] + len(lines[first])))
+            edits.cuts.append((starts[first] + end, starts[first] + len(lines[first])))
     defined = [*env.get('references', {}).items(), *((r['label'], r) for r in env.get('duplicate_refs', ()))]
     for label, reference in defined:
-        found.escapes |= set(_definition(label, reference, lines, starts))
-    return found
+        edits.escapes |= set(_definition(label, reference, lines, starts))
+    return edits
 
 
 def _definition(label: str, reference: Any, lines: list[str], starts: list[int]) -> Iterator[int]:
-    """The colon of a definition of a link to elsewhere than the web, or of a footnote (`[^1]:`), which holds text."""
+    """The colon of a link definition with another scheme, or of a footnote (`[^1]:`), which contains text."""
     if _SCHEME.match(reference['href']) or label.startswith('^'):
         first, last = reference['map']
         yield starts[first] + _position(_DEFINITION_END, '\n'.join(lines[first:last])) + 1
@@ -117,9 +117,9 @@ def _position(pattern: re.Pattern[str], text: str) -> int:
 
 
 def _offsets(token: Token, lines: list[str], starts: list[int], cells: dict[int, int]) -> list[int]:
-    """For each character of a block's inline content its offset in the source.
+    """For each character of the inline content of a block, its offset in the source.
 
-    The content's lines are the source's without what opens the block; those of a table's cells stand side by side.
+    The lines of the content are those of the source without the block's marker; the cells of a table share a line.
     """
     assert token.map is not None
     offsets: list[int] = []
@@ -140,7 +140,7 @@ def _offsets(token: Token, lines: list[str], starts: list[int], cells: dict[int,
             place += 1
         if token.meta.get('cell'):
             cells[number] = place - starts[number]
-        # Leading and trailing blanks are never escaped; they get the place of what is next to them.
+        # Leading and trailing blanks are never escaped; they get the offset of the adjacent character.
         end = starts[number] + len(line)
         offsets += [starts[number] + at] * blank + places
         offsets += [place] * (len(content) - blank - len(inner)) + [end]
@@ -148,7 +148,7 @@ def _offsets(token: Token, lines: list[str], starts: list[int], cells: dict[int,
 
 
 def _inline(parser: MarkdownIt, content: str, env: dict[str, Any]) -> list[int]:
-    """Where a backslash belongs in a block's inline content."""
+    """Positions in the inline content of a block that need a backslash."""
     env['escapes'] = []
     parser.inline.parse(content, parser, env, [])
     return env['escapes']
@@ -156,7 +156,7 @@ def _inline(parser: MarkdownIt, content: str, env: dict[str, Any]) -> list[int]:
 
 @cache
 def _parser() -> MarkdownIt:
-    """CommonMark with tables; every link counts, whatever its scheme, and nesting has no bound but the stack."""
+    """A CommonMark parser with tables that accepts links of every scheme and any nesting depth."""
     parser = MarkdownIt('commonmark', {'maxNesting': 10**9}).enable('table').disable(['image', 'inline'])
     parser.core.ruler.push('cells', _mark_cells)
     parser.validateLink = lambda url: True  # type: ignore[method-assign]
@@ -171,27 +171,27 @@ def _parser() -> MarkdownIt:
 
 
 def _mark_cells(state: Any) -> None:
-    """Tells the content of a table's cells from that of other blocks."""
+    """Marks the inline content of table cells."""
     for before, token in zip(state.tokens, state.tokens[1:], strict=False):
         if token.type == 'inline':
             token.meta['cell'] = before.type in ('th_open', 'td_open')
 
 
 def _reporting(rule: Any, report: Any) -> Any:
-    """A parser's rule that also says what of it is to be escaped."""
+    """Wraps a rule of the parser so that it also reports the position to escape."""
 
     def reporting(state: StateInline, silent: bool) -> bool:
-        start, known = state.pos, len(state.tokens)
+        start, num_tokens = state.pos, len(state.tokens)
         matched = rule(state, silent)
         if matched and not silent:
-            report(state, start, state.tokens[known:])
+            report(state, start, state.tokens[num_tokens:])
         return matched
 
     return reporting
 
 
 def _link(state: StateInline, start: int, tokens: list[Token]) -> None:
-    """`[x](javascript:a)`: escapes the parenthesis; a reference's definition is escaped where it stands."""
+    """`[x](javascript:a)`: escapes the parenthesis; link definitions are escaped separately."""
     href = str(next(token for token in tokens if token.type == 'link_open').attrs.get('href', ''))
     label_end = state.md.helpers.parseLinkLabel(state, start, False)
     if _SCHEME.match(href) and state.src[label_end + 1 : label_end + 2] == '(':
@@ -210,14 +210,14 @@ def _html(state: StateInline, start: int, tokens: list[Token]) -> None:
 
 
 def _bang(state: StateInline, silent: bool) -> bool:
-    """`![`: an image, or what becomes one when its definition is written."""
+    """`![`: an image, or the start of one whose definition may follow later."""
     if not state.src.startswith('![', state.pos):
         return False
     return _escaped(state, silent, 1)
 
 
 def _directive(state: StateInline, silent: bool) -> bool:
-    """`:red[...]`, `::name{...}`, and `:::` at the begin of a line, which opens or ends a container."""
+    """`:red[...]`, `::name{...}`, and `:::` at the start of a line, which opens or closes a container."""
     match = _DIRECTIVE.match(state.src, state.pos, state.posMax)
     if match is None or (len(match.group()) > 2 and state.src[: state.pos].rpartition('\n')[2].strip()):
         return False
@@ -225,7 +225,7 @@ def _directive(state: StateInline, silent: bool) -> bool:
 
 
 def _dollars(state: StateInline, silent: bool) -> bool:
-    """Dollar signs: a formula is passed over whole, all others are escaped."""
+    """Skips formulas as a whole and escapes all other dollar signs."""
     match = _DOLLARS.match(state.src, state.pos, state.posMax)
     if match is None:
         return False
@@ -239,11 +239,11 @@ def _dollars(state: StateInline, silent: bool) -> bool:
 
 
 def _formula_end(text: str, start: int, inner: int) -> int | None:
-    """Where the formula ends whose dollar signs begin at `start` and its content at `inner`; None: it is none.
+    """End of the formula whose dollar signs start at `start` and its content at `inner`; None if it is not one.
 
-    As Streamlit's parser sees it, a formula ends with the next run of as many signs, and `$$` at the begin of a line
-    opens a block that ends with a line of just that. By Pandoc's rule a formula in one dollar sign begins before and
-    ends after a character that is no space, and no digit follows.
+    In Streamlit's parser, a formula ends at the next run of equally many signs, and `$$` at the start of a line opens a
+    block that ends with a line of `$$`. By Pandoc's rule, the content of a formula in single dollar signs starts and
+    ends with a non-space character, and no digit follows it.
     """
     signs = text[start:inner]
     close = next((m for m in _DOLLARS.finditer(text, inner) if m.group() == signs), None)
@@ -259,7 +259,7 @@ def _formula_end(text: str, start: int, inner: int) -> int | None:
 
 
 def _escaped(state: StateInline, silent: bool, length: int) -> bool:
-    """Takes characters as text, each to be escaped."""
+    """Consumes characters as text and reports each of them for escaping."""
     if not silent:
         state.env['escapes'] += range(state.pos, state.pos + length)
         state.pending += state.src[state.pos : state.pos + length]

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--device', choices=('cpu', 'cuda'), default='cpu', help='device for matrix products (default: cpu)'
     )
     parser.add_argument('--verify', type=non_negative_int, metavar='N',
-                        help='compare with base and adapter on N prompts; 0: never (default: if fast)')  # fmt: skip
+                        help='compare with base and adapter on N prompts; 0: never (default: automatic)')  # fmt: skip
     parser.add_argument('--force', action='store_true', help='accept an adapter that was trained on another base')
 
 

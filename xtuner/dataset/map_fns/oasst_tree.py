@@ -58,7 +58,7 @@ def _preference(reply: Mapping[str, Any]) -> tuple[bool, bool, int]:
 
 def _paths(node: Mapping[str, Any], path: list[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     path = [*path, node]
-    below = [found for reply in _replies(node) for found in _paths(reply, path)]
+    below = [longer for reply in _replies(node) for longer in _paths(reply, path)]
     if below:
         yield from below
     elif _message(node)['role'] == 'assistant':

@@ -18,7 +18,6 @@ from xtuner.dataset.sources.source import Source
 from xtuner.dataset.summary import Summary
 from xtuner.dataset.templates.template import Template
 from xtuner.errors import DataError, one_line
-from xtuner.utils.progress import Progress
 
 
 def map_records(source: Source, config: DatasetConfig, summary: Summary, template: Template) -> Iterator[Conversation]:
@@ -32,7 +31,7 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary, templat
     function = resolve_map_fn(chosen) if chosen is not None else None
     ids, fields = _UniqueIds(config.unique_id), _FieldRules(frozenset(config.ignore), template, summary)
     summary.notes += [note for note in source.notes if note not in summary.notes]
-    for record in _read(source):
+    for record in source.records():
         summary.records += 1
         try:
             if record.error:
@@ -51,12 +50,6 @@ def map_records(source: Source, config: DatasetConfig, summary: Summary, templat
             summary.record_drop('left_out', record.origin)
         summary.conversations += len(conversations)
         yield from conversations
-
-
-def _read(source: Source) -> Iterator[Record]:
-    """The records of a source, with progress."""
-    with Progress(total=source.total, desc=f'reading {source.name}', unit=source.unit) as progress:
-        yield from source.records(progress.update)
 
 
 def stopped_by(error: DataError) -> DataError:

@@ -23,9 +23,9 @@ def data_files(folder: Path) -> tuple[list[Path], list[str]]:
         DataError: No file is left, or a folder cannot be listed.
     """
     visible, hidden = _walk(folder)
-    found = [file for file in visible if is_data_file(file) and file.is_file()]
-    names = set(found)
-    twins = [file for file in found if file.suffix.lower() in COMPRESSED and file.with_suffix('') in names]
+    files = [file for file in visible if is_data_file(file) and file.is_file()]
+    names = set(files)
+    twins = [file for file in files if file.suffix.lower() in COMPRESSED and file.with_suffix('') in names]
     single = sorted(names.difference(twins))
     train = [file for file in single if not is_held_out(file.relative_to(folder))]
     alone = [] if train else single

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from xtuner.dataset.sources.folder import data_files
 from xtuner.dataset.sources.readers import Record, read_file
 from xtuner.errors import ConfigError, DataError, nearest, one_line
 from xtuner.utils.files import expanded
+from xtuner.utils.progress import Progress
 
 _FIELDS = ('path', 'name', 'split', 'revision', 'map_fn', 'weight', 'data_files', 'streaming')
 
@@ -66,6 +68,13 @@ def open_sources(spec: Any, *, field: str = 'dataset.source') -> list[Source]:
     if hasattr(spec, '__iter__') and not isinstance(spec, (bytes, int, float)):
         return [_loaded(spec, type(spec).__name__)]
     raise ConfigError(f'`{field}` must be a file, a folder, a hub id, a dict or a list of these, got {spec!r}')
+
+
+@contextmanager
+def with_progress(source: Source) -> Iterator[Source]:
+    """Gives the source whose reading is shown as progress during the `with` block."""
+    with Progress(total=source.total, desc=f'reading {source.name}', unit=source.unit) as progress:
+        yield replace(source, records=lambda: source.records(progress.update))
 
 
 def check_local(spec: Any) -> None:

@@ -90,9 +90,9 @@ def _answer(request: dict[str, Any], frame: bytes) -> dict[str, Any]:
     except _TooMuchOutput:
         return {'error': 'output'}
     except TemplateSyntaxError as error:
-        return {'error': 'syntax', 'message': f'line {error.lineno}: {_said(error.message)}'}
+        return {'error': 'syntax', 'message': f'line {error.lineno}: {_error_text(error.message)}'}
     except Exception as error:  # templates may raise anything
-        return {'error': 'refused', 'message': _said(error)}
+        return {'error': 'refused', 'message': _error_text(error)}
     finally:
         _allow(0)
 
@@ -106,7 +106,7 @@ def _allow(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _said(error: object) -> str:
+def _error_text(error: object) -> str:
     """Text of an exception; its content is chosen by the template and may be too long to convert."""
     try:
         return str(error)[:_MAX_MESSAGE] or type(error).__name__

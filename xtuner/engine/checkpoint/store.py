@@ -55,8 +55,8 @@ def list_checkpoints(work_dir: Path) -> list[Path]:
 
     Only folders, or links to folders, with a manifest or a trainer's state count.
     """
-    found = (p for p in work_dir.glob(f'{_PREFIX}*') if _NAME.fullmatch(p.name))
-    return sorted((p for p in found if _has_manifest(p) or (p / STATE_FILE).is_file()), key=step_of)
+    folders = (p for p in work_dir.glob(f'{_PREFIX}*') if _NAME.fullmatch(p.name))
+    return sorted((p for p in folders if _has_manifest(p) or (p / STATE_FILE).is_file()), key=step_of)
 
 
 def checkpoint_folder(work_dir: Path, step: int) -> Path:

@@ -15,7 +15,7 @@ from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template
 from xtuner.errors import Interrupted, TrainingError, one_line
 from xtuner.inference.decode.decoder import release
-from xtuner.inference.detokenizer import whole_characters
+from xtuner.inference.detokenizer import strip_partial_character
 from xtuner.inference.generate import Sampling, generate
 from xtuner.tracking.files import SAMPLES_FILE
 from xtuner.utils.escape import printable
@@ -131,7 +131,7 @@ class EvaluateChatHook(Hook):
     def _print(self, runner: Any, prompt: str, answer_ids: list[int], number: int, step: int) -> None:
         stop_ids = self._template.stop_ids(self._tokenizer)
         written = [i for i in answer_ids if i not in stop_ids]
-        answer = whole_characters(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
+        answer = strip_partial_character(self._tokenizer.decode(written, clean_up_tokenization_spaces=False))
         logger.info('sample at step %d\n  > %s\n  %s', step, _shortened(prompt), _shortened(answer))
         record = {
             'step': step,

@@ -1,1 +1,1 @@
-"""Decoding at the machine's speed: a lean forward pass with a cache of fixed place, for the models that it knows."""
+"""Fast decoding of one sequence: a lean forward pass with a static KV cache, for supported architectures."""

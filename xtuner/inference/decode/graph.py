@@ -1,7 +1,7 @@
-"""One token's way through a decoder as a fixed list of kernels, recorded once as a CUDA graph and replayed.
+"""The decode step of one token as a fixed sequence of kernels, recorded once as a CUDA graph and replayed.
 
-The token, its position, the cache and everything between have fixed places. Launching the kernels one by one would take
-the host longer than the GPU takes to run them.
+Token, position, KV cache and activations have static addresses. Launching the kernels one by one would take the host
+longer than the GPU takes to run them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtuner.inference.decode.forward import Cache
+from xtuner.inference.decode.forward import KVCache
 from xtuner.inference.decode.layers import Layer
 from xtuner.inference.decode.product import Product
 from xtuner.kernels.quantized import QuantizedWeight
@@ -25,54 +25,54 @@ logger = logging.getLogger('xtuner')
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A product as its kernel takes it; `lora_ax` receives `s A x` of its adapters."""
+class _GemvProduct:
+    """A product in the layout of its kernel; `lora_ax` is the buffer for `s A x` of its adapters."""
 
     weights: gemv.GemvWeights
     bias: Tensor | None
-    lora: gemv.LoraWeights | None
+    lora: gemv.GemvLora | None
     lora_ax: Tensor | None
 
     @property
     def planes(self) -> int:
-        """In how many planes its input lies."""
+        """Number of planes of its input."""
         return self.weights.planes
 
     def project(self, x: Tensor) -> None:
-        """Writes `s A x` of the adapters, where there are any."""
+        """Computes `s A x` of the adapters, if any."""
         if self.lora is not None and self.lora_ax is not None:
             gemv.project(self.lora, x, self.lora_ax)
 
     def multiply(self, x: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """Writes the product, or adds it to what is there."""
+        """Writes the product to `out`, or adds it with `add`."""
         self.project(x)
         gemv.multiply(self.weights, x, out, bias_N=self.bias, lora=self.lora, lora_ax=self.lora_ax, add=add)
 
     def multiply_gated(self, x: Tensor, out: Tensor, *, planes: int) -> None:
-        """Writes the gated product of two layers, in planes."""
+        """Writes the gated product of two layers (gate and up), split into planes."""
         self.project(x)
         gemv.multiply_gated(self.weights, x, out, bias_N=self.bias, lora=self.lora, lora_ax=self.lora_ax, planes=planes)
 
 
-class TokenStep:
-    """The forward pass of one token, with fixed places for all it reads and writes.
+class DecodeStep:
+    """The forward pass of one token, with static buffers.
 
     Args:
         layers: The decoder's layers.
-        decoder: The decoder: its embedding and its last norm are used.
-        head: From hidden states to logits.
-        cache: Where keys and values go.
+        decoder: The decoder, for its embedding and its last norm.
+        head: The output head.
+        cache: The KV cache.
         angles: Cosines and sines of all positions.
 
     Raises:
-        ValueError: a product has a form that the kernels do not take.
+        ValueError: the kernels do not support a product.
     """
 
     def __init__(
-        self, layers: list[Layer], decoder: Any, head: Any, cache: Cache, angles: tuple[Tensor, Tensor]
+        self, layers: list[Layer], decoder: Any, head: Any, cache: KVCache, angles: tuple[Tensor, Tensor]
     ) -> None:
         self._layers, self._decoder, self._head, self._cache, self._angles = layers, decoder, head, cache, angles
-        self._parts = [[_part(product) for product in layer.products] for layer in layers]
+        self._parts = [[_gemv_product(product) for product in layer.products] for layer in layers]
         heads, like = layers[0].heads, cache.all
         size = layers[0].qkv.num_in
         self.token = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -89,7 +89,7 @@ class TokenStep:
         self._logits: Tensor | None = None
 
     def run(self) -> Tensor:
-        """Enqueues one step: `token` at `position`, which then counts on. Returns logits (1, V)."""
+        """Launches one step for `token` at `position` and increments `position`. Returns logits (1, V)."""
         self._x.copy_(self._decoder.embed_tokens(self.token))
         x, position = self._x.view(-1), self.position
         for number, (layer, (qkv, out, gate_up, down)) in enumerate(zip(self._layers, self._parts, strict=True)):
@@ -113,17 +113,17 @@ class TokenStep:
         decode_attention.norm(self._x, module.weight, module.variance_epsilon, out, planes=planes)
 
     def record(self, free_position: int) -> None:
-        """Records the step, so that `replay` is one launch; where that fails, `replay` goes on launching all.
+        """Records the step as a CUDA graph; if that fails, `replay` launches the kernels one by one.
 
         Args:
-            free_position: Where the cache holds nothing yet: the step is run there once before.
+            free_position: An unused position of the cache, at which the step is run once before recording.
         """
         self.position.fill_(free_position)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            self.run()  # compiles and loads what has not been yet, which cannot be recorded
+            self.run()  # compiles and loads kernels, which cannot be recorded
             gc.collect()
             torch.cuda.synchronize()
             try:
@@ -131,41 +131,41 @@ class TokenStep:
                     self._logits = self.run()
                 self._graph = graph
             except RuntimeError as error:
-                logger.warning('decoding goes on without a recorded graph: %s', error)
+                logger.warning('CUDA graphs disabled for decoding (slower): %s', error)
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> Tensor:
-        """As `run`; the logits lie in one place, to be read before the next."""
+        """Same as `run`; the logits are valid until the next call."""
         if self._graph is None or self._logits is None:
             return self.run()
         self._graph.replay()
         return self._logits
 
 
-class Mailbox:
-    """Brings drawn tokens to the host while the GPU goes on."""
+class AsyncTokenReader:
+    """Copies generated tokens to the host asynchronously."""
 
     def __init__(self) -> None:
-        self._places = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        self._pinned = torch.empty(2, dtype=torch.int64, pin_memory=True)
         self._events = [torch.cuda.Event(), torch.cuda.Event()]
-        self._number = 0
+        self._count = 0
 
-    def send(self, token_1: Tensor) -> int:
-        """Starts a token's way; returns its ticket. At most two may be under way."""
-        place = self._number % 2
-        self._number += 1
-        self._places[place : place + 1].copy_(token_1, non_blocking=True)
-        self._events[place].record()
-        return place
+    def enqueue(self, token_1: Tensor) -> int:
+        """Starts copying a token; returns its index for `wait`. At most two copies may be pending."""
+        index = self._count % 2
+        self._count += 1
+        self._pinned[index : index + 1].copy_(token_1, non_blocking=True)
+        self._events[index].record()
+        return index
 
-    def receive(self, ticket: int) -> int:
-        """Waits for a token."""
-        self._events[ticket].synchronize()
-        return int(self._places[ticket])
+    def wait(self, index: int) -> int:
+        """Waits for the copy of a token and returns it."""
+        self._events[index].synchronize()
+        return int(self._pinned[index])
 
 
-def _part(product: Product) -> _Part:
-    quantised = [layer.parts() for layer in product.layers]
+def _gemv_product(product: Product) -> _GemvProduct:
+    quantised = [layer.quantized() for layer in product.layers]
     if any(part is None for part in quantised):
         weights = gemv.gemv_weights([layer.module.weight.detach() for layer in product.layers])
     else:
@@ -174,16 +174,16 @@ def _part(product: Product) -> _Part:
         raise ValueError(weights)
     dtype = product.dtype
     if weights.form == gemv.FLOAT and weights.dtype != dtype:
-        raise ValueError(f'a layer has weights in {weights.dtype} among {dtype}')
+        raise ValueError(f'a layer has {weights.dtype} weights in a {dtype} model')
     lora = _lora(product, weights.planes)
     lora_ax = None
     if lora is not None:
         lora_ax = torch.empty(len(lora.a), dtype=torch.float32, device=lora.a.device)
-    return _Part(weights, product.bias, lora, lora_ax)
+    return _GemvProduct(weights, product.bias, lora, lora_ax)
 
 
-def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
-    """All of a product's adapters, padded with zeros to one rank; None where it has none."""
+def _lora(product: Product, planes: int) -> gemv.GemvLora | None:
+    """All adapters of a product, zero-padded to the same rank; None if it has none."""
     adapters = product.adapters
     if not any(adapters):
         return None
@@ -197,4 +197,4 @@ def _lora(product: Product, planes: int) -> gemv.LoraWeights | None:
             a[number * rank : number * rank + adapter.rank] = adapter.a_rK.float() * adapter.scaling
             b[row : row + layer.shape[0], : adapter.rank] = adapter.b_Nr
         row += layer.shape[0]
-    return gemv.LoraWeights(to_planes(a, planes).contiguous(), b, rank)
+    return gemv.GemvLora(to_planes(a, planes).contiguous(), b, rank)

@@ -1,6 +1,6 @@
-"""A Llama-like decoder as plain data: which linear layers read what, where heads lie; and what stands in the way.
+"""Describes a Llama-like decoder for decoding: its groups of linear layers and heads; and why others are unsupported.
 
-Letters of shapes: T tokens, K key heads, G query heads a key head, D a head's size.
+Shape letters: T tokens, K key heads, G query heads per key head, D head size.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from xtuner.kernels.quantized import is_4bit
 from xtuner.model.families.find import spec_of
 from xtuner.model.families.spec import LayerPaths, ModelSpec
 
-_LENGTH_BOUND = ('DynamicNTKRotaryEmbedding',)  # whose angles depend on the text's length beyond the trained one
+_LENGTH_BOUND = ('DynamicNTKRotaryEmbedding',)  # angles depend on the length of the text beyond the trained length
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where heads lie in the output of q, k and v.
+    """Layout of the heads in the output of the q, k and v projections.
 
-    There are `groups` times `queries` query heads, `keys` key heads and `keys` value heads: Llama has one group of all,
-    InternLM2 one for each key head.
+    `groups` groups, each of `queries` query heads, `keys` key heads and `keys` value heads: Llama has one group of all
+    heads, InternLM2 one group per key head.
     """
 
     groups: int
@@ -38,12 +38,12 @@ class Heads:
 
     @property
     def num_queries(self) -> int:
-        """All query heads."""
+        """Number of query heads."""
         return self.groups * self.queries
 
     @property
     def num_keys(self) -> int:
-        """All key heads."""
+        """Number of key heads."""
         return self.groups * self.keys
 
 
@@ -61,12 +61,12 @@ class Layer:
 
     @property
     def products(self) -> tuple[Product, Product, Product, Product]:
-        """In the order of the forward pass."""
+        """The products, in the order of the forward pass."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
 def read_layers(decoder: Any) -> list[Layer]:
-    """The layers of a decoder without an `unsupported_reason`; only read."""
+    """Describes the layers of a decoder that has no `unsupported_reason`; the decoder is not changed."""
     spec = spec_of(decoder.config)
     return [_read_layer(layer, decoder.config, spec) for layer in decoder.layers]
 
@@ -86,7 +86,7 @@ def _read_layer(layer: Any, config: Any, spec: ModelSpec) -> Layer:
 
 
 def unsupported_reason(causal: Any) -> str | None:
-    """Why a model, as it is built, cannot be decoded here, in a few words; None where it can.
+    """Why the architecture of a model is unsupported, in a few words; None if it is supported.
 
     Args:
         causal: A causal language model, not wrapped by peft.
@@ -99,7 +99,7 @@ def unsupported_reason(causal: Any) -> str | None:
         return reason
     assert spec.paths is not None
     if getattr(decoder.rotary_emb, 'rope_type', 'default') == 'longrope':
-        return 'its rotary positions depend on the length of the text'
+        return 'its RoPE depends on the length of the text (longrope)'
     for layer in decoder.layers:
         if reason := _layer_unsupported_reason(layer, spec.paths):
             return reason
@@ -107,12 +107,12 @@ def unsupported_reason(causal: Any) -> str | None:
         return reason
     devices = {parameter.device for parameter in causal.parameters()}
     if len(devices) > 1 or 'meta' in {device.type for device in devices}:
-        return 'its weights lie on several devices'
+        return 'its weights are on several devices'
     return None
 
 
-def most_tokens(decoder: Any) -> float:
-    """Tokens of a text beyond which a decoder's rotary base would grow; infinite where it never does."""
+def max_tokens(decoder: Any) -> float:
+    """Maximum length of a text in tokens before the RoPE base of a decoder changes; infinite if it never does."""
     kind = getattr(decoder.rotary_emb, 'rope_type', 'default')
     bound = type(decoder.rotary_emb).__name__ in _LENGTH_BOUND or kind == 'dynamic'
     return decoder.config.max_position_embeddings if bound else float('inf')
@@ -120,11 +120,11 @@ def most_tokens(decoder: Any) -> float:
 
 def _layer_unsupported_reason(layer: Any, paths: LayerPaths) -> str | None:
     if hasattr(layer, 'unshard'):
-        return 'its weights are sharded over the ranks'
+        return 'its weights are sharded over ranks'
     for projection in paths.projections(layer):
         base = base_of(projection)
-        known = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
-        if not known:
+        supported = (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or is_4bit(base)
+        if not supported:
             return f'a projection is a {type(base).__name__}, not Linear or Linear4bit'
         reason = None if getattr(projection, 'merged', False) else adapter_unsupported_reason(projection)
         if reason:
@@ -132,32 +132,34 @@ def _layer_unsupported_reason(layer: Any, paths: LayerPaths) -> str | None:
     return None
 
 
-def all_modules(root: nn.Module) -> list[nn.Module]:
-    """All modules inside one, quickly: those of 7B with adapters are thousands, and looked at before each answer."""
+def submodules(root: nn.Module) -> list[nn.Module]:
+    """All submodules, fast: a 7B model with adapters has thousands, and they are listed before each answer."""
     found: list[nn.Module] = []
-    waiting = [root]
-    while waiting:
-        inside = [child for child in waiting.pop()._modules.values() if child is not None]
-        found += inside
-        waiting += inside
+    stack = [root]
+    while stack:
+        children = [child for child in stack.pop()._modules.values() if child is not None]
+        found += children
+        stack += children
     return found
 
 
-def state_of(modules: Sequence[nn.Module]) -> tuple:
-    """What changes when weights do: addresses and versions of all parameters.
+def weight_state(modules: Sequence[nn.Module]) -> tuple:
+    """Changes when weights do: addresses and versions of all parameters.
 
-    Some optimizers write to memory without a word to PyTorch, so one value of each parameter that may be trained is
-    looked at too.
+    Some optimizers write to memory without incrementing the version, so one value of each trainable parameter is
+    included.
     """
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters would answer each question in Python
+    with (
+        torch._C.DisableTorchFunctionSubclass()
+    ):  # bitsandbytes' parameters would dispatch every attribute access to Python
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
         seen = [p.detach().reshape(-1)[p.numel() // 2].float() for p in parameters if p.requires_grad and p.numel()]
     return weights, tuple(torch.stack(seen).tolist()) if seen else ()
 
 
-def adapters_on(modules: Sequence[nn.Module]) -> tuple:
-    """Which adapters are on, which are merged, and their scalings."""
+def adapter_state(modules: Sequence[nn.Module]) -> tuple:
+    """The active and merged adapters, and their scalings."""
     tuned: list[Any] = [m for m in modules if 'merged_adapters' in m.__dict__ and 'scaling' in m.__dict__]
     return tuple(
         (m.disable_adapters, tuple(m.active_adapters), tuple(m.merged_adapters), tuple(m.scaling.values()))
@@ -166,7 +168,7 @@ def adapters_on(modules: Sequence[nn.Module]) -> tuple:
 
 
 def rotary_table(decoder: Any, capacity: int, size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions from 0, each float32 (capacity, D / 2); float64 for a float64 model."""
+    """Cosines and sines of positions 0 to capacity - 1, float32 (capacity, D / 2); float64 for a float64 model."""
     weight = decoder.norm.weight
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     positions = torch.arange(capacity, device=weight.device)[None]

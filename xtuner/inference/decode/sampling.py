@@ -1,4 +1,4 @@
-"""The next token: the likeliest, or one drawn; the same draws as transformers' `generate` for the same seed."""
+"""Chooses the next token, greedily or by sampling; same samples as transformers' `generate` for the same seed."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ def next_token(logits_1V: Tensor, *, temperature: float, top_p: float) -> Tensor
 
     Args:
         logits_1V: (1, V), any float dtype.
-        temperature: 0 takes the likeliest token.
-        top_p: Draws from the smallest set of likeliest tokens that has this share of the probability.
+        temperature: 0: greedy.
+        top_p: Samples from the smallest set of most probable tokens whose probabilities sum to it.
 
     Returns:
-        int64 (1,). Nothing here waits for a GPU.
+        int64 (1,). Does not synchronize with the GPU.
     """
     logits = logits_1V if logits_1V.dtype == torch.float64 else logits_1V.float()
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_p < 1:
-        logits = _nucleus(logits, top_p)
-    shares = torch.softmax(logits, -1)
-    # torch.multinomial draws one sample in this way too, but waits for a GPU to check its input.
-    return shares.div_(torch.empty_like(shares).exponential_()).argmax(-1)
+        logits = _filter_top_p(logits, top_p)
+    probabilities = torch.softmax(logits, -1)
+    # Same as torch.multinomial for one sample, which however synchronizes with the GPU to check its input.
+    return probabilities.div_(torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
-def _nucleus(logits_1V: Tensor, top_p: float) -> Tensor:
-    """Takes away the least likely tokens whose shares together are at most `1 - top_p`; the likeliest stays."""
+def _filter_top_p(logits_1V: Tensor, top_p: float) -> Tensor:
+    """Removes the least probable tokens whose probabilities sum to at most `1 - top_p`; keeps the most probable."""
     ascending, order = logits_1V.sort(descending=False)
-    away = ascending.softmax(-1).cumsum(-1) <= (1 - top_p)
-    away[..., -1:] = False
-    return logits_1V.masked_fill(away.scatter(1, order, away), -torch.inf)
+    removed = ascending.softmax(-1).cumsum(-1) <= (1 - top_p)
+    removed[..., -1:] = False
+    return logits_1V.masked_fill(removed.scatter(1, order, removed), -torch.inf)

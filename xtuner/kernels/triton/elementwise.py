@@ -47,8 +47,8 @@ def _rms_norm_backward(
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, heads, group, x_token, x_group, x_head, out_token, out_group, out_head, sign,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    x, cos, sin, out, heads, x_token, x_group, x_head, out_token, out_group, out_head, sign,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -56,7 +56,7 @@ def _rotate(
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     c = tl.load(cos + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :] * sign
-    outer, inner = (head // group)[:, None], (head % group)[:, None]
+    outer, inner = (head // GROUP)[:, None], (head % GROUP)[:, None]
     source = x + token * x_token + outer * x_group + inner * x_head + column[None, :]
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -142,8 +142,9 @@ def rotate(x_TAD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out_TAD: Tensor, *, in
     heads, half = groups * group, size // 2
     heads_each = min(16, triton.next_power_of_2(heads))
     _rotate[(tokens, triton.cdiv(heads, heads_each))](
-        x_TAD, cos_TD, sin_TD, out_TAD, heads, group, *x_TKGD.stride()[:3], *out_TKGD.stride()[:3],
-        -1.0 if inverse else 1.0, HEADS=heads_each, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=4,
+        x_TAD, cos_TD, sin_TD, out_TAD, heads, *x_TKGD.stride()[:3], *out_TKGD.stride()[:3],
+        -1.0 if inverse else 1.0, GROUP=group, HEADS=heads_each, HALF=half, BLOCK=triton.next_power_of_2(half),
+        num_warps=4,
     )  # fmt: skip
 
 

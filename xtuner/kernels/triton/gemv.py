@@ -249,7 +249,7 @@ def _constants(weights: GemvWeights, tile: Tile) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LoraWeights:
+class GemvLora:
     """LoRA matrices of up to three weights with the same input, padded to a common rank.
 
     Attributes:
@@ -269,7 +269,7 @@ class LoraWeights:
         object.__setattr__(self, 'weights', weights)
 
 
-def project(lora: LoraWeights, x_K: Tensor, out: Tensor) -> None:
+def project(lora: GemvLora, x_K: Tensor, out: Tensor) -> None:
     """Writes `s A x`, float32 (weights * R,): the `lora_ax` of `multiply`."""
     rows, size = lora.a.shape
     weights = lora.weights
@@ -280,7 +280,7 @@ def project(lora: LoraWeights, x_K: Tensor, out: Tensor) -> None:
 
 
 def multiply(
-    weights: GemvWeights, x_K: Tensor, out_N: Tensor, *, bias_N: Tensor | None = None, lora: LoraWeights | None = None,
+    weights: GemvWeights, x_K: Tensor, out_N: Tensor, *, bias_N: Tensor | None = None, lora: GemvLora | None = None,
     lora_ax: Tensor | None = None, add: bool = False, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Writes `W x + bias + B (s A x)`, or adds it to the output.
@@ -306,7 +306,7 @@ def multiply(
 
 
 def multiply_gated(
-    weights: GemvWeights, x_K: Tensor, out_I: Tensor, *, bias_N: Tensor | None = None, lora: LoraWeights | None = None,
+    weights: GemvWeights, x_K: Tensor, out_I: Tensor, *, bias_N: Tensor | None = None, lora: GemvLora | None = None,
     lora_ax: Tensor | None = None, planes: int = 1, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """Writes `silu(gate) * up` of two weights of equal size, in plane layout."""

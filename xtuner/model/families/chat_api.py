@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from xtuner.dataset.conversation import Message
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
 from xtuner.dataset.templates.builtin import Template, get_template
-from xtuner.inference.detokenizer import UNFINISHED, whole_characters
+from xtuner.inference.detokenizer import REPLACEMENT_CHARACTER, strip_partial_character
 from xtuner.inference.generate import Sampling, generate
 
 Turns = Sequence[tuple[str, str]]
@@ -60,7 +60,7 @@ class ChatMixin:
         prompt = chat_prompt(tokenizer, query, history, meta_instruction, prompt_template)
         stop_ids = prompt_template.stop_ids(tokenizer)
         ids = generate(self, prompt, stop_ids=stop_ids, sampling=sampling, streamer=streamer)
-        response = whole_characters(tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True))
+        response = strip_partial_character(tokenizer.decode(_until(ids, stop_ids), skip_special_tokens=True))
         return response, [*history, (query, response)]
 
     def stream_chat(
@@ -133,12 +133,12 @@ class _Responses(BaseStreamer):
             return
         self._ids += value.reshape(-1).tolist()
         text = self._text()
-        if not text.endswith(UNFINISHED):
+        if not text.endswith(REPLACEMENT_CHARACTER):
             self._out.put(text)
 
     def end(self) -> None:
         """Enqueues the complete answer."""
-        self._out.put(whole_characters(self._text()))
+        self._out.put(strip_partial_character(self._text()))
 
     def _text(self) -> str:
         return self._tokenizer.decode(_until(self._ids or [], self._stop_ids), skip_special_tokens=True)

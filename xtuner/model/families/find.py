@@ -1,4 +1,4 @@
-"""Looks up the spec of a model. To add a family, add its file and list it here."""
+"""Looks up the spec of a model. To add a family, add its module and list it in `SPECS`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xtuner.model.families.spec import ModelSpec
 
 SPECS = (llama.SPEC, internlm.SPEC, internlm2.SPEC, internlm3.SPEC)
 GENERIC = ModelSpec('generic', layers=frozenset(), paths=None, isolates_packs=None, module_names_on_disk=False)
-"""Of a model that no spec describes: every forward pass is the model's own, and a probe measures the rest at load."""
+"""Spec of models without one of their own: always their own forward pass; a probe measures the rest at load."""
 
 _BY_TYPE = {kind: spec for spec in SPECS for kind in spec.model_types}
 
@@ -24,17 +24,17 @@ def spec_of(config: Any) -> ModelSpec:
     """The spec of a model.
 
     Args:
-        config: A transformers config; of a composite model, its language model's counts.
+        config: A transformers config; for a composite model, its text config is used.
     """
     text = config.get_text_config(decoder=True) if hasattr(config, 'get_text_config') else config
     return _BY_TYPE.get(getattr(text, 'model_type', ''), GENERIC)
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    """A decoder's layers, whatever it calls them: its longest list of modules.
+    """The layers of a decoder, whatever their name: its longest `ModuleList`.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the decoder has no `ModuleList`.
     """
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:

@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and whatever else says `model_type: llama`."""
+"""Llama 1 to 3, and other models with `model_type: llama`."""
 
 from __future__ import annotations
 

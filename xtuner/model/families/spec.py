@@ -1,8 +1,7 @@
-"""`ModelSpec`: what is particular to a family of models, as data. Each family has one; `families.find` looks them up.
+"""`ModelSpec`: the properties of a model family, as data. Each family has one; `families.find` looks them up.
 
-Training, decoding, serving, memory prediction and export read a model through its spec. A spec describes classes of
-modules, not names in configs alone: where a model is built of other classes, it gets the generic spec, which is always
-right and never on the fused path.
+Training, decoding, serving, memory prediction and export read a model through its spec. A spec describes module
+classes, not only names in configs: a model built from other classes does not match it and never takes the fused path.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from xtuner.model.logits import LogitRule, logit_rule
 
 @dataclass(frozen=True)
 class LayerPaths:
-    """Where a decoder layer keeps its submodules: dotted paths from the layer.
+    """The submodules of a decoder layer: dotted paths relative to the layer.
 
     Attributes:
         norms: The RMS norms before attention and before the MLP.
-        attention: The attention module, which has `head_dim` and `scaling`.
-        qkv: The projections to queries, keys and values, in this order; or one that holds all three.
+        attention: The attention module, with attributes `head_dim` and `scaling`.
+        qkv: The projections to queries, keys and values, in this order; or one fused projection.
         out: The attention's output projection.
         gate_up: The MLP's gate and up projections.
         down: The MLP's down projection.
@@ -37,7 +36,7 @@ class LayerPaths:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The projections that read the same input, in the order of the forward pass: qkv, out, gate and up, down."""
+        """Groups of projections that read the same input, in the order of the forward pass."""
         return self.qkv, (self.out,), self.gate_up, (self.down,)
 
     def projections(self, layer: Any) -> list[Any]:
@@ -49,7 +48,7 @@ LLAMA_PATHS = LayerPaths()
 
 
 def attention_window(config: Any) -> int | None:
-    """The window of a config's sliding-window layers, in tokens; None where every layer sees the whole sample."""
+    """The attention window of sliding-window layers, in tokens; None if all layers attend to the whole sample."""
     window = getattr(config, 'sliding_window', None)
     layers = getattr(config, 'layer_types', None)
     slides = 'sliding_attention' in layers if layers else getattr(config, 'use_sliding_window', True)
@@ -58,26 +57,26 @@ def attention_window(config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A family of models. The fields' defaults are Llama's.
+    """The spec of a model family. The defaults are Llama's.
 
     Attributes:
-        name: The family, for messages.
-        model_types: `model_type` in `config.json`, of the language model in a composite one. Empty: the generic spec.
-        layers: The classes of decoder layer and attention that the spec describes, by name: a subclass may compute
-            something else.
-        paths: Submodules of a decoder layer; None: not described, so no fused path.
-        decoder: Attributes of the decoder: its input embedding, layers, last norm and rotary embedding.
-        activation_field: The field of the config that names the MLP's activation; only SiLU is fused.
-        embedding: Name of the input embedding's weight in a checkpoint.
-        head: Name of the output head's weight in a checkpoint.
-        qkv_by_key_head: Whether the one qkv projection's rows are grouped by key head: its query heads, the key head,
-            the value head.
-        isolates_packs: Whether position ids alone keep the samples of a pack apart; None: measured when a model loads.
-        module_names_on_disk: Whether published checkpoints name tensors after the modules, so that names and shapes can
-            be checked before loading.
-        logits: From a config to what the model does to its head's logits.
-        llama_fields: From a config to the fields that differ in the `LlamaConfig` of the same model; None: the family
-            has no Llama layout. It raises `ModelError` where one model has none.
+        name: Name of the family, for messages.
+        model_types: Values of `model_type` in `config.json`, of the text config in a composite model. Empty: the
+            generic spec.
+        layers: Names of the supported classes of decoder layer and attention; subclasses may compute something else.
+        paths: Submodules of a decoder layer; None: unknown, so the fused path is not supported.
+        decoder: Attributes of the decoder: input embedding, layers, last norm and rotary embedding.
+        activation_field: The config field with the MLP's activation; the fused path supports only SiLU.
+        embedding: Name of the input embedding's weight in checkpoints.
+        head: Name of the output head's weight in checkpoints.
+        qkv_by_key_head: Whether the rows of the fused qkv projection are grouped by key head: its query heads, the key
+            head, the value head.
+        isolates_packs: Whether position ids are sufficient to isolate the samples of a pack; None: measured at load.
+        module_names_on_disk: Whether tensors in published checkpoints are named after the modules, so that names and
+            shapes can be checked before loading.
+        logits: Returns the transformation of the logits (scale, cap) for a config.
+        llama_fields: Returns the fields that differ in the `LlamaConfig` of the same model for a config, and raises
+            `ModelError` if there is none; None: the family cannot be converted to Llama's layout.
     """
 
     name: str
@@ -95,7 +94,7 @@ class ModelSpec:
     llama_fields: Callable[[Any], Mapping[str, Any]] | None = field(default=None, repr=False)
 
     def config_reason(self, config: Any) -> str | None:
-        """Why a config keeps a model off the fused paths, in a few words; None where it does not."""
+        """Why a model with this config cannot take the fused path, in a few words; None if it can."""
         activation = getattr(config, self.activation_field)
         if activation not in ('silu', 'swish'):
             return f'its activation is {activation}, not silu'
@@ -104,7 +103,7 @@ class ModelSpec:
         return None
 
     def mismatch(self, decoder: Any) -> str | None:
-        """Why a decoder is not built as this spec says, in a few words; None where it is.
+        """Why a decoder does not match this spec, in a few words; None if it does.
 
         Args:
             decoder: The module that `get_decoder()` returns.

@@ -13,7 +13,7 @@ class InternLMConfig(LlamaConfig):
     """Reads the fields that InternLM's published `config.json` adds to Llama's.
 
     Attributes:
-        bias: Whether q, k, v and o have a bias; the MLP never has.
+        bias: Whether q, k, v and o have a bias; the MLP never has one.
         rotary: `base` (10000), `type` ('origin': plain RoPE, 'dynamic': dynamic NTK, as in Chat-7B-8k) and
             `scaling_factor` (1.0). None is plain RoPE.
 

@@ -1,4 +1,4 @@
-"""RoPE whose base grows with the text length (dynamic NTK), computed anew in every call.
+"""RoPE whose base grows with the text length (dynamic NTK), recomputed in every call.
 
     base(n) = base * (factor * n / trained - (factor - 1)) ** (d / (d - 2))     for n > trained, else base
 

@@ -1,4 +1,4 @@
-"""InternLM: Llama with biases on the attention's projections and dynamic NTK."""
+"""InternLM: Llama with biases on the attention projections and dynamic NTK."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ logger = logging.getLogger('xtuner')
 
 
 def llama_fields(config: Any) -> dict[str, Any]:
-    """The rotary parameters of dynamic NTK as Llama's config has them, with a warning about long texts."""
+    """The RoPE parameters of dynamic NTK in Llama's config; warns about long texts."""
     if config.ntk_factor is None:
         return {}
     logger.warning(
-        'this model stretches its positions beyond %d tokens (dynamic NTK, factor %g). Other tools keep keys as '
-        'they were rotated, so answers beyond that length differ a little from the original',
-        config.max_position_embeddings, config.ntk_factor,
+        'this model uses dynamic NTK (factor %g) beyond %d tokens. Other tools do not rotate cached keys again, so '
+        'that answers beyond that length differ slightly from the original',
+        config.ntk_factor, config.max_position_embeddings,
     )  # fmt: skip
     theta = config.rope_parameters['rope_theta']
     return {'rope_parameters': {'rope_type': 'dynamic', 'factor': config.ntk_factor, 'rope_theta': theta}}

@@ -13,7 +13,7 @@ class InternLM2Config(LlamaConfig):
     """Reads InternLM2's published `config.json`.
 
     Attributes:
-        bias: Whether `wqkv` and `wo` have a bias. The MLP never has.
+        bias: Whether `wqkv` and `wo` have a bias. The MLP never has one.
 
     Raises:
         ValueError: `rope_scaling` is neither dynamic nor linear.
@@ -36,6 +36,6 @@ class InternLM2Config(LlamaConfig):
 
     @property
     def ntk_factor(self) -> float | None:
-        """The scaling factor of dynamic NTK; None where there is none."""
+        """The scaling factor of dynamic NTK; None without it."""
         rope: Any = self.rope_parameters
         return float(rope.get('factor', 1.0)) if rope.get('rope_type') == 'dynamic' else None

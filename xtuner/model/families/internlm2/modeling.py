@@ -4,12 +4,13 @@ The rows of `wqkv` are grouped by key head: the G query heads that share it, the
 
     wqkv rows, D at a time:   q q k v | q q k v | ...        for G = 2
 
-The modules keep the published names, so checkpoints, adapters and merged models fit every tool that knows InternLM2.
+The modules have the published names, so checkpoints, adapters and merged models work in every tool that supports
+InternLM2.
 
-Letters of shapes: B rows, S tokens, K key heads, G query heads a key head, D a head's size, C hidden size.
+Shape letters: B rows, S tokens, K key heads, G query heads per key head, D head size, C hidden size.
 """
 
-# transformers types its modules for its own use; what mypy misses where they are overridden is of no consequence.
+# transformers types its modules for internal use; mypy's findings on overridden methods can be ignored.
 # mypy: disable-error-code="override, misc, assignment, arg-type, type-arg, operator"
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from xtuner.model.families.internlm2.configuration import InternLM2Config
 
 
 def split_wqkv(wqkv: Tensor, num_key_heads: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes fused projections apart.
+    """Splits the fused projection.
 
     Args:
-        wqkv: (K * (G + 2) * D, ...): the weight, or the bias, of `wqkv`.
+        wqkv: (K * (G + 2) * D, ...), the weight or the bias of `wqkv`.
         num_key_heads: K.
         head_size: D.
 
     Returns:
-        (K * G * D, ...), (K * D, ...), (K * D, ...): those of q, k and v as Llama has them.
+        (K * G * D, ...), (K * D, ...), (K * D, ...): those of q, k and v in Llama's layout.
     """
     grouped = wqkv.reshape(num_key_heads, -1, head_size, *wqkv.shape[1:])
     parts = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
@@ -53,7 +54,7 @@ def split_wqkv(wqkv: Tensor, num_key_heads: int, head_size: int) -> tuple[Tensor
 
 
 class InternLM2Attention(LlamaAttention):
-    """Llama's attention with one fused projection."""
+    """Llama's attention with one fused qkv projection."""
 
     def __init__(self, config: InternLM2Config, layer_idx: int) -> None:
         nn.Module.__init__(self)
@@ -76,7 +77,7 @@ class InternLM2Attention(LlamaAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Llama's: hidden states (B, S, C) to (B, S, C) and, where they are asked for, attention weights."""
+        """Same as Llama's: hidden states (B, S, C) to (B, S, C) and, if requested, attention weights."""
         assert position_embeddings is not None
         rows, length, _ = hidden_states.shape
         grouped = self.wqkv(hidden_states).view(rows, length, -1, self.num_key_value_groups + 2, self.head_dim)
@@ -96,7 +97,7 @@ class InternLM2Attention(LlamaAttention):
 
 
 class InternLM2MLP(nn.Module):
-    """Llama's gated MLP: w1 is the gate, w3 goes up, w2 comes down."""
+    """Llama's gated MLP: w1 is the gate projection, w3 the up projection, w2 the down projection."""
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class InternLM2MLP(nn.Module):
 
 
 class InternLM2DecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind its norm and beside its residual."""
+    """Attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: InternLM2Config, layer_idx: int) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class InternLM2DecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, S, C) to (B, S, C); the keywords are the attention's."""
+        """(B, S, C) to (B, S, C); keyword arguments are passed to attention."""
         attended, _ = self.attention(hidden_states=self.attention_norm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
@@ -153,7 +154,7 @@ class InternLM2Model(LlamaModel):
 
     @property
     def embed_tokens(self) -> nn.Module:
-        """The embedding, under the name that Llama's forward pass looks for."""
+        """The embedding, under the name that Llama's forward pass uses."""
         return self.tok_embeddings
 
     def get_input_embeddings(self) -> nn.Module:
@@ -166,7 +167,7 @@ class InternLM2Model(LlamaModel):
 
 
 class InternLM2ForCausalLM(ChatMixin, LlamaForCausalLM):
-    """The language model, with `chat` and `stream_chat` as the model card shows them."""
+    """The language model with `chat` and `stream_chat`, as on the model card."""
 
     config_class = InternLM2Config
     chat_template_name = 'internlm2_chat'
@@ -185,7 +186,7 @@ class InternLM2ForCausalLM(ChatMixin, LlamaForCausalLM):
 
     @property
     def lm_head(self) -> nn.Module:
-        """The output projection, under the name that Llama's forward pass looks for."""
+        """The output projection, under the name that Llama's forward pass uses."""
         return self.output
 
     def get_input_embeddings(self) -> nn.Module:

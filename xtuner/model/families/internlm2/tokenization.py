@@ -1,4 +1,4 @@
-"""InternLM2's tokenizer: read as InternLM's is, with the names that its config gives to reserved pieces."""
+"""InternLM2's tokenizer: InternLM's, with the names that its config assigns to reserved pieces."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from xtuner.model.families.internlm.tokenization import InternLMTokenizer
 
 
 class InternLM2Tokenizer(InternLMTokenizer):
-    """Loads InternLM2 and 2.5: `<|im_start|>` and its kin take the place of `[UNUSED_TOKEN_…]` pieces."""
+    """Loads InternLM2 and 2.5: `<|im_start|>` and other control tokens replace `[UNUSED_TOKEN_…]` pieces."""

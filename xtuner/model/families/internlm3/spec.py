@@ -1,4 +1,4 @@
-"""InternLM3: Llama with head sizes of its own and two switches for biases."""
+"""InternLM3: Llama with a separate head size and two switches for biases."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from xtuner.model.families.spec import ModelSpec
 
 
 def llama_fields(config: Any) -> dict[str, Any]:
-    """No field differs.
+    """No fields differ.
 
     Raises:
-        ModelError: biases on q, k and v but not on o, or the other way round, for which Llama has no form.
+        ModelError: biases on q, k and v but not on o, or vice versa, which Llama does not support.
     """
     if config.bias != config.qkv_bias:
-        raise ModelError('its projections q, k and v have biases and o has none, or the other way round '
-                         '(`qkv_bias`, `bias`), for which Llama has no form')  # fmt: skip
+        raise ModelError('its q, k and v projections have biases and its o projection has none, or vice versa '
+                         '(`qkv_bias`, `bias`), which the Llama architecture does not support')  # fmt: skip
     return {}
 
 

@@ -19,7 +19,7 @@ from xtuner.cli.main import main
 from xtuner.config.schema import QuantizationConfig
 from xtuner.convert import verify
 from xtuner.convert.base import quantized_weights, requantize, skeleton
-from xtuner.dataset.probe import PROBE_FILE, read_probe, write_probe
+from xtuner.dataset.probe import write_probe
 from xtuner.model.loading import load_model
 from xtuner.model.weights.reader import fingerprint, open_weights
 
@@ -148,25 +148,3 @@ def test_without_a_measurement_the_trained_values_are_taken(
     assert 'base dequantized: not measured' in capsys.readouterr().err
     assert json.loads((tmp_path / 'merged' / 'xtuner.json').read_text())['merged'] == {'base': 'dequantized'}
     assert kept_by(tmp_path / 'merged') == len(LESSONS)
-
-
-@pytest.mark.parametrize('content', [
-    '[]', '{', '{"part": "training", "samples": [{"input_ids": [5, 99999], "trained": [0, 1]}]}',
-    '{"part": "training", "samples": [{"input_ids": [[5]], "trained": [[1]]}]}',
-    '{"part": "training", "samples": [{"input_ids": [5, -1], "trained": [0, 1]}]}',
-    '{"part": "training", "samples": [{"input_ids": ["a"], "trained": [1]}]}', '[' * 100_000, ' ' * 2**21,
-])  # fmt: skip
-def test_a_record_of_samples_that_is_none_is_passed_over(content: str, tmp_path: Path) -> None:
-    (tmp_path / PROBE_FILE).write_text(content)
-    assert read_probe(tmp_path, VOCAB) is None
-
-
-def test_samples_are_recorded_one_by_one_and_once(tmp_path: Path) -> None:
-    pack = {'input_ids': torch.arange(6), 'labels': torch.tensor([-100, 1, 2, -100, -100, -100]),
-            'position_ids': torch.tensor([0, 1, 2, 0, 1, 2])}  # fmt: skip
-    write_probe(tmp_path, [pack], 'validation')
-    write_probe(tmp_path, [], 'training')
-    probe = read_probe(tmp_path, 10)
-    assert probe is not None
-    assert probe.part == 'validation'
-    assert [(ids.tolist(), trained.tolist()) for ids, trained in probe.samples] == [([0, 1, 2], [False, True, True])]

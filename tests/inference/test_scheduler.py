@@ -1,40 +1,33 @@
-"""Whatever raises in the decoding thread ends answers with a reason, never the thread; /health says what is wrong."""
+"""Exceptions in the decoding thread end answers with an error, never the thread; /health reports the failure."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import openai
 import pytest
 import torch
 
-from tests.serve.conftest import Running, serving
-from xtuner.errors import XTunerError
-from xtuner.inference import scheduler as batcher_module
-from xtuner.inference.answer import Answer, Events, Piece
+from xtuner.inference import scheduler as scheduler_module
 from xtuner.inference.detokenizer import IncrementalDetokenizer
 from xtuner.inference.generate import Sampling
+from xtuner.inference.request import Events, GenerationRequest, TextDelta
 from xtuner.inference.scheduler import Scheduler
-from xtuner.serve import encoding as encoding_module
 
 WORDS = 8
 
 
 class Panic(BaseException):
-    """What a library in Rust raises."""
+    """Raised by Rust libraries."""
 
 
 class Stub:
-    """A decoder whose answers say token 3 for ever, until a test lets something fail."""
+    """A decoder that generates token 3 until a test makes a method fail."""
 
-    num_rows = 3
+    num_slots = 3
 
     def __init__(self) -> None:
         self.fail: dict[str, Callable[..., None]] = {}
@@ -47,20 +40,20 @@ class Stub:
     def _logits(self, rows: Sequence[int]) -> torch.Tensor:
         logits = torch.zeros(len(rows), WORDS)
         logits[:, 3] = 1.0
-        for number, row in enumerate(rows):
-            if self.rows.get(row) in self.not_finite:
+        for number, slot in enumerate(rows):
+            if self.rows.get(slot) in self.not_finite:
                 logits[number] = float('nan')
         return logits
 
-    def prefill(self, ids: Sequence[Sequence[int]], *, row: int, start: int = 0) -> torch.Tensor:
+    def prefill(self, ids: Sequence[Sequence[int]], *, slot: int, start: int = 0) -> torch.Tensor:
         self._check('prefill', ids)
-        self.rows |= {row + n: one[0] for n, one in enumerate(ids)}
-        return self._logits(range(row, row + len(ids)))
+        self.rows |= {slot + n: one[0] for n, one in enumerate(ids)}
+        return self._logits(range(slot, slot + len(ids)))
 
-    def step(self, ids: Sequence[int], lengths: Sequence[int], *, row: int, **_: Any) -> torch.Tensor:
+    def step(self, ids: Sequence[int], lengths: Sequence[int], *, slot: int, **_: Any) -> torch.Tensor:
         time.sleep(0.001)
-        self._check('step', row)
-        return self._logits(range(row, row + len(ids)))
+        self._check('step', slot)
+        return self._logits(range(slot, slot + len(ids)))
 
     def move(self, source: int, target: int, length: int) -> None:
         self._check('move')
@@ -68,7 +61,7 @@ class Stub:
 
 
 class Numbers:
-    """A tokenizer that a test lets fail."""
+    """A tokenizer that a test can make fail."""
 
     fail: Callable[[], None] | None = None
 
@@ -79,12 +72,12 @@ class Numbers:
 
 
 class Client:
-    """Answers asked of a batcher, and all pieces that came."""
+    """Submits requests to a scheduler and collects all deltas."""
 
     def __init__(self, decoder: Stub, **options: Any) -> None:
-        self.pieces: dict[Answer, list[Piece]] = {}
-        self.batcher = Scheduler(decoder, adapters=[None, 'a'], deliver=self._take,
-                               **{'use': lambda _: None, 'most_waiting': 8} | options)  # fmt: skip
+        self.pieces: dict[GenerationRequest, list[TextDelta]] = {}
+        self.scheduler = Scheduler(decoder, adapters=[None, 'a'], deliver=self._take,
+                               **{'use': lambda _: None, 'max_waiting': 8} | options)  # fmt: skip
         self._came = threading.Condition()
 
     def _take(self, events: Events) -> None:
@@ -93,17 +86,19 @@ class Client:
                 self.pieces.setdefault(answer, []).append(piece)
             self._came.notify_all()
 
-    def ask(self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any) -> Answer:
-        answer = Answer(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
+    def ask(
+        self, first: int = 1, *, adapter: str | None = None, num_tokens: int = 10**6, **options: Any
+    ) -> GenerationRequest:
+        answer = GenerationRequest(adapter, [first, 2], Sampling(num_tokens, 0.0), frozenset(),
                         IncrementalDetokenizer(options.pop('tokenizer', Numbers())))  # fmt: skip
-        self.batcher.submit([answer])
+        self.scheduler.submit([answer])
         return answer
 
-    def begun(self, *answers: Answer) -> None:
+    def begun(self, *answers: GenerationRequest) -> None:
         with self._came:
             assert self._came.wait_for(lambda: all(a in self.pieces for a in answers), 5), 'an answer does not begin'
 
-    def end(self, answer: Answer) -> Piece:
+    def end(self, answer: GenerationRequest) -> TextDelta:
         with self._came:
             ended = self._came.wait_for(lambda: any(p.finish for p in self.pieces.get(answer, [])), 5)
             assert ended, 'an answer never ends'
@@ -114,12 +109,12 @@ class Client:
 @contextmanager
 def asking(decoder: Stub, **options: Any) -> Iterator[Client]:
     client = Client(decoder, **options)
-    client.batcher.start()
+    client.scheduler.start()
     try:
         yield client
-        assert client.batcher.is_alive, 'the thread is dead'
+        assert client.scheduler.is_alive, 'the thread is dead'
     finally:
-        client.batcher.stop()
+        client.scheduler.stop()
 
 
 def once(error: BaseException) -> Callable[..., None]:
@@ -150,23 +145,25 @@ def test_one_failure_ends_answers_and_the_next_ones_are_drawn(where: str, error:
         behind = client.ask(4, adapter='a')
         client.begun(behind)
         fail = once(error)
-        decoder.fail[where] = (lambda row: fail() if row == 0 else None) if where == 'step' else fail  # that of `first`
+        decoder.fail[where] = (
+            (lambda slot: fail() if slot == 0 else None) if where == 'step' else fail
+        )  # that of `first`
         if where == 'prefill':
             lost, kept = [client.ask(5)], [first, behind]
         elif where == 'step':
             lost, kept = [first], [behind]
         else:
-            client.batcher.cancel(first)  # `behind` would move into its row
+            client.scheduler.cancel(first)  # `behind` would move into its row
             lost, kept = [behind], []
         for answer in lost:
             piece = client.end(answer)
             assert piece.finish == 'error' and 'SECRET' not in piece.error
             assert ('out of memory' in piece.error) == isinstance(error, MemoryError)
         assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.scheduler.failure
         for answer in kept:
             assert not answer.finished, 'it took no part in the pass that failed'
-            client.batcher.cancel(answer)
+            client.scheduler.cancel(answer)
 
 
 def test_rows_that_cannot_be_moved_are_given_up_without_a_move() -> None:
@@ -175,10 +172,10 @@ def test_rows_that_cannot_be_moved_are_given_up_without_a_move() -> None:
         answers = [client.ask(1), client.ask(4), client.ask(5, adapter='a')]
         client.begun(*answers)
         decoder.fail['move'] = always(RuntimeError('no copy'))
-        client.batcher.cancel(answers[0])
+        client.scheduler.cancel(answers[0])
         assert [client.end(answer).finish for answer in answers[1:]] == ['error'] * 2
         assert client.end(client.ask(6, num_tokens=3)).finish == 'length'
-        assert client.batcher.num_failures == 1 and not client.batcher.trouble
+        assert client.scheduler.num_failures == 1 and not client.scheduler.failure
 
 
 def test_a_row_without_finite_logits_ends_alone() -> None:
@@ -188,7 +185,7 @@ def test_a_row_without_finite_logits_ends_alone() -> None:
         good, bad = client.ask(1, num_tokens=20), client.ask(5, num_tokens=20)
         assert 'NaN' in client.end(bad).error
         assert client.end(good).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.scheduler.failure
 
 
 def test_text_that_cannot_be_decoded_ends_its_answer_alone() -> None:
@@ -201,8 +198,8 @@ def test_text_that_cannot_be_decoded_ends_its_answer_alone() -> None:
 
 
 def test_a_decoder_that_cannot_go_on_ends_all_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sticky device error: every call raises. Those who wait hear of it too, as does whoever comes later."""
-    monkeypatch.setattr(batcher_module, 'PROBE_S', 0.05)
+    """A sticky device error: every call raises. Waiting and later requests get the error too."""
+    monkeypatch.setattr(scheduler_module, 'PROBE_S', 0.05)
     decoder = Stub()
     with asking(decoder) as client:
         running = [client.ask(n) for n in (1, 4, 5)]
@@ -211,14 +208,14 @@ def test_a_decoder_that_cannot_go_on_ends_all_and_is_tried_again(monkeypatch: py
         decoder.fail = {name: always(RuntimeError('illegal address')) for name in ('prefill', 'step', 'move')}
         for answer in [*running, *waiting]:
             assert client.end(answer).finish == 'error'
-        assert client.batcher.trouble == 'the model fails'
+        assert client.scheduler.failure == 'the model fails'
         assert 'restarted' in client.end(client.ask(8)).error
-        assert client.batcher.num_running == client.batcher.num_waiting == 0
+        assert client.scheduler.num_running == client.scheduler.num_waiting == 0
         decoder.fail.clear()
         until = time.monotonic() + 5
-        while client.batcher.trouble and time.monotonic() < until:
+        while client.scheduler.failure and time.monotonic() < until:
             time.sleep(0.01)
-        assert not client.batcher.trouble, 'without any request'
+        assert not client.scheduler.failure, 'without any request'
         assert client.end(client.ask(8, num_tokens=3)).finish == 'length'
 
 
@@ -234,7 +231,7 @@ def test_an_adapter_that_cannot_be_used_ends_its_answers_alone() -> None:
 
 
 def test_a_slow_copy_of_rows_does_not_hold_the_lock() -> None:
-    """`cancel` and `submit` are called in the event loop: they must not wait for a copy on the device."""
+    """`cancel` and `submit` are called in the event loop and must not wait for a copy on the device."""
     decoder, going_on = Stub(), threading.Event()
     began = threading.Event()
 
@@ -246,108 +243,26 @@ def test_a_slow_copy_of_rows_does_not_hold_the_lock() -> None:
         first, second = client.ask(1), client.ask(4)
         client.begun(first, second)
         decoder.fail['move'] = wait
-        client.batcher.cancel(first)
+        client.scheduler.cancel(first)
         assert began.wait(5)
         before = time.monotonic()
-        client.batcher.cancel(second)
-        client.batcher.cancel(client.ask(5))
+        client.scheduler.cancel(second)
+        client.scheduler.cancel(client.ask(5))
         assert time.monotonic() - before < 1
         going_on.set()
 
 
 def test_a_round_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batcher_module, 'STUCK_S', 0.1)
+    monkeypatch.setattr(scheduler_module, 'STUCK_S', 0.1)
     decoder, going_on = Stub(), threading.Event()
     decoder.fail['step'] = lambda *_: going_on.wait(10) and None
     with asking(decoder) as client:
         answer = client.ask(1, num_tokens=3)
         time.sleep(0.3)
-        assert 'stuck' in client.batcher.trouble
+        assert 'stuck' in client.scheduler.failure
         going_on.set()
         assert client.end(answer).finish == 'length'
-        assert not client.batcher.trouble
+        assert not client.scheduler.failure
 
 
 # Over HTTP
-
-
-def health(running: Running) -> tuple[int, dict[str, Any]]:
-    try:
-        with urllib.request.urlopen(f'{running.url}/health', timeout=5) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def chat(running: Running, text: str = 'Hi', **options: Any) -> Any:
-    messages: Any = [{'role': 'user', 'content': text}]
-    return running.client(timeout=20).chat.completions.create(model=running.base, messages=messages,
-                                                              **{'max_tokens': 4} | options)  # fmt: skip
-
-
-def test_a_dead_thread_is_told_and_nobody_waits_for_it(loaded: Any) -> None:
-    with serving(loaded) as running:
-        running.service.batcher.stop()
-        status, body = health(running)
-        assert (status, body['status']) == (503, 'failing') and 'ended' in body['error']
-        with pytest.raises(openai.InternalServerError, match='restarted'):
-            chat(running)
-
-
-def test_each_client_reads_why_its_answer_ended(loaded: Any, endless: Any) -> None:
-    with serving(loaded, decoder=endless, max_length=2048) as running:
-        stream = chat(running, stream=True, max_tokens=2000)
-        assert next(stream) and next(stream)
-        step = endless.step
-        endless.step = lambda *args, **kwargs: torch.full_like(step(*args, **kwargs), float('nan'))
-        with pytest.raises(openai.APIError, match='NaN'):
-            list(stream)
-        with pytest.raises(openai.InternalServerError, match='restarted'):
-            chat(running, max_tokens=30)
-        assert health(running)[0] == 503
-        endless.step = step
-        assert chat(running).choices[0].message.content is not None
-        assert health(running)[0] == 200
-
-
-def test_a_rendering_over_its_bounds_fails_its_request_alone(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it takes its time, a stream goes on and /health answers; one that is stuck is told there."""
-    from xtuner.serve.models import ServedModel
-
-    class OverBounds(XTunerError):
-        pass
-
-    render, going_on = ServedModel.render_chat, threading.Event()
-
-    def slow(self: ServedModel, messages: Sequence[dict[str, Any]]) -> list[Any]:
-        if messages[-1]['content'] == 'loop':
-            assert going_on.wait(10)
-            raise OverBounds('the chat template took more than 2 s')
-        return render(self, messages)
-
-    monkeypatch.setattr(ServedModel, 'render_chat', slow)
-    monkeypatch.setattr(encoding_module, 'STUCK_S', 0.2)
-    with serving(loaded) as running:
-        stream = chat(running, stream=True, max_tokens=300)
-        assert next(stream)
-        failed: list[Exception] = []
-
-        def ask() -> None:
-            try:
-                chat(running, 'loop')
-            except Exception as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        assert len(list(stream)) > 1, 'it goes on meanwhile'
-        until = time.monotonic() + 5
-        while health(running)[0] == 200 and time.monotonic() < until:
-            time.sleep(0.02)
-        assert 'encoding' in health(running)[1]['error']
-        going_on.set()
-        thread.join(10)
-        (error,) = failed
-        assert isinstance(error, openai.BadRequestError) and 'more than 2 s' in str(error)
-        assert health(running)[0] == 200
-        assert chat(running).choices

@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from tests.serve.conftest import TEMPLATE, Running, serving
 from xtuner.dataset.encode.conversation_encoder import encode_prompt
-from xtuner.inference.detokenizer import whole_characters
+from xtuner.inference.detokenizer import strip_partial_character
 from xtuner.inference.generate import Sampling, generate
 
 PROMPTS = ['Hello', 'What is the capital of France?', 'Wer bist du?', '你好,请讲一个故事。', 'a', '1 + 1 = ?', 'Sing!']
@@ -57,7 +57,7 @@ def test_greedy_answers_are_those_of_a_chat(client: OpenAI, expected: dict[str, 
 
 
 def test_answers_drawn_together_are_those_drawn_alone(client: OpenAI, expected: dict[str, list[str]]) -> None:
-    """All prompts at once to the base and both adapters: more than there are rows, of unequal lengths."""
+    """All prompts at once to the base and both adapters: more than there are slots, of different lengths."""
     cases = [(model, number) for number in range(len(PROMPTS)) for model in expected]
     with ThreadPoolExecutor(len(cases)) as pool:
         got = list(pool.map(lambda case: content(ask(client, case[0], PROMPTS[case[1]])), cases))
@@ -77,7 +77,7 @@ def test_a_conversation_of_several_turns(client: OpenAI, base: Path, loaded: Any
     drawn = generate(loaded.model, ids, stop_ids=sorted(model.stop_ids), sampling=Sampling(9, 0))
     assert response.usage.completion_tokens == len(drawn)
     whole = model.tokenizer.decode([i for i in drawn if i not in model.stop_ids])
-    assert content(response) == whole_characters(whole)
+    assert content(response) == strip_partial_character(whole)
 
 
 @pytest.mark.parametrize('prompt', PROMPTS[:4])
@@ -99,7 +99,7 @@ def test_completions_continue_a_document(client: OpenAI, server: Running, loaded
     loaded.use(None)
     stop_ids = sorted(loaded.served[0].stop_ids)
     drawn = [generate(loaded.model, one, stop_ids=stop_ids, sampling=Sampling(8, 0)) for one in ids]
-    want = [whole_characters(tokenizer.decode(one)) for one in drawn]
+    want = [strip_partial_character(tokenizer.decode(one)) for one in drawn]
     both = client.completions.create(model=server.base, prompt=['Once', 'One two'], max_tokens=8)
     assert [choice.text for choice in both.choices] == want
     assert [choice.index for choice in both.choices] == [0, 1]
@@ -132,12 +132,12 @@ def test_a_seed_makes_an_answer_repeatable_whoever_else_is_served(client: OpenAI
         assert list(pool.map(drawn, range(6))) == alone
 
 
-def test_a_prompt_longer_than_a_pass_is_read_in_pieces(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While others draw, beside them in the store; one leaves in the middle of it."""
-    monkeypatch.setattr('xtuner.inference.scheduler.READ_AT_ONCE', 16)
+def test_a_prompt_longer_than_a_pass_is_prefilled_in_chunks(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other requests are decoded in neighbouring slots; one of them is cancelled meanwhile."""
+    monkeypatch.setattr('xtuner.inference.scheduler.PREFILL_TOKENS', 16)
     model = loaded.served[0]
     long = 'one two three four five six seven eight nine ten ' * 4
-    with serving(loaded, num_rows=4) as running:
+    with serving(loaded, num_slots=4) as running:
         client = running.client()
         assert len(encode_prompt([{'role': 'user', 'content': long}], model.tokenizer, model.template)) > 48
         names = [m.name for m in loaded.served]
@@ -158,14 +158,14 @@ def test_models_and_health(client: OpenAI, server: Running) -> None:
         assert json.load(response) == {'status': 'ok', 'running': 0, 'waiting': 0}
 
 
-def test_a_client_that_goes_frees_its_row(loaded: Any, endless: Any) -> None:
-    """Streaming, not streaming, and one that still waits; each answer would take 10 s."""
+def test_a_disconnected_client_frees_its_slot(loaded: Any, endless: Any) -> None:
+    """Streamed, not streamed, and still waiting; each answer would take 10 s."""
     with serving(loaded, decoder=endless, max_length=2048) as running:
-        batcher, client = running.service.batcher, running.client()
+        scheduler, client = running.service.scheduler, running.client()
         streams = [ask(client, running.base, 'Hello', max_tokens=2000, stream=True) for _ in range(3)]
         for stream in streams:
             assert [next(stream) for _ in range(2)][1].choices[0].delta.content
-        assert batcher.num_running == 3
+        assert scheduler.num_running == 3
         with pytest.raises(openai.APITimeoutError):
             ask(running.client(timeout=0.3), running.base, 'Hello', max_tokens=2000)
         for stream in streams[:2]:
@@ -189,7 +189,7 @@ def test_a_failing_model_ends_answers_and_not_the_service(loaded: Any) -> None:
                 raise RuntimeError('out of memory while reading SECRET')
             return super().step(*args, **kwargs)
 
-    decoder = Failing(loaded.model, num_rows=2, max_length=512)
+    decoder = Failing(loaded.model, num_slots=2, max_length=512)
     with serving(loaded, decoder=decoder) as running:
         client = running.client()
         before = content(ask(client, running.base, 'Hello'))
@@ -197,7 +197,7 @@ def test_a_failing_model_ends_answers_and_not_the_service(loaded: Any) -> None:
         with pytest.raises(openai.InternalServerError) as failed:
             ask(client, running.base, 'Hello')
         assert 'SECRET' not in str(failed.value)
-        with pytest.raises(openai.APIError, match='the model failed'):
+        with pytest.raises(openai.APIError, match='the model fails on every token'):
             list(ask(client, running.base, 'Hello', stream=True))
         with pytest.raises(urllib.error.HTTPError) as health:
             urllib.request.urlopen(f'{running.url}/health')

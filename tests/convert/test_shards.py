@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
 import subprocess
@@ -18,14 +16,12 @@ import torch
 from tests.convert.adapters import make_base, save_trained
 from xtuner.convert import shards
 from xtuner.convert.merge import merge
-from xtuner.convert.output import atomic_folder
 from xtuner.convert.shards import TensorPlan, write_weights
 from xtuner.convert.source import MergeSource
-from xtuner.errors import CheckpointError, ModelError
+from xtuner.errors import ModelError
 from xtuner.model.weights import blocks as weight_blocks
 from xtuner.model.weights.blocks import row_blocks
 from xtuner.model.weights.reader import open_weights
-from xtuner.utils import locks
 
 # The merge as the command runs it, with blocks so small and slow that a signal falls between any two of them.
 SLOW = """
@@ -142,29 +138,6 @@ def test_shards_are_read_by_others_and_hold_what_was_given(tmp_path: Path, monke
     assert sorted(sizes) == [0, 66, 280]  # a, b and c fit into 100 bytes; d alone is larger
 
 
-def test_where_the_disk_refuses_the_work_is_kept_and_where_the_input_is_wrong_it_is_not(tmp_path: Path) -> None:
-    out = tmp_path / 'out'
-    with (
-        pytest.raises(ModelError, match=r'no space left.*the same command resumes it'),
-        atomic_folder(out, 1) as folder,
-    ):
-        write(folder, PLANS, stop_at='d')
-    assert [p.name for p in (tmp_path / '.partial-out').glob('*.safetensors')] == ['model-00001-of-00003.safetensors']
-    with pytest.raises(CheckpointError), atomic_folder(out, 1):
-        raise CheckpointError('wrong')
-    assert not list(tmp_path.iterdir())
-
-
-def test_another_job_does_not_go_on_with_it(tmp_path: Path) -> None:
-    out = tmp_path / 'out'
-    with pytest.raises(ModelError), atomic_folder(out, 'fp16') as folder:
-        write(folder, PLANS, stop_at='d')
-    with atomic_folder(out, 'bf16') as folder:
-        assert not list(folder.glob('*.safetensors'))
-        write(folder, PLANS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
-
-
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,70 +145,3 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
     with pytest.raises(ModelError, match=r'B free but .* are needed'):
         write(tmp_path, PLANS)
     assert not list(tmp_path.iterdir())
-
-
-def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
-    out = tmp_path / 'out'
-    with atomic_folder(out, 'job') as folder:
-        (folder / 'half').write_text('done')
-        with pytest.raises(ModelError, match='out is being written by another process'), atomic_folder(out, 'job'):
-            pass
-        assert (folder / 'half').read_text() == 'done'
-    assert [path.name for path in tmp_path.iterdir()] == ['out']
-    assert (out / 'half').read_text() == 'done'
-
-
-def test_the_lock_is_closed_before_it_is_removed_where_open_files_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unlink = Path.unlink
-
-    def unlink_as_windows(path: Path, missing_ok: bool = False) -> None:
-        links = list(Path('/proc/self/fd').iterdir())
-        if any(os.path.realpath(link) == str(path) for link in links):
-            raise PermissionError(13, 'in use', str(path))
-        unlink(path, missing_ok=missing_ok)
-
-    monkeypatch.setattr(locks, 'fcntl', None)
-    monkeypatch.setattr(Path, 'unlink', unlink_as_windows)
-    with atomic_folder(tmp_path / 'out', 'job') as folder:
-        (folder / 'file').write_text('done')
-    assert [path.name for path in tmp_path.iterdir()] == ['out']
-
-
-def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
-    (tmp_path / 'file').write_text('')
-    below = atomic_folder(tmp_path / 'file' / 'a', 'job')
-    with pytest.raises(ModelError, match=r'file is a file; nothing was written'), below:
-        pass
-    with (
-        pytest.raises(ModelError, match=r'cannot write .*: .*; nothing was written$'),
-        atomic_folder(Path('/proc/self/nothing/out'), 'job'),
-    ):
-        pass
-
-
-def test_a_broken_file_of_the_base_is_found_before_weights_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from xtuner.convert import merge as module
-
-    base = make_base(tmp_path / 'base')
-    save_trained(base, tmp_path / 'adapter')
-    (base / 'generation_config.json').write_text('{')
-    written: list[Path] = []
-    monkeypatch.setattr(module, 'write_weights', lambda folder, *_: written.append(folder))
-    with pytest.raises(ModelError, match=r'generation_config.json cannot be read'):
-        merge(str(base), tmp_path / 'adapter', tmp_path / 'out', verify=0)
-    assert not written
-    assert not (tmp_path / 'out').exists()
-
-
-def test_a_base_that_is_stored_quantised_is_told_as_such(tmp_path: Path) -> None:
-    base = make_base(tmp_path / 'base')
-    save_trained(base, tmp_path / 'adapter')
-    config = json.loads((base / 'config.json').read_text())
-    config['quantization_config'] = {'quant_method': 'bitsandbytes', 'load_in_4bit': True}
-    (base / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r'is stored quantized \(bitsandbytes\), but a merge needs float weights'):
-        merge(str(base), tmp_path / 'adapter', tmp_path / 'out')

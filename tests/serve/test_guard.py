@@ -15,7 +15,6 @@ import openai
 import pytest
 
 from tests.serve.conftest import Running, serving
-from xtuner.inference.generate import Sampling
 
 JSON = {'Content-Type': 'application/json'}
 
@@ -31,74 +30,6 @@ def post(running: Running, body: Any, path: str = '/v1/chat/completions', **head
 
 def chat(running: Running, **fields: Any) -> dict[str, Any]:
     return {'model': running.base, 'messages': [{'role': 'user', 'content': 'Hi'}], 'max_tokens': 2} | fields
-
-
-@pytest.mark.parametrize(
-    ('body', 'message'),
-    [
-        (b'', 'not valid JSON'),
-        (b'{"model": ', 'not valid JSON'),
-        (b'\xff\xfe', 'not valid JSON'),
-        (b'[' * 100_000, 'not valid JSON'),
-        (b'1' * 10_000, 'not valid JSON'),
-        (b'[1]', 'must be a JSON object, not a list'),
-        (b'{}', '`messages` must be a list'),
-        (b'{"messages": []}', 'at least one message, not an empty list'),
-    ],
-)
-def test_a_malformed_body_is_said_to_be_one(server: Running, body: bytes, message: str) -> None:
-    status, error = post(server, body)
-    assert (status, error['type']) == (400, 'invalid_request_error')
-    assert message in error['message']
-
-
-@pytest.mark.parametrize(
-    ('fields', 'param', 'code'),
-    [
-        ({'temperature': 3}, 'temperature', None),
-        ({'temperature': 'hot'}, 'temperature', None),
-        ({'temperature': float('nan')}, 'temperature', None),
-        ({'top_p': -1}, 'top_p', None),
-        ({'max_tokens': 0}, 'max_tokens', None),
-        ({'max_tokens': True}, 'max_tokens', None),
-        ({'max_completion_tokens': 1.5}, 'max_completion_tokens', None),
-        ({'seed': 'x'}, 'seed', None),
-        ({'stop': ''}, 'stop', None),
-        ({'stop': ['a'] * 5}, 'stop', None),
-        ({'stream': 'yes'}, 'stream', None),
-        ({'stream_options': {'include_usage': 1}}, 'include_usage', None),
-        ({'n': 2}, 'n', 'unsupported_parameter'),
-        ({'logprobs': True}, 'logprobs', 'unsupported_parameter'),
-        ({'tools': [{}]}, 'tools', 'unsupported_parameter'),
-        ({'temprature': 0}, 'temprature', 'unknown_parameter'),
-        ({'model': None}, 'model', None),
-        ({'messages': []}, 'messages', None),
-        ({'messages': ['Hi']}, 'messages[0].role', None),
-        ({'messages': [{'role': 'user'}]}, 'messages[0].content', None),
-        ({'messages': [{'role': 'king', 'content': 'Hi'}]}, 'messages[0].role', None),
-        ({'messages': [{'role': 'user', 'content': 7}]}, 'messages', None),
-        ({'messages': [{'role': 'user', 'content': '\ud800'}]}, 'messages', None),
-        ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'messages', None),
-        ({'messages': [{'role': 'assistant', 'content': 'Hi'}]}, 'messages', None),
-        ({'max_tokens': 10**9}, 'messages', 'context_length_exceeded'),
-        ({'messages': [{'role': 'user', 'content': 'word ' * 2000}]}, 'messages', 'context_length_exceeded'),
-    ],
-)
-def test_a_wrong_field_is_named(server: Running, fields: dict[str, Any], param: str, code: str | None) -> None:
-    status, error = post(server, chat(server, **fields))
-    assert (status, error['param'], error['code']) == (400, param, code)
-
-
-def test_wrong_prompts_of_completions(server: Running) -> None:
-    for prompt in (None, [], [[]], 7, [7.5], ['a', 7], ['a'] * 65, [10**6], [-1], '', ['a', ''], '\ud800'):
-        status, error = post(server, {'model': server.base, 'prompt': prompt}, '/v1/completions')
-        assert (status, error['param']) == (400, 'prompt'), prompt
-
-
-def test_fields_without_effect_are_taken(server: Running) -> None:
-    fields = {'n': 1, 'user': 'me', 'frequency_penalty': 0.0, 'logit_bias': None, 'response_format': {'type': 'text'},
-              'tools': [], 'metadata': {'a': 'b'}, 'stop': None}  # fmt: skip
-    assert post(server, chat(server, **fields))[0] == 200
 
 
 def test_the_wrong_address_method_model_and_form(server: Running) -> None:
@@ -169,9 +100,9 @@ def test_a_full_queue_says_so_and_when_to_come_again(loaded: Any, endless: Any) 
         for thread in waiting:
             thread.start()
         until = time.monotonic() + 5
-        while running.service.batcher.num_waiting < 2 and time.monotonic() < until:
+        while running.service.scheduler.num_waiting < 2 and time.monotonic() < until:
             time.sleep(0.01)
-        with pytest.raises(openai.RateLimitError, match='2 answers wait already and at most 2 may') as full:
+        with pytest.raises(openai.RateLimitError, match='2 answers are waiting, the maximum is 2') as full:
             client.chat.completions.create(**chat(running))
         assert full.value.response.headers['Retry-After'] == '1'
         two = {'model': running.base, 'prompt': ['a', 'b']}
@@ -214,52 +145,3 @@ def test_nothing_that_is_asked_or_answered_is_logged(loaded: Any, caplog: pytest
     assert 'chat 200' in caplog.text
     assert 'PRIVATE' not in caplog.text
     assert answer.choices[0].message.content not in caplog.text
-
-
-def test_a_character_of_several_tokens_comes_whole(loaded: Any, endless: Any) -> None:
-    """The model is made to say a text whose characters are spelled byte by byte."""
-    text = 'Ça va? 你好 🙂 é'
-    tokenizer = loaded.served[0].tokenizer
-    ids = tokenizer(text, add_special_tokens=False)['input_ids']
-    assert len(ids) > len(text), 'no character of several tokens'
-    said = iter(ids)
-
-    def say(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import torch
-
-        time.sleep(0.005)
-        logits = torch.zeros(1, len(tokenizer))
-        logits[0, next(said)] = 1
-        return logits
-
-    type(endless).prefill, type(endless).step = say, say
-    with serving(loaded, decoder=endless, sampling=Sampling(64, 0)) as running:
-        stream = running.client().chat.completions.create(**chat(running, max_tokens=len(ids), stream=True))
-        pieces = [chunk.choices[0].delta.content or '' for chunk in stream]
-    assert ''.join(pieces) == text
-    assert '\ufffd' not in ''.join(pieces)
-    assert len([piece for piece in pieces if piece]) > 3, 'it came in one piece'
-
-
-@pytest.mark.parametrize('left_out', [1, 2, 3])
-def test_a_character_that_is_cut_is_left_out(loaded: Any, endless: Any, left_out: int) -> None:
-    """`max_tokens` ends the answer inside a character: nothing of it goes out, whole or as a stream."""
-    import torch
-
-    tokenizer = loaded.served[0].tokenizer
-    ids = tokenizer('Hi 🙂', add_special_tokens=False)['input_ids']
-    said = iter([*ids[:-left_out], *ids[:-left_out]])
-
-    def say(*args: Any, **kwargs: Any) -> Any:
-        logits = torch.zeros(1, len(tokenizer))
-        logits[0, next(said)] = 1
-        return logits
-
-    endless.prefill = endless.step = say
-    with serving(loaded, decoder=endless, sampling=Sampling(64, 0)) as running:
-        asked: Any = chat(running, max_tokens=len(ids) - left_out)
-        whole = running.client().chat.completions.create(**asked)
-        stream = running.client().chat.completions.create(**asked, stream=True)
-        assert ''.join(chunk.choices[0].delta.content or '' for chunk in stream) == 'Hi '
-        assert whole.choices[0].message.content == 'Hi '
-        assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ('length', len(ids) - left_out)

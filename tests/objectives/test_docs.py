@@ -1,0 +1,45 @@
+"""The examples of docs/objectives.md, as a reader would copy them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.objectives.test_model import adapted, make_batch
+from xtuner.config.flatten import flatten
+from xtuner.config.load import load_config
+from xtuner.objectives.base import FIELDS
+from xtuner.objectives.load import make_objective
+from xtuner.objectives.model import TrainingModel
+
+TEXT = (ROOT / 'docs' / 'objectives.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+SECTIONS = [block for block in BLOCKS if 'objective = dict(' in block]
+
+
+def test_there_are_examples() -> None:
+    assert len(SECTIONS) == 3
+    assert len(BLOCKS) == 6
+
+
+@pytest.mark.parametrize('section', SECTIONS, ids=lambda text: re.findall(r':(\w+)', text)[0])
+def test_an_example_trains(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my_losses.py').write_text('\n'.join(b for b in BLOCKS if b not in SECTIONS), encoding='utf-8')
+    base = flatten(load_config('internlm_7b_qlora_oasst1'), title='base').replace("objective = 'sft'", '')
+    (tmp_path / 'config.py').write_text(base + section, encoding='utf-8')
+    objective = make_objective(load_config('config.py').objective)
+    model, batch = TrainingModel(adapted('llama'), objective), make_batch()
+    statistics = model(**batch, only_statistics=True) if 'Centred' in section else None
+    loss = model(**batch, statistics=statistics)
+    loss.backward()
+    assert loss.item() > 0
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_every_value_is_explained() -> None:
+    table = TEXT.split('## What `rows` offers')[1].split('##')[0]
+    assert set(re.findall(r'^\| `(\w+)` \|', table, re.MULTILINE)) == set(FIELDS)
