@@ -43,14 +43,17 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe
+    from xtuner.engine.packing import with_supported_packing
     from xtuner.memory.gpus import find_gpu, local_gpu
     from xtuner.model.hub import resolve_model
+    from xtuner.model.load_config import load_config
 
     card = find_gpu(args.gpu) if args.gpu else local_gpu()
     model = config.model
     folder = resolve_model(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False
     )
+    config = with_supported_packing(config, load_config(folder, trust_remote_code=model.trust_remote_code))
     data = None if args.no_data else _size_of_data(config, folder)
     free = card.num_bytes if card else None
     result = estimate(config, folder, data=data, world_size=args.num_gpus, free=free)
