@@ -234,7 +234,7 @@ BAD_CHECKPOINTS: dict[str, tuple[list[str], str]] = {
     'fewer steps, allowed': ([*IN_DONE, '--resume', '--allow-changes', *SMALL], 'only 1'),
     'start from nowhere': ([*TRAIN, '--start-from', 'none', *SMALL], 'no such folder'),
     'start from another rank': ([*TRAIN, '--start-from', 'DONE/checkpoint-00000002', *SMALL, 'adapter.r=4'],
-                                '`adapter.r` is 4, and'),
+                                '`adapter.r` is 4, but'),
     'a work folder as the model': (['chat', 'DONE'], "contains an adapter, not a model; use its base as the model ('"),
     'a file beneath which nothing can be': (['convert', 'merge', 'MODEL', 'DONE', 'DATA/merged'], 'is a file'),
     'merge of nothing': (['convert', 'merge', 'MODEL', 'none', 'RUN'], 'no adapter found'),

@@ -27,7 +27,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_turn(
     device = torch.device('cuda', 0)
     config = load_config(FLAGSHIP)
     _Gpu(monkeypatch, 5.0)
-    with pytest.raises(TrainingError, match=r'predicted to need \d.\d\d GiB of cuda:0, and 5.00 GiB .*largest: base'):
+    with pytest.raises(
+        TrainingError, match=r'predicted to need \d.\d\d GiB of cuda:0, but only 5.00 GiB .*largest: base'
+    ):
         preflight.check_memory(config, data, device, 1)
     preflight.check_memory(load_config(FLAGSHIP, {'runtime.check_memory': False}), data, device, 1)
     assert 'dataset.max_length=1024 saves' in caplog.text

@@ -22,7 +22,8 @@ MOST_LAYERS = 6
 _RULES: list[tuple[str, Any]] = [
     (r'pad_token_id', 0),
     (r'bos_token_id', 1),
-    (r'(eos|decoder_start|forced_eos|forced_bos)_token_id', 2),
+    (r'forced_(bos|eos)_token_id', None),
+    (r'(eos|decoder_start)_token_id', 2),
     (r'\w+_token_(id|index)', lambda value: value if value < VOCAB else VOCAB - 1 - value % 8),
     (r'(type|task_type)_vocab_size', lambda value: value),
     (r'\w*vocab(_size)?(_per_layer_input|_base)?', VOCAB),

@@ -37,7 +37,8 @@ class Result:
         pack: Error of all samples in one row.
         unpacked: Why packing is switched off before data is prepared; '' where it is not.
         pack_refused: What the trial of the loaded model says of packs; '' where it lets them pass.
-        generates: Whether greedy ids are those of transformers' `generate` and those of whole forward passes.
+        generates: Whether greedy ids are those of transformers' `generate`.
+        generates_as_trained: Whether they are also those of forward passes over the whole text, without a cache.
         no_generation: Why there is no generation; '' where there is.
     """
 
@@ -49,6 +50,7 @@ class Result:
     unpacked: str = ''
     pack_refused: str = ''
     generates: bool = False
+    generates_as_trained: bool = False
     no_generation: str = ''
 
 
@@ -73,10 +75,15 @@ def examine(kind: str, llm: Any = None) -> Result:
         pack_refused = ''
     except ConfigError as error:
         pack_refused = str(error)
-    generates, no_generation = _generation(llm)
     unpacked = packing_unsupported_reason(llm.config, MAX_LENGTH) or ''
     return Result(
-        kind, '', model.rule is None, max(alone, padded), pack, unpacked, pack_refused, generates, no_generation
+        kind,
+        own_logits=model.rule is None,
+        rows=max(alone, padded),
+        pack=pack,
+        unpacked=unpacked,
+        pack_refused=pack_refused,
+        **_generation(llm),
     )
 
 
@@ -128,16 +135,17 @@ def _error(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> flo
 
 
 @torch.no_grad()
-def _generation(llm: Any) -> tuple[bool, str]:
+def _generation(llm: Any) -> dict[str, Any]:
     prompt = samples()[0].tolist()
     try:
         ours = generate(llm, prompt, stop_ids=[2], sampling=Sampling(max_new_tokens=NEW_TOKENS, temperature=0))
     except ModelError as error:
-        return False, str(error)
+        return {'no_generation': str(error)}
     theirs = llm.generate(
         torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2
     )
     whole = list(prompt)
     while len(whole) < len(prompt) + NEW_TOKENS and whole[-1] != 2:
         whole.append(int(llm(input_ids=torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
-    return ours == theirs[0, len(prompt) :].tolist() == whole[len(prompt) :], ''
+    start = len(prompt)
+    return {'generates': ours == theirs[0, start:].tolist(), 'generates_as_trained': ours == whole[start:]}

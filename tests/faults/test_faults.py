@@ -101,7 +101,7 @@ def on_disk(place: Place, disk: Path) -> None:
 def test_a_disk_too_small_is_known_before_the_run(place: Place, small_disk: Any, error: Any) -> None:
     on_disk(place, small_disk(12))
     assert place.train() == 1
-    assert 'MiB free, and 3 checkpoints need up to' in error()
+    assert 'MiB free, but 3 checkpoints need up to' in error()
     assert list(place.folder.iterdir()) == []
 
 

@@ -214,3 +214,12 @@ def test_needs_that_do_not_exist_are_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"`Wrong`: `needs` names 'log_probs', which does not exist; did you mean"):
         TrainingModel(adapted('llama'), Wrong())
+
+
+def test_a_metric_that_is_not_summed_is_refused() -> None:
+    class Long(Rewritten):
+        def loss(self, rows: Any, statistics: Any) -> Any:
+            return -rows.log_prob.sum(), {'all': rows.log_prob}
+
+    with pytest.raises(TrainingError, match=r'objective Long failed: ValueError: a metric must be a scalar'):
+        TrainingModel(adapted('llama'), Long())(**make_batch())

@@ -55,6 +55,9 @@ def test_a_run_with_ones_own_objective_resumes_exactly(
     lines = [line for line in metrics(tmp_path / 'whole') if 'loss' in line]
     assert lines[-1]['loss'] < lines[0]['loss']
     assert 'Centred' in section or all(0 < line['entropy'] < 7 for line in map(_raw(tmp_path / 'whole').get, (1, 4)))
+    card = (newest(tmp_path / 'whole') / 'README.md').read_text(encoding='utf-8')
+    assert f'| objective | {"Centred" if "Centred" in section else "smoothed"} |' in card
+    assert str(file) not in card
     shutil.copytree(tmp_path / 'whole', tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'checkpoint-00000004')
     assert train('run', option) == 0
@@ -66,7 +69,7 @@ def test_a_run_with_ones_own_objective_resumes_exactly(
     assert 'cannot resume exactly, `objective' in capsys.readouterr().err.splitlines()[-1]
     file.write_text(LOSS + '# edited\n', encoding='utf-8')
     assert train('run', option) == 1
-    assert "the contents of the objective's file are not the same" in capsys.readouterr().err.splitlines()[-1]
+    assert "the contents of the objective's file differ" in capsys.readouterr().err.splitlines()[-1]
     assert train('run', option, words=('--resume', '--allow-changes')) == 0
 
 

@@ -25,10 +25,10 @@ from xtuner.engine.step_checks import (
     is_dead_worker,
     next_batch,
 )
-from xtuner.engine.step_origins import Origins, StepOrigins
-from xtuner.engine.step_result import Skips, StepResult
+from xtuner.engine.step_result import Origins, Skips, StepOrigins, StepResult
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
+from xtuner.objectives.base import errors_named
 from xtuner.utils.out_of_memory import is_out_of_memory
 
 
@@ -209,10 +209,11 @@ class TrainLoop(BaseLoop):
             TrainingError: the weight is not a number above 0.
         """
         objective = self.strategy.bare.objective
-        counts = torch.tensor(
-            [[objective.weight(b), count_targets(b['labels']), b['labels'].numel()] for b in micro_batches],
-            dtype=torch.float64,  # exact for whole numbers below 2**53
-        ).sum(0)
+        with errors_named(objective):
+            weights = [float(objective.weight(batch)) for batch in micro_batches]
+        sizes = [[count_targets(batch['labels']), batch['labels'].numel()] for batch in micro_batches]
+        # Whole numbers are exact below 2**53.
+        counts = torch.tensor([[w, *size] for w, size in zip(weights, sizes, strict=True)], dtype=torch.float64).sum(0)
         asked = torch.tensor([self._stop.signal_number == number for number in STOP_SIGNALS], dtype=counts.dtype)
         weight, num_targets, num_tokens, *num_asked = self._over_ranks(torch.cat([counts, asked])).tolist()
         times = self.strategy.world_size // self.plan.world_size  # ranks that share packs count the same ones

@@ -74,6 +74,9 @@ def training_facts(config: TrainConfig, data: RunInputs, plan: TrainingSchedule,
         'seed': config.runtime.seed,
         'versions': {name: known[name] for name in _CARD_VERSIONS if name in known},
     }
+    if config.objective != 'sft':
+        section = config.objective if isinstance(config.objective, dict) else {'type': config.objective}
+        facts['objective'] = reference(section['type']).rpartition(':')[2]
     if config.adapter:
         named = ('r', 'lora_alpha', 'lora_dropout', 'target_modules')
         facts['adapter'] = {name: config.adapter[name] for name in named if name in config.adapter}

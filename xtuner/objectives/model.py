@@ -5,9 +5,6 @@ Shapes: B rows, S tokens a row, N = B * S positions, T targets, H hidden size, V
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,16 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
-from xtuner.errors import ConfigError, TrainingError, XTunerError
+from xtuner.errors import ConfigError, TrainingError
 from xtuner.fused.enable import reads_host_positions, share_sequences
 from xtuner.fused.loss import target_rows
 from xtuner.fused.target_values import BASE_VALUES, VALUES
 from xtuner.fused.ulysses import SequenceGroup
 from xtuner.model.families.find import spec_of
 from xtuner.model.logits import LogitRule
-from xtuner.objectives.base import Objective, Statistics, TargetRows, as_metric, check_needs, needs_base, scalar
+from xtuner.objectives.base import (
+    Objective,
+    Statistics,
+    TargetRows,
+    as_metric,
+    check_needs,
+    errors_named,
+    needs_base,
+    scalar,
+)
 from xtuner.objectives.head import is_plain, next_token_loss, target_values, values_of_logits
-from xtuner.utils.out_of_memory import is_out_of_memory
 
 
 class TrainingModel(nn.Module):
@@ -90,15 +95,15 @@ class TrainingModel(nn.Module):
             float32 scalar, a sum; 0 with a gradient where there is no target. Or statistics by name.
         """
         rows = self._rows(input_ids, labels, position_ids, batch)
-        with _errors_named(self.objective):
+        with errors_named(self.objective):
             if only_statistics:
                 return self.objective.statistics(rows)
             loss, metrics = self.objective.loss(rows, statistics)
+            self.metrics = {name: as_metric(value, rows.device) for name, value in metrics.items()}
         if not scalar(loss):
             raise TrainingError(
                 f'objective {self.objective.name}: the loss must be a scalar tensor, got {_form(loss)}; sum it'
             )
-        self.metrics = {key: as_metric(value, loss.device) for key, value in metrics.items()}
         return loss
 
     def _rows(self, ids: Tensor, labels: Tensor, positions: Tensor, batch: dict[str, Tensor]) -> TargetRows:
@@ -131,7 +136,7 @@ class TrainingModel(nn.Module):
         # The base first: its activations are gone when those of the pass with gradients are kept.
         reference = self._of_base(ids, positions, rows) if needs_base(self.objective) else {}
         fields |= compute(ids, positions, targets_N, rows, **reference)
-        return TargetRows(count=len(rows), vocabulary=_vocabulary(base), **fields)
+        return TargetRows(count=len(rows), device=device, vocabulary=_vocabulary(base), **fields)
 
     def _from_hidden_states(
         self, ids: Tensor, positions: Tensor, targets_N: Tensor, rows: Tensor, **reference: Tensor
@@ -232,23 +237,6 @@ def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, in
 def _vocabulary(base: Any) -> int:
     """Logits of a token."""
     return getattr(base.get_output_embeddings(), 'out_features', None) or base.config.vocab_size
-
-
-@contextmanager
-def _errors_named(objective: Objective) -> Iterator[None]:
-    """Turns an error of a user's objective into one line with its place; running out of memory stays what it is."""
-    try:
-        yield
-    except XTunerError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if '/torch/' not in frame.filename]
-        place = f' ({frames[-1].filename}:{frames[-1].lineno})' if frames else ''
-        raise TrainingError(
-            f'objective {objective.name} failed: {type(error).__name__}: {" ".join(str(error).split())}{place}'
-        ) from error
 
 
 def _form(value: Any) -> str:

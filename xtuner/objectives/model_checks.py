@@ -22,8 +22,10 @@ from torch import Tensor
 
 from xtuner.errors import ConfigError, ModelError, one_line
 from xtuner.fused.enable import reads_host_positions
+from xtuner.model.families.find import spec_of
 from xtuner.model.families.packing import rope_trained_length
-from xtuner.objectives.sft import SupervisedFinetune
+from xtuner.model.logits import LogitRule
+from xtuner.objectives.model import TrainingModel
 
 logger = logging.getLogger('xtuner')
 
@@ -35,7 +37,6 @@ _LONGEST = (
     'a model of type {kind!r} turns all samples of a pack by the length of its longest: one of more than {original} '
     'tokens changes the others; dataset.max_length={original} or dataset.packing=none avoids that'
 )
-_KNOWN = ('internlm', 'internlm2', 'internlm3', 'llama')  # proven by tests
 _UNTRAINABLE = {'reformer': 'it trains only on rows of exactly as many tokens as its `axial_pos_shape` multiplies to'}
 _LENGTH = 16  # tokens of a sample
 _SHORT = 4  # tokens of a window or a chunk in a trial
@@ -45,7 +46,7 @@ _OTHER_LENGTH = 0.3  # of a sample's states may change where the row is longer: 
 _NOISE = 10.0  # times what other shapes of a batch change in a sample: experts are multiplied in other sizes
 
 
-def check_family(model: SupervisedFinetune, *, packed: bool, max_length: int) -> None:
+def check_family(model: TrainingModel, *, packed: bool, max_length: int) -> None:
     """Tries a model before its first step; where ranks hold its weights together, all call it.
 
     Args:
@@ -59,12 +60,14 @@ def check_family(model: SupervisedFinetune, *, packed: bool, max_length: int) ->
     """
     causal, training = model.base, model.training
     kind, dtype = causal.config.model_type, causal.dtype
+    spec = spec_of(causal.config)
+    described = spec.mismatch(causal.get_decoder()) is None  # and so proven by the family's own tests
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(causal.device.type, dtype, enabled=dtype != torch.float32):
-            if kind not in _KNOWN:
+            if not described:
                 _check_loss(model)
-            if packed and kind not in _KNOWN and not reads_host_positions(causal.get_decoder()):
+            if packed and not (described and spec.isolates_packs) and not reads_host_positions(causal.get_decoder()):
                 _check_packs(model, max_length)
     finally:
         model.train(training)
@@ -73,13 +76,12 @@ def check_family(model: SupervisedFinetune, *, packed: bool, max_length: int) ->
         logger.warning('%s', _LONGEST.format(kind=kind, original=original))
 
 
-def _check_loss(model: SupervisedFinetune) -> None:
+def _check_loss(model: TrainingModel) -> None:
     """Leaves the rule where it gives the model's own logits; refuses a model that cannot be trained by either."""
     causal, kind = model.base, model.base.config.model_type
     if kind in _UNTRAINABLE:
         raise ModelError(f'a model of type {kind!r} cannot be trained here: {_UNTRAINABLE[kind]}')
-    detail = _difference_of_logits(model)
-    if detail:
+    if model.rule is not None and (detail := _difference_of_logits(model, model.rule)):
         model.rule = None
         ids = _sample(causal, seed=0)[None]
         own = causal(input_ids=ids, use_cache=False).logits
@@ -97,11 +99,11 @@ def _check_loss(model: SupervisedFinetune) -> None:
         )
 
 
-def _difference_of_logits(model: SupervisedFinetune) -> str:
+def _difference_of_logits(model: TrainingModel, rule: LogitRule) -> str:
     """How the rule's logits, (1, L, V) float32 and large, differ from the model's own, in a few words; '' where not."""
-    causal, rule = model.base, model.rule
+    causal = model.base
     decoder = causal.get_decoder()
-    if rule is None or decoder is causal:
+    if decoder is causal:
         return 'its decoder cannot be called by itself'
     head, ids = causal.get_output_embeddings(), _sample(causal, seed=0)[None]
     try:
@@ -139,7 +141,7 @@ def _scaled(head: Any, factor: float) -> Iterator[list[None]]:
         handle.remove()
 
 
-def _depends_on_later_tokens(model: SupervisedFinetune) -> bool:
+def _depends_on_later_tokens(model: TrainingModel) -> bool:
     """Whether a sample changes with the tokens that follow, or with their number, by more than rounding."""
     first, one, other = (_sample(model.base, seed) for seed in range(3))
     positions = _positions(model.base, 2 * _LENGTH)
@@ -150,7 +152,7 @@ def _depends_on_later_tokens(model: SupervisedFinetune) -> bool:
     return _difference(alone, texts[0]) > (1e-4 if model.base.dtype == torch.float32 else _OTHER_LENGTH)
 
 
-def _check_packs(model: SupervisedFinetune, max_length: int) -> None:
+def _check_packs(model: TrainingModel, max_length: int) -> None:
     """Raises ConfigError where a sample gives something else in another pack."""
     kind = model.base.config.model_type
     if _samples_see_each_other(model):
@@ -167,7 +169,7 @@ def _check_packs(model: SupervisedFinetune, max_length: int) -> None:
             )
 
 
-def _samples_see_each_other(model: SupervisedFinetune) -> bool:
+def _samples_see_each_other(model: TrainingModel) -> bool:
     """Whether the second of two samples in a row changes with the first one's tokens, beyond what another row does."""
     first, other, second = (_sample(model.base, seed) for seed in range(3))
     positions = _positions(model.base, _LENGTH).repeat(1, 2)
@@ -175,7 +177,7 @@ def _samples_see_each_other(model: SupervisedFinetune) -> bool:
     return _exceeds(_difference(*packs), lambda: _noise_of_rows(model), 1e-6)
 
 
-def _depends_on_place(model: SupervisedFinetune) -> bool:
+def _depends_on_place(model: TrainingModel) -> bool:
     """Whether a sample changes where it begins elsewhere in a row, by more than in a longer row."""
     first, other, sample = (_sample(model.base, seed) for seed in range(3))
     whole = _positions(model.base, _LENGTH)
@@ -214,14 +216,14 @@ def _exceeds(difference: float, noise: Callable[[], float], floor: float) -> boo
     return difference > floor and difference > _NOISE * noise() + floor
 
 
-def _noise_of_rows(model: SupervisedFinetune) -> float:
+def _noise_of_rows(model: TrainingModel) -> float:
     """What another row of the same batch changes in a row."""
     first, other, second = (_sample(model.base, seed) for seed in range(3))
     positions = _positions(model.base, _LENGTH).expand(2, -1)
     return _difference(*(_outputs(model, torch.stack([one, second]), positions)[1] for one in (first, other)))
 
 
-def _outputs(model: SupervisedFinetune, ids: Tensor, positions: Tensor) -> Tensor:
+def _outputs(model: TrainingModel, ids: Tensor, positions: Tensor) -> Tensor:
     """What the loss is computed from: last hidden states, or the model's own logits where its rule is not known."""
     whole = model.base if model.rule is None else model.base.get_decoder()
     output = whole(input_ids=ids, position_ids=positions, use_cache=False)

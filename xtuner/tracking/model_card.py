@@ -26,7 +26,8 @@ _LABELS = {
     'method': 'method', 'conversations': 'conversations', 'tokens': 'tokens in them',
     'target_tokens': 'tokens trained', 'train_on': 'what is trained', 'max_length': 'tokens a pack', 'steps': 'steps',
     'epochs': 'epochs', 'tokens_per_step': 'tokens a step, at most', 'learning_rate': 'learning rate',
-    'decay': 'decay of the learning rate', 'warmup_steps': 'warm-up steps', 'optimizer': 'optimizer',
+    'objective': 'objective', 'decay': 'decay of the learning rate', 'warmup_steps': 'warm-up steps',
+    'optimizer': 'optimizer',
     'adapter': 'adapter', 'precision': 'computed in', 'seed': 'seed', 'step': 'step of this checkpoint',
     'loss': 'loss at that step', 'val_loss': 'validation loss', 'versions': 'versions',
 }  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_function_of_ones_own_needs_no_registration():
 
     assert resolve_map_fn(mine) is mine
     assert resolve_map_fn('json:loads') is json.loads
-    for wrong, text in (('json:nothing', "'json:nothing' cannot be"), ('json:__name__', 'is a str, which cannot'),
+    for wrong, text in (('json:nothing', "'json:nothing' cannot be"), ('json:__name__', 'a str, which is not callable'),
                         ('alpacca', "did you mean 'alpaca'"), (3, 'must be a name')):  # fmt: skip
         with pytest.raises(ConfigError, match=text):
             resolve_map_fn(wrong)

@@ -94,7 +94,7 @@ def unsupported_reason(causal: Any) -> str | None:
     decoder = causal.get_decoder() if hasattr(causal, 'get_decoder') else None
     if decoder is None:
         return f'{type(causal).__name__} has no decoder'
-    spec = spec_of(decoder.config)
+    spec = spec_of(causal.config)
     if reason := spec.mismatch(decoder):
         return reason
     assert spec.paths is not None

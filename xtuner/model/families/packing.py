@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from xtuner.model.families.find import spec_of
+
 # Types of text models in which a sample depends on the earlier samples of its pack, whatever their length.
 MIXING_TYPES = frozenset((
     'afmoe', 'bailing_hybrid', 'bamba', 'bart', 'bigbird_pegasus', 'biogpt', 'blenderbot', 'blenderbot-small', 'bloom',
@@ -35,7 +37,7 @@ def packing_unsupported_reason(config: Any, max_length: int) -> str | None:
         max_length: Most tokens of a pack.
     """
     text = config.get_text_config(decoder=True)
-    if text.model_type in MIXING_TYPES:
+    if text.model_type in MIXING_TYPES or spec_of(text).isolates_packs is False:
         return f'in a model of type {text.model_type!r} the samples of a pack see each other'
     chunk = getattr(text, 'attention_chunk_size', None)
     if chunk and max_length > chunk:
