@@ -55,7 +55,7 @@ def adapted(kind: str, **settings: Any) -> Any:
 
 def fused() -> Any:
     llm = adapted('llama')
-    assert enable_fused_training(llm).taken
+    assert enable_fused_training(llm).enabled
     return llm
 
 

@@ -73,11 +73,11 @@ class UlyssesAttention:
         parts = [x.unflatten(1, (size, -1)).unflatten(0, (rows, -1)) for x in (q_TAD, k_TAD, v_TAD)]
         sent = torch.cat(parts, dim=3).permute(2, 0, 1, 3, 4)
         received = _AllToAll.apply(sent, self.ranks.group)  # the tokens of each sender
-        heads = received.transpose(0, 1).adapters_in(1, 2).adapters_in(0, 1)
+        heads = received.transpose(0, 1).flatten(1, 2).flatten(0, 1)
         q, k, v = heads.split(counts, dim=1)
         out = self.whole.forward(q, k, v, scale)  # (B * S, heads * D)
         returned = out.unflatten(0, (rows, size, -1)).transpose(0, 1)
-        return _AllToAll.apply(returned, self.ranks.group).permute(1, 2, 0, 3).adapters_in(2).adapters_in(0, 1)
+        return _AllToAll.apply(returned, self.ranks.group).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 class _AllToAll(torch.autograd.Function):
