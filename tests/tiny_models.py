@@ -37,6 +37,10 @@ def _pairs(case):
     return set(itertools.combinations(enumerate(case), 2))
 
 
+FIELDS: dict[str, dict] = {}
+"""By model type, what the config of a tiny model needs besides the sizes below."""
+
+
 def tiny_model(kind, *, layers=2, heads=4, kv_heads=2, dtype=torch.float32, **fields):
     """A random model of a type that transformers or a spec knows, with norms and biases that are not trivial."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -47,7 +51,8 @@ def tiny_model(kind, *, layers=2, heads=4, kv_heads=2, dtype=torch.float32, **fi
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=64, tie_word_embeddings=False, use_cache=False, **fields,
+        num_key_value_heads=kv_heads, max_position_embeddings=64, tie_word_embeddings=False, use_cache=False,
+        **(FIELDS.get(kind, {}) | fields),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():

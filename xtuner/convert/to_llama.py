@@ -76,7 +76,7 @@ def llama_config(config: Any) -> LlamaConfig:
     fields = spec_of(config).llama_fields
     assert fields is not None
     rope = {key: value for key, value in config.rope_parameters.items() if key != 'type'}
-    shared = {key: getattr(config, key) for key in _SHARED} | {'rope_parameters': rope}
+    shared = {key: getattr(config, key) for key in _SHARED if hasattr(config, key)} | {'rope_parameters': rope}
     return LlamaConfig(**(shared | dict(fields(config))), architectures=['LlamaForCausalLM'])
 
 

@@ -36,7 +36,8 @@ def check_weights(folder: Path, config: Any) -> None:
         return
     model = check_size(reader, config)
     # Renaming by transformers during loading cannot be checked in advance; its own report is checked after loading.
-    if not spec_of(config).module_names_on_disk or hasattr(config, 'quantization_config'):
+    composite = config.get_text_config(decoder=True) is not config  # a spec describes the language model in it alone
+    if composite or not spec_of(config).module_names_on_disk or hasattr(config, 'quantization_config'):
         return
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = set(reader.names())
