@@ -82,6 +82,9 @@ def imported(target: str, what: str) -> Callable[..., Any]:
         ConfigError: The module, file or name does not exist, fails to run, or is not callable.
     """
     module_name, _, name = target.rpartition(':')
+    if module_name.endswith('.py') and not (file := Path(module_name)).is_file():
+        where = '' if file.is_absolute() else f' in {Path.cwd()}, where the command runs'
+        raise ConfigError(f'{what} {target!r} cannot be imported: there is no file {module_name!r}{where}')
     try:
         module = _module_of(Path(module_name)) if module_name.endswith('.py') else importlib.import_module(module_name)
         value = getattr(module, name)

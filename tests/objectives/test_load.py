@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.objectives.toys import Anchored, Preference
+from xtuner.cli.main import main
 from xtuner.config.flatten import flatten
 from xtuner.config.load import load_config
 from xtuner.config.short_types import OBJECTIVES
@@ -22,6 +24,9 @@ from xtuner.registry import resolve
 
 NAME = 'internlm_7b_qlora_oasst1'
 LOSS = """
+from xtuner.objectives import Objective
+
+
 def scaled(rows, factor=1.0):
     return -factor * rows.log_prob.sum()
 
@@ -31,6 +36,35 @@ def with_metrics(rows):
 
 
 class NoObjective:
+    pass
+
+
+class Own(Objective):
+    def loss(self, rows, statistics):
+        return -rows.log_prob.sum(), {}
+
+
+class Short(Objective):
+    def loss(self, rows):
+        return -rows.log_prob.sum(), {}
+
+
+class Unsummed(Own):
+    def statistics(self, rows, more):
+        return {}
+
+
+class Weighed(Own):
+    def weight(self):
+        return 1
+
+
+class Joined(Own):
+    def collate(self, items):
+        return {}
+
+
+class Lossless(Objective):
     pass
 
 
@@ -80,6 +114,55 @@ def test_a_function_of_ones_own(file: Path) -> None:
     assert loss_of(make_objective(f'{file}:with_metrics'))[1] == {'targets': 2}
 
 
+def test_a_file_next_to_the_config_is_pointed_out(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / 'mine').mkdir()
+    file.rename(tmp_path / 'mine' / 'losses.py')
+    config = tmp_path / 'mine' / 'own.py'
+    text = flatten(load_config(NAME), title='base').replace(
+        "objective = 'sft'", "objective = dict(type='losses.py:scaled')"
+    )
+    config.write_text(text, encoding='utf-8')
+    monkeypatch.chdir(tmp_path)
+    message = (
+        r"`objective`: there is no file 'losses.py' in .*; for the one next to the config write '(mine/.*:scaled)'"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config('mine/own.py')
+    advice = re.search(message, str(caught.value))
+    assert advice is not None
+    assert make_objective(load_config('mine/own.py', {'objective.type': advice[1]}).objective).name == 'scaled'
+    monkeypatch.chdir(tmp_path / 'mine')
+    assert make_objective(load_config('own.py').objective).name == 'scaled'
+
+
+@pytest.mark.parametrize('command', [['print-config'], ['estimate', '--no-data']])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['objective=nowhere.py:scaled'], "there is no file 'nowhere.py'"),
+        (['objective=FILE:scale'], "has no 'scale'"),
+        (['objective.type=FILE:scaled', 'objective.factr=2'], 'unknown key `objective.factr`'),
+        (['objective.type=FILE:scaled', "objective.needs=['entrpy']"], "names 'entrpy'"),
+        (['objective=FILE:Short'], 'must define `loss(self, rows, statistics)`'),
+        (['objective.type=sft', 'objective.factor=2'], 'unknown key `objective.factor`'),
+    ],
+)
+def test_other_commands_check_it_as_training_does(
+    command: list[str],
+    options: list[str],
+    message: str,
+    file: Path,
+    tiny_internlm: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*command, NAME, '--model', str(tiny_internlm), '--cfg-options']
+    assert main([*words, *(option.replace('FILE', str(file)) for option in options)]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err.splitlines()[-1]
+    assert main([*words, f'objective.type={file}:scaled', 'objective.factor=2']) == 0
+
+
 def test_a_class_of_ones_own() -> None:
     assert isinstance(make_objective('tests.objectives.toys:Preference'), Preference)
     with pytest.raises(ConfigError, match=r'unknown key `objective\.beta` for'):
@@ -101,7 +184,18 @@ def test_a_class_of_ones_own() -> None:
         ('FILE:scale', "cannot be imported: module '.*' has no 'scale'"),
         ('FILE:LIST', 'is a list, which is not callable'),
         ('FILE:NoObjective', 'NoObjective is a class, but not a subclass of xtuner.objectives.Objective'),
-        ('nowhere.py:scaled', 'cannot be imported: FileNotFoundError'),
+        ('nowhere.py:scaled', "imported: there is no file 'nowhere.py' in /.*, where the command runs"),
+        ('/nowhere.py:scaled', "imported: there is no file '/nowhere.py'$"),
+        (
+            {'type': 'FILE:Own', 'needs': ['entropy']},
+            '`objective.needs` is for a function; set `needs` in the class Own',
+        ),
+        ({'type': 'FILE:Own', 'no_grad': []}, 'set `no_grad` in the class Own'),
+        ('FILE:Short', r'the class Short must define `loss\(self, rows, statistics\)`: too many positional'),
+        ('FILE:Unsummed', r'Unsummed must define `statistics\(self, rows\)`: missing a required argument'),
+        ('FILE:Weighed', r'Weighed must define `weight\(self, batch\)`: too many positional'),
+        ('FILE:Joined', r'Joined must define `collate\(self, items, \*, pad_id, multiple_of=1\)`: '),
+        ('FILE:Lossless', r'the class Lossless must define `loss\(self, rows, statistics\)`$'),
     ],
 )
 def test_what_is_wrong_is_named(section: Any, message: str, file: Path) -> None:

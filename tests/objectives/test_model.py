@@ -6,6 +6,7 @@ import copy
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -216,10 +217,85 @@ def test_needs_that_do_not_exist_are_refused() -> None:
         TrainingModel(adapted('llama'), Wrong())
 
 
-def test_a_metric_that_is_not_summed_is_refused() -> None:
-    class Long(Rewritten):
-        def loss(self, rows: Any, statistics: Any) -> Any:
-            return -rows.log_prob.sum(), {'all': rows.log_prob}
+class Returning(Objective):
+    """Returns, from the named method, what a function makes of the rows."""
 
-    with pytest.raises(TrainingError, match=r'objective Long failed: ValueError: a metric must be a scalar'):
-        TrainingModel(adapted('llama'), Long())(**make_batch())
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def loss(self, rows: Any, statistics: Any) -> Any:
+        return self.make(rows)
+
+    def statistics(self, rows: Any) -> Any:
+        return self.make(rows)
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda rows: None, 'Returning returned nothing; return the loss'),
+        (lambda rows: (None, {}), 'Returning returned nothing; return the loss'),
+        (lambda rows: -rows.log_prob, r'the loss must be a scalar tensor, got a tensor of shape \(\d+,\); sum it'),
+        (lambda rows: 1.5, 'the loss must be a scalar tensor, got float'),
+        (
+            lambda rows: rows.log_prob.long().sum(),
+            'the loss must be a scalar tensor, got a scalar tensor of torch.int64',
+        ),
+        (
+            lambda rows: (rows.log_prob.sum(), {}, {}),
+            r'must return the loss, or the loss and a dict of metrics, got \(a scalar tensor of .*, dict, dict\)',
+        ),
+        (lambda rows: (rows.log_prob.sum(), 3), r'or the loss and a dict of metrics, got \(.*, int\)'),
+        (
+            lambda rows: (-rows.log_prob.sum(), {'p': rows.log_prob}),
+            r"Returning: metric 'p' must be one number, got shape \(\d+,\); sum it",
+        ),
+        (lambda rows: (-rows.log_prob.sum(), {'p': 'x'}), "Returning: metric 'p' must be one number, got str"),
+        (lambda rows: (-rows.log_prob.sum(), {'p': None}), "Returning: metric 'p' must be one number, got NoneType"),
+        (
+            lambda rows: -rows.log_prob.detach().sum(),
+            'Returning: the loss has no gradient; was a value detached or listed in `no_grad`',
+        ),
+    ],
+)
+def test_what_is_no_loss_is_named(make: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=f'objective {message}' if message[0] == 'R' else message) as caught:
+        TrainingModel(adapted('llama'), Returning(make))(**make_batch())
+    assert '\n' not in str(caught.value)
+
+
+def test_a_loss_without_metrics_may_be_returned_alone() -> None:
+    model = TrainingModel(adapted('llama'), Returning(lambda rows: -rows.log_prob.sum()))
+    pair = TrainingModel(adapted('llama'), Rewritten())
+    assert torch.equal(model(**make_batch()), pair(**make_batch()))
+    assert model.metrics == {}
+
+
+def test_validation_needs_no_gradient() -> None:
+    model = TrainingModel(adapted('llama'), Returning(lambda rows: -rows.log_prob.detach().sum()))
+    with torch.no_grad():
+        assert model(**make_batch()).item() > 0
+
+
+def test_numbers_among_statistics_become_tensors() -> None:
+    model = TrainingModel(
+        adapted('llama'), Returning(lambda rows: {'count': rows.count, 'half': np.float32(0.5), 't': rows.log_prob})
+    )
+    found = model(**make_batch(), only_statistics=True)
+    assert found['count'].dtype == found['half'].dtype == torch.float64
+    assert found['half'].item() == 0.5
+    assert found['count'].item() == len(found['t'])
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda rows: None, 'returned nothing; return a dict of tensors'),
+        (lambda rows: rows.log_prob.sum(), 'must return a dict of tensors, got a scalar tensor'),
+        (lambda rows: {'a': 'x'}, "must return tensors or numbers, got str for 'a'"),
+        (lambda rows: {'a': {}['b']}, "failed in `statistics`: KeyError: 'b'"),
+    ],
+)
+def test_what_are_no_statistics_is_named(make: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        TrainingModel(adapted('llama'), Returning(make))(**make_batch(), only_statistics=True)

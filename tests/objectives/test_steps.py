@@ -117,6 +117,37 @@ def test_a_weight_that_nothing_can_be_divided_by_is_refused(tmp_path: Path, weig
         one_step(tmp_path, Weightless(), batch_size=1, accumulative_counts=2)
 
 
+@pytest.mark.parametrize(
+    ('weigh', 'message'),
+    [
+        (
+            lambda batch: batch['positions'].sum(),
+            r"objective Weighing failed in `weight`: KeyError: 'positions' \(.*test_steps.py:\d+\); the batch has "
+            'input_ids, labels, position_ids$',
+        ),
+        (lambda batch: None, 'objective Weighing: `weight` returned nothing; return a number'),
+        (
+            lambda batch: batch['labels'] != -100,
+            r'objective Weighing: `weight` must be one number, got shape \(1, \d+\)',
+        ),
+        (lambda batch: 'many', 'objective Weighing: `weight` must be one number, got str'),
+    ],
+)
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, weigh: Any, message: str) -> None:
+    class Weighing(Rewritten):
+        def weight(self, batch: Any) -> Any:
+            return weigh(batch)
+
+    with pytest.raises(TrainingError, match=message):
+        one_step(tmp_path / 'training', Weighing(), batch_size=1)
+    usual: Any = with_objective(Rewritten())
+    runner = make_runner(tmp_path / 'validation', make_items(4), usual, max_steps=1, batch_size=4)
+    with pytest.raises(TrainingError, match=message):
+        ValidateHook(make_items(1), pad_id=0, batch_size=1, interval=1).evaluate(
+            with_objective(Weighing()), runner.train_loop
+        )
+
+
 def test_metrics_are_logged_by_their_names(tmp_path: Path) -> None:
     line, _ = one_step(tmp_path, Rewritten(), batch_size=2, accumulative_counts=4)
     assert 0 <= line['correct'] <= 1
@@ -145,7 +176,7 @@ def test_metrics_with_other_names_are_refused(tmp_path: Path, named: Any, words:
 def test_statistics_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     class Wrong(Rewritten):
         def statistics(self, rows: Any) -> Any:
-            return {'count': rows.count}
+            return {'count': str(rows.count)}
 
     with pytest.raises(TrainingError, match='objective Wrong: `statistics` must return tensors'):
         one_step(tmp_path, Wrong(), batch_size=1)

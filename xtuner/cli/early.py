@@ -38,6 +38,20 @@ def check_adapters(*paths: Path) -> None:
             raise CheckpointError(f'{path}: no adapter found (no such file or folder)')
 
 
+def check_objective(config: TrainConfig) -> None:
+    """Checks an objective of one's own as training does; imports torch for one that is not a shipped one's name.
+
+    Raises:
+        ConfigError: its file, name, arguments, methods or `needs` are wrong.
+    """
+    from xtuner.config.short_types import OBJECTIVES
+
+    if not (isinstance(config.objective, str) and config.objective in OBJECTIVES):
+        from xtuner.objectives.load import make_objective
+
+        make_objective(config.objective)
+
+
 def check_config(config: TrainConfig, *, data: bool = True) -> None:
     """Checks that the model and data of a config exist.
 

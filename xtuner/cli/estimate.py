@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from xtuner.cli.early import check_config
+from xtuner.cli.early import check_config, check_objective
 from xtuner.cli.options import add_config_arguments, positive_float, positive_int, read_config
 from xtuner.utils.escape import printable
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     start_logging()
     check_config(config, data=False)  # memory is estimated even without the data
+    check_objective(config)
 
     from xtuner.engine.estimate import estimate
     from xtuner.engine.estimate_text import describe

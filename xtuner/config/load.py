@@ -35,7 +35,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
 
     Raises:
         ConfigError: there is no such config, the file fails to run, a key is unknown (with similar names), or a value
-            is invalid. One message lists all errors, separately for the file and the overrides.
+            is invalid; one message lists all such errors, separately for the file and the overrides. Or the file of a
+            'file.py:name' is next to the config, and not in the working directory.
     """
     path = find_config(name)
     values = read_file(path)
@@ -51,6 +52,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     config = _build(TrainConfig, values, '', faults)
     if faults:
         raise ConfigError(_by_origin(faults, file_values, path))
+    for section in OPEN_SECTIONS:
+        _check_file(section, getattr(config, section), path)
     return with_full_types(typing.cast(TrainConfig, config))
 
 
@@ -148,6 +151,17 @@ def _module_or_file(module: str, path: Path) -> str:
     file = path.resolve().parent / f'{module}.py'
     is_installed = '.' in module or not file.is_file() or importlib.util.find_spec(module) is not None
     return module if is_installed else str(file)
+
+
+def _check_file(where: str, section: Any, path: Path) -> None:
+    """Raises ConfigError for a 'file.py:name' that is next to the config, but not where the command runs."""
+    kind = section.get('type') if isinstance(section, Mapping) else section
+    file, _, name = kind.rpartition(':') if isinstance(kind, str) else ('', '', '')
+    if file.endswith('.py') and not Path(file).is_file() and (path.parent / file).is_file():
+        raise ConfigError(
+            f'`{where}`: there is no file {file!r} in {Path.cwd()}, where the command runs; for the one next to the '
+            f"config write '{path.parent / file}:{name}'"
+        )
 
 
 def _origin(error: BaseException, path: Path) -> str:

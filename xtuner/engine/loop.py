@@ -28,7 +28,7 @@ from xtuner.engine.step.result import Origins, Skips, StepOrigins, StepResult
 from xtuner.engine.step.statistics import MetricMeans, sum_statistics
 from xtuner.errors import Interrupted, TrainingError
 from xtuner.memory.oom import memory_message
-from xtuner.objectives.base import errors_named
+from xtuner.objectives.base import weight_of
 from xtuner.utils.out_of_memory import is_out_of_memory
 
 
@@ -206,11 +206,10 @@ class TrainLoop(BaseLoop):
         """Weight, targets and tokens of the step over all ranks; in the same message, for which signal one is to stop.
 
         Raises:
-            TrainingError: the weight is not a number above 0.
+            TrainingError: `Objective.weight` failed, or its sum is not a number above 0.
         """
         objective = self.strategy.bare.objective
-        with errors_named(objective):
-            weights = [float(objective.weight(batch)) for batch in micro_batches]
+        weights = [weight_of(objective, batch) for batch in micro_batches]
         sizes = [[count_targets(batch['labels']), batch['labels'].numel()] for batch in micro_batches]
         # Whole numbers are exact below 2**53.
         counts = torch.tensor([[w, *size] for w, size in zip(weights, sizes, strict=True)], dtype=torch.float64).sum(0)

@@ -5,9 +5,11 @@ One file an objective; docs/objectives.md shows how to add one.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -130,7 +132,7 @@ class Objective:
         """
         raise NotImplementedError
 
-    def loss(self, rows: TargetRows, statistics: Statistics | None) -> tuple[Tensor, Metrics]:
+    def loss(self, rows: TargetRows, statistics: Statistics | None) -> tuple[Tensor, Metrics] | Tensor:
         """The loss summed over a micro-batch, and metrics.
 
         Args:
@@ -140,7 +142,7 @@ class Objective:
 
         Returns:
             A scalar, and by name a scalar to be summed like it: what is logged is the sum over the step divided by the
-            step's weight. Names must be the same in every micro-batch.
+            step's weight. Names must be the same in every micro-batch. A scalar alone has no metrics.
         """
         raise NotImplementedError
 
@@ -169,8 +171,14 @@ def needs_base(objective: Objective) -> bool:
 
 
 @contextmanager
-def errors_named(objective: Objective) -> Iterator[None]:
-    """Turns an error of a user's objective into one line with its place; running out of memory stays what it is."""
+def errors_named(objective: Objective, method: str = '', batch: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Turns an error of a user's objective into one line with its place; running out of memory stays what it is.
+
+    Args:
+        objective: The user's.
+        method: Its method that runs, for the message; '' for the loss.
+        batch: What the method was given; the message lists its keys.
+    """
     try:
         yield
     except XTunerError:
@@ -180,19 +188,96 @@ def errors_named(objective: Objective) -> Iterator[None]:
             raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if '/torch/' not in frame.filename]
         place = f' ({frames[-1].filename}:{frames[-1].lineno})' if frames else ''
+        where = f' in `{method}`' if method else ''
+        keys = '' if batch is None else f'; the batch has {", ".join(batch)}'
         raise TrainingError(
-            f'objective {objective.name} failed: {type(error).__name__}: {" ".join(str(error).split())}{place}'
+            f'objective {objective.name} failed{where}: {type(error).__name__}: {" ".join(str(error).split())}{place}'
+            f'{keys}'
         ) from error
 
 
-def scalar(value: Any) -> bool:
-    """Whether a value is a tensor of one number without dimensions."""
-    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype.is_floating_point
+def check_methods(objective: Objective, where: str) -> None:
+    """Raises ConfigError for a method that cannot be called as training calls it."""
+    kind = type(objective)
+    if kind.loss is Objective.loss:
+        raise ConfigError(f'`{where}`: the class {objective.name} must define `loss(self, rows, statistics)`')
+    for method in ('loss', 'statistics', 'weight', 'collate'):
+        expected = inspect.signature(getattr(Objective, method))
+        wanted = [p.replace(annotation=p.empty) for p in expected.parameters.values()]
+        keywords = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
+        own = inspect.signature(getattr(objective, method))
+        try:
+            own.bind(*[None] * (len(wanted) - 1 - len(keywords)), **keywords)
+        except TypeError as error:
+            form = expected.replace(parameters=wanted, return_annotation=expected.empty)
+            raise ConfigError(f'`{where}`: the class {objective.name} must define `{method}{form}`: {error}') from error
 
 
-def as_metric(value: Any, device: torch.device) -> Tensor:
-    """A metric as a float64 scalar without a gradient; raises ValueError for what is no single number."""
-    found = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
-    if found.dim():
-        raise ValueError(f'a metric must be a scalar, got a tensor of shape {tuple(found.shape)}; sum it')
-    return found
+def as_loss(objective: Objective, found: Any, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """What an objective's `loss` returned as the loss and its metrics, float64 scalars without a gradient.
+
+    Raises:
+        TrainingError: it returned nothing, or anything else than a scalar with or without a dict of numbers.
+    """
+    about = f'objective {objective.name}'
+    if isinstance(found, (tuple, list)):
+        if len(found) != 2 or not isinstance(found[1], Mapping):
+            form = ', '.join(map(_form, found))
+            raise TrainingError(f'{about} must return the loss, or the loss and a dict of metrics, got ({form})')
+        loss, metrics = found
+    else:
+        loss, metrics = found, {}
+    if loss is None:
+        raise TrainingError(f'{about} returned nothing; return the loss')
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
+        remedy = '; sum it' if isinstance(loss, Tensor) and loss.dim() else ''
+        raise TrainingError(f'{about}: the loss must be a scalar tensor, got {_form(loss)}{remedy}')
+    return loss, {name: _number(f'{about}: metric {name!r}', value, device) for name, value in metrics.items()}
+
+
+def as_statistics(objective: Objective, found: Any, device: torch.device) -> dict[str, Tensor]:
+    """What an objective's `statistics` returned, as tensors by name; numbers become float64.
+
+    Raises:
+        TrainingError: it returned no dict of tensors or numbers.
+    """
+    about = f'objective {objective.name}: `statistics`'
+    if found is None:
+        raise TrainingError(f'{about} returned nothing; return a dict of tensors')
+    if not isinstance(found, Mapping):
+        raise TrainingError(f'{about} must return a dict of tensors, got {_form(found)}')
+    for name, value in found.items():
+        if not isinstance(value, (Tensor, Real)):
+            raise TrainingError(f'{about} must return tensors or numbers, got {_form(value)} for {name!r}')
+    as_tensors = {
+        name: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for name, v in found.items()
+    }
+    return {name: value.to(device) for name, value in as_tensors.items()}
+
+
+def weight_of(objective: Objective, batch: Mapping[str, Tensor]) -> float:
+    """`Objective.weight` of a batch; raises TrainingError where it fails or returns no single number."""
+    with errors_named(objective, 'weight', batch):
+        found = objective.weight(batch)
+    if found is None:
+        raise TrainingError(f'objective {objective.name}: `weight` returned nothing; return a number')
+    return _number(f'objective {objective.name}: `weight`', found, torch.device('cpu')).item()
+
+
+def _number(what: str, value: Any, device: torch.device) -> Tensor:
+    """A number as a float64 scalar without a gradient; raises TrainingError for what is no single number."""
+    try:
+        found = torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrainingError(f'{what} must be one number, got {_form(value)}') from error
+    if found.numel() != 1:
+        raise TrainingError(f'{what} must be one number, got shape {tuple(found.shape)}; sum it')
+    return found.reshape(())
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f'a tensor of shape {tuple(value.shape)}' if value.dim() else f'a scalar tensor of {value.dtype}'

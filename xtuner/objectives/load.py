@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtuner.config.short_types import OBJECTIVES
 from xtuner.errors import ConfigError, nearest
-from xtuner.objectives.base import Metrics, Objective, Statistics, TargetRows, check_needs
+from xtuner.objectives.base import Metrics, Objective, Statistics, TargetRows, check_methods, check_needs
 from xtuner.registry import build, check_arguments, resolve
 
 _OF_A_FUNCTION = ('needs', 'no_grad')
@@ -50,11 +50,15 @@ def make_objective(section: Any) -> Objective:
             itself, and arguments. A function also takes `needs` and `no_grad` there; without them it gets `log_prob`.
 
     Raises:
-        ConfigError: no such name, arguments that do not fit, or `needs` that do not exist.
+        ConfigError: no such file or name, arguments or methods that do not fit, or `needs` that do not exist.
     """
     target, values = _resolved(section)
     if isinstance(target, type) and issubclass(target, Objective):
+        for name in _OF_A_FUNCTION:
+            if name in values and name not in inspect.signature(target).parameters:
+                raise ConfigError(f'`objective.{name}` is for a function; set `{name}` in the class {target.__name__}')
         objective = build({'type': target, **values}, 'objective')
+        check_methods(objective, 'objective')
     elif isinstance(target, type):
         raise ConfigError(
             f'`objective`: {target.__name__} is a class, but not a subclass of xtuner.objectives.Objective'

@@ -23,11 +23,11 @@ from xtuner.objectives.base import (
     Objective,
     Statistics,
     TargetRows,
-    as_metric,
+    as_loss,
+    as_statistics,
     check_needs,
     errors_named,
     needs_base,
-    scalar,
 )
 from xtuner.objectives.head import is_plain, next_token_loss, target_values, values_of_logits
 
@@ -95,14 +95,17 @@ class TrainingModel(nn.Module):
             float32 scalar, a sum; 0 with a gradient where there is no target. Or statistics by name.
         """
         rows = self._rows(input_ids, labels, position_ids, batch)
+        if only_statistics:
+            with errors_named(self.objective, 'statistics'):
+                sums = self.objective.statistics(rows)
+            return as_statistics(self.objective, sums, rows.device)
         with errors_named(self.objective):
-            if only_statistics:
-                return self.objective.statistics(rows)
-            loss, metrics = self.objective.loss(rows, statistics)
-            self.metrics = {name: as_metric(value, rows.device) for name, value in metrics.items()}
-        if not scalar(loss):
+            found = self.objective.loss(rows, statistics)
+        loss, self.metrics = as_loss(self.objective, found, rows.device)
+        if torch.is_grad_enabled() and not loss.requires_grad and any(p.requires_grad for p in self.parameters()):
             raise TrainingError(
-                f'objective {self.objective.name}: the loss must be a scalar tensor, got {_form(loss)}; sum it'
+                f'objective {self.objective.name}: the loss has no gradient; was a value detached or listed in '
+                '`no_grad`?'
             )
         return loss
 
@@ -237,7 +240,3 @@ def _sample_numbers(positions_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, in
 def _vocabulary(base: Any) -> int:
     """Logits of a token."""
     return getattr(base.get_output_embeddings(), 'out_features', None) or base.config.vocab_size
-
-
-def _form(value: Any) -> str:
-    return f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__

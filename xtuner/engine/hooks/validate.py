@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from xtuner.dataset.encode.conversation_encoder import IGNORE_INDEX
 from xtuner.dataset.packing.collate import collate
 from xtuner.engine.step.statistics import sum_statistics
+from xtuner.objectives.base import weight_of
 from xtuner.tracking.files import METRICS_FILE
 from xtuner.utils.jsonl import append_line
 from xtuner.utils.progress import Progress
@@ -75,8 +76,8 @@ class ValidateHook(Hook):
                 loss_sum = model(**batch, **extra)
             if not counted:
                 continue
-            weight = torch.as_tensor(model.objective.weight(batch))
-            sums += torch.stack([loss_sum.double(), weight.to(loss_sum.device, torch.float64)])
+            weight = torch.tensor(weight_of(model.objective, batch), dtype=torch.float64)
+            sums += torch.stack([loss_sum.double(), weight.to(loss_sum.device)])
         # Ranks that share packs have each a part of the loss and all of the weight.
         sums[1] /= loop.strategy.world_size // loop.plan.world_size
         model.train(was_training)
