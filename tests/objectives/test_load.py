@@ -135,6 +135,15 @@ def test_a_file_next_to_the_config_is_pointed_out(file: Path, monkeypatch: pytes
     assert make_objective(load_config('own.py').objective).name == 'scaled'
 
 
+def test_options_name_it_and_its_arguments(file: Path, tmp_path: Path) -> None:
+    overrides = {'objective.type': f'{file}:scaled', 'objective.factor': 2}
+    (tmp_path / 'own.py').write_text(flatten(load_config(NAME), title='own'), encoding='utf-8')  # objective = 'sft'
+    for name in (NAME, str(tmp_path / 'own.py')):
+        assert loss_of(make_objective(load_config(name, overrides).objective))[0].item() == 6
+    given = load_config(NAME, {'objective': f'{file}:scaled', 'objective.factor': 3}).objective
+    assert loss_of(make_objective(given))[0].item() == 9
+
+
 @pytest.mark.parametrize('command', [['print-config'], ['estimate', '--no-data']])
 @pytest.mark.parametrize(
     ('options', 'message'),

@@ -182,6 +182,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         if here.get(section) is None:
             here[section] = {}
+        elif section in _FUNCTION_SECTIONS and isinstance(here[section], str):
+            here[section] = {'type': here[section]}
         here = here[section]
         if not isinstance(here, dict):
             raise ConfigError(f'`{key}` cannot be set: `{section}` is a {type(here).__name__}, not a section')
