@@ -16,7 +16,7 @@ from tests.model.random_models import make_model
 from tests.objectives.toys import PLAIN, Anchored, Preference, Rewritten, Sample, Smoothed
 from xtuner.errors import ConfigError, TrainingError
 from xtuner.fused.enable import enable_fused_training
-from xtuner.objectives.base import Objective
+from xtuner.objectives.base import Objective, weight_of
 from xtuner.objectives.model import TrainingModel
 
 WORDS = 97
@@ -299,3 +299,12 @@ def test_numbers_among_statistics_become_tensors() -> None:
 def test_what_are_no_statistics_is_named(make: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         TrainingModel(adapted('llama'), Returning(make))(**make_batch(), only_statistics=True)
+
+
+@pytest.mark.parametrize('weight', [3, 3.0, np.int64(3), torch.tensor(3), torch.tensor([3.0])])
+def test_a_weight_is_any_one_number(weight: Any) -> None:
+    class Weighing(Rewritten):
+        def weight(self, batch: Any) -> Any:
+            return weight
+
+    assert weight_of(Weighing(), {}) == 3
