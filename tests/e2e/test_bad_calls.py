@@ -101,7 +101,9 @@ def test_a_bad_value(case: str, place: Place) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this GPU may have FP8 units')
 def test_fp8_is_refused_before_data_is_prepared(place: Place) -> None:
-    place.refuses([*TRAIN[:-2], *SMALL, 'schedule.max_steps=1', 'runtime.fp8=True'], 'a cpu has no FP8 units')
+    place.refuses(
+        [*TRAIN[:-2], *SMALL, 'schedule.max_steps=1', 'runtime.fp8=True'], 'device type cpu does not support FP8'
+    )
     assert not list(place.folder.glob('cache/**/*'))
 
 

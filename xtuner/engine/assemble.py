@@ -163,7 +163,7 @@ def _hooks(config: TrainConfig, data: RunInputs, collate: Callable[..., dict[str
 def check_checkpoint_space(
     work_dir: Path, config: TrainConfig, plan: TrainingSchedule, model: TrainingModel, data: RunInputs
 ) -> None:
-    """Whether all the checkpoints that will be there at a time have room; one more than are kept, while it is saved."""
+    """Checks the disk space for all checkpoints that exist at a time: one more than are kept, while it is saved."""
     num_saves = math.ceil(plan.num_steps / config.checkpoint.interval)
     kept = config.checkpoint.max_keep + (data.validation is not None and config.checkpoint.keep_best)
     most = num_saves if config.checkpoint.max_keep < 1 else min(num_saves, kept + 1)

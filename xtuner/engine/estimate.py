@@ -125,11 +125,11 @@ def setup_of(
 def _recomputed_by_memory(setup: Setup, free: int) -> int:
     """Number of layers that the fused path will recompute on a GPU with so much free memory."""
     held = sum(term(setup) for term in (base_weights, input_embedding, trained_weights, library_space))
-    room = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.dims.num_trained, 'cuda')
+    budget = activation_budget_bytes(free - held - CONTEXT_BYTES, setup.dims.num_trained, 'cuda')
     assert setup.dims.parts is not None
     return num_recomputed_layers(
         setup.dims.parts, setup.group_ranks, setup.dims.num_layers,
-        tokens=setup.tokens, item_bytes=setup.value_bytes, budget=room,
+        tokens=setup.tokens, item_bytes=setup.value_bytes, budget=budget,
     )  # fmt: skip
 
 

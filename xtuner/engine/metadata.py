@@ -23,7 +23,7 @@ _CARD_VERSIONS = ('xtuner', 'torch', 'transformers', 'peft', 'bitsandbytes')
 def run_metadata(
     config: TrainConfig, data: RunInputs, plan: TrainingSchedule, model: TrainingModel, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The facts of `about.json`, beside its sessions."""
+    """The facts of `about.json`, without its sessions."""
     forward = model.llm.get_base_model().get_decoder().forward if hasattr(model.llm, 'get_base_model') else None
     return {
         'base': config.model.path,

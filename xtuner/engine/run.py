@@ -41,7 +41,8 @@ from xtuner.engine.packing import with_supported_packing
 from xtuner.engine.preflight import check_memory
 from xtuner.engine.schedule import TrainingSchedule, few_steps_note
 from xtuner.engine.signals import StopRequest
-from xtuner.errors import ConfigError
+from xtuner.engine.step.checks import dead_worker_message, is_dead_worker
+from xtuner.errors import ConfigError, TrainingError
 from xtuner.fused.enable import check_fp8, check_heads
 from xtuner.model.loading import load_config, resolve_model
 from xtuner.model.precision import compute_dtype, default_device, dtype_name
@@ -75,7 +76,12 @@ def train(config: TrainConfig, *, work_dir: Path, start: ResumeOptions = NEW_RUN
     ):
         checkpoint = find_checkpoint(work_dir, start, rank=group.rank)
         prepared = _prepare(config, work_dir, checkpoint, start, group)
-        _run(prepared, work_dir, launcher, group)
+        try:
+            _run(prepared, work_dir, launcher, group)
+        except RuntimeError as error:  # raised wherever the main thread is when a worker dies
+            if not is_dead_worker(error):
+                raise
+            raise TrainingError(dead_worker_message(error)) from error
     # A run that had nothing left to do wrote none, and may have begun from elsewhere.
     written = checkpoint_folder(work_dir, prepared.schedule.num_steps)
     last = checkpoint if checkpoint and not has_checkpoint(work_dir, prepared.schedule.num_steps) else written

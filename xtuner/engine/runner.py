@@ -1,4 +1,4 @@
-"""mmengine's runner, fitted to fine-tuning: our loop, our checkpoints, and nothing written that nobody reads."""
+"""mmengine's runner with our loop and checkpoints; what it would write and nobody reads is switched off."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Runner(mmengine.runner.Runner):
         self._train_loop = TrainLoop(self, self._train_dataloader, **arguments)
 
     def trainer_state(self, step: int) -> dict[str, Any]:
-        """What a resumed run needs beside the weights, after `step` optimizer steps; every rank calls it."""
+        """What a resumed run needs besides the weights, after `step` optimizer steps; every rank calls it."""
         loop = self.train_loop
         return {
             'step': step,
@@ -96,14 +96,13 @@ class Runner(mmengine.runner.Runner):
             'optimizer': self.strategy.optimizer_state(),
             'scaler': loop.scaler.state_dict(),
             'skips': loop.skips.state(),
-            'activation_rooms': self._activation_rooms(),
+            'activation_rooms': self._activation_budgets(),
         }
 
     def restore(self, folder: Path) -> None:
         """Sets optimizer, scaler and step to a checkpoint's; its weights were loaded with the model.
 
-        The optimizer's settings stay the config's: `check_same_run` has seen to it that they are the same, or may be
-        others.
+        The optimizer's settings stay the config's: `check_same_run` has checked that they are equal or may differ.
 
         Raises:
             CheckpointError: the checkpoint is of a run that trained other parameters.
@@ -140,20 +139,20 @@ class Runner(mmengine.runner.Runner):
             loop.scaler.load_state_dict(state['scaler'])
         loop.skips = Skips(**state['skips'])
         loop.step = state['step']
-        rooms = state['activation_rooms']
-        if len(rooms) == self.strategy.world_size and rooms[self.strategy.rank] is not None:
-            set_activation_budget(self.bare_model.llm, rooms[self.strategy.rank])
+        budgets = state['activation_rooms']
+        if len(budgets) == self.strategy.world_size and budgets[self.strategy.rank] is not None:
+            set_activation_budget(self.bare_model.llm, budgets[self.strategy.rank])
 
-    def _activation_rooms(self) -> list[int | None]:
-        """By which room for activations each rank decides what it computes again."""
+    def _activation_budgets(self) -> list[int | None]:
+        """Each rank's activation budget in bytes, by which it recomputes layers; None: it has none."""
         mine = torch.full((self.strategy.world_size,), -1, dtype=torch.int64)
-        room = activation_budget(self.bare_model.llm)
-        mine[self.strategy.rank] = -1 if room is None else max(0, room)
+        budget = activation_budget(self.bare_model.llm)
+        mine[self.strategy.rank] = -1 if budget is None else max(0, budget)
         all_reduce(mine, 'max')
-        return [None if room < 0 else room for room in mine.tolist()]
+        return [None if budget < 0 else budget for budget in mine.tolist()]
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses mmengine's own way, which unpickles the file it is given; `restore` is ours.
+        """Refuses mmengine's resume, which unpickles the file that it is given; use `restore`.
 
         Raises:
             CheckpointError: always.
@@ -162,7 +161,7 @@ class Runner(mmengine.runner.Runner):
 
     load_checkpoint = resume
 
-    # mmengine's runner does these too, for other kinds of project; what is overridden here would only make noise.
+    # mmengine's runner does more than a fine-tuning run needs; the overrides below switch that off.
     def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
         """Mmengine's own logger, for its warnings only; the project logs through `logging.getLogger('xtuner')`."""
         return MMLogger.get_instance(self._experiment_name, log_level='WARNING')
@@ -196,23 +195,23 @@ class Runner(mmengine.runner.Runner):
 
     @property
     def timestamp(self) -> str:
-        """Nothing: mmengine would make a folder of this name in the work folder, for logs that we do not write."""
+        """Empty: mmengine would make a folder of this name for logs that are not written here."""
         return ''
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
-        """Who we are; threads, process group and seeds are set before."""
+        """Reads rank and world size; threads, process group and seeds are set before."""
         self._rank, self._world_size = get_dist_info()
         self._timestamp = ''
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """`xtuner doctor` tells the environment."""
+        """Does nothing: `xtuner doctor` reports the environment."""
 
     def register_default_hooks(self, hooks: Any = None) -> None:
-        """None: every hook of ours is named in `train.py`."""
+        """Registers none: `engine.assemble` names every hook."""
 
     def get_hooks_info(self) -> str:
         """Mmengine logs this; the order of hooks is in their priorities."""
         return ''
 
     def dump_config(self) -> None:
-        """The flat config is written by `train.py`, before the model is loaded."""
+        """Does nothing: `checkpoint.resume.open_work_dir` has written the flat config."""
