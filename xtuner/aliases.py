@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -184,13 +183,20 @@ def today(name: str) -> str | None:
     return None
 
 
-class _Finder(MetaPathFinder, Loader):
-    """Asked first: a submodule of a package that moved would else be loaded a second time, by its path."""
+class _Finder:
+    """Asked first: a submodule of a package that moved would else be loaded a second time, by its path.
+
+    Finder and loader by their methods alone: importing `importlib.abc` would cost each command milliseconds.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname.startswith('xtuner.') and today(fullname) else None
+        loader: Any = self
+        return ModuleSpec(fullname, loader) if fullname.startswith('xtuner.') and today(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Lets Python make the module, which `exec_module` replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         name = today(module.__name__)

@@ -9,7 +9,7 @@ import warnings
 from typing import TextIO
 
 from xtuner.ranks import is_first_process
-from xtuner.utils.escape import PrintableFormatter
+from xtuner.utils.escape import printable
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -33,6 +33,14 @@ class _StderrHandler(logging.StreamHandler):
 
         with above_bars():
             super().emit(record)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log formatter that escapes untrusted text, such as file and model names."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Formats and escapes a record."""
+        return printable(super().format(record))
 
 
 def start_logging() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 # Control characters C0 (except line breaks and tabs) and DEL as Unicode's control pictures, such as ␛ for escape.
 _SIGNS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in '\n\t'}
 _SIGNS[0x7F] = 0x2421
@@ -19,11 +17,3 @@ def printable(text: str) -> str:
     'a␛[31mb\\u202ec'
     """
     return text.translate(_SIGNS)
-
-
-class PrintableFormatter(logging.Formatter):
-    """Log formatter that escapes untrusted text, such as file and model names."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Formats and escapes a record."""
-        return printable(super().format(record))
