@@ -45,6 +45,7 @@ class KillWorker(At):
     def strike(self, runner: Any) -> None:
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        time.sleep(10)  # torch's handler of SIGCHLD ends it by an error: else the run gets on as far as it may
 
 
 class Poison(Hook):

@@ -204,8 +204,7 @@ def test_all_checkpoints_are_torn(place: Place, error: Any) -> None:
 def test_a_data_worker_is_killed(place: Place, error: Any) -> None:
     assert place.train('runtime.num_workers=1', fault('KillWorker')) == 1
     assert 'a DataLoader worker died' in error()
-    # The batches of the step, or all that are left, may have been handed over already; the last save drops the first.
-    assert place.checkpoints() in ([1, 2], [1, 2, 3], [2, 3])
+    assert place.checkpoints() in ([1, 2], [1, 2, 3])  # the step's batches may have been handed over already
     place.goes_on()
 
 
