@@ -1,30 +1,14 @@
-"""InternLM2 on the fused path: one qkv projection whose rows are grouped by key head."""
+"""InternLM2 on the fused path: one qkv projection whose rows are grouped by key head. See `test_layer` too."""
 
 import pytest
 import torch
 
-from tests.fused.test_layer import CHECKPOINTED, error, force, step, way
+from tests.fused.test_layer import error, force, step
 from tests.tiny_models import DEVICE, dequantised, quantise, tiny_internlm2, with_adapter
 from xtuner.fused.enable import enable_fused_training
 from xtuner.kernels.dispatch import PLAIN
 
 pytest.importorskip('bitsandbytes')
-
-__all__ = ['way']
-
-
-@pytest.mark.parametrize(('way', 'checkpointing'), CHECKPOINTED, indirect=['way'])
-def test_gradients_equal_float64(batch, way, checkpointing):
-    model = with_adapter(quantise(tiny_internlm2()))
-    exact_loss, exact = step(dequantised(model), batch)
-    _, stock = step(model, batch)
-    if checkpointing:
-        model.get_base_model().model.gradient_checkpointing_enable({'use_reentrant': False})
-    force(model, way[0], fused_lora=way[1])
-    loss, grads = step(model, batch)
-    assert loss == pytest.approx(exact_loss, rel=1e-5)
-    assert error(stock, exact) < 1e-4  # float32 rounding, as Llama's test allows
-    assert error(grads, exact) < 1e-4
 
 
 @pytest.mark.parametrize('targets', [['wqkv'], ['wo', 'w2'], ['w1', 'w3']])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny_models import DEVICE, dequantised, quantise, tiny_llama, triton_obstacle, with_adapter
+from tests.tiny_models import DEVICE, dequantised, quantise, tiny_internlm2, tiny_llama, triton_obstacle, with_adapter
 from xtuner.fused import layer
 from xtuner.fused.decoder import FusedDecoder
 from xtuner.fused.enable import enable_fused_training
@@ -70,9 +70,10 @@ def num_layers(way):
     return 2 if way[0] is PLAIN else 1
 
 
+@pytest.mark.parametrize('make', [tiny_llama, tiny_internlm2])
 @pytest.mark.parametrize(('way', 'checkpointing'), CHECKPOINTED, indirect=['way'])
-def test_gradients_equal_float64(batch, way, checkpointing):
-    model = with_adapter(quantise(tiny_llama()))
+def test_gradients_equal_float64(batch, way, checkpointing, make):
+    model = with_adapter(quantise(make()))
     exact_loss, exact = step(dequantised(model), batch)
     _, stock = step(model, batch)
     if checkpointing:
