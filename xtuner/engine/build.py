@@ -27,7 +27,7 @@ from xtuner.engine.distributed.launch import RankInfo
 from xtuner.fused.enable import FusedTraining, enable_fused_training
 from xtuner.model.check import check_vocabulary
 from xtuner.model.generation_settings import generation_settings, write_generation_settings
-from xtuner.model.loading import load_model, load_tokenizer, resolve_model
+from xtuner.model.loading import load_model, load_tokenizer
 from xtuner.model.precision import default_device, dtype_name
 from xtuner.model.sharded_loading import ShardSpec, num_parameters
 from xtuner.model.tokenizer_files import shrink_tokenizer
@@ -58,10 +58,9 @@ class RunInputs:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_data(config: TrainConfig, group: RankInfo) -> RunInputs:
-    """Finds the base model, reads its tokenizer, and prepares the conversations or takes them from the cache."""
+def load_data(config: TrainConfig, folder: Path, group: RankInfo) -> RunInputs:
+    """Reads the tokenizer of the base model in `folder`; prepares the conversations or takes them from the cache."""
     source = config.model
-    folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     base_fingerprint = fingerprint(open_weights(folder))
     tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     template = get_template(source.template, tokenizer)

@@ -134,7 +134,7 @@ def _prepare(
     folder = resolve_model(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     model_config = load_config(folder, trust_remote_code=source.trust_remote_code)
     config = with_supported_packing(config, model_config, checkpoint=checkpoint)
-    data = load_data(config, group)
+    data = load_data(config, folder, group)
     check_heads(model_config, config.parallel.sequence_parallel_size)
     schedule = make_plan(data.dataset, config, group.world_size // config.parallel.sequence_parallel_size)
     if group.rank == 0:
